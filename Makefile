@@ -1,0 +1,56 @@
+# make demo   create .venv, install, calibrate and sample the demo model, write difa-report/index.html
+# make test   create .venv, install, run the tests
+# make lint   format, lint and types (./lint.sh --fix mends what it can)
+#
+# PYTHON=python3.12   the interpreter .venv is made with (3.11 to 3.13)
+# TORCH=2.12.0        another torch; it is installed first, and nothing that follows may replace it
+# ARGS="-m 'not slow'"  passed on to difa demo or pytest
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One empty file per finished install step; the names carry what the step depends on besides files.
+TORCH_DONE := $(VENV)/.torch-$(TORCH).done
+DEMO_DONE := $(VENV)/.demo.done
+DEV_DONE := $(VENV)/.dev.done
+HELD := $(VENV)/held.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_DONE)
+	$(BIN)/difa demo $(ARGS)
+
+test: $(DEV_DONE)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_DONE)
+	PATH="$(abspath $(BIN)):$$PATH" ./lint.sh
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "difa-compile needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null \
+	  || { echo "torch.compile needs a C++ compiler: install g++ or set CXX" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_DONE): | $(BIN)/python
+	$(PIP) install torch==$(TORCH)
+	@rm -f $(VENV)/.*.done
+	@echo "torch==$(TORCH)" > $(HELD)
+	@touch $@
+
+$(DEMO_DONE): pyproject.toml $(TORCH_DONE)
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report]"
+	@touch $@
+
+$(DEV_DONE): pyproject.toml $(TORCH_DONE)
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,train,dev]"
+	@touch $@ $(DEMO_DONE)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info difa-report .mypy_cache .ruff_cache .pytest_cache

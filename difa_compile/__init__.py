@@ -1,0 +1,91 @@
+"""difa-compile: attention planning and compilation for diffusion transformers.
+
+    plan = difa_compile.calibrate(pipe, {"class_labels": [1, 2]}, steps=50, threshold=0.05)
+    difa_compile.apply(pipe, plan)
+
+Importing this package needs torch and nothing else, and does not load even that until a name is used: each public
+name below is imported from its module on first access.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from difa_compile.calibrate import calibrate
+    from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+    from difa_compile.errors import DifaError
+    from difa_compile.inspect import inspect_model
+    from difa_compile.layout import Layout
+    from difa_compile.loading import load_pipeline
+    from difa_compile.pipeline import apply, remove
+    from difa_compile.plan import Plan
+    from difa_compile.run import Run, sampling
+
+_HOME = {
+    "FULL": "decision",
+    "REUSE": "decision",
+    "Decision": "decision",
+    "DifaError": "errors",
+    "Kind": "decision",
+    "Layout": "layout",
+    "Plan": "plan",
+    "Run": "run",
+    "Window": "decision",
+    "WindowShape": "decision",
+    "apply": "pipeline",
+    "calibrate": "calibrate",
+    "inspect_model": "inspect",
+    "load_pipeline": "loading",
+    "remove": "pipeline",
+    "sampling": "run",
+}
+
+__all__ = [
+    "FULL",
+    "REUSE",
+    "Decision",
+    "DifaError",
+    "Kind",
+    "Layout",
+    "Plan",
+    "Run",
+    "Window",
+    "WindowShape",
+    "apply",
+    "calibrate",
+    "inspect_model",
+    "load_pipeline",
+    "remove",
+    "sampling",
+]
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """Keeps ``difa_compile.calibrate`` the function: importing the submodule of that name would bind the module."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
