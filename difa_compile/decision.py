@@ -1,0 +1,119 @@
+"""Decisions: what a plan says for one site at one step.
+
+Definitions follow DiTFastAttn (arXiv 2406.08552) and CLEAR (arXiv 2412.16112):
+
+============================ ==========================================================================
+full                         the attention as the model computes it
+window                       keys limited to a neighbourhood of the query; text sees and is seen by everything
+window+residual              window attention plus ``full - window`` of the last full step (WA-RS)
+reuse                        the region's output of an earlier step; nothing is computed (AST)
+...+cfg                      the conditional half of the batch is computed and copied to the other (ASC)
+============================ ==========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from difa_compile.errors import DecisionError
+
+
+class WindowShape(StrEnum):
+    """Form of a neighbourhood. ``band`` is 1-D over the sequence of image tokens, the others live on the grid."""
+
+    BAND = "band"
+    """``|i - j| <= radius`` over the flattened image tokens (DiTFastAttn)."""
+    DISC = "disc"
+    """``dy^2 + dx^2 < radius^2``, strict; with time ``dt^2`` is added (CLEAR)."""
+    BOX = "box"
+    """``|dy| <= radius`` and ``|dx| <= radius``; with time also ``|dt| <= radius``."""
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """A neighbourhood of ``radius`` tokens (>= 1) around each image token."""
+
+    shape: WindowShape
+    radius: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or self.radius < 1:
+            raise DecisionError(f"window radius is {self.radius!r}; give a whole number of tokens, at least 1")
+        if not isinstance(self.shape, WindowShape):
+            try:
+                object.__setattr__(self, "shape", WindowShape(self.shape))
+            except ValueError:
+                known = ", ".join(WindowShape)
+                raise DecisionError(f"window shape {self.shape!r} is unknown; choose one of {known}") from None
+
+    def __str__(self) -> str:
+        return f"{self.shape}:{self.radius}"
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """Read ``"band:128"``; the inverse of ``str``. Raises :class:`DecisionError`."""
+        match = re.fullmatch(r"(\w+):(\d+)", text)
+        if not match:
+            raise DecisionError(f"window {text!r} is not of the form SHAPE:RADIUS, for instance band:128 or disc:8")
+        return cls(WindowShape(match[1]) if match[1] in list(WindowShape) else match[1], int(match[2]))  # type: ignore[arg-type]
+
+
+class Kind(StrEnum):
+    """What is computed at a site."""
+
+    FULL = "full"
+    WINDOW = "window"
+    WINDOW_RESIDUAL = "window+residual"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True, order=True)
+class Decision:
+    """What one site does at one step.
+
+    ``window`` is given for the two window kinds and for no other. ``cfg_shared``: only the conditional half of a
+    classifier-free-guidance batch is computed; the other half receives a copy.
+    """
+
+    kind: Kind
+    window: Window | None = None
+    cfg_shared: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
+        windowed = self.kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
+        if windowed and self.window is None:
+            raise DecisionError(f"decision {self.kind} needs a window, for instance Window('band', 128)")
+        if not windowed and self.window is not None:
+            raise DecisionError(f"decision {self.kind} takes no window, but {self.window} was given")
+
+    def __str__(self) -> str:
+        text = str(self.kind)
+        if self.window is not None:
+            text = text.replace("window", f"window({self.window})")
+        return text + ("+cfg" if self.cfg_shared else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Decision:
+        """Read what ``str`` writes: ``"full"``, ``"window(band:128)+residual+cfg"``, ``"reuse"``."""
+        match = re.fullmatch(r"(full|reuse|window\((\w+:\d+)\)(\+residual)?)(\+cfg)?", text)
+        if not match:
+            raise DecisionError(
+                f"decision {text!r} is not understood; write full, reuse, window(SHAPE:RADIUS) or "
+                "window(SHAPE:RADIUS)+residual, each with +cfg if the CFG halves are shared"
+            )
+        if match[2] is None:
+            return cls(Kind(match[1]), None, bool(match[4]))
+        kind = Kind.WINDOW_RESIDUAL if match[3] else Kind.WINDOW
+        return cls(kind, Window.parse(match[2]), bool(match[4]))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every key is attended to in this step (full or full+cfg), so that a residual can be taken."""
+        return self.kind is Kind.FULL
+
+
+FULL = Decision(Kind.FULL)
+REUSE = Decision(Kind.REUSE)

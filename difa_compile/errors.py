@@ -1,0 +1,95 @@
+"""Every error this package raises on purpose: one class per kind of mistake.
+
+A message says what is wrong, where, and the remedy. All derive from :class:`DifaError`; those that mean a bad value
+also derive from ``ValueError``, so that generic callers can catch them.
+"""
+
+from __future__ import annotations
+
+
+class DifaError(Exception):
+    """Base of all errors of difa-compile."""
+
+
+class DecisionError(DifaError, ValueError):
+    """A decision or window that contradicts itself (a window without a radius, a radius below one)."""
+
+
+class LayoutError(DifaError, ValueError):
+    """A token layout that does not add up with the sequence it describes, or that is needed and unknown."""
+
+
+class PlanFormatError(DifaError, ValueError):
+    """A plan file that is not JSON, is truncated, or has missing, unknown or ill-typed keys."""
+
+
+class PlanVersionError(PlanFormatError):
+    """A plan file written in a schema version this release does not read."""
+
+
+class PlanMismatchError(DifaError, ValueError):
+    """A plan that was made for another model, other sites or another token grid than the one it is applied to."""
+
+
+class PlanDigestError(PlanFormatError):
+    """A plan file whose content does not match its digest: it was edited or damaged after it was written."""
+
+
+class ScheduleError(DifaError, ValueError):
+    """A number of steps, or a step index, outside the sampling schedule (zero steps, a step never declared)."""
+
+
+class SiteSkippedError(DifaError):
+    """``strict=True`` and a decision could not be carried out at a site, for instance a window under a mask."""
+
+
+class NoAttentionError(DifaError):
+    """The module holds no self- or joint-attention that a plan could act on."""
+
+
+class RunError(DifaError, RuntimeError):
+    """A run used in the wrong order: a step outside ``sampling``, a cache read before it was filled."""
+
+
+class NotAppliedError(DifaError):
+    """``remove`` on a pipeline that carries no plan, or ``apply`` on one that already does."""
+
+
+class UnsupportedPipelineError(DifaError, ValueError):
+    """A pipeline without a diffusion transformer or without a scheduler that can be followed."""
+
+
+class CalibrationError(DifaError):
+    """Base of what can stop a calibration."""
+
+
+class NonFiniteError(CalibrationError, ValueError):
+    """NaN or infinity in the model's output during calibration."""
+
+
+class ThresholdError(CalibrationError, ValueError):
+    """A calibration threshold outside (0, 10]."""
+
+
+class CalibrationStateError(CalibrationError, ValueError):
+    """A saved calibration state that belongs to another model, other inputs or other settings."""
+
+
+class OutputError(DifaError, OSError):
+    """A folder or file that cannot be written."""
+
+
+class ModelLoadError(DifaError, ValueError):
+    """A model name or folder that cannot be loaded as a diffusers pipeline or model."""
+
+
+class MissingDependencyError(DifaError, ImportError):
+    """An optional package is needed for what was asked; the message names the extra to install."""
+
+
+class ExampleInputsError(DifaError, ValueError):
+    """No example inputs are known for a model or pipeline, so they must be given."""
+
+
+class ComparisonFormatError(DifaError, ValueError):
+    """A folder that holds no complete comparison, or whose files are damaged or do not belong together."""

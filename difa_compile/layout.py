@@ -1,0 +1,48 @@
+"""Layouts: where image, text and register tokens stand in an attention sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from difa_compile.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tokens of one attention sequence, in order: ``before`` other tokens, the image grid row-major, ``after`` others.
+
+    ``grid`` is ``(H, W)`` for an image, ``(T, H, W)`` for a video, ``(L,)`` for audio. "Other" tokens are text,
+    registers, time tokens: they see everything and are seen by everything.
+    """
+
+    grid: tuple[int, ...]
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(int(size) for size in self.grid))
+        if not 1 <= len(self.grid) <= 3 or min(self.grid) < 1:
+            raise LayoutError(f"grid {self.grid} must have one to three sizes of at least 1: (H, W) or (T, H, W)")
+        if self.before < 0 or self.after < 0:
+            raise LayoutError(f"token counts before ({self.before}) and after ({self.after}) must not be negative")
+
+    @property
+    def image_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        return self.before + self.image_tokens + self.after
+
+    def check(self, tokens: int, where: str) -> None:
+        """Raise :class:`LayoutError` unless this layout has ``tokens`` tokens; ``where`` names the site."""
+        if self.tokens != tokens:
+            raise LayoutError(
+                f"{where}: the layout {self} has {self.tokens} tokens but the attention sequence has {tokens}; "
+                "give the grid and the number of text tokens that add up to it"
+            )
+
+    def __str__(self) -> str:
+        text = "x".join(map(str, self.grid))
+        return (f"{self.before}+" if self.before else "") + text + (f"+{self.after}" if self.after else "")

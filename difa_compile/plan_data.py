@@ -1,0 +1,198 @@
+"""The parts a plan is made of: model, sites, settings, and one cell per step and site with its measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from difa_compile.decision import Decision
+from difa_compile.errors import PlanFormatError
+from difa_compile.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SITE_KINDS = ("self", "joint")
+METHODS = ("greedy", "rule")
+LOSSES = ("paper", "code")
+GUIDANCE = ("batched", "two-call", "none")
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One self- or joint-attention call, named by its module path.
+
+    ``tokens`` is the length of the attention sequence, ``width`` the input width of the q, k and v projections,
+    ``layout`` where the image stands in the sequence (``None``: unknown, no window possible).
+    """
+
+    path: str
+    kind: str
+    heads: int
+    head_dim: int
+    tokens: int
+    width: int
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise PlanFormatError(f"a site's path is {self.path!r}; it must be the module path, a string")
+        _choice(self.kind, SITE_KINDS, f"site {self.path}: kind")
+        for name in ("heads", "head_dim", "tokens", "width"):
+            _whole(getattr(self, name), f"site {self.path}: {name}", at_least=1)
+        if self.layout is not None:
+            self.layout.check(self.tokens, f"site {self.path}")
+
+    @property
+    def inner(self) -> int:
+        """Width of q, k, v and of the attention output: heads x head_dim."""
+        return self.heads * self.head_dim
+
+    @property
+    def shape(self) -> str:
+        """The sizes in words, for messages: ``self, 6 heads x 64, 256 tokens (16x16), width 384``."""
+        grid = f" ({self.layout})" if self.layout else ""
+        return f"{self.kind}, {self.heads} heads x {self.head_dim}, {self.tokens} tokens{grid}, width {self.width}"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model a plan was made for: class, digest (:func:`model_digest`), number of parameters (informative)."""
+
+    class_name: str
+    config_digest: str
+    parameters: int
+
+    def __post_init__(self) -> None:
+        _text(self.class_name, "model class_name")
+        _text(self.config_digest, "model config_digest")
+        _whole(self.parameters, "model parameters", at_least=0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate measured in calibration.
+
+    ``loss``: distance of the whole model output from that with the site full, no unit; ``None`` if the candidate does
+    not apply, with the ``reason``. It is admitted if ``loss < threshold``, the depth-scaled threshold of the site.
+    """
+
+    decision: Decision
+    loss: float | None
+    threshold: float
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            object.__setattr__(self, "loss", _number(self.loss, f"loss of {self.decision}", at_least=0.0))
+        object.__setattr__(self, "threshold", _number(self.threshold, f"threshold of {self.decision}", at_least=0.0))
+        _text(self.reason, f"reason of {self.decision}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The decision at one step and site, the candidates measured for it, in the order tried, and what it saves.
+
+    ``flops_saved``: share of the site's attention FLOPs at this step, projections included, that is not computed; in
+    [0, 1].
+    """
+
+    decision: Decision
+    trials: tuple[Trial, ...] = ()
+    flops_saved: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", tuple(self.trials))
+        saved = _number(self.flops_saved, f"flops_saved of {self.decision}", at_least=0.0)
+        if saved > 1.0:
+            raise PlanFormatError(f"flops_saved of {self.decision} is {saved}; it is a share, at most 1")
+        object.__setattr__(self, "flops_saved", saved)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan came about.
+
+    ``method`` is ``greedy`` (calibrated) or ``rule`` (written by hand: no threshold, no loss). ``guidance``: the CFG
+    halves in one ``batched`` call, in ``two-call`` steps, or ``none``. ``conditional_half``: which half of the batch is
+    the conditional one, 0 or 1. ``torch``, ``diffusers``: versions, ``None`` if not installed.
+    """
+
+    method: str
+    threshold: float | None = None
+    loss: str | None = None
+    window: str | None = None
+    candidates: tuple[str, ...] = ()
+    guidance: str = "none"
+    conditional_half: int | None = None
+    torch: str | None = field(default_factory=lambda: _installed("torch"))
+    diffusers: str | None = field(default_factory=lambda: _installed("diffusers"))
+
+    def __post_init__(self) -> None:
+        _choice(self.method, METHODS, "settings: method")
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", _number(self.threshold, "settings: threshold", at_least=0.0))
+        if self.loss is not None:
+            _choice(self.loss, LOSSES, "settings: loss")
+        for name in ("window", "torch", "diffusers"):
+            if getattr(self, name) is not None:
+                _text(getattr(self, name), f"settings: {name}")
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        for candidate in self.candidates:
+            _text(candidate, "settings: candidates")
+        _choice(self.guidance, GUIDANCE, "settings: guidance")
+        if self.conditional_half not in (None, 0, 1) or isinstance(self.conditional_half, bool):
+            raise PlanFormatError(f"settings: conditional_half is {self.conditional_half!r}; it must be 0, 1 or null")
+
+
+def model_digest(model: nn.Module) -> ModelInfo:
+    """Name ``model`` so that a plan for another one can be refused; weights do not enter, so fine-tunes match.
+
+    The digest is the SHA-256 of canonical JSON. For a diffusers model it covers the class and the config without keys
+    that start with ``_`` (versions, paths); for any other module the class and the names and shapes of the parameters.
+    A module wrapped by ``torch.compile`` counts as the module inside.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    config = getattr(inner, "config", None)
+    content: object
+    if isinstance(config, Mapping):
+        content = {str(key): value for key, value in config.items() if not str(key).startswith("_")}
+    else:
+        content = [[name, list(parameter.shape)] for name, parameter in inner.named_parameters()]
+    name = type(inner).__name__
+    text = json.dumps([name, content], sort_keys=True, separators=(",", ":"), default=str)
+    parameters = sum(parameter.numel() for parameter in inner.parameters())
+    return ModelInfo(name, hashlib.sha256(text.encode()).hexdigest(), parameters)
+
+
+def _text(value: object, what: str) -> None:
+    if not isinstance(value, str):
+        raise PlanFormatError(f"{what} is {value!r}; it must be a string")
+
+
+def _choice(value: object, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise PlanFormatError(f"{what} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def _whole(value: object, what: str, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise PlanFormatError(f"{what} is {value!r}; it must be a whole number, at least {at_least}")
+
+
+def _number(value: object, what: str, at_least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < at_least:
+        raise PlanFormatError(f"{what} is {value!r}; it must be a finite number, at least {at_least:g}")
+    return float(value)

@@ -1,0 +1,338 @@
+"""What each site does at each step of a schedule, worked out from the decisions alone.
+
+A *role* is a decision plus the caches the site writes for later steps, found by look-ahead (contract 2: a cache is an
+input or an output of a variant, never both, so nothing is written that nobody reads). A *bucket* is the set of steps
+whose rows of roles are equal and that therefore share one variant. Everything here is pure and needs no tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.errors import DecisionError, ScheduleError
+
+_SLACK = 1e-6
+"""Slack allowed at both ends of [0, 1]: float timesteps may come out as 1000.0001."""
+_SAME = 1e-9
+"""Two values of progress this close are the same timestep; two distances this close are a tie."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a variant does at one site: the decision, and the caches it writes.
+
+    ``emit_output``: write ``cache.<site>.output``, which a later reuse reads. ``emit_residual``: write
+    ``cache.<site>.residual`` = full - window output, which a later window+residual reads. The window that is subtracted
+    is the reader's, so it stands here too: ``residual_window`` is given exactly when ``emit_residual`` is true.
+    """
+
+    decision: Decision
+    emit_output: bool = False
+    emit_residual: bool = False
+    residual_window: Window | None = None
+
+    def __post_init__(self) -> None:
+        if self.emit_output and self.decision.kind is Kind.REUSE:
+            raise DecisionError("a reuse step computes no output, so it cannot fill the output cache")
+        if self.emit_residual and not self.decision.is_full:
+            raise DecisionError(f"only a full step has a residual, but {self.decision} was to fill the residual cache")
+        if self.emit_residual != (self.residual_window is not None):
+            raise DecisionError(
+                "a role that writes a residual needs the window it is taken against, and no other role has one: give "
+                "emit_residual=True together with residual_window"
+            )
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether ``cache.<site>.output`` is an input of the variant."""
+        return self.decision.kind is Kind.REUSE
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether ``cache.<site>.residual`` is an input of the variant."""
+        return self.decision.kind is Kind.WINDOW_RESIDUAL
+
+    def __str__(self) -> str:
+        text = str(self.decision)
+        if self.emit_output:
+            text += " >output"
+        if self.emit_residual:
+            text += f" >residual({self.residual_window})"
+        return text
+
+
+FULL_ROLE = Role(FULL)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Steps (ascending) that share one row of roles, hence one variant."""
+
+    row: tuple[Role, ...]
+    steps: tuple[int, ...]
+
+
+def assign_roles(rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
+    """Roles of ``rows[step][site]``, by look-ahead.
+
+    A step writes the output cache of a site iff it is not reuse and the site's next step is. A step of kind full writes
+    the residual cache iff a window+residual comes later, before the next step of kind full. So each reader reads what
+    the latest step that could fill its cache has written: DiTFastAttn's rule (arXiv 2406.08552, section 3).
+
+    Raises :class:`ScheduleError`, naming step and site index, if there is no step, if rows differ in length, if a
+    reader has no earlier filler, and if two readers want residuals of the same full step against different windows.
+    """
+    if not rows:
+        raise ScheduleError("a schedule needs at least one step, but there is none")
+    sites = len(rows[0])
+    for step, row in enumerate(rows):
+        if len(row) != sites:
+            raise ScheduleError(f"step {step} has decisions for {len(row)} sites, but step 0 has {sites}")
+    columns = [_site_roles([row[site] for row in rows], site) for site in range(sites)]
+    return tuple(tuple(column[step] for column in columns) for step in range(len(rows)))
+
+
+def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
+    """Roles of one site over all steps; ``site`` is for messages."""
+    residual: dict[int, tuple[Window, int]] = {}
+    """Full step -> (window its residual is taken against, first step that reads it)."""
+    last_full: int | None = None
+    filled = False
+    for step, decision in enumerate(column):
+        if decision.kind is Kind.REUSE:
+            if not filled:
+                raise ScheduleError(
+                    f"step {step}, site {site}: reuse needs the output of an earlier step, but no earlier step of this "
+                    "site computes one; make an earlier step full or windowed"
+                )
+            continue
+        filled = True
+        if decision.kind is Kind.WINDOW_RESIDUAL:
+            assert decision.window is not None  # Decision guarantees it
+            if last_full is None:
+                raise ScheduleError(
+                    f"step {step}, site {site}: {decision} needs the residual of an earlier full step, but there is "
+                    "none; make an earlier step full, or use the window without residual"
+                )
+            window, reader = residual.setdefault(last_full, (decision.window, step))
+            if window != decision.window:
+                raise ScheduleError(
+                    f"step {step}, site {site}: {decision} reads the residual of step {last_full}, which step {reader} "
+                    f"reads with window {window}; a full step keeps one residual, so use one window until the next "
+                    "full step"
+                )
+        elif decision.is_full:
+            last_full = step
+    roles = []
+    for step, decision in enumerate(column):
+        emit_output = decision.kind is not Kind.REUSE and step + 1 < len(column) and column[step + 1].kind is Kind.REUSE
+        taken = residual.get(step)
+        roles.append(Role(decision, emit_output, taken is not None, taken[0] if taken else None))
+    return roles
+
+
+def buckets(roles: Iterable[tuple[Role, ...]]) -> tuple[Bucket, ...]:
+    """Steps grouped by equal rows of roles, in the order of their first step."""
+    steps_of: dict[tuple[Role, ...], list[int]] = {}
+    for step, row in enumerate(roles):
+        steps_of.setdefault(row, []).append(step)
+    return tuple(Bucket(row, tuple(steps)) for row, steps in steps_of.items())
+
+
+def uniform_progress(steps: int) -> tuple[float, ...]:
+    """Progress of ``steps`` evenly spaced steps, trailing spacing: ``(steps - i) / steps``, from 1 down to 1/steps."""
+    check_steps(steps)
+    return tuple((steps - step) / steps for step in range(steps))
+
+
+def check_steps(steps: int) -> None:
+    """Raise :class:`ScheduleError` unless ``steps`` is a whole number of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ScheduleError(f"the number of steps is {steps!r}; give a whole number, at least 1")
+
+
+def check_progress(progress: Sequence[float]) -> tuple[float, ...]:
+    """``progress`` as a tuple of floats: at least one, each in [0, 1], never rising. Raises :class:`ScheduleError`."""
+    values = tuple(float(value) for value in progress)
+    if not values:
+        raise ScheduleError("a schedule needs at least one step, but its progress is empty")
+    for step, value in enumerate(values):
+        if not 0.0 <= value <= 1.0:  # also false for NaN
+            raise ScheduleError(f"step {step}: progress is {value}; it must lie in [0, 1], 1 at pure noise")
+        if step and value > values[step - 1]:
+            raise ScheduleError(
+                f"step {step}: progress rises from {values[step - 1]} to {value}; a run goes from 1 (noise) down to 0"
+            )
+    return values
+
+
+def normalised_progress(timesteps: Sequence[float], num_train_timesteps: int) -> tuple[float, ...]:
+    """``t / num_train_timesteps`` of each step: 1 at pure noise, falling to 0. No unit, float.
+
+    Equal neighbours (second-order schedulers call the model twice at a timestep) are kept. Timesteps that rise
+    (``invert_sigmas``, Mochi) count from the other end: progress is then ``1 - t / num_train_timesteps``.
+    Raises :class:`ScheduleError` if there are none, if one lies outside ``[0, num_train_timesteps]`` or if they go up
+    and down.
+    """
+    if isinstance(num_train_timesteps, bool) or num_train_timesteps < 1:
+        raise ScheduleError(f"the number of training timesteps is {num_train_timesteps!r}; it must be at least 1")
+    values = [float(timestep) / num_train_timesteps for timestep in timesteps]
+    for step, value in enumerate(values):
+        if not -_SLACK <= value <= 1 + _SLACK:
+            raise ScheduleError(
+                f"step {step}: timestep {float(timesteps[step])} lies outside 0..{num_train_timesteps}; for a "
+                "scheduler that counts otherwise give the progress of each step yourself, from 1 (noise) down to 0"
+            )
+    values = [min(1.0, max(0.0, value)) for value in values]
+    if values and values[-1] > values[0]:
+        values = [1.0 - value for value in values]
+    return check_progress(values)
+
+
+def scheduler_progress(scheduler: object, steps: int) -> tuple[float, ...]:
+    """Progress of a diffusers scheduler: of its timesteps if ``steps`` are set, else of a copy set to ``steps``.
+
+    The scheduler itself is never changed. There is one value per model call, so a second-order scheduler gives more
+    than ``steps``. Raises :class:`ScheduleError` if the copy cannot be set (dynamic shifting needs the image size) and
+    for the reasons of :func:`normalised_progress`.
+    """
+    check_steps(steps)
+    name = type(scheduler).__name__
+    total = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if not isinstance(total, int) or not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "set_timesteps"):
+        raise ScheduleError(
+            f"{name} has no timesteps, set_timesteps or config.num_train_timesteps, so its schedule is unknown; give a "
+            "diffusers scheduler, or the progress of each step"
+        )
+    timesteps = _numbers(scheduler.timesteps)
+    is_set = getattr(scheduler, "num_inference_steps", None) is not None
+    if not is_set or steps not in (len(timesteps), getattr(scheduler, "num_inference_steps", None)):
+        duplicate = copy.deepcopy(scheduler)
+        try:
+            duplicate.set_timesteps(steps)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ScheduleError(
+                f"{name} cannot be set to {steps} steps here ({error}); set its timesteps first, as the pipeline does, "
+                "or give the progress of each step"
+            ) from error
+        timesteps = _numbers(duplicate.timesteps)
+    return normalised_progress(timesteps, total)
+
+
+def _numbers(values: object) -> list[float]:
+    """Floats of a 1-D tensor, array or sequence (a tensor is read in one go)."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    assert isinstance(listed, Iterable)
+    return [float(value) for value in listed]
+
+
+def nearest_steps(own: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
+    """For each of ``wanted`` the step of ``own`` with the nearest progress; ties go to the earlier step.
+
+    Both fall from 1 to 0 (:func:`check_progress`). Where a scheduler visits a timestep several times, the n-th visit is
+    matched with the n-th visit. The result never decreases, and ``nearest_steps(p, p)`` is ``0, 1, 2, ...``.
+    """
+    if tuple(own) == tuple(wanted):
+        return tuple(range(len(own)))
+    groups: list[list[int]] = []
+    for step, value in enumerate(own):
+        if step and abs(value - own[step - 1]) <= _SAME:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    found: list[int] = []
+    visit = 0
+    for step, value in enumerate(wanted):
+        visit = visit + 1 if step and abs(value - wanted[step - 1]) <= _SAME else 0
+        distances = [abs(own[group[0]] - value) for group in groups]
+        closest = min(distances)
+        group = groups[next(index for index, distance in enumerate(distances) if distance <= closest + _SAME)]
+        found.append(max(group[min(visit, len(group) - 1)], found[-1] if found else 0))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A reader that became full because the step that fills its cache fell out of the schedule.
+
+    ``step`` counts in the new schedule, ``site`` is an index; ``wanted`` is what the plan says there.
+    """
+
+    step: int
+    site: int
+    wanted: Decision
+    reason: str
+
+
+def take_rows(
+    rows: Sequence[Sequence[Decision]], source_steps: Sequence[int]
+) -> tuple[tuple[tuple[Decision, ...], ...], tuple[Promotion, ...]]:
+    """Rows of a new schedule whose step ``j`` follows row ``source_steps[j]``, and the promotions this takes.
+
+    Contract 6. In the plan, a reuse at row ``i`` reads what the last row before ``i`` computed that is not reuse; a
+    window+residual reads the residual of the last row before ``i`` of kind full. In the new schedule a reader keeps its
+    decision iff what it would find is at least as recent: iff an earlier new step that fills the cache follows that row
+    or a later one. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the
+    caches itself, for the next readers of the same row: one promotion per gap is enough.
+
+    ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
+    ``rows`` does. Raises :class:`ScheduleError` if source steps decrease or lie outside ``rows``.
+    """
+    for step, source in enumerate(source_steps):
+        if not 0 <= source < len(rows) or (step and source < source_steps[step - 1]):
+            raise ScheduleError(
+                f"step {step} follows row {source}, but rows run from 0 to {len(rows) - 1} and must not go back"
+            )
+    columns: list[list[Decision]] = []
+    promotions: list[Promotion] = []
+    for site in range(len(rows[0])):
+        column, promoted = _take_column([row[site] for row in rows], source_steps, site)
+        columns.append(column)
+        promotions.extend(promoted)
+    promotions.sort(key=lambda promotion: (promotion.step, promotion.site))
+    taken = tuple(tuple(column[step] for column in columns) for step in range(len(source_steps)))
+    return taken, tuple(promotions)
+
+
+def _take_column(
+    plan: Sequence[Decision], source_steps: Sequence[int], site: int
+) -> tuple[list[Decision], list[Promotion]]:
+    """:func:`take_rows` for one site."""
+    outputs = _latest_before(decision.kind is not Kind.REUSE for decision in plan)
+    residuals = _latest_before(decision.is_full for decision in plan)
+    column: list[Decision] = []
+    promotions: list[Promotion] = []
+    output_row = residual_row = -1
+    """The plan row followed by the latest new step that computed an output, and by the latest of kind full."""
+    for step, source in enumerate(source_steps):
+        wanted = plan[source]
+        decision = wanted
+        needed, held, cache = -1, -1, ""
+        if wanted.kind is Kind.REUSE:
+            needed, held, cache = outputs[source], output_row, "output"
+        elif wanted.kind is Kind.WINDOW_RESIDUAL:
+            needed, held, cache = residuals[source], residual_row, "residual"
+        if held < needed:
+            decision = Decision(Kind.FULL, None, wanted.cfg_shared)
+            reason = f"it reads the {cache} of the plan's step {needed}, which no earlier step of this schedule follows"
+            promotions.append(Promotion(step, site, wanted, reason))
+        column.append(decision)
+        if decision.kind is not Kind.REUSE:
+            output_row = source
+        if decision.is_full:
+            residual_row = source
+    return column, promotions
+
+
+def _latest_before(fills: Iterable[bool]) -> list[int]:
+    """For each row the latest earlier row that fills a cache; -1 if there is none."""
+    found: list[int] = []
+    latest = -1
+    for row, filled in enumerate(fills):
+        found.append(latest)
+        if filled:
+            latest = row
+    return found
