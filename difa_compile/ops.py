@@ -1,0 +1,110 @@
+"""The ops that passes put into graphs. Each is a ``torch.library`` op with schema, fake kernel and eager reference.
+
+Which kernel serves an op is decided here, per call: the kernels of :mod:`difa_compile.plugins` are asked in order,
+each answers ``why_not`` with a reason or None, and the first that can serve is taken. Kernels load when first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difa_compile.decision import Window, WindowShape
+from difa_compile.errors import LayoutError
+from difa_compile.layout import Layout
+
+LIBRARY = torch.library.Library("difa", "DEF")  # noqa: TOR901  (lives as long as the package)
+LIBRARY.define(
+    "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
+    "float? scale=None) -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class LocalCall:
+    """What a local-attention kernel is asked to do, without the tensors: enough to say whether it can."""
+
+    layout: Layout
+    window: Window
+    scale: float | None
+    shape: tuple[int, ...]
+    """(batch, heads, tokens, head_dim) of the query."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class LocalKernel:
+    """One implementation of ``difa::local_attention``.
+
+    ``why_not`` returns the reason it can't serve a call, or None. ``run`` takes query, key, value (B, H, L, D) and the
+    call, and returns (B, H, L, D).
+    """
+
+    name: str
+    why_not: Callable[[LocalCall], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, LocalCall], Tensor]
+
+
+KERNEL_MODULES = ("difa_compile.plugins.flex", "difa_compile.plugins.masked_sdpa")
+"""In order of preference; each module has a ``KERNEL``."""
+
+
+def local_kernels() -> tuple[LocalKernel, ...]:
+    """All kernels of local attention, in order of preference."""
+    return tuple(importlib.import_module(name).KERNEL for name in KERNEL_MODULES)
+
+
+def choose_kernel(call: LocalCall) -> LocalKernel:
+    """The first kernel that can serve a call. Raises :class:`LayoutError` with every kernel's reason if none can."""
+    reasons = []
+    for kernel in local_kernels():
+        reason = kernel.why_not(call)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise LayoutError(f"no kernel serves local attention {call.window} on {call.layout}: " + "; ".join(reasons))
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None = None) -> Tensor:
+    """Attention limited to a window on the token grid, as one op. Reference: ``difa_compile.reference.local_attention``.
+
+    Args:
+        query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides.
+        layout: where image and other tokens stand. ``window``: the neighbourhood. ``scale``: default 1 / sqrt(D).
+
+    Returns:
+        (B, H, L, D), laid out in memory as (B, L, H, D).
+    """
+    return torch.ops.difa.local_attention(  # type: ignore[no-any-return]
+        query, key, value, list(layout.grid), layout.before, layout.after, str(window.shape), window.radius, scale
+    )
+
+
+def _local_attention(
+    query: Tensor, key: Tensor, value: Tensor, grid: list[int], before: int, after: int, shape: str, radius: int, scale: float | None = None
+) -> Tensor:
+    layout = Layout(tuple(grid), before, after)
+    layout.check(query.shape[2], "difa::local_attention")
+    layout.check(key.shape[2], "difa::local_attention")
+    call = LocalCall(layout, Window(WindowShape(shape), radius), scale, tuple(query.shape), query.dtype, query.device)
+    out = choose_kernel(call).run(query, key, value, call)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _local_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, grid: list[int], before: int, after: int, shape: str, radius: int, scale: float | None = None
+) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
+
+
+LIBRARY.impl("local_attention", _local_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("difa::local_attention", _local_attention_fake, lib=LIBRARY)
+
+LOCAL_ATTENTION = torch.ops.difa.local_attention.default
+"""The overload that passes insert."""

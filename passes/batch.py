@@ -1,0 +1,220 @@
+"""Decide which dimension of each value carries the batch.
+
+The first dimension of the noisy sample is the batch by definition. From there the property is propagated, forwards and backwards, through the way each op lines up its dimensions: element-wise ops by
+broadcasting, linears over the leading dimensions, reshapes by the first dimension of each group, and so on. An operand
+of size B that stands against a batch dimension is indexed per sample and so carries the batch too; nothing is concluded
+from a size that merely happens to be divisible.
+
+What an op does not let through stays unlinked: sites behind it cannot share CFG halves and say so. If a value is left
+half decided, halving gives a shape that does not fit, which :mod:`difa_compile.passes.share_cfg` checks node by node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+from difa_compile.passes.find_attention import attention_inputs
+from difa_compile.passes.graph import (
+    ELEMENTWISE,
+    argument,
+    is_attention,
+    is_linear,
+    mutated_argument,
+    op_name,
+    shape_of,
+    tensor_of,
+)
+
+Place = tuple[fx.Node, int]
+"""A dimension of a node's value; for a tuple-valued node (split, chunk), of each of its elements."""
+
+
+class BatchUnknown(Exception):
+    """An op form through which the batch dimension cannot be followed; the message says which."""
+
+
+def annotate_batch(graph: fx.Graph, latent: fx.Node | None) -> None:
+    """Write ``node.meta["batch_dim"]`` on every node whose value carries the samples of ``latent`` (dimension 0).
+
+    A value that would carry them in two dimensions gets none.
+    """
+    if latent is None:
+        return
+    links: dict[Place, set[Place]] = {}
+    for node in graph.nodes:
+        try:
+            pairs = list(dimension_links(node))
+        except (IndexError, TypeError, ValueError, BatchUnknown):
+            continue  # an op form this analysis does not read: it lets nothing through
+        for dimension, source, source_dimension in pairs:
+            here, there = (node, dimension), (source, source_dimension)
+            links.setdefault(here, set()).add(there)
+            links.setdefault(there, set()).add(here)
+    seen: set[Place] = {(latent, 0)}
+    todo = [(latent, 0)]
+    while todo:
+        for place in links.get(todo.pop(), ()):
+            if place not in seen:
+                seen.add(place)
+                todo.append(place)
+    found: dict[fx.Node, set[int]] = {}
+    for node, dimension in seen:
+        found.setdefault(node, set()).add(dimension)
+    for node, dimensions in found.items():
+        if len(dimensions) == 1:
+            node.meta["batch_dim"] = next(iter(dimensions))
+
+
+def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
+    """Pairs of dimensions that index the same thing: (dimension of ``node``, source, dimension of the source)."""
+    name = op_name(node)
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if is_attention(node):
+        for operand in (*attention_inputs(node), argument(node, 3, "attn_mask")):
+            if isinstance(operand, fx.Node) and shape_of(operand)[:1] == shape_of(node)[:1]:
+                yield 0, operand, 0
+    elif is_linear(node) and first is not None:
+        yield from ((i, first, i) for i in range(len(shape_of(first)) - 1))
+    elif name in ("conv1d", "conv2d", "conv3d"):
+        if first is not None:
+            yield 0, first, 0
+    elif name == "embedding":
+        if first is not None:
+            yield from ((i, first, i) for i in range(len(shape_of(first))))
+    elif name in ("layer_norm", "rms_norm") and first is not None:
+        normalised = len(argument(node, 1, "normalized_shape"))
+        yield from ((i, first, i) for i in range(len(shape_of(first)) - normalised))
+    elif name == "setitem" or mutated_argument(node) is not None:
+        yield from written_links(node)
+    elif name in ELEMENTWISE:
+        yield from aligned(shape_of(node), node, node.all_input_nodes)
+    elif name in ("cat", "concat", "concatenate"):
+        shape = shape_of(node)
+        axis = argument(node, 1, "dim", 0) % len(shape)
+        for operand in argument(node, 0, "tensors"):
+            yield from ((i, operand, i) for i in range(len(shape)) if i != axis)
+    elif name == "stack":
+        axis = argument(node, 1, "dim", 0) % len(shape_of(node))
+        for operand in argument(node, 0, "tensors"):
+            yield from ((i + (i >= axis), operand, i) for i in range(len(shape_of(operand))))
+    elif first is None:
+        return
+    elif name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
+        yield from ((out, first, into) for out, into in regrouped(shape_of(first), shape_of(node)))
+    elif name in ("transpose", "swapaxes"):
+        rank = len(shape_of(first))
+        one, two = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
+        swap = {one: two, two: one}
+        yield from ((i, first, swap.get(i, i)) for i in range(rank))
+    elif name == "permute":
+        order = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        rank = len(shape_of(first))
+        yield from ((i, first, int(source) % rank) for i, source in enumerate(order))  # type: ignore[call-overload]
+    elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
+        rank = len(shape_of(first))
+        axis = argument(node, 2, "dim", 0) % rank
+        yield from ((i, first, i) for i in range(rank) if i != axis)
+    elif name == "unbind":
+        rank = len(shape_of(first))
+        axis = argument(node, 1, "dim", 0) % rank
+        yield from ((i - (i > axis), first, i) for i in range(rank) if i != axis)
+    elif name == "getitem":
+        yield from taken(node, first)
+    elif name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile"):
+        yield from aligned(shape_of(node), node, [first])
+
+
+def aligned(shape: tuple[int, ...], node: fx.Node, operands: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, int]]:
+    """Links of operands that broadcast to ``shape``."""
+    for operand in operands:
+        theirs = shape_of(operand)
+        shift = len(shape) - len(theirs)
+        for i, size in enumerate(theirs):
+            if i + shift >= 0 and size == shape[i + shift]:
+                yield i + shift, operand, i
+
+
+def written_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
+    """Links of an in-place write: the written value's dimensions line up with those of the slice it goes to.
+
+    The write itself has no value of its own; its dimensions stand for the target's.
+    """
+    target = mutated_argument(node)
+    if target is None:
+        return
+    rank = len(shape_of(target))
+    yield from ((i, target, i) for i in range(rank))
+    value = node.args[-1]
+    if not isinstance(value, fx.Node) or value is target:
+        return
+    if op_name(node) == "setitem":
+        kept = [(out, into) for out, into in indexed(node.args[1], rank) if into is not None]
+        slots = 1 + max((out for out, _ in kept), default=-1)
+        shift = slots - len(shape_of(value))
+        for out, into in kept:
+            if 0 <= out - shift < len(shape_of(value)) and shape_of(value)[out - shift] == shape_of(target)[into]:
+                yield into, value, out - shift
+    else:
+        for out, operand, into in aligned(shape_of(target), node, [value]):
+            yield out, operand, into
+
+
+def regrouped(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Pairs (new dimension, old dimension) that are outermost in the same group of a reshape.
+
+    Dimensions of size one are left out: a batch that can be halved is never one of them.
+    """
+    old = [i for i, size in enumerate(before) if size != 1]
+    new = [j for j, size in enumerate(after) if size != 1]
+    while old and new:
+        outer = new[0], old[0]
+        left, right = before[old.pop(0)], after[new.pop(0)]
+        while left != right:
+            if left < right:
+                left *= before[old.pop(0)]
+            else:
+                right *= after[new.pop(0)]
+        yield outer
+
+
+def indexed(index: object, rank: int) -> list[tuple[int, int | None]]:
+    """Dimensions kept by basic indexing: (output dimension, source dimension or None for an added one).
+
+    A dimension that a slice cuts is kept but no longer the same extent; the caller compares sizes. Raises
+    :class:`BatchUnknown` for advanced indexing.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    named = sum(1 for item in items if item is not None and item is not Ellipsis)
+    if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
+        items.append(Ellipsis)
+    kept: list[tuple[int, int | None]] = []
+    out = source = 0
+    for item in items:
+        if item is None:
+            kept.append((out, None))
+            out += 1
+        elif item is Ellipsis:
+            for _ in range(rank - named):
+                kept.append((out, source))
+                out, source = out + 1, source + 1
+        elif isinstance(item, slice):
+            kept.append((out, source))
+            out, source = out + 1, source + 1
+        elif isinstance(item, int):
+            source += 1
+        else:
+            raise BatchUnknown(f"indexing with {item!r} is not a slice")
+    return kept
+
+
+def taken(node: fx.Node, first: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
+    """Links of ``getitem``: an element of a tuple-valued op, or a slice of a tensor."""
+    if tensor_of(first) is None:
+        yield from ((i, first, i) for i in range(len(shape_of(node))))
+        return
+    theirs, mine = shape_of(first), shape_of(node)
+    for out, source in indexed(node.args[1], len(theirs)):
+        if source is not None and out < len(mine) and theirs[source] == mine[out]:
+            yield out, first, source

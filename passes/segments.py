@@ -1,0 +1,175 @@
+"""Cut a graph into segments, so that a variant is compiled once per unique (block, decision).
+
+A segment is a run of consecutive nodes: either all nodes of one repeated block that holds sites (``blocks.3``), or
+the nodes between two such blocks. Segments run one after the other on a list of numbered values, so equal blocks that
+take equal decisions share one compiled function and differ in the values they are given.
+
+A cut that would part a region, or part an in-place write from the value it writes, is not made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from difa_compile.passes.graph import alias_root, block_path, module_path, mutated_argument, tensor_of
+from difa_compile.passes.site import Site
+from difa_compile.passes.variant import move_site
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a graph as a graph of its own.
+
+    ``inputs`` and ``outputs`` are value numbers, in the order of the module's placeholders and results. ``sites`` are
+    the sites inside, bound to the module's nodes; ``site_indices`` are their numbers among all rewritable sites.
+    ``structure`` is equal for segments that compute the same function of their inputs. ``last_use``: the inputs that no
+    later segment reads.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sites: tuple[Site, ...]
+    site_indices: tuple[int, ...]
+    structure: str
+    last_use: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph cut into segments. Values are numbered: the placeholders first, in order, then segment outputs.
+
+    ``results`` gives the graph's outputs as value numbers, or None where the graph returns None.
+    """
+
+    segments: tuple[Segment, ...]
+    values: int
+    results: tuple[int | None, ...]
+
+
+def split_at_blocks(module: fx.GraphModule, sites: Sequence[Site]) -> Split:
+    """Cut ``module`` around the repeated blocks that hold ``sites``."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    place = {node: i for i, node in enumerate(body)}
+    starts = cut_points(body, place, sites)
+    number = {node: i for i, node in enumerate(placeholders)}
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    pieces = [body[start:end] for start, end in zip(starts, [*starts[1:], len(body)], strict=True)]
+    segments = []
+    last_read: dict[int, int] = {}
+    for i, piece in enumerate(pieces):
+        built = build_segment(module, piece, sites, number, set(returned))
+        for value in built.inputs:
+            last_read[value] = i
+        segments.append(built)
+    kept = {number[node] for node in returned if isinstance(node, fx.Node)} | set(range(len(placeholders)))
+    finished = tuple(
+        Segment(
+            **{
+                **{name: getattr(segment, name) for name in Segment.__dataclass_fields__},
+                "last_use": tuple(v for v in segment.inputs if last_read[v] == i and v not in kept),
+            }
+        )
+        for i, segment in enumerate(segments)
+    )
+    results = tuple(number[node] if isinstance(node, fx.Node) else None for node in returned)
+    return Split(finished, len(number), results)
+
+
+def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[Site]) -> list[int]:
+    """Where segments start: ascending positions in ``body``, the first of them 0."""
+    starts = {0}
+    for site in sites:
+        block = block_path(site.path)
+        first = last = place[site.region.attention]
+        if block:
+            while first > 0 and block_path(module_path(body[first - 1])) == block:
+                first -= 1
+            while last + 1 < len(body) and block_path(module_path(body[last + 1])) == block:
+                last += 1
+            starts |= {first, last + 1}
+    forbidden: list[tuple[int, int]] = [
+        (place[site.region.interior[0]], place[site.region.interior[-1]]) for site in sites
+    ]
+    for node in body:
+        if mutated_argument(node) is not None and alias_root(node) in place:
+            forbidden.append((place[alias_root(node)], place[node]))
+    for node in body:
+        if tensor_of(node) is None:  # a tuple (split, chunk) stays with what takes it apart
+            users = [place[user] for user in node.users if user in place]
+            if users:
+                forbidden.append((place[node], max(users)))
+    return sorted(
+        start
+        for start in starts
+        if start < len(body) and not any(first < start <= last for first, last in forbidden)
+    )
+
+
+def build_segment(
+    module: fx.GraphModule,
+    piece: list[fx.Node],
+    sites: Sequence[Site],
+    number: dict[fx.Node, int],
+    returned: set[object],
+) -> Segment:
+    """Copy one piece into a graph of its own and number its outputs."""
+    inside = set(piece)
+    inputs = list(dict.fromkeys(source for node in piece for source in node.all_input_nodes if source not in inside))
+    outputs = [node for node in piece if node in returned or any(user not in inside for user in node.users)]
+    outputs = [node for node in outputs if node in returned or any(u.op != "output" and u not in inside for u in node.users)]
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        fresh = graph.placeholder(f"value_{i}")
+        fresh.meta = dict(node.meta)
+        fresh._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+        mapping[node] = fresh
+    for node in piece:
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.output(tuple(mapping[node] for node in outputs))
+    built = fx.GraphModule(module, graph)
+    for node in outputs:
+        number[node] = len(number)
+    here = [(i, site) for i, site in enumerate(sites) if site.region.attention in inside]
+    return Segment(
+        module=built,
+        inputs=tuple(number[node] for node in inputs),
+        outputs=tuple(number[node] for node in outputs),
+        sites=tuple(move_site(site, mapping) for _, site in here),
+        site_indices=tuple(i for i, _ in here),
+        structure=structure_of(built),
+        last_use=(),
+    )
+
+
+def structure_of(module: fx.GraphModule) -> str:
+    """A digest of what a graph computes: ops, arguments and input shapes, without names or module paths.
+
+    Graphs with attributes of their own (constants) are only equal to themselves.
+    """
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for i, node in enumerate(module.graph.nodes):
+        names[node] = f"%{i}"
+        value = tensor_of(node)
+        if node.op == "placeholder":
+            text = "input"
+        elif node.op == "get_attr":
+            text = f"attribute {id(module)} {node.target}"
+        else:
+            target = node.target if isinstance(node.target, str) else torch.typename(node.target) + repr(node.target)
+            args = fx.map_arg((node.args, node.kwargs), lambda n: fx.immutable_collections.immutable_list([names[n]]))
+            text = f"{node.op} {target} {args}"
+        if value is not None:
+            strides = tuple(value.stride()) if value.layout is torch.strided else ()
+            text += f" {tuple(value.shape)} {strides} {value.dtype} {value.device} {value.requires_grad}"
+        lines.append(text)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

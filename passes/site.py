@@ -1,0 +1,72 @@
+"""Sites: the attention calls of a graph, the regions around them, and what is known about each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import fx
+
+from difa_compile.layout import Layout
+from difa_compile.plan_data import SiteInfo
+
+
+class SiteKind(StrEnum):
+    """Where queries and keys come from."""
+
+    SELF = "self"
+    """One stream: queries, keys and values are projections of the same tokens."""
+    JOINT = "joint"
+    """Several streams, all in queries, keys and values alike (MMDiT: image and text)."""
+    CROSS = "cross"
+    """Keys from elsewhere than the queries (text conditioning); left alone."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of a site: what reuse skips.
+
+    ``interior`` holds every node from the q/k/v projections to ``outputs`` (after the output projection where it
+    belongs to the attention module), closed under in-place writes. ``inputs`` are values from outside that it reads.
+    """
+
+    attention: fx.Node
+    interior: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of a graph.
+
+    ``query_shape`` and ``key_shape`` are (batch, heads, tokens, head_dim). ``mask`` says whether the call carries an
+    attention mask (``"none"``, ``"mask"`` or ``"causal"``). ``width`` is the input width of the query projection.
+    ``layout`` is None where the graph does not show it; ``layout_reason`` then says why.
+    """
+
+    path: str
+    kind: SiteKind
+    query_shape: tuple[int, int, int, int]
+    key_shape: tuple[int, int, int, int]
+    scale: float | None
+    mask: str
+    width: int
+    layout: Layout | None
+    layout_reason: str
+    region: Region
+
+    @property
+    def tokens(self) -> int:
+        return self.query_shape[2]
+
+    @property
+    def info(self) -> SiteInfo:
+        """What a plan records about this site."""
+        _, heads, tokens, head_dim = self.query_shape
+        return SiteInfo(self.path, str(self.kind), heads, head_dim, tokens, self.width, self.layout)
+
+    @property
+    def rewritable(self) -> bool:
+        """Whether a plan can act on this site at all: self- and joint attention of the denoised stream."""
+        return self.kind is not SiteKind.CROSS

@@ -1,0 +1,51 @@
+"""Turn a graph captured with symbolic sizes into one with plain numbers.
+
+Dynamo makes a size symbolic when it changes from call to call (``dynamic=None`` and a second batch size). A plan is for
+one grid, and every shape gets a capture of its own, so symbolic sizes are fixed to this call's values. Reading the
+value of a symbol makes Dynamo guard on it: another size leads to another capture, never to a wrong answer.
+
+Before: ``view(x, s0, -1, 64)`` with ``s0`` an input. After: ``view(x, 2, -1, 64)``; the input stays, unused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+
+def specialize(module: fx.GraphModule) -> int:
+    """Replace symbolic integers by their values, in place. Returns how many nodes were replaced."""
+    replaced = 0
+    for node in list(module.graph.nodes):
+        value = node.meta.get("example_value")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "output":
+            constant: int | float | bool
+            if isinstance(value, torch.SymInt):
+                constant = int(value)
+            elif isinstance(value, torch.SymFloat):
+                constant = float(value)
+            else:
+                constant = bool(value)
+            replace_by_constant(node, constant)
+            replaced += 1
+        elif isinstance(value, torch.Tensor):
+            for size in (*value.shape, *(value.stride() if value.layout is torch.strided else ())):
+                int(size)  # guards on sizes that no node of its own stands for
+    if replaced:
+        for node in reversed(list(module.graph.nodes)):
+            if node.op in ("call_function", "call_method") and not node.users and is_symbolic(node):
+                module.graph.erase_node(node)
+        module.recompile()
+    return replaced
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
+
+
+def replace_by_constant(node: fx.Node, constant: int | float | bool) -> None:
+    """Write ``constant`` wherever ``node`` is an argument."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: constant if n is node else n)  # type: ignore[arg-type,return-value]
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: constant if n is node else n)  # type: ignore[arg-type,return-value]

@@ -1,0 +1,169 @@
+"""What a rewrite works on: a copy of a graph, its annotated sites, and the caches it reads and writes.
+
+A variant is a pure function: inputs and caches in, outputs and caches out. Passes are functions
+``(variant, context) -> None`` that act on the sites whose role concerns them.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from difa_compile.passes.graph import tensor_of
+from difa_compile.passes.site import Region, Site
+from difa_compile.schedule import Role
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know beside the graph. ``conditional_half``: 0 or 1, None where the batch holds no CFG halves."""
+
+    conditional_half: int | None = None
+
+
+def output_cache(site: str, index: int) -> str:
+    """Name of the cache of a region's ``index``-th output."""
+    return f"cache.{site}.output.{index}"
+
+
+def residual_cache(site: str) -> str:
+    """Name of the cache of ``full - window`` at a site."""
+    return f"cache.{site}.residual"
+
+
+@dataclass
+class Target:
+    """A site in a variant while it is rewritten: the nodes that stand for its attention and outputs now."""
+
+    site: Site
+    role: Role
+    attention: fx.Node
+    outputs: list[fx.Node]
+    halved: bool = False
+
+
+@dataclass
+class Variant:
+    """A graph being rewritten. ``cache_inputs`` and ``cache_outputs`` are in placeholder and output order."""
+
+    module: fx.GraphModule
+    targets: list[Target]
+    cache_inputs: dict[str, fx.Node] = field(default_factory=dict)
+    cache_outputs: dict[str, fx.Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def read_cache(self, name: str, like: fx.Node) -> fx.Node:
+        """A placeholder for cache ``name``, shaped like ``like`` and contiguous."""
+        if name not in self.cache_inputs:
+            last = [node for node in self.graph.nodes if node.op == "placeholder"]
+            first_op = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(first_op):
+                node = self.graph.placeholder(f"cache_{len(self.cache_inputs)}")
+            value = tensor_of(like)
+            assert value is not None
+            with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():  # type: ignore[attr-defined]
+                node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            node.meta["difa_cache"] = name
+            self.cache_inputs[name] = node
+        return self.cache_inputs[name]
+
+    def write_cache(self, name: str, value: fx.Node) -> None:
+        """Return ``value`` as cache ``name``, contiguous."""
+        self.cache_outputs[name] = self.call_after(value, "contiguous", (value,))
+
+    def call_after(self, place: fx.Node, target: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """Insert a call behind ``place`` with its fake value; a string names a method."""
+        with self.graph.inserting_after(place):
+            make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
+            node = make(target, args, kwargs or {})  # type: ignore[operator]
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in place.meta:
+                node.meta[key] = place.meta[key]
+        refresh(node)
+        return node
+
+    def finish(self) -> fx.GraphModule:
+        """Append the written caches to the outputs and check the graph."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        values = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+        output.args = ((*values, *self.cache_outputs.values()),)
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+
+def start_variant(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role]) -> Variant:
+    """Copy a graph and bind each site, in order, to its role."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, mapping)
+    original = next(node for node in module.graph.nodes if node.op == "output")
+    graph.output(output).meta = copy.copy(original.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    fresh = fx.GraphModule(module, graph)
+    fresh.meta = dict(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        fresh._param_name_to_source = module._param_name_to_source
+    targets = []
+    for site, role in zip(sites, roles, strict=True):
+        moved = move_site(site, mapping)
+        targets.append(Target(moved, role, moved.region.attention, list(moved.region.outputs)))
+    return Variant(fresh, targets)
+
+
+def move_site(site: Site, mapping: dict[fx.Node, fx.Node]) -> Site:
+    """The same site in a copied graph."""
+    region = site.region
+    return Site(
+        **{
+            **{name: getattr(site, name) for name in Site.__dataclass_fields__},
+            "region": Region(
+                mapping[region.attention],
+                tuple(mapping[node] for node in region.interior),
+                tuple(mapping[node] for node in region.inputs),
+                tuple(mapping[node] for node in region.outputs),
+            ),
+        }
+    )
+
+
+def refresh(node: fx.Node) -> None:
+    """Recompute a node's fake value from its arguments' fake values. Raises what the op raises on a wrong shape."""
+
+    def value_of(argument: fx.Node) -> object:
+        return argument.meta.get("example_value", argument.meta.get("val"))
+
+    args = fx.map_arg(node.args, value_of)
+    kwargs = fx.map_arg(node.kwargs, value_of)
+    fake_mode = next((v.fake_mode for v in _tensors((args, kwargs)) if hasattr(v, "fake_mode")), None)
+    with torch.no_grad(), fake_mode if fake_mode is not None else torch.no_grad():
+        if node.op == "call_method":
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.target is operator.setitem:
+            args[0].clone()[args[1]] = args[2]
+            value = None
+        else:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta["example_value"] = value
+
+
+def _tensors(value: object) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return []
