@@ -1,0 +1,141 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="difa", options={"plan": plan})``.
+
+Dynamo hands over the whole model as one graph per input shape. Without a plan the graph goes to inductor as it is.
+With one it becomes a :class:`~difa_compile.capture.Capture`, and what is returned to Dynamo is a plain function that asks
+the active run which step it is; Dynamo sees nothing of that, so switching variants never recompiles.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from difa_compile.capture import Capture, Compiler
+from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
+from difa_compile.layout import Layout
+from difa_compile.plan import Plan
+from difa_compile.run import active_run, call_without_run
+
+OPTIONS = ("plan", "strict", "layout", "cfg", "inner")
+
+
+def difa(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph according to a plan.
+
+    Options:
+        plan: a :class:`~difa_compile.plan.Plan` or the path of one; None compiles the graph as inductor does, but lets
+            calibration drive it.
+        strict: a decision that can't be carried out is a :class:`SiteSkippedError` instead of a record.
+        layout: the :class:`Layout` of the attention sequence, for models whose graph does not show it.
+        cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional; the plan's own by default.
+        inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
+
+    Errors of this package that show at compile time are raised by the call that triggered it, as themselves.
+    """
+    chosen = dict(options or {})
+    try:
+        unknown = sorted(set(chosen) - set(OPTIONS))
+        if unknown or mode is not None:
+            what = f"option {unknown[0]!r}" if unknown else f"mode={mode!r}"
+            raise DecisionError(f"backend difa does not know {what}; its options are {', '.join(OPTIONS)}")
+        if "plan" not in chosen:
+            return inductor(module, example_inputs)
+        return planned(module, example_inputs, chosen)
+    except DifaError as error:
+        return raiser(error)
+
+
+def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    plan = options["plan"]
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        raise DecisionError(f"option plan is a {type(plan).__name__}; give a Plan, the path of one, or None")
+    layout = options.get("layout")
+    if layout is not None and not isinstance(layout, Layout):
+        raise LayoutError(f"option layout is {layout!r}; give a difa_compile.Layout")
+    if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs):
+        raise RunError(
+            "a model compiled with a plan was called with gradients enabled; plans are for inference: call it under "
+            "torch.no_grad()"
+        )
+    half = (options.get("cfg") or {}).get("conditional_half")
+    if half is None and plan is not None:
+        half = plan.settings.conditional_half
+    if half not in (None, 0, 1):
+        raise DecisionError(f"conditional_half is {half!r}; give 0 (first half) or 1 (second half)")
+    compiler = compiler_named(options.get("inner", "inductor"))
+    capture = Capture(
+        module,
+        example_inputs,
+        compiler,
+        plan=plan,
+        layout=layout,
+        conditional_half=half,
+        strict=bool(options.get("strict", False)),
+    )
+
+    def run_captured(*args: Any) -> list[Any]:
+        run = active_run(capture)
+        if run is None:
+            return call_without_run(capture, list(args))
+        return run.call(capture, list(args))
+
+    return run_captured
+
+
+def compiler_named(name: str) -> Compiler:
+    """The inner compiler by name. Raises :class:`DecisionError`."""
+    if name == "inductor":
+        return inductor
+    if name == "eager":
+        return eager
+    raise DecisionError(f"inner compiler {name!r} is unknown; choose inductor or eager")
+
+
+def inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph with inductor, on a copy that keeps what marks its parameters as static."""
+    from torch._inductor.compile_fx import compile_fx
+
+    if torch._guards.TracingContext.try_get() is not None:
+        return compile_fx(module, list(example_inputs))  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return compile_fx(copy_graph(module), list(example_inputs))  # type: ignore[no-any-return]
+
+
+def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run a graph as it is, for debugging and for exact comparisons."""
+    del example_inputs
+    return module.forward  # type: ignore[no-any-return]
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that inductor may change; the plain copy of a Dynamo graph would forget which inputs are parameters."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    fresh = fx.GraphModule(module, graph)
+    fresh.meta = copy.copy(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        fresh._param_name_to_source = module._param_name_to_source
+    return fresh
+
+
+def raiser(error: DifaError) -> Callable[..., Any]:
+    """A compiled function that raises ``error``: Dynamo would wrap one raised while compiling."""
+
+    def raise_error(*_: Any) -> Any:
+        raise error.with_traceback(None)
+
+    return raise_error

@@ -1,0 +1,308 @@
+"""A captured graph that can be run with any row of decisions.
+
+One Dynamo capture of a model becomes one :class:`Capture`: its sites, what can't be done at which site and why, and the
+segments (:mod:`difa_compile.passes.segments`) whose variants are rewritten and compiled when first needed, once per
+unique (segment structure, roles).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from difa_compile.decision import FULL, Decision, Kind
+from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
+from difa_compile.layout import Layout
+from difa_compile.passes.batch import annotate_batch
+from difa_compile.passes.find_attention import find_attention, latent_input
+from difa_compile.passes.layouts import packed_grid
+from difa_compile.passes.pipeline import rewrite
+from difa_compile.passes.segments import Segment, split_at_blocks
+from difa_compile.passes.share_cfg import why_not_shared
+from difa_compile.passes.site import Site
+from difa_compile.passes.specialize import specialize
+from difa_compile.passes.variant import Context
+from difa_compile.passes.verify import why_not_proved
+from difa_compile.passes.window import why_not_window
+from difa_compile.plan import Plan
+from difa_compile.schedule import FULL_ROLE, Role
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""Turns a graph and example inputs into a function of the same inputs that returns a list or tuple."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of a decision at a site: ``outcome`` is ``"rewritten"``, ``"full"`` (as decided) or ``"skipped"``."""
+
+    site: str
+    decision: str
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A point in the execution of a capture: the values so far, the next segment, the caches written.
+
+    Never changed in place, so that one state can be continued in several ways.
+    """
+
+    values: tuple[Any, ...]
+    position: int
+    caches_out: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled variant of a segment. Caches are (site within the segment, rest of the name): names without the site,
+    so that equal blocks share it."""
+
+    run: Callable[..., Any]
+    cache_inputs: tuple[tuple[int, str], ...]
+    cache_outputs: tuple[tuple[int, str], ...]
+
+
+class Capture:
+    """One captured graph of a model.
+
+    Attributes:
+        sites: the sites a plan can act on (self- and joint attention), in execution order.
+        all_sites: these and the cross-attention sites.
+        plan: the plan it was compiled for, or None.
+        compiled_variants: how many segment variants have been compiled so far.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        compiler: Compiler,
+        *,
+        plan: Plan | None = None,
+        layout: Layout | None = None,
+        conditional_half: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        specialize(module)
+        self.module = module
+        self.plan = plan
+        self.compiled_variants = 0
+        self._compiler = compiler
+        self._context = Context(conditional_half)
+        self._compiled: dict[tuple[str, tuple[Role, ...]], Compiled] = {}
+        self._reasons: dict[tuple[int, Decision], str | None] = {}
+        self._whole: Callable[..., Any] | None = None
+        self._lock = threading.RLock()
+        self._parameter = first_parameter(example_inputs)
+        latent = latent_input(module.graph)
+        annotate_batch(module.graph, latent)
+        tokens = max((int(s) for v in example_inputs if isinstance(v, Tensor) for s in v.shape), default=0)
+        self.all_sites = find_attention(module, layout=layout, grid=packed_grid(example_inputs, tokens))
+        self.sites = tuple(site for site in self.all_sites if site.rewritable)
+        if not self.sites:
+            raise NoAttentionError(
+                f"the graph has {len(self.all_sites)} attention calls, none of them self- or joint attention of the "
+                "denoised tokens through scaled_dot_product_attention; there is nothing a plan could change"
+            )
+        self.split = split_at_blocks(module, self.sites)
+        self._segment_of = {
+            index: i for i, segment in enumerate(self.split.segments) for index in segment.site_indices
+        }
+        self._proofs = self._prove(example_inputs)
+        self.records: tuple[Record, ...] = ()
+        if plan is not None:
+            plan.validate(sites=[site.info for site in self.sites])
+            self.records = self._record(plan)
+            skipped = [record for record in self.records if record.outcome == "skipped"]
+            if strict and skipped:
+                first = skipped[0]
+                raise SiteSkippedError(
+                    f"{first.site}: {first.decision} can't be carried out: {first.reason} ({len(skipped)} such decisions "
+                    "in all). Take the decision out of the plan, or compile with strict=False to leave these sites full"
+                )
+
+    # --- what can be done --------------------------------------------------------------------------------------------
+
+    def why_not(self, site_index: int, decision: Decision) -> str | None:
+        """The reason why ``decision`` can't be carried out at a site, or None.
+
+        CFG sharing is judged for a batched call; across two calls it is reuse within the step.
+        """
+        key = (site_index, decision)
+        if key not in self._reasons:
+            self._reasons[key] = self._why_not(site_index, decision)
+        return self._reasons[key]
+
+    def _why_not(self, site_index: int, decision: Decision) -> str | None:
+        segment = self.split.segments[self._segment_of[site_index]]
+        site = segment.sites[segment.site_indices.index(site_index)]
+        if decision.kind is not Kind.FULL and self._proofs.get(site_index):
+            return self._proofs[site_index]
+        if decision.window is not None:
+            reason = why_not_window(site)
+            if reason is not None:
+                return reason
+        if decision.cfg_shared and not self._two_call:
+            role = Role(FULL)
+            return why_not_shared(segment.module, site, role, self._context)
+        return None
+
+    @property
+    def _two_call(self) -> bool:
+        return self.plan is not None and self.plan.settings.guidance == "two-call"
+
+    def effective(self, site_index: int, decision: Decision) -> Decision:
+        """The decision itself, or full where it can't be carried out."""
+        return decision if self.why_not(site_index, decision) is None else FULL
+
+    def _record(self, plan: Plan) -> tuple[Record, ...]:
+        records = []
+        for index, site in enumerate(self.sites):
+            for decision in dict.fromkeys(row[index] for row in plan.decisions):
+                reason = self.why_not(index, decision)
+                outcome = "skipped" if reason else "full" if decision == FULL else "rewritten"
+                records.append(Record(site.path, str(decision), outcome, reason or ""))
+        return tuple(records)
+
+    def _prove(self, example_inputs: Sequence[Any]) -> dict[int, str]:
+        """Run every kind of segment once on real values and let its regions prove themselves.
+
+        Returns the reasons of the sites that could not.
+        """
+        failures: dict[int, str] = {}
+        proved: dict[str, tuple[str | None, ...]] = {}
+        values: list[Any] = [*example_inputs, *[None] * (self.split.values - len(example_inputs))]
+        with torch.no_grad():
+            for segment in self.split.segments:
+                inputs = [values[i] for i in segment.inputs]
+                if segment.sites:
+                    if segment.structure not in proved:
+                        proved[segment.structure] = tuple(
+                            why_not_proved(segment.module, segment.sites, i, inputs, self._context)
+                            for i in range(len(segment.sites))
+                        )
+                    for index, reason in zip(segment.site_indices, proved[segment.structure], strict=True):
+                        if reason is not None:
+                            failures[index] = reason
+                if len(proved) == len({s.structure for s in self.split.segments if s.sites}):
+                    break
+                results = segment.module(*inputs)
+                for number, value in zip(segment.outputs, results, strict=True):
+                    values[number] = value
+                for number in segment.last_use:
+                    values[number] = None
+        return failures
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def full(self, args: Sequence[Any]) -> list[Any]:
+        """The unmodified graph, compiled whole."""
+        if self._whole is None:
+            with self._lock:
+                if self._whole is None:
+                    self._whole = self._compiler(self.module, args)
+        return list(self._whole(*args))
+
+    def begin(self, args: Sequence[Any]) -> State:
+        """The state before the first segment. ``args``: the graph's inputs, parameters included, in order."""
+        return State((*args, *[None] * (self.split.values - len(args))), 0)
+
+    def advance(
+        self, state: State, roles: Sequence[Role], caches: Mapping[str, Tensor], *, stop: int | None = None
+    ) -> State:
+        """Run on from ``state`` with one role per site, to the end or up to the segment that holds site ``stop``.
+
+        ``caches`` are read by name; those written are in the result's ``caches_out``. ``state`` stays as it was.
+        """
+        if len(roles) != len(self.sites):
+            raise PlanMismatchError(f"{len(roles)} roles were given for {len(self.sites)} sites")
+        end = len(self.split.segments) if stop is None else self._segment_of[stop]
+        values = list(state.values)
+        written = dict(state.caches_out)
+        for segment in self.split.segments[state.position : end]:
+            inputs = [values[i] for i in segment.inputs]
+            paths = [self.sites[i].path for i in segment.site_indices]
+            variant = self._variant(segment, tuple(roles[i] for i in segment.site_indices), inputs, paths, caches)
+            read = [caches[f"cache.{paths[i]}.{rest}"] for i, rest in variant.cache_inputs]
+            results = variant.run(*inputs, *read)
+            for number, value in zip(segment.outputs, results, strict=False):
+                values[number] = value
+            for (i, rest), value in zip(variant.cache_outputs, results[len(segment.outputs) :], strict=True):
+                written[f"cache.{paths[i]}.{rest}"] = value
+            for number in segment.last_use:
+                values[number] = None
+        return State(tuple(values), max(end, state.position), written)
+
+    def outputs(self, state: State) -> list[Any]:
+        """The graph's outputs, once a state is at the end."""
+        return [None if number is None else state.values[number] for number in self.split.results]
+
+    def execute(
+        self, args: Sequence[Any], roles: Sequence[Role], caches: Mapping[str, Tensor]
+    ) -> tuple[list[Any], Mapping[str, Tensor]]:
+        """Outputs and written caches of one call with one role per site."""
+        if all(role == FULL_ROLE for role in roles):
+            return self.full(args), {}
+        state = self.advance(self.begin(args), roles, caches)
+        return self.outputs(state), state.caches_out
+
+    def _variant(
+        self,
+        segment: Segment,
+        roles: tuple[Role, ...],
+        inputs: Sequence[Any],
+        paths: Sequence[str],
+        caches: Mapping[str, Tensor],
+    ) -> Compiled:
+        key = (segment.structure, roles)
+        found = self._compiled.get(key)
+        if found is None:
+            with self._lock:
+                found = self._compiled.get(key)
+                if found is None:
+                    found = self._compiled[key] = self._build(segment, roles, inputs, paths, caches)
+        return found
+
+    def _build(
+        self,
+        segment: Segment,
+        roles: tuple[Role, ...],
+        inputs: Sequence[Any],
+        paths: Sequence[str],
+        caches: Mapping[str, Tensor],
+    ) -> Compiled:
+        rewritten = rewrite(segment.module, segment.sites, roles, self._context)
+        names = [site.path for site in segment.sites]
+
+        def relative(name: str) -> tuple[int, str]:
+            for i, path in enumerate(names):
+                prefix = f"cache.{path}."
+                if name.startswith(prefix) and name[len(prefix) :].split(".")[0] in ("output", "residual"):
+                    return i, name[len(prefix) :]
+            raise AssertionError(name)
+
+        reads = tuple(relative(name) for name in rewritten.cache_inputs)
+        read = [caches[f"cache.{paths[i]}.{rest}"] for i, rest in reads]
+        run = self._compiler(rewritten.module, [*inputs, *read])
+        self.compiled_variants += 1
+        return Compiled(run, reads, tuple(relative(name) for name in rewritten.cache_outputs))
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """A parameter of the captured model, by which a run recognises its own; None once it is gone."""
+        return None if self._parameter is None else self._parameter()
+
+
+def first_parameter(inputs: Sequence[Any]) -> weakref.ref[Tensor] | None:
+    """A weak reference to the first parameter among a graph's inputs."""
+    for value in inputs:
+        if isinstance(value, torch.nn.Parameter):
+            return weakref.ref(value)
+    return None

@@ -1,0 +1,136 @@
+"""Look into a model without changing it: which attention sites it has, where their tokens stand, what can't be done."""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from difa_compile.backend import eager
+from difa_compile.capture import Capture, Record
+from difa_compile.decision import Decision, Kind, Window, WindowShape
+from difa_compile.errors import DifaError, NoAttentionError
+from difa_compile.layout import Layout
+from difa_compile.passes.site import Site
+from difa_compile.plan_data import SiteInfo
+
+
+@dataclass(frozen=True)
+class ModelInspection:
+    """What was found in a model.
+
+    ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
+    on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
+    ``graphs``: how many graphs Dynamo made; one is the rule.
+    """
+
+    model: nn.Module
+    sites: tuple[Site, ...]
+    site_infos: tuple[SiteInfo, ...]
+    records: tuple[Record, ...]
+    graphs: int
+
+
+class _Stop(Exception):
+    """Raised inside a pipeline once the transformer's arguments are known."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.call_args = args
+        self.call_kwargs = kwargs
+
+
+def inspect_model(
+    model_or_pipe: Any, inputs: Mapping[str, Any] | None = None, *, layout: Layout | None = None
+) -> ModelInspection:
+    """Capture a model once and report its attention sites.
+
+    Args:
+        model_or_pipe: a diffusers pipeline with a transformer, or a module.
+        inputs: keyword arguments of one call of the pipeline or the module; by default the smallest call that can be
+            made up from the pipeline's signature or the model's config.
+        layout: the token layout, where the graph does not show it.
+
+    Raises:
+        NoAttentionError: the model has no attention that a plan could act on.
+        UnsupportedPipelineError, ModelLoadError: no transformer, or no inputs could be made up for it.
+    """
+    from difa_compile.example_inputs import example_inputs, pipeline_inputs
+    from difa_compile.pipeline import find_transformer
+
+    name, model = find_transformer(model_or_pipe)
+    args: tuple[Any, ...] = ()
+    if name:
+        args, kwargs = first_call(model_or_pipe, model, inputs if inputs is not None else pipeline_inputs(model_or_pipe))
+    else:
+        kwargs = dict(inputs) if inputs is not None else example_inputs(model)
+    parameters = signatures.signature(model.forward).parameters
+    if "return_dict" in parameters:
+        kwargs = {**kwargs, "return_dict": False}
+    captures: list[Capture] = []
+    failures: list[DifaError] = []
+    graphs = 0
+
+    def collect(module: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        try:
+            captures.append(Capture(module, example, eager, layout=layout))
+        except DifaError as error:
+            failures.append(error)
+        return module.forward  # type: ignore[no-any-return]
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=collect, dynamic=False)(*args, **kwargs)
+    finally:
+        model.train(training)
+    sites = tuple(site for capture in captures for site in capture.all_sites)
+    if not captures:
+        detail = f": {failures[0]}" if failures else ""
+        raise NoAttentionError(
+            f"{type(model).__name__} has no attention that a plan could act on{detail}. Plans work on models whose self- "
+            "or joint attention goes through torch's scaled_dot_product_attention"
+        )
+    records = tuple(record for capture in captures for record in limits(capture))
+    infos = tuple(site.info for capture in captures for site in capture.sites)
+    return ModelInspection(model, sites, infos, records, graphs)
+
+
+def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a pipeline first calls its transformer; the pipeline is stopped there."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Stop(args, kwargs)
+
+    call = dict(inputs)
+    if "num_inference_steps" in signatures.signature(type(pipe).__call__).parameters:
+        call.setdefault("num_inference_steps", 2)
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        pipe(**call)
+    except _Stop as found:
+        return found.call_args, dict(found.call_kwargs)
+    finally:
+        handle.remove()
+    raise NoAttentionError(f"{type(pipe).__name__} returned without calling its transformer")
+
+
+def limits(capture: Capture) -> tuple[Record, ...]:
+    """What can't be done at the sites of a capture, whatever the plan."""
+    records = []
+    for site in capture.all_sites:
+        if not site.rewritable:
+            records.append(Record(site.path, "any", "skipped", "cross-attention is left alone"))
+    for index, site in enumerate(capture.sites):
+        for decision in (Decision(Kind.REUSE), Decision(Kind.WINDOW, Window(WindowShape.BAND, 1))):
+            reason = capture.why_not(index, decision)
+            if reason is not None:
+                records.append(Record(site.path, str(decision.kind), "skipped", reason))
+    return tuple(records)

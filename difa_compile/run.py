@@ -1,0 +1,257 @@
+"""Runs: one pass through the sampling schedule. The current step, the CFG branch and the caches live here, nowhere else.
+
+    with difa_compile.sampling(model, steps=50) as run:
+        for i, t in enumerate(timesteps):
+            run.step(i)
+            noise = compiled_model(latents, t)
+
+A run is active in the thread (context) that opened it. Compiled code asks for the innermost active run of its model;
+without one it computes in full.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from difa_compile.decision import Decision, Kind
+from difa_compile.errors import RunError, ScheduleError
+from difa_compile.schedule import Promotion, Role, assign_roles, check_progress, check_steps, take_rows
+
+if TYPE_CHECKING:
+    from difa_compile.capture import Capture
+
+Roles = tuple[tuple[Role, ...], ...]
+
+_active: ContextVar[tuple[Run, ...]] = ContextVar("difa_compile_runs", default=())
+
+
+@contextmanager
+def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None = None) -> Iterator[Run]:
+    """Open a run over ``steps`` model calls per CFG branch; it ends, and its caches go, when the block is left.
+
+    ``progress``: the normalised timestep of each step, falling from 1 to 0, by which a plan made for another schedule is
+    resolved; by default the plan's own spacing. ``model``: the module itself or what ``torch.compile`` made of it.
+
+    Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress.
+    """
+    run = Run(model, steps, progress=progress)
+    token = run.activate()
+    try:
+        yield run
+    finally:
+        run.deactivate(token)
+        run.reset()
+
+
+def active_run(capture: Capture) -> Run | None:
+    """The innermost active run of the model that ``capture`` was made from, in this thread."""
+    for run in reversed(_active.get()):
+        if run.owns(capture):
+            return run
+    return None
+
+
+def is_sampled(model: nn.Module) -> bool:
+    """Whether a run of ``model`` is active in this thread."""
+    return any(run.model is model for run in _active.get())
+
+
+class Run:
+    """One pass through a schedule.
+
+    ``index`` is the current step, ``current_branch`` the CFG branch ("cond", "uncond", None in a batched call).
+    ``promotions``: decisions made full because the step that would fill their cache is not in this schedule.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, *, progress: Sequence[float] | None = None) -> None:
+        check_steps(steps)
+        self.model = getattr(model, "_orig_mod", model)
+        self.steps = steps
+        self.progress = None if progress is None else check_progress(progress)
+        if self.progress is not None and len(self.progress) != steps:
+            raise ScheduleError(f"{steps} steps were announced, but progress has {len(self.progress)} values")
+        self.index = 0
+        self.current_branch: str | None = None
+        self.peak_cache_bytes = 0
+        self.promotions: tuple[Promotion, ...] = ()
+        self._parameters = {id(parameter) for parameter in self.model.parameters()}
+        self._sessions: dict[int, tuple[Capture, Session]] = {}
+
+    def step(self, index: int) -> None:
+        """Go to step ``index`` (from 0). Steps are taken in order; going back starts over with empty caches.
+
+        Raises :class:`ScheduleError` outside the announced steps or if a step is left out.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.steps:
+            raise ScheduleError(f"step {index!r} is outside the {self.steps} steps of this run (0 to {self.steps - 1})")
+        if index < self.index:
+            self.reset()
+        elif self._sessions and index > self.index + 1:
+            raise ScheduleError(
+                f"step {index} follows step {self.index}: {index - self.index - 1} steps were left out, and what they "
+                "would have cached is missing; announce the steps you take, or start a new run"
+            )
+        self.index = index
+
+    def branch(self, name: str | None) -> None:
+        """Say which CFG branch the next calls compute, where it is two calls per step; None for a batched call."""
+        self.current_branch = name
+
+    def reset(self) -> None:
+        """Forget all caches and go back to the start."""
+        self._sessions.clear()
+        self.index = 0
+        self.current_branch = None
+
+    def activate(self) -> Token[tuple[Run, ...]]:
+        """Make this the innermost active run of the thread; give the token to :meth:`deactivate`."""
+        return _active.set((*_active.get(), self))
+
+    def deactivate(self, token: Token[tuple[Run, ...]]) -> None:
+        _active.reset(token)
+
+    def owns(self, capture: Capture) -> bool:
+        """Whether ``capture`` is a graph of this run's model."""
+        parameter = capture.parameter
+        return parameter is None or id(parameter) in self._parameters
+
+    def cache_bytes(self) -> int:
+        """Bytes of all caches held now, each tensor counted once."""
+        held = {
+            tensor.data_ptr(): tensor.numel() * tensor.element_size()
+            for _, session in self._sessions.values()
+            for caches in session.caches.values()
+            for tensor in caches.values()
+        }
+        return sum(held.values())
+
+    def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        """Execute one model call at the current step; what compiled code calls."""
+        if capture.plan is None:
+            return capture.full(args)
+        if id(capture) not in self._sessions:
+            session = Session(capture, self.steps, self.progress, self.index)
+            self._sessions[id(capture)] = (capture, session)
+            self.promotions = session.promotions
+        session = self._sessions[id(capture)][1]
+        outputs = session.call(args, self.index, self.current_branch)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
+        return outputs
+
+
+class Session:
+    """The part of a run that belongs to one capture: the plan resolved onto the schedule, and the caches per branch."""
+
+    def __init__(self, capture: Capture, steps: int, progress: Sequence[float] | None, first: int) -> None:
+        plan = capture.plan
+        assert plan is not None
+        self.capture = capture
+        self.first = first
+        self.two_call = plan.settings.guidance == "two-call"
+        resolved = plan.resolve(steps, progress=progress)
+        rows, self.promotions = resolved.rows, resolved.promotions
+        if first:  # the schedule is entered in its middle: what earlier steps would have cached is not there
+            rows, self.promotions = take_rows(plan.decisions, resolved.source_steps[first:])
+        self.rows = tuple(
+            tuple(capture.effective(site, decision) for site, decision in enumerate(row)) for row in rows
+        )
+        self.roles = assign_roles(self.rows)
+        self.caches: dict[str | None, dict[str, Tensor]] = {}
+        self._last: dict[str | None, int] = {}
+
+    def call(self, args: list[Any], index: int, branch: str | None) -> list[Any]:
+        step = index - self.first
+        roles = self.roles[step]
+        caches = self.caches.setdefault(branch, {})
+        shared = [role.decision.cfg_shared for role in roles]
+        if self.two_call and any(shared):
+            if branch is None:
+                raise RunError(
+                    f"step {index} shares the CFG halves across two calls, but the run does not know which call this is; "
+                    'call run.branch("cond") or run.branch("uncond") before the model'
+                )
+            outputs, written = self._call_shared(args, step, branch, shared, caches)
+        else:
+            outputs, written = self.capture.execute(args, roles, caches)
+        caches.update(written)
+        self._drop_unread(step, caches, keep_outputs=shared if self.two_call and branch == "cond" else ())
+        self._last[branch] = step
+        return outputs
+
+    def _call_shared(
+        self, args: list[Any], step: int, branch: str, shared: Sequence[bool], caches: dict[str, Tensor]
+    ) -> tuple[list[Any], Mapping[str, Tensor]]:
+        """One of the two calls of a step in which some sites share: "cond" computes, the other takes its outputs."""
+        roles = self.roles[step]
+        if branch == "cond":
+            row = [across(role) if share else role for role, share in zip(roles, shared, strict=True)]
+            return self.capture.execute(args, row, caches)
+        if self._last.get("cond") != step:
+            raise RunError(
+                f"step {self.first + step} shares the conditional call's attention with the {branch} call, but the "
+                "conditional call of this step has not been made; call the conditional branch first, or use a plan "
+                "without +cfg"
+            )
+        conditional = self.caches["cond"]
+        sites = self.capture.sites
+        row = [Role(Decision(Kind.REUSE)) if share else role for role, share in zip(roles, shared, strict=True)]
+        read = dict(caches)
+        taken: dict[str, Tensor] = {}
+        for site, role, share in zip(sites, roles, shared, strict=True):
+            if share:
+                prefix = f"cache.{site.path}."
+                for name, value in conditional.items():
+                    kind = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+                    if kind == "output":
+                        read[name] = value
+                    if (kind == "output" and role.emit_output) or (kind == "residual" and role.emit_residual):
+                        taken[name] = value
+        outputs, written = self.capture.execute(args, row, read)
+        return outputs, {**taken, **written}
+
+    def _drop_unread(self, step: int, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()) -> None:
+        """Let go of caches that no later step reads before they are filled again."""
+        for index, site in enumerate(self.capture.sites):
+            later = [row[index].decision for row in self.roles[step + 1 :]]
+            output = bool(later) and later[0].kind is Kind.REUSE
+            residual = False
+            for decision in later:
+                if decision.kind in (Kind.FULL, Kind.WINDOW_RESIDUAL):
+                    residual = decision.kind is Kind.WINDOW_RESIDUAL
+                    break
+            output = output or bool(keep_outputs and keep_outputs[index])
+            prefix = f"cache.{site.path}."
+            for name in [name for name in caches if name.startswith(prefix)]:
+                kind = name.removeprefix(prefix).split(".")[0]
+                if (kind == "output" and not output) or (kind == "residual" and not residual):
+                    del caches[name]
+
+
+def across(role: Role) -> Role:
+    """The conditional call's role where the other call takes its output: not halved, and the output kept."""
+    decision = Decision(role.decision.kind, role.decision.window)
+    emit = decision.kind is not Kind.REUSE
+    return Role(decision, emit_output=emit, emit_residual=role.emit_residual, residual_window=role.residual_window)
+
+
+_warned: set[int] = set()
+
+
+def call_without_run(capture: Capture, args: list[Any]) -> list[Any]:
+    """A call of a planned model outside any run: full attention, and a warning the first time."""
+    if capture.plan is not None and id(capture) not in _warned:
+        _warned.add(id(capture))
+        warnings.warn(
+            "a model compiled with a difa plan was called outside a sampling run: it computes full attention. Open a run "
+            "with difa_compile.sampling(model, steps), or wire the pipeline with difa_compile.apply(pipe, plan)",
+            stacklevel=3,
+        )
+    return capture.full(args)
+
+
