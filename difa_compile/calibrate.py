@@ -1,0 +1,627 @@
+"""Calibration: DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4).
+
+Steps outer, in sampling order; sites inner, in execution order. At every step but the first each site takes the first
+candidate whose loss is below its threshold, else it stays full:
+
+1. the loss compares the WHOLE output of the model with the output in which every site is full at this step; earlier
+   sites of the step already have their decisions, later sites are full;
+2. site i of L (from 0) has the threshold ``(i + 1) / L * delta``, the same at every step;
+3. the row so chosen fills the caches and gives the output with which sampling goes on, so that later steps see what
+   earlier choices did.
+
+Where guidance is two calls per step, sites are searched on the conditional call without sharing; then, on the
+unconditional one, each site that is not reused also tries to take the conditional call's output of this step, by the
+same rule and threshold, with the loss of the unconditional output.
+
+The future is unknown during the search, so each step keeps whatever a later step might read: the output of every site
+that is not reused and the residual of every full one. The part of the network before the site at hand is not computed
+again for each candidate, and candidates run compiled variants that are built once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from difa_compile.backend import difa
+from difa_compile.calibration_state import (
+    CalibrationState,
+    default_path,
+    digest_of,
+    generators_in,
+    weights_digest,
+)
+from difa_compile.cost import flops_saved
+from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
+from difa_compile.errors import (
+    CalibrationError,
+    DecisionError,
+    MissingDependencyError,
+    NonFiniteError,
+    NotAppliedError,
+    ScheduleError,
+    ThresholdError,
+    UnsupportedPipelineError,
+)
+from difa_compile.following import Following
+from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.pipeline import check_scheduler, find_transformer
+from difa_compile.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest
+from difa_compile.run import Run
+from difa_compile.schedule import Role
+from difa_compile.wiring import Wiring, compile_forward, wiring_of
+
+if TYPE_CHECKING:
+    from difa_compile.capture import Capture, State
+
+CANDIDATES: Mapping[str, tuple[Kind, bool]] = MappingProxyType(
+    {
+        "reuse": (Kind.REUSE, False),
+        "reuse+cfg": (Kind.REUSE, True),
+        "window+residual+cfg": (Kind.WINDOW_RESIDUAL, True),
+        "window+residual": (Kind.WINDOW_RESIDUAL, False),
+        "window+cfg": (Kind.WINDOW, True),
+        "window": (Kind.WINDOW, False),
+        "full+cfg": (Kind.FULL, True),
+    }
+)
+"""Candidates by name: what is computed, and whether the guidance halves share it."""
+
+PUBLISHED_CANDIDATES = ("reuse", "window+residual+cfg", "window+residual", "full+cfg")
+"""DiTFastAttn's, in its order: AST, WA-RS+ASC, WA-RS, ASC."""
+
+MAX_THRESHOLD = 10.0
+"""Losses are clipped to this, so a threshold above it would admit everything."""
+
+
+def loss_of(form: str, full: Sequence[Any], tried: Sequence[Any]) -> float:
+    """Relative distance of two model outputs, in [0, 10]: the mean over the elements of each output, then over outputs.
+
+    With a = full, b = tried: ``"paper"`` is ``clip(|a - b| / (max(|a|, |b|) + 1e-6), 0, 10)``; ``"code"``, the
+    published program's, is ``clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)``, which differs where values are negative.
+    NaN in, NaN out.
+    """
+    means = []
+    for a, b in zip(full, tried, strict=True):
+        if not (isinstance(a, Tensor) and a.is_floating_point()):
+            continue
+        a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+        largest = torch.maximum(a.abs(), b.abs()) if form == "paper" else torch.maximum(a, b)
+        means.append(((a - b) / (largest + 1e-6)).abs().clamp(0.0, MAX_THRESHOLD).mean())
+    return float(torch.stack(means).mean())
+
+
+def default_window(site: SiteInfo) -> Window:
+    """DiTFastAttn's: a band of N/8 tokens on each side, N being the number of image tokens."""
+    tokens = site.layout.image_tokens if site.layout is not None else site.tokens
+    return Window(WindowShape.BAND, max(1, tokens // 8))
+
+
+def calibrate(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    steps: int = 50,
+    threshold: float = 0.05,
+    window: Window | str | None = None,
+    candidates: Sequence[str] | None = None,
+    *,
+    loss: str = "paper",
+    state: Path | None = None,
+    progress: bool = True,
+    conditional_half: int | None = None,
+    inner: str = "inductor",
+) -> Plan:
+    """Search a plan for ``pipe`` by sampling once with ``inputs`` (keyword arguments of its call).
+
+    ``steps``: of the schedule (a scheduler of second order calls the model more often; the plan has one row per call).
+    ``threshold``: DiTFastAttn's delta, in (0, 10]; the published settings are 0.025 to 0.15. ``window``: for instance
+    ``"band:32"`` or ``Window("disc", 8)``; by default a band of an eighth of the image tokens on each side.
+    ``candidates``: names from :data:`CANDIDATES` in the order tried, by default the published four; one that cannot be
+    carried out at a site is noted with the reason in the plan. ``loss``: see :func:`loss_of`. ``conditional_half``: 0
+    or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles the candidates,
+    ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in ``inputs`` is put back
+    to its state afterwards; without one, sampling is seeded with 0.
+
+    After every step the decisions so far are saved in ``state`` (by default a file of its own in the user's cache
+    folder), so a calibration that was interrupted goes on where it was when started again with the same arguments:
+    the steps decided are sampled again, which takes one call of the model each, and the search continues. The file
+    is deleted at the end.
+
+    Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates),
+    :class:`UnsupportedPipelineError`, :class:`NotAppliedError` (the pipeline carries a plan), :class:`NonFiniteError`,
+    :class:`CalibrationStateError`, :class:`OutputError` and what capturing the model raises.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ScheduleError(f"steps is {steps!r}; calibrate over a whole number of steps, at least 1")
+    if isinstance(threshold, bool) or not 0 < threshold <= MAX_THRESHOLD:  # NaN fails too
+        raise ThresholdError(
+            f"threshold is {threshold!r}; give a number above 0, at most {MAX_THRESHOLD:g} (published: 0.025 to 0.15)"
+        )
+    if loss not in ("paper", "code"):
+        raise DecisionError(f"loss {loss!r} is unknown; choose paper or code")
+    if isinstance(window, str):
+        window = Window.parse(window)
+    names = _check_candidates(candidates)
+    _, model = find_transformer(pipe)
+    check_scheduler(pipe)
+    if wiring_of(pipe) is not None:
+        raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
+    half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
+    call = _call_arguments(pipe, inputs, steps)
+    settings = _SearchSettings(float(threshold), loss, window, names, half, cfg_reason)
+    identity = {
+        **{f"model {key}": str(value) for key, value in asdict(model_digest(model)).items()},
+        "weights": weights_digest(model),
+        "scheduler": digest_of(
+            {"class": type(pipe.scheduler).__name__, "config": _plain(getattr(pipe.scheduler, "config", None))}
+        ),
+        "inputs": digest_of(call),
+        "settings": digest_of({**settings.identity(), "steps": steps, "torch": torch.__version__}),
+    }
+    saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
+    search = _Search(model, settings, saved, _bar if progress else None)
+    _sample(pipe, model, call, search, inner)
+    plan = search.plan()
+    saved.remove()
+    return plan
+
+
+@dataclass(frozen=True)
+class _SearchSettings:
+    threshold: float
+    loss: str
+    window: Window | None
+    candidates: tuple[str, ...]
+    conditional_half: int | None
+    cfg_reason: str
+    """Why guidance halves cannot be shared in this pipeline; empty if they can."""
+
+    def identity(self) -> dict[str, object]:
+        return {**asdict(self), "window": str(self.window)}
+
+    def window_at(self, site: SiteInfo) -> Window:
+        return self.window if self.window is not None else default_window(site)
+
+    def decisions_at(self, site: SiteInfo) -> list[Decision]:
+        """The candidates at a site, in the order tried."""
+        made = []
+        for name in self.candidates:
+            kind, shared = CANDIDATES[name]
+            windowed = kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
+            made.append(Decision(kind, self.window_at(site) if windowed else None, shared))
+        return made
+
+
+class _Search:
+    """The search over one pass through the schedule.
+
+    Each call of the transformer arrives at :meth:`call`; the row of its step is searched if it is not known from an
+    earlier, interrupted calibration, and then carried out. A row is saved once the next step begins: by then it is
+    final.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: _SearchSettings,
+        saved: CalibrationState,
+        make_bar: Callable[[int, int], Any] | None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.saved = saved
+        self.guidance = "none"
+        self.cfg_reason = settings.cfg_reason
+        self.progress: tuple[float, ...] = ()
+        self._row: tuple[Cell, ...] | None = None
+        """The row of the step in progress, if it was searched now."""
+        self._sites: tuple[SiteInfo, ...] = ()
+        self._candidates: list[list[tuple[Decision, str | None]]] = []
+        self._caches: dict[str | None, dict[str, Tensor]] = {}
+        self._step = -1
+        self._branches: tuple[str | None, ...] = ()
+        """The calls made in this step so far."""
+        self._two_calls = False
+        self._shares = False
+        """Whether an unconditional call has followed a conditional one."""
+        self._make_bar = make_bar
+        self._bar: Any = None
+
+    @property
+    def done(self) -> int:
+        """Number of steps that are decided and saved."""
+        return len(self.saved.rows)
+
+    @property
+    def shows_progress(self) -> bool:
+        return self._make_bar is not None
+
+    def open(self, model: nn.Module, progress: tuple[float, ...]) -> Run:
+        """The run for one pass through the schedule."""
+        if self.progress:
+            raise UnsupportedPipelineError(
+                "the pipeline goes through its schedule more than once in a call (set_timesteps is called again), "
+                "which calibration does not support; calibrate with inputs that take one pass"
+            )
+        if self.done > len(progress):
+            raise ScheduleError(
+                f"the saved calibration has {self.done} steps, but the schedule has {len(progress)}; delete "
+                f"{self.saved.path} to start from the beginning"
+            )
+        self.progress = progress
+        return _SearchRun(model, progress, self)
+
+    def plan(self) -> Plan:
+        """The plan found. Raises :class:`CalibrationError` if the pipeline stopped early."""
+        self._finish_row()
+        if not self._sites or self.done != len(self.progress):
+            raise CalibrationError(
+                f"the pipeline ended after {self.done} of {len(self.progress)} steps; calibrate with inputs that go "
+                "through the whole schedule"
+            )
+        chosen = {str(self.settings.window_at(site)) for site in self._sites}
+        windowed = any("window" in name for name in self.settings.candidates)
+        settings = Settings(
+            method="greedy",
+            threshold=self.settings.threshold,
+            loss=self.settings.loss,
+            window=(chosen.pop() if len(chosen) == 1 else "band:N/8") if windowed else None,
+            candidates=self.settings.candidates,
+            guidance="none" if self.guidance == "two-call" and not self._two_calls else self.guidance,
+            conditional_half=self.settings.conditional_half if self.guidance == "batched" else None,
+        )
+        return Plan(model_digest(self.model), settings, self._sites, self.progress, tuple(self.saved.rows))
+
+    def close(self) -> None:
+        """Stop showing progress and let the caches go."""
+        self._caches.clear()
+        if self._bar is not None:
+            self._bar.close()
+
+    def call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
+        """One transformer call: search its row if need be, carry it out, keep its caches."""
+        self._meet(capture)
+        if step > self.done:
+            self._finish_row()
+        if step != self._step:
+            self._step, self._branches = step, ()
+        second = self.guidance == "two-call" and branch == "uncond" and self._branches == ("cond",)
+        self._branches += (branch,)
+        self._two_calls = self._two_calls or len(self._branches) == 2
+        self._shares = self._shares or second
+        start = capture.begin(args)
+        caches = self._caches.setdefault(branch, {})
+        if step == self.done and self._row is None:
+            self._row, state = self._search_step(capture, start, caches, step)
+            written = state.caches_out
+        else:
+            cells = self._row if step == self.done else self.saved.rows[step]
+            assert cells is not None
+            if second and step == self.done and step > 0:
+                cells = self._row = self._search_sharing(capture, start, caches, step, cells)
+            decisions = [cell.decision for cell in cells]
+            state, written = self._carry_out(capture, start, caches, decisions, second=second)
+        caches.update(written)
+        return capture.outputs(state)
+
+    def _finish_row(self) -> None:
+        """The step in progress is over: save its row."""
+        if self._row is None:
+            return
+        row = self._row
+        if self.guidance == "two-call" and not self._shares and self.done > 0:
+            row = tuple(self._unshared(index, cell) for index, cell in enumerate(row))
+        self.saved.rows.append(row)
+        self._row = None
+        self.saved.save()
+
+    def _unshared(self, index: int, cell: Cell) -> Cell:
+        """The cell with a note on the sharing candidates, which had no second call to be tried on."""
+        reason = "no unconditional call, named so by cache_context, followed the conditional one"
+        shared = [d for d, why in self._candidates[index] if why is None and d.cfg_shared]
+        return replace(cell, trials=(*cell.trials, *(Trial(d, None, self._limit(index), reason) for d in shared)))
+
+    def _meet(self, capture: Capture) -> None:
+        """Note the sites of the first graph; later graphs must have the same."""
+        sites = tuple(site.info for site in capture.sites)
+        if not self._sites:
+            self._sites = sites
+            for index, site in enumerate(sites):
+                wanted = self.settings.decisions_at(site)
+                self._candidates.append([(decision, self._why_not(capture, index, decision)) for decision in wanted])
+            if self._make_bar is not None:
+                self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
+        elif sites != self._sites:
+            raise CalibrationError(
+                "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
+                "changed; calibrate with inputs of one size"
+            )
+
+    def _why_not(self, capture: Capture, index: int, decision: Decision) -> str | None:
+        if not decision.cfg_shared:
+            return capture.why_not(index, decision)
+        if self.cfg_reason:
+            return self.cfg_reason
+        if self.guidance != "two-call":
+            return capture.why_not(index, decision)
+        # Across calls sharing is reuse of the output that the other call of this step has computed.
+        alone = replace(decision, cfg_shared=False)
+        return capture.why_not(index, alone) or capture.why_not(index, Decision(Kind.REUSE))
+
+    def _role(self, site: int, decision: Decision) -> Role:
+        """``decision`` and all caches that a later step, or the other call of this step, might read."""
+        usable = [candidate for candidate, reason in self._candidates[site] if reason is None]
+        across = self.guidance == "two-call" and any(candidate.cfg_shared for candidate in usable)
+        kept = across or any(candidate.kind is Kind.REUSE for candidate in usable)
+        residual = decision.is_full and any(candidate.kind is Kind.WINDOW_RESIDUAL for candidate in usable)
+        return Role(
+            decision,
+            emit_output=kept and decision.kind is not Kind.REUSE,
+            emit_residual=residual,
+            residual_window=self.settings.window_at(self._sites[site]) if residual else None,
+        )
+
+    def _carry_out(
+        self,
+        capture: Capture,
+        start: State,
+        caches: Mapping[str, Tensor],
+        decisions: Sequence[Decision],
+        *,
+        second: bool = False,
+        stop: int | None = None,
+    ) -> tuple[State, Mapping[str, Tensor]]:
+        """Run with these decisions, up to site ``stop``; the state reached and the caches filled so far.
+
+        Across calls (``second``: the unconditional one) shared sites take the conditional call's caches of this step.
+        """
+        if self.guidance != "two-call":
+            roles = [self._role(site, decision) for site, decision in enumerate(decisions)]
+            state = capture.advance(start, roles, caches, stop=stop)
+            return state, state.caches_out
+        roles = []
+        read, taken = dict(caches), {}
+        for index, decision in enumerate(decisions):
+            alone = replace(decision, cfg_shared=False)
+            if not (second and decision.cfg_shared):
+                roles.append(self._role(index, alone))
+                continue
+            prefix = f"cache.{self._sites[index].path}."
+            theirs = {name: value for name, value in self._caches["cond"].items() if name.startswith(prefix)}
+            read |= {name: value for name, value in theirs.items() if name.startswith(f"{prefix}output")}
+            taken |= {n: v for n, v in theirs.items() if n.startswith(f"{prefix}output") or decision.is_full}
+            roles.append(Role(Decision(Kind.REUSE)))
+        state = capture.advance(start, roles, read, stop=stop)
+        return state, {**taken, **state.caches_out}
+
+    def _search_step(
+        self, capture: Capture, start: State, caches: Mapping[str, Tensor], step: int
+    ) -> tuple[tuple[Cell, ...], State]:
+        """Decide every site of one step; also the state at the end of the chosen row."""
+        count = len(self._sites)
+        reference: list[Any] = []
+        if step > 0:
+            reference = capture.outputs(capture.advance(start, [Role(FULL)] * count, caches))
+            _check_finite(reference, f"step {step}, all sites full")
+        state = start
+        roles: list[Role] = []
+        cells: list[Cell] = []
+        for index, site in enumerate(self._sites):
+            rest = [Role(FULL)] * (count - index - 1)
+            limit = self._limit(index)
+            # A segment may hold several sites: then the state stays before it until the last of them is decided.
+            state = capture.advance(state, [*roles, Role(FULL), *rest], caches, stop=index)
+            trials: list[Trial] = []
+            role = self._role(index, FULL)
+            ahead: State | None = None
+            for decision, reason in self._candidates[index] if step > 0 else ():
+                if reason is not None:
+                    trials.append(Trial(decision, None, limit, reason))
+                    continue
+                if decision.cfg_shared and self.guidance == "two-call":
+                    continue  # tried on the other call
+                tried = self._role(index, decision)
+                row = [*roles, tried, *rest]
+                beyond = capture.advance(state, row, caches, stop=index + 1) if rest else state
+                measured = self._measure(capture, beyond, row, caches, reference, step, decision, site)
+                trials.append(Trial(decision, measured, limit))
+                if measured < limit:
+                    role, ahead = tried, beyond
+                    break
+            roles.append(role)
+            if ahead is not None:
+                state = ahead
+            cells.append(Cell(role.decision, tuple(trials), flops_saved(role.decision, site)))
+            if self._bar is not None:
+                self._bar.update(1)
+        state = capture.advance(state, roles, caches)
+        if step == 0:
+            _check_finite(capture.outputs(state), "step 0, all sites full")
+        return tuple(cells), state
+
+    def _search_sharing(
+        self, capture: Capture, start: State, caches: Mapping[str, Tensor], step: int, cells: tuple[Cell, ...]
+    ) -> tuple[Cell, ...]:
+        """Decide which sites of the unconditional call take the conditional call's output."""
+        count = len(cells)
+        reference = capture.outputs(capture.advance(start, [Role(FULL)] * count, caches))
+        _check_finite(reference, f"step {step}, unconditional call, all sites full")
+        found = list(cells)
+        state = start
+        for index, (cell, site) in enumerate(zip(cells, self._sites, strict=True)):
+            shared = replace(cell.decision, cfg_shared=True)
+            if cell.decision.kind is Kind.REUSE or (shared, None) not in self._candidates[index]:
+                continue
+            limit = self._limit(index)
+            row = [*(done.decision for done in found[:index]), shared, *[FULL] * (count - index - 1)]
+            state, _ = self._carry_out(capture, state, caches, row, second=True, stop=index)
+            end, _ = self._carry_out(capture, state, caches, row, second=True)
+            outputs = capture.outputs(end)
+            _check_finite(outputs, f"step {step}, unconditional call, site {site.path}, candidate {shared}")
+            measured = loss_of(self.settings.loss, reference, outputs)
+            decision = shared if measured < limit else cell.decision
+            trials = (*cell.trials, Trial(shared, measured, limit))
+            found[index] = Cell(decision, trials, flops_saved(decision, site))
+        return tuple(found)
+
+    def _limit(self, index: int) -> float:
+        """The depth-scaled threshold of a site."""
+        return (index + 1) / len(self._sites) * self.settings.threshold
+
+    def _measure(
+        self,
+        capture: Capture,
+        state: State,
+        row: Sequence[Role],
+        caches: Mapping[str, Tensor],
+        reference: Sequence[Any],
+        step: int,
+        decision: Decision,
+        site: SiteInfo,
+    ) -> float:
+        """Loss of the model's output when ``row`` is run on from ``state``."""
+        outputs = capture.outputs(capture.advance(state, row, caches))
+        _check_finite(outputs, f"step {step}, site {site.path}, candidate {decision}")
+        return loss_of(self.settings.loss, reference, outputs)
+
+
+class _SearchRun(Run):
+    """A run in which the search decides what each call of the model does."""
+
+    def __init__(self, model: nn.Module, progress: tuple[float, ...], search: _Search) -> None:
+        super().__init__(model, len(progress), progress=progress)
+        self._search = search
+
+    def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        return self._search.call(capture, args, self.index, self.current_branch)
+
+
+def _sample(pipe: Any, model: nn.Module, call: dict[str, Any], search: _Search, inner: str) -> None:
+    """Call the pipeline once with the search in place of a plan."""
+
+    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
+        def open_run(progress: tuple[float, ...]) -> Run:
+            form = guidance_of(pipe).form
+            batched = search.settings.conditional_half is not None
+            if guidance_is_on(pipe, arguments) is False:
+                search.cfg_reason = search.cfg_reason or "guidance is off in this call, so its batch has no halves"
+            elif form == "two-call" or batched:
+                search.guidance = "two-call" if form == "two-call" else "batched"
+            return search.open(model, progress)
+
+        return Following(scheduler, open_run, one_call_each=True)
+
+    options: dict[str, object] = {"plan": None, "inner": inner}
+    if search.settings.conditional_half is not None:
+        options["cfg"] = {"conditional_half": search.settings.conditional_half}
+    wiring = Wiring(pipe, model, compile_forward(model, difa, options), start)
+    generators = [(generator, generator.get_state()) for generator in generators_in(call)]
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    quiet = hasattr(pipe, "set_progress_bar_config")
+    wiring.connect()
+    try:
+        if quiet:
+            pipe.set_progress_bar_config(**{**bar, "disable": True})
+        pipe(**call)
+    except KeyboardInterrupt as interrupt:
+        note = (
+            f"calibration interrupted after {search.done} of {len(search.progress)} steps; they are saved in "
+            f"{search.saved.path}. Start it again with the same arguments to go on from there."
+        )
+        interrupt.add_note(note)
+        search.close()
+        if search.shows_progress:
+            print(note, file=sys.stderr)
+        raise
+    finally:
+        search.close()
+        wiring.disconnect()
+        if quiet:
+            pipe.set_progress_bar_config(**bar)
+        for generator, initial in generators:
+            generator.set_state(initial)
+
+
+def _call_arguments(pipe: Any, inputs: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the user's, the steps, a seed, and no decoding where that can be left out."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    call = {**inputs, "num_inference_steps": steps}
+    if "num_inference_steps" in inputs and inputs["num_inference_steps"] != steps:
+        raise ScheduleError(
+            f"inputs ask for num_inference_steps={inputs['num_inference_steps']}, but calibration is over {steps} "
+            "steps; leave num_inference_steps out of the inputs"
+        )
+    if "generator" in parameters and call.get("generator") is None:
+        call["generator"] = torch.Generator().manual_seed(0)
+    if "output_type" in parameters:
+        call.setdefault("output_type", "latent")
+    return call
+
+
+def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
+    names = PUBLISHED_CANDIDATES if candidates is None else tuple(candidates)
+    if isinstance(candidates, str) or not names:
+        raise DecisionError(f"candidates is {candidates!r}; give a list of names from {', '.join(CANDIDATES)}")
+    for name in names:
+        if name not in CANDIDATES:
+            raise DecisionError(f"candidate {name!r} is unknown; choose from {', '.join(CANDIDATES)}")
+    return names
+
+
+def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[str, ...]) -> tuple[int | None, str]:
+    """The conditional half of the batch, or ``None`` and the reason why halves cannot be shared."""
+    guidance = guidance_of(pipe)
+    if told is not None and told not in (0, 1):
+        raise DecisionError(f"conditional_half is {told!r}; give 0 (conditional half first) or 1 (second)")
+    if told is not None and guidance.conditional_half not in (None, told):
+        raise DecisionError(
+            f"conditional_half={told} contradicts {type(pipe).__name__}, which puts the conditional half at "
+            f"{guidance.conditional_half}; leave it out"
+        )
+    if guidance.form == "two-call":
+        return None, ""
+    if told is not None:
+        return told, ""
+    try:
+        return conditional_half_of(pipe), ""
+    except UnsupportedPipelineError as error:
+        if explicit and any(CANDIDATES[name][1] for name in names):
+            raise
+        return None, str(error)
+
+
+def _plain(config: object) -> object:
+    """A config as plain numbers, text and containers; what is none of these by its text."""
+    if isinstance(config, Mapping):
+        return {str(key): _plain(value) for key, value in config.items() if not str(key).startswith("_")}
+    if isinstance(config, (list, tuple)):
+        return [_plain(value) for value in config]
+    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
+
+
+def _check_finite(outputs: Sequence[Any], where: str) -> None:
+    for output in outputs:
+        if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(
+                f"{where}: the model's output holds NaN or infinity; check the weights and the inputs, and use a wider "
+                "dtype (bfloat16 or float32) if this one overflows"
+            )
+
+
+def _bar(total: int, done: int) -> Any:
+    """A progress bar over decisions (one per step and site) with the time left."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the progress bar needs tqdm, which is not installed; pip install tqdm, or calibrate with progress=False"
+        ) from error
+    return tqdm(total=total, initial=done, desc="calibrating", unit="decision", dynamic_ncols=True, smoothing=0.05)

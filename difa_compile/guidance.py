@@ -1,0 +1,139 @@
+"""Classifier-free guidance as the diffusers pipelines do it: one batched call in either order, or two calls per step.
+
+Read from the pipelines of diffusers 0.42: a batched pipeline doubles the batch and splits the model's output in two
+halves again; the order in which it does that is a fact of its source, not of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from difa_compile.errors import UnsupportedPipelineError
+
+_FOLDERS = "diffusers.pipelines."
+
+CONDITIONAL_FIRST = frozenset({"ace_step", "dit", "lumina"})
+"""Pipeline folders of diffusers that batch ``[cond, uncond]``."""
+
+UNCONDITIONAL_FIRST = frozenset(
+    {
+        "allegro",
+        "anyflow",
+        "aura_flow",
+        "bria",
+        "bria_fibo",
+        "cogvideo",
+        "cogview3",
+        "consisid",
+        "controlnet_hunyuandit",
+        "controlnet_sd3",
+        "easyanimate",
+        "ernie_image",
+        "hidream_image",
+        "hunyuandit",
+        "latte",
+        "ltx",
+        "mochi",
+        "pixart_alpha",
+        "prx",
+        "sana",
+        "sana_video",
+        "stable_audio",
+        "stable_audio_3",
+        "stable_diffusion_3",
+    }
+)
+"""Pipeline folders of diffusers that batch ``[uncond, cond]``."""
+
+TWO_CALLS = frozenset(
+    {
+        "bria_fibo2",
+        "chroma",
+        "chronoedit",
+        "cogview4",
+        "cosmos",
+        "flux",
+        "flux2",
+        "glm_image",
+        "helios",
+        "hunyuan_image",
+        "hunyuan_video",
+        "hunyuan_video1_5",
+        "kandinsky5",
+        "kandinsky6",
+        "krea2",
+        "longcat_audio_dit",
+        "longcat_image",
+        "lucy",
+        "lumina2",
+        "motif_video",
+        "nucleusmoe_image",
+        "ovis_image",
+        "qwenimage",
+        "qwenimage21",
+        "skyreels_v2",
+        "wan",
+    }
+)
+"""Pipeline folders of diffusers that call the transformer once per half."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """``form`` is ``batched``, ``two-call`` or ``unknown``; ``conditional_half`` (0 or 1) is known for batched only."""
+
+    form: str
+    conditional_half: int | None = None
+
+
+def guidance_of(pipe: object) -> Guidance:
+    """How ``pipe`` (an instance of a diffusers pipeline class, or of a subclass of one) does guidance."""
+    for base in type(pipe).__mro__:
+        module = base.__module__
+        if not module.startswith(_FOLDERS):
+            continue
+        folder = module.removeprefix(_FOLDERS).split(".")[0]
+        if folder in CONDITIONAL_FIRST:
+            return Guidance("batched", 0)
+        if folder in UNCONDITIONAL_FIRST:
+            return Guidance("batched", 1)
+        if folder in TWO_CALLS:
+            return Guidance("two-call")
+    return Guidance("unknown")
+
+
+def conditional_half_of(pipe: object) -> int:
+    """Which half of a guided batch is the conditional one: 0 (first) or 1 (second).
+
+    Raises :class:`UnsupportedPipelineError` for a pipeline that calls the model once per half, and for one whose order
+    is not known.
+    """
+    guidance = guidance_of(pipe)
+    if guidance.conditional_half is not None:
+        return guidance.conditional_half
+    name = type(pipe).__name__
+    if guidance.form == "two-call":
+        raise UnsupportedPipelineError(
+            f"{name} calls its transformer once for the conditional and once for the unconditional half, so there "
+            "are no halves of a batch to share; leave the +cfg candidates out"
+        )
+    raise UnsupportedPipelineError(
+        f"{name}: it is not known which half of its guided batch is the conditional one, which sharing across guidance "
+        "needs; say so with conditional_half=0 (cond first) or 1 (uncond first), or leave the +cfg candidates out"
+    )
+
+
+def guidance_is_on(pipe: object, arguments: Mapping[str, object]) -> bool | None:
+    """Whether this call of ``pipe`` uses guidance; ``None`` if that cannot be told.
+
+    ``arguments``: the call's arguments by name, defaults filled in. Pipelines with a ``do_classifier_free_guidance``
+    property are asked (valid once the call has set its guidance scale), the others guide if ``guidance_scale > 1``.
+    """
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    if isinstance(told, bool):
+        return told
+    scale = arguments.get("guidance_scale")
+    if isinstance(scale, (int, float)):
+        return scale > 1
+    return None

@@ -1,0 +1,184 @@
+"""Applying a plan to a diffusers pipeline, in place, and taking it off again.
+
+    applied = difa_compile.apply(pipe, plan)
+    images = pipe(class_labels=[1, 2], num_inference_steps=30).images
+    difa_compile.remove(pipe)
+
+``pipe.transformer`` stays the same object with the same weights; see :mod:`difa_compile.wiring` for what is attached
+where. Every call of the pipeline is a run of its own, which ends when the call returns or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from difa_compile.backend import difa
+from difa_compile.decision import Kind
+from difa_compile.errors import NotAppliedError, PlanMismatchError, UnsupportedPipelineError
+from difa_compile.following import Following, RunStats
+from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.layout import Layout
+from difa_compile.plan import Plan
+from difa_compile.run import Run
+from difa_compile.wiring import Wiring, compile_forward, wiring_of
+
+if TYPE_CHECKING:
+    from difa_compile.capture import Capture, Record
+
+__all__ = ["AppliedPlan", "RunStats", "apply", "find_transformer", "remove"]
+
+
+class AppliedPlan:
+    """A plan at work in a pipeline.
+
+    ``captures``: the captured graphs so far, one per input shape. ``last_run``: what the latest run took, ``None``
+    before the first. Set ``time_steps = True`` to have each step timed, which makes the device finish its work at every
+    step.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.captures: list[Capture] = []
+        self.last_run: RunStats | None = None
+        self.time_steps = False
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What happened to every site, in the latest captured graph; empty before the first call."""
+        return self.captures[-1].records if self.captures else ()
+
+    def _note(self, stats: RunStats) -> None:
+        self.last_run = stats
+
+
+class _AppliedRun(Run):
+    """A run that notes which graphs it calls."""
+
+    def __init__(self, model: nn.Module, progress: tuple[float, ...], applied: AppliedPlan) -> None:
+        super().__init__(model, len(progress), progress=progress)
+        self._applied = applied
+
+    def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        if not any(known is capture for known in self._applied.captures):
+            self._applied.captures.append(capture)
+        return super().call(capture, args)
+
+
+def find_transformer(pipe_or_model: Any) -> tuple[str, nn.Module]:
+    """The denoising transformer and its component name in the pipeline; a bare module is returned with the name ``""``.
+
+    Raises :class:`UnsupportedPipelineError` if the pipeline has none.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        return "", pipe_or_model
+    model = getattr(pipe_or_model, "transformer", None)
+    if isinstance(model, nn.Module):
+        return "transformer", model
+    components = getattr(pipe_or_model, "components", None)
+    names = ", ".join(sorted(components)) if isinstance(components, Mapping) else "none"
+    raise UnsupportedPipelineError(
+        f"{type(pipe_or_model).__name__} has no transformer (components: {names}); plans work on pipelines that "
+        "denoise with a diffusion transformer, or on such a transformer itself"
+    )
+
+
+def check_scheduler(pipe: Any) -> None:
+    """Raise :class:`UnsupportedPipelineError` unless ``pipe`` has a scheduler whose steps can be followed."""
+    scheduler = getattr(pipe, "scheduler", None)
+    missing = [name for name in ("set_timesteps", "step") if not callable(getattr(scheduler, name, None))]
+    if missing:
+        found = "no scheduler" if scheduler is None else f"{type(scheduler).__name__} without {' and '.join(missing)}"
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} has {found}, so its steps cannot be followed; use a diffusers pipeline with a "
+            "scheduler, or drive the model yourself with difa_compile.sampling"
+        )
+
+
+def apply(
+    pipe: Any,
+    plan: Plan | str | Path,
+    *,
+    strict: bool = False,
+    layout: Layout | None = None,
+    inner: str = "inductor",
+) -> AppliedPlan:
+    """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
+
+    The model is captured and compiled at the first call, once per input shape. ``strict``: a decision that cannot be
+    carried out is a :class:`~difa_compile.errors.SiteSkippedError` instead of a record. ``layout``: where the image
+    stands in the attention sequence, for models whose graph does not show it. ``inner``: what compiles the rewritten
+    graphs, ``"inductor"`` or, for debugging, ``"eager"``.
+
+    Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
+    transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
+    :class:`PlanMismatchError` if the plan was made for another model, and what :meth:`Plan.load` raises.
+    """
+    _, model = find_transformer(pipe)
+    check_scheduler(pipe)
+    if wiring_of(pipe) is not None:
+        raise NotAppliedError(f"this {type(pipe).__name__} already carries a plan; call remove(pipe) first")
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    plan.validate(model=model)
+    half = _conditional_half(pipe, plan)
+    applied = AppliedPlan(plan)
+    options: dict[str, object] = {"plan": plan, "strict": strict, "layout": layout, "inner": inner}
+    if half is not None:
+        options["cfg"] = {"conditional_half": half}
+    decisions = {decision for row in plan.decisions for decision in row}
+    shares = any(decision.cfg_shared for decision in decisions)
+    caches = any(decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) for decision in decisions)
+
+    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
+        def open_run(progress: tuple[float, ...]) -> Run:
+            if shares and guidance_is_on(pipe, arguments) is False:
+                raise PlanMismatchError(
+                    f"the plan shares the halves of a guided batch, but this call of {type(pipe).__name__} has "
+                    "guidance off, so its batch has none; call it with guidance_scale > 1, or use a plan without +cfg"
+                )
+            return _AppliedRun(model, progress, applied)
+
+        device = next((parameter.device for parameter in model.parameters()), None)
+        return Following(
+            scheduler,
+            open_run,
+            one_call_each=caches or shares,
+            finished=applied._note,
+            timed=applied.time_steps,
+            device=device,
+        )
+
+    Wiring(pipe, model, compile_forward(model, difa, options), start).connect()
+    return applied
+
+
+def remove(pipe: Any) -> None:
+    """Take the plan off ``pipe``, leaving it as it was before :func:`apply`.
+
+    Raises :class:`NotAppliedError` if it carries none.
+    """
+    wiring = wiring_of(pipe)
+    if wiring is None:
+        raise NotAppliedError(f"this {type(pipe).__name__} carries no plan; there is nothing to remove")
+    wiring.disconnect()
+
+
+def _conditional_half(pipe: Any, plan: Plan) -> int | None:
+    """Half of the batch that is conditional, from the plan and the pipeline, which must not contradict each other."""
+    guidance = guidance_of(pipe)
+    told, known = plan.settings.conditional_half, guidance.conditional_half
+    shares = any(decision.cfg_shared for row in plan.decisions for decision in row)
+    if not shares:
+        return told if told is not None else known
+    if told is not None and known is not None and told != known:
+        raise PlanMismatchError(
+            f"the plan was made with the conditional half at position {told}, but {type(pipe).__name__} puts it at "
+            f"{known}; calibrate a plan with this pipeline"
+        )
+    if guidance.form == "two-call" or told is not None:
+        return told
+    return conditional_half_of(pipe)

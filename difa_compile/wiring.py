@@ -1,0 +1,364 @@
+"""Attaching a run to a diffusers pipeline, in place and reversibly.
+
+Three objects are touched, each on the instance only:
+
+1. the pipeline and its scheduler get a subclass of their class with the same name, which opens a
+   :class:`~difa_compile.following.Following` around ``__call__`` and tells it of the scheduler's methods. Copies and
+   pickles are of the original class;
+2. the transformer's compiled call becomes a dispatcher: within a call of a wired pipeline it runs that pipeline's
+   compiled forward, otherwise the forward as it was. So pipelines may share a transformer or a scheduler;
+3. the transformer's ``cache_context``, if it has one, also names the branch of the run.
+
+Which call is in progress is held per thread (a context variable), never on the shared objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from difa_compile import run as runs
+from difa_compile.errors import DifaError, UnsupportedPipelineError
+from difa_compile.following import Following
+
+MOST_SHAPES = 64
+"""Input shapes of one wired pipeline that get a compiled graph of their own before an error is raised."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a wired pipeline that is in progress in this thread."""
+
+    wiring: Wiring
+    following: Following
+    outer: _Call | None
+
+
+_call: ContextVar[_Call | None] = ContextVar("difa_compile_pipeline_call", default=None)
+_lock = threading.RLock()
+_wirings: weakref.WeakKeyDictionary[Any, Wiring] = weakref.WeakKeyDictionary()
+_scheduler_users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_wired_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def wiring_of(pipe: object) -> Wiring | None:
+    """The wiring that ``pipe`` carries, if any."""
+    try:
+        return _wirings.get(pipe)
+    except TypeError:  # not hashable or not weakly referable: nothing we could have wired
+        return None
+
+
+class Wiring:
+    """One pipeline connected to one transformer through a compiled forward of its own.
+
+    ``compiled`` is called with the transformer's arguments. ``start`` makes the :class:`Following` for a call, given
+    the pipeline, its scheduler and the call's arguments by name (defaults filled in).
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        model: nn.Module,
+        compiled: Callable[..., object],
+        start: Callable[[Any, Any, Mapping[str, object]], Following],
+    ) -> None:
+        self.model = model
+        self._pipe = weakref.ref(pipe)
+        self._compiled = compiled
+        self._start = start
+        self._scheduler: weakref.ref[Any] | None = None
+
+    def connect(self) -> None:
+        """Attach to the pipeline, its scheduler and the transformer."""
+        pipe = self._pipe()
+        with _lock:
+            _wirings[pipe] = self
+            pipe.__class__ = _wired_class(type(pipe), {"__call__": _follow_call})
+            self._use_scheduler(pipe.scheduler)
+            _Dispatch.attach(self)
+
+    def disconnect(self) -> None:
+        """Put everything back as it was; objects shared with other wired pipelines stay wired for those."""
+        pipe = self._pipe()
+        with _lock:
+            if pipe is not None:
+                _wirings.pop(pipe, None)
+                pipe.__class__ = _base_class(type(pipe))
+            self._use_scheduler(None)
+            _Dispatch.detach(self)
+
+    def _use_scheduler(self, scheduler: Any) -> None:
+        """Wire ``scheduler`` in place of the one wired so far."""
+        before = self._scheduler() if self._scheduler is not None else None
+        if scheduler is before:
+            return
+        if before is not None:
+            _scheduler_users[before] -= 1
+            if not _scheduler_users[before]:
+                del _scheduler_users[before]
+                before.__class__ = _base_class(type(before))
+        self._scheduler = None
+        if scheduler is not None:
+            hooks = {name: hook for name, hook in _SCHEDULER_HOOKS.items() if hasattr(type(scheduler), name)}
+            scheduler.__class__ = _wired_class(type(scheduler), hooks)
+            _scheduler_users[scheduler] = _scheduler_users.get(scheduler, 0) + 1
+            self._scheduler = weakref.ref(scheduler)
+
+    @contextmanager
+    def call(self, pipe: Any, arguments: Mapping[str, object]) -> Iterator[None]:
+        """The time of one call of the pipeline; the run inside it ends however the call ends."""
+        with _lock:
+            self._use_scheduler(pipe.scheduler)  # the user may have put in another one
+        following = self._start(pipe, pipe.scheduler, arguments)
+        token = _call.set(_Call(self, following, _call.get()))
+        try:
+            yield
+        finally:
+            _call.reset(token)
+            following.close()
+
+    def forward(self, following: Following | None, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """One transformer call in the run of ``following``, or in the run that the caller has opened."""
+
+        def call() -> object:
+            return run_compiled(self._compiled, type(self.model).__name__, args, kwargs)
+
+        return call() if following is None else following.model_call(call)
+
+
+def compile_forward(model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]) -> Any:
+    """``torch.compile`` of the model's call, one graph per input shape, with a Dynamo cache of its own.
+
+    The model itself is left as it is.
+    """
+    settings: dict[str, Any] = {"backend": backend, "options": dict(options), "dynamic": False, "fullgraph": True}
+    # Not in all supported versions of torch: without them shapes of all models of a class count against one limit of 8.
+    known = inspect.signature(torch.compile).parameters
+    settings |= {k: v for k, v in {"isolate_recompiles": True, "recompile_limit": MOST_SHAPES}.items() if k in known}
+    return torch.compile(model._call_impl, **settings)
+
+
+def run_compiled(
+    compiled: Callable[..., object], name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> object:
+    """Call ``compiled``; ``name`` is the model's class, for messages.
+
+    An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
+    model cannot be captured as one graph.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
+    try:
+        return compiled(*args, **kwargs)
+    except BackendCompilerFailed as failure:
+        if isinstance(failure.inner_exception, DifaError):
+            raise failure.inner_exception from failure
+        raise
+    except FailOnRecompileLimitHit as failure:
+        raise UnsupportedPipelineError(
+            f"{name} was called with more input shapes than are compiled for one pipeline ({MOST_SHAPES}); "
+            "remove(pipe) and apply the plan again to start over, or sample fewer sizes"
+        ) from failure
+    except Unsupported as failure:
+        reason = str(failure).strip().splitlines()[0]
+        raise UnsupportedPipelineError(
+            f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"
+        ) from failure
+
+
+# Calls of the transformer
+
+
+class _Dispatch:
+    """What a wired transformer runs when it is called, and the ``cache_context`` it shows.
+
+    Outside of a pipeline call, a run that the user opened (``with sampling(pipe.transformer, steps)``) is followed if
+    it is clear whose plan is meant.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.users: list[Wiring] = []
+        self.before: Callable[..., object] | None = model._compiled_call_impl
+        self.plain: Callable[..., object] = self.before or model._call_impl
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        model = self.users[0].model
+        call = _call_of_model(model)
+        if call is not None:
+            return call.wiring.forward(call.following, args, kwargs)
+        if not any(run.model is model for run in runs._active.get()):
+            return self.plain(*args, **kwargs)
+        if len(self.users) > 1:
+            raise UnsupportedPipelineError(
+                f"{type(model).__name__} was called in a sampling run, but {len(self.users)} pipelines have a plan "
+                "for it; call one of the pipelines, or remove the plan from all but one"
+            )
+        return self.users[0].forward(None, args, kwargs)
+
+    @staticmethod
+    def attach(wiring: Wiring) -> None:
+        model = wiring.model
+        dispatch = model._compiled_call_impl
+        if not isinstance(dispatch, _Dispatch):
+            dispatch = _Dispatch(model)
+            model._compiled_call_impl = dispatch
+            if hasattr(model, "cache_context"):
+                model.__dict__["cache_context"] = _CacheContext(model)
+        dispatch.users.append(wiring)
+
+    @staticmethod
+    def detach(wiring: Wiring) -> None:
+        model = wiring.model
+        dispatch = model._compiled_call_impl
+        if not isinstance(dispatch, _Dispatch) or wiring not in dispatch.users:
+            return
+        if len(dispatch.users) > 1:
+            dispatch.users.remove(wiring)
+        else:
+            model._compiled_call_impl = dispatch.before
+            model.__dict__.pop("cache_context", None)
+
+
+class _CacheContext:
+    """``model.cache_context`` that also tells the run which guidance branch is computed. A copy is the plain method."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        model = self._model()
+        assert model is not None
+        return self._enter(model, name, type(model).cache_context(model, name, *args, **kwargs))
+
+    @staticmethod
+    @contextmanager
+    def _enter(model: nn.Module, name: str, plain: AbstractContextManager[Any]) -> Iterator[None]:
+        call = _call_of_model(model)
+        with plain:
+            if call is None:
+                yield
+            else:
+                with call.following.branch(name):
+                    yield
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self._model())]
+        return type(copied).cache_context.__get__(copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._model(), "cache_context")
+
+
+def _call_of_model(model: nn.Module | None) -> _Call | None:
+    """The innermost pipeline call of this thread that is wired to ``model``."""
+    call = _call.get()
+    while call is not None and call.wiring.model is not model:
+        call = call.outer
+    return call
+
+
+# Classes of wired pipelines and schedulers
+
+
+def _wired_class(base: type, methods: Mapping[str, Callable[[type], Callable[..., object]]]) -> type:
+    """The subclass of ``base`` with ``methods`` (name -> maker of the method, given the base) on top."""
+    base = _base_class(base)
+    wired = _wired_classes.get(base)
+    if wired is None:
+        body: dict[str, object] = {name: make(base) for name, make in methods.items()}
+        body |= {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce_to_base,
+            "_difa_compile_base": base,
+        }
+        wired = _wired_classes[base] = type(base)(base.__name__, (base,), body)
+    return wired
+
+
+def _base_class(cls: type) -> type:
+    """The class that ``cls`` wires, or ``cls`` itself."""
+    base = cls.__dict__.get("_difa_compile_base", cls)
+    assert isinstance(base, type)
+    return base
+
+
+def _reduce_to_base(self: Any, protocol: Any) -> Any:
+    """Copies and pickles are of the original class."""
+    wired = type(self)
+    base = _base_class(wired)
+    _, arguments, *rest = base.__reduce_ex__(self, max(2, int(protocol)))
+    return _blank, tuple(base if argument is wired else argument for argument in arguments), *rest
+
+
+def _blank(cls: type, *arguments: Any) -> Any:
+    """An instance whose state is filled in afterwards; what pickling does by default, but for another class."""
+    return cls.__new__(cls, *arguments)
+
+
+def _follow_call(base: type) -> Callable[..., object]:
+    @functools.wraps(base.__call__)  # type: ignore[operator]
+    def followed(self: Any, *args: Any, **kwargs: Any) -> object:
+        plain: Callable[..., object] = base.__call__  # type: ignore[operator]
+        wiring = wiring_of(self)
+        if wiring is None:
+            return plain(self, *args, **kwargs)
+        try:
+            bound = inspect.signature(plain).bind(self, *args, **kwargs)
+        except TypeError:
+            return plain(self, *args, **kwargs)  # raises the same, in the pipeline's own words
+        bound.apply_defaults()
+        with wiring.call(self, bound.arguments):
+            return plain(self, *args, **kwargs)
+
+    return followed
+
+
+def _follow_method(
+    name: str, before: Callable[..., None] | None, after: Callable[..., None] | None
+) -> Callable[[type], Callable[..., object]]:
+    """Maker of a scheduler method that tells the pipeline call in progress before or after it runs."""
+
+    def make(base: type) -> Callable[..., object]:
+        @functools.wraps(getattr(base, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> object:
+            call = _call.get()
+            following = call.following if call is not None and call.following.scheduler is self else None
+            if following is not None and before is not None:
+                before(following, *args, **kwargs)
+            result: object = getattr(base, name)(self, *args, **kwargs)
+            if following is not None and after is not None:
+                after(following)
+            return result
+
+        return method
+
+    return make
+
+
+def _begin(following: Following, begin_index: int = 0) -> None:
+    following.begin_at(begin_index)
+
+
+def _scale(following: Following, sample: object, timestep: object = None, *_: object, **__: object) -> None:
+    following.at(timestep)
+
+
+_SCHEDULER_HOOKS = {
+    "set_timesteps": _follow_method("set_timesteps", None, Following.schedule_set),
+    "set_begin_index": _follow_method("set_begin_index", _begin, None),
+    "scale_model_input": _follow_method("scale_model_input", _scale, None),
+    "step": _follow_method("step", None, Following.stepped),
+}

@@ -1,0 +1,74 @@
+"""Which half of a guided batch is conditional, checked against the source of the installed diffusers pipelines."""
+
+import inspect
+import re
+
+import pytest
+
+from difa_compile.errors import UnsupportedPipelineError
+from difa_compile.guidance import (
+    CONDITIONAL_FIRST,
+    TWO_CALLS,
+    UNCONDITIONAL_FIRST,
+    Guidance,
+    conditional_half_of,
+    guidance_is_on,
+    guidance_of,
+)
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def bare(cls):
+    """An instance without components: guidance is a fact of the class."""
+    return object.__new__(cls)
+
+
+def test_families():
+    assert guidance_of(bare(diffusers.DiTPipeline)) == Guidance("batched", 0)
+    assert guidance_of(bare(diffusers.PixArtSigmaPipeline)) == Guidance("batched", 1)
+    assert guidance_of(bare(diffusers.StableDiffusion3Pipeline)) == Guidance("batched", 1)
+    assert guidance_of(bare(diffusers.WanPipeline)) == Guidance("two-call")
+    assert guidance_of(bare(diffusers.FluxPipeline)) == Guidance("two-call")
+    assert not CONDITIONAL_FIRST & UNCONDITIONAL_FIRST
+    assert not TWO_CALLS & (CONDITIONAL_FIRST | UNCONDITIONAL_FIRST)
+
+
+def test_subclass_of_a_known_pipeline_is_known():
+    class Mine(diffusers.DiTPipeline):
+        pass
+
+    assert conditional_half_of(bare(Mine)) == 0
+
+
+@pytest.mark.parametrize("name", ["AllegroPipeline", "AuraFlowPipeline", "LattePipeline", "MochiPipeline"])
+def test_order_read_from_the_source(name):
+    """The output is taken apart as (uncond, text) in these."""
+    source = inspect.getsource(getattr(diffusers, name).__call__)
+    assert re.search(r"uncond\w*, \w+ = noise_pred\.chunk\(2\)", source)
+    assert conditional_half_of(bare(getattr(diffusers, name))) == 1
+
+
+def test_dit_splits_conditional_first():
+    source = inspect.getsource(diffusers.DiTPipeline.__call__)
+    assert "cond_eps, uncond_eps = torch.split(" in source
+
+
+def test_errors_say_what_to_do():
+    class Own:
+        pass
+
+    with pytest.raises(UnsupportedPipelineError, match="conditional_half=0"):
+        conditional_half_of(Own())
+    with pytest.raises(UnsupportedPipelineError, match="once for the conditional"):
+        conditional_half_of(bare(diffusers.WanPipeline))
+
+
+def test_guidance_switched_off():
+    class Told:
+        do_classifier_free_guidance = False
+
+    assert guidance_is_on(Told(), {"guidance_scale": 7.0}) is False
+    assert guidance_is_on(object(), {"guidance_scale": 4.0}) is True
+    assert guidance_is_on(object(), {"guidance_scale": 1.0}) is False
+    assert guidance_is_on(object(), {}) is None
