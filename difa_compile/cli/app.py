@@ -1,0 +1,313 @@
+"""The commands. Each reads its options, calls the library and prints; what they do lives in the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import difa_compile
+from difa_compile.cli.demo import DemoOptions, require, run_demo
+from difa_compile.cli.failures import GuardedGroup, interruptible, state_kept
+from difa_compile.cli.inputs import (
+    call_inputs,
+    command_line,
+    hush_diffusers,
+    image_captions,
+    images_per_call,
+    open_pipeline,
+    seeds_for,
+)
+from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
+from difa_compile.errors import OutputError
+from difa_compile.loading import DEMO
+
+app = typer.Typer(
+    name="difa",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Plan, compile and compare the attention of diffusion transformers. Begin with [bold]difa demo[/].",
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="'demo', a hub id (OWNER/NAME) or a local folder.", show_default=False)
+]
+PlanFile = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="A plan file, as difa calibrate writes it.", show_default=False)
+]
+Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Threshold = Annotated[float, typer.Option(help="Largest loss admitted, scaled with depth; published: 0.025 to 0.15.")]
+Window = Annotated[
+    str | None, typer.Option(help="SHAPE:RADIUS, e.g. band:32, disc:8.", show_default="band of N/8 tokens per side")
+]
+Seed = Annotated[int, typer.Option(help="First seed.")]
+Labels = Annotated[str | None, typer.Option(help="Classes to sample, e.g. 1,2,3.", show_default=False)]
+Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to sample; may be repeated.", show_default=False)]
+Inputs = Annotated[
+    str | None, typer.Option(help="Arguments of the pipeline's call: JSON, or a JSON file.", show_default=False)
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"difa-compile {difa_compile.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", envvar="DIFA_DEBUG")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of every command; :class:`GuardedGroup` reads ``debug``."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the page, plan.json and comparison.json.")] = Path(
+        "difa-report"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="50; quick: 20")] = None,
+    threshold: Threshold = 0.05,
+    samples: Annotated[
+        int | None, typer.Option(help="Images to compare, rounded up to tens.", show_default="200; quick: 40")
+    ] = None,
+    seed: Seed = 0,
+    window: Window = None,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan; do not calibrate.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and images, for a first look.")] = False,
+) -> None:
+    """Calibrate the built-in model, sample it in full and as planned, and write a page that shows both.
+
+    An interrupted calibration goes on where it was when the same command is given again.
+    """
+    options = DemoOptions(
+        output=output,
+        steps=steps if steps is not None else 20 if quick else 50,
+        threshold=threshold,
+        samples=samples if samples is not None else 40 if quick else 200,
+        seed=seed,
+        window=window,
+        plan=plan,
+        command=command_line(),
+    )
+    console = _console()
+    page = run_demo(options, console)
+    console.print(f"\nThe page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")] = Path("plan.json"),
+    steps: Steps = 50,
+    threshold: Threshold = 0.05,
+    window: Window = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(help="Decisions to try, in this order.", show_default="those of DiTFastAttn, comma-separated"),
+    ] = None,
+    loss: Annotated[str, typer.Option(help="Form of the loss: paper or code.")] = "paper",
+    labels: Labels = None,
+    prompt: Prompt = None,
+    inputs: Inputs = None,
+    guidance: Guidance = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File that keeps an interrupted search.", show_default="OUTPUT.state")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
+    require("diffusers", "tqdm")
+    from difa_compile.calibrate import calibrate as search
+    from difa_compile.report import check_writable
+
+    call = call_inputs(model, inputs, labels, prompt, guidance)
+    if output.is_dir():
+        raise OutputError(
+            f"{output} is a folder; give the name of a file for the plan, for instance {output / 'plan.json'}"
+        )
+    kept = state if state is not None else output.with_name(f"{output.name}.state")
+    console = _console()
+    pipe = open_pipeline(model, device)
+    check_writable(output.parent)
+    with interruptible(lambda: state_kept(kept)):
+        plan = search(
+            pipe,
+            call | {"generator": torch.Generator().manual_seed(seed)},
+            steps=steps,
+            threshold=threshold,
+            window=window,
+            candidates=[name.strip() for name in candidates.split(",")] if candidates is not None else None,
+            loss=loss,
+            state=kept,
+        )
+    plan.save(output)
+    print_plan(console, plan)
+    console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|PLAN", help="A model as above, or a plan file.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the attention sites of a model, or the decisions of a plan, and why anything is left alone."""
+    console = _console()
+    if Path(target).is_file():
+        _inspect_plan(console, Path(target), as_json)
+    else:
+        _inspect_model(console, target, as_json)
+
+
+def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
+    from difa_compile.plan import Plan
+
+    plan = Plan.load(path)
+    if not as_json:
+        print_plan(console, plan)
+        return
+    reasons = [{"site": s, "decision": d, "reason": reason} for s, d, reason in not_applicable(plan)]
+    typer.echo(json.dumps(json.loads(plan.to_json()) | {"not_applicable": reasons}, indent=1))
+
+
+def _inspect_model(console: Console, name: str, as_json: bool) -> None:
+    require("diffusers")
+    from difa_compile.inspect import inspect_model
+    from difa_compile.loading import load_model
+
+    hush_diffusers()
+    model = load_model(name)
+    if not isinstance(model, torch.nn.Module):
+        model.set_progress_bar_config(disable=True)
+    inspection = inspect_model(model)
+    if as_json:
+        typer.echo(json.dumps(_inspection_json(inspection), indent=1))
+        return
+    count = len(inspection.site_infos)
+    title = f"{type(inspection.model).__name__}: {count} attention sites that a plan can act on"
+    print_sites(console, title, inspection.sites)
+    print_records(console, inspection.records)
+
+
+def _inspection_json(inspection: Any) -> dict[str, Any]:
+    return {
+        "model": type(inspection.model).__name__,
+        "sites": [
+            {
+                "path": site.path,
+                "kind": str(site.kind),
+                "query_shape": list(site.query_shape),
+                "key_shape": list(site.key_shape),
+                "scale": site.scale,
+                "mask": site.mask,
+                "width": site.width,
+                "layout": None if site.layout is None else str(site.layout),
+                "layout_reason": site.layout_reason,
+                "rewritable": site.rewritable,
+            }
+            for site in inspection.sites
+        ],
+        "records": [
+            {"site": r.site, "decision": str(r.decision), "outcome": str(r.outcome), "reason": r.reason}
+            for r in inspection.records
+        ],
+    }
+
+
+@app.command()
+def compare(
+    model: Model,
+    plan: PlanFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("difa-compare"),
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="the plan's")] = None,
+    samples: Annotated[int, typer.Option(help="Images to compare, at least.", min=1)] = 20,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each side, at least.", min=1)] = 3,
+    seed: Seed = 0,
+    labels: Labels = None,
+    prompt: Prompt = None,
+    inputs: Inputs = None,
+    guidance: Guidance = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile the full side.")] = False,
+    device: Device = None,
+) -> None:
+    """Sample a model in full and under a plan, with the same seeds; measure, and write images, figures and the page."""
+    require("diffusers", "torchmetrics", "tqdm", "jinja2", "PIL")
+    from difa_compile.compare import compare as measure
+    from difa_compile.demo.judge import load_judge
+    from difa_compile.plan import Plan
+    from difa_compile.report import check_writable, describe_machine, describe_versions
+    from difa_compile.report.stored import StoredComparison
+
+    call = call_inputs(model, inputs, labels, prompt, guidance)
+    chosen = Plan.load(plan)
+    pipe = open_pipeline(model, device)
+    folder = check_writable(output)
+    comparison = measure(
+        pipe,
+        chosen,
+        call,
+        steps=steps if steps is not None else chosen.steps,
+        seeds=seeds_for(samples, images_per_call(call), seed),
+        repeats=repeats,
+        judge=load_judge() if model == DEMO else None,
+        backend_full="eager" if eager else "inductor",
+    )
+    names = {label: f"digit {label}" for label in range(10)} if model == DEMO else {}
+    stored = StoredComparison(
+        plan=chosen,
+        comparison=comparison,
+        title=f"{model}: full attention and a plan",
+        command=command_line(),
+        machine=describe_machine(),
+        versions=describe_versions(),
+        captions=image_captions(call, names, len(comparison.images_full)),
+    )
+    stored.save(folder)
+    page = stored.write_page(folder)
+    console = _console()
+    print_comparison(console, comparison)
+    console.print(f"\nThe page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A folder written by difa compare or difa demo.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the page.", show_default="FOLDER")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Another title.", show_default=False)] = None,
+) -> None:
+    """Write the page of an earlier comparison again."""
+    require("jinja2", "PIL", "torchmetrics")
+    from dataclasses import replace
+
+    from difa_compile.report.stored import StoredComparison
+
+    stored = StoredComparison.load(folder)
+    if title is not None:
+        stored = replace(stored, title=title)
+    page = stored.write_page(output if output is not None else folder)
+    _console().print(f"The page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)

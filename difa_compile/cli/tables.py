@@ -1,0 +1,118 @@
+"""What the commands print: tables of measurements, sites and records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from difa_compile.report.view import flops, percent, seconds, size
+
+if TYPE_CHECKING:
+    from difa_compile.capture import Record
+    from difa_compile.compare import Comparison
+    from difa_compile.plan import Plan
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """The measurements in short: full, planned, and what lies between."""
+    quality, full, planned = comparison.quality, comparison.full, comparison.planned
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("full", "planned", ""):
+        table.add_column(name, justify="right")
+    ratio = f"[bold]{comparison.speedup:.2f}×[/]"
+    images = f"a call of {comparison.images_per_call} image{'s' if comparison.images_per_call > 1 else ''}"
+    table.add_row(images, seconds(full.call_seconds), seconds(planned.call_seconds), ratio)
+    table.add_row(
+        "a step",
+        seconds(full.seconds_per_step),
+        seconds(planned.seconds_per_step),
+        f"{full.seconds_per_step / planned.seconds_per_step:.2f}×",
+    )
+    table.add_row("first call, with compilation", seconds(full.first_call), seconds(planned.first_call))
+    for name, operations in (
+        ("attention FLOPs, with projections", comparison.with_projections),
+        ("attention FLOPs, without", comparison.attention),
+    ):
+        steps = len(operations.planned_per_step)
+        total = flops(operations.full_per_step * steps), flops(sum(operations.planned_per_step))
+        table.add_row(name, *total, percent(operations.share))
+    table.add_row("cache memory", "", size(comparison.cache_bytes))
+    if quality.psnr is None:
+        table.add_row("images", "", "", "all equal")
+    else:
+        table.add_row("PSNR", "", "", f"{quality.psnr:.1f} dB")
+    if quality.ssim is not None:
+        table.add_row("SSIM", "", "", f"{quality.ssim:.3f}")
+    if quality.frechet is not None:
+        table.add_row("Fréchet distance", "", "", f"{quality.frechet:.2f}")
+    if quality.frechet_full is not None and quality.frechet_planned is not None:
+        table.add_row(
+            "Fréchet distance to real images", f"{quality.frechet_full:.2f}", f"{quality.frechet_planned:.2f}"
+        )
+    if quality.agreement is not None:
+        table.add_row("classifier agreement", "", "", percent(quality.agreement))
+    if quality.judged_right_full is not None and quality.judged_right_planned is not None:
+        table.add_row(
+            "read as the class asked for", percent(quality.judged_right_full), percent(quality.judged_right_planned)
+        )
+    console.print(table)
+    skipped = len(set(comparison.skips))
+    if skipped:
+        console.print(f"{skipped} decision{'s' if skipped > 1 else ''} skipped; the report gives the reasons.")
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """A plan's summary, and the candidates that could not be carried out, with the reasons."""
+    console.print(plan.summary(), markup=False, highlight=False, soft_wrap=True)
+    reasons = not_applicable(plan)
+    if not reasons:
+        return
+    table = Table("site", "candidate", "why it does not apply", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for line in reasons:
+        table.add_row(*map(Text, line))
+    console.print(table)
+
+
+def not_applicable(plan: Plan) -> tuple[tuple[str, str, str], ...]:
+    """(site, candidate, reason) of each candidate that calibration could not try, once each."""
+    found = [
+        (plan.sites[index].path, str(trial.decision), trial.reason)
+        for row in plan.rows
+        for index, cell in enumerate(row)
+        for trial in cell.trials
+        if trial.loss is None
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def print_sites(console: Console, title: str, sites: Iterable[Any]) -> None:
+    """One line per attention call of a model, cross-attention included."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("site", "kind"):
+        table.add_column(name)
+    for name in ("heads", "tokens"):
+        table.add_column(name, justify="right")
+    for name in ("layout", "mask"):
+        table.add_column(name)
+    for site in sites:
+        heads = f"{site.query_shape[1]}×{site.query_shape[3]}"
+        layout = str(site.layout) if site.layout is not None else f"unknown: {site.layout_reason}"
+        table.add_row(*map(Text, (site.path, str(site.kind), heads, str(site.tokens), layout, site.mask)))
+    console.print(table)
+
+
+def print_records(console: Console, records: Iterable[Record]) -> None:
+    """What became of each decision, where there is something to say."""
+    lines = dict.fromkeys((r.site, str(r.decision), str(r.outcome), r.reason) for r in records if r.reason)
+    if not lines:
+        return
+    table = Table("site", "decision", "outcome", "reason", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(table)

@@ -1,0 +1,182 @@
+"""The plan as a heat map: one row per site, one column per step, one colour per decision."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from difa_compile.decision import Decision, Kind, Window
+from difa_compile.plan import Cell, Plan, Trial
+
+_LIGHT = {
+    (Kind.FULL, False): "#d3d7de",
+    (Kind.FULL, True): "#b5a2d4",
+    (Kind.WINDOW_RESIDUAL, False): "#ecb765",
+    (Kind.WINDOW_RESIDUAL, True): "#cb7444",
+    (Kind.WINDOW, False): "#85c2a0",
+    (Kind.WINDOW, True): "#45936f",
+    (Kind.REUSE, False): "#3d73b4",
+    (Kind.REUSE, True): "#244a7a",
+}
+_DARK = {
+    (Kind.FULL, False): "#3b434f",
+    (Kind.FULL, True): "#7463a0",
+    (Kind.WINDOW_RESIDUAL, False): "#c08a3a",
+    (Kind.WINDOW_RESIDUAL, True): "#d77f4c",
+    (Kind.WINDOW, False): "#4f9a74",
+    (Kind.WINDOW, True): "#7ccaa3",
+    (Kind.REUSE, False): "#5b97de",
+    (Kind.REUSE, True): "#9cc5f5",
+}
+_MEANING = {
+    Kind.FULL: "The attention as the model computes it.",
+    Kind.WINDOW: "Each image token sees only its neighbourhood; text sees and is seen by everything.",
+    Kind.WINDOW_RESIDUAL: "Window attention plus what the window left out at the last full step.",
+    Kind.REUSE: "The output of an earlier step; nothing is computed, not even the projections.",
+}
+_SHARED = " Only the conditional half of the batch is computed; the other half gets a copy."
+_ORDER = (Kind.FULL, Kind.WINDOW_RESIDUAL, Kind.WINDOW, Kind.REUSE)
+
+
+@dataclass(frozen=True)
+class Colour:
+    """One decision in the legend: CSS class ``key``, its colour in light and dark mode, how many cells have it."""
+
+    key: str
+    name: str
+    light: str
+    dark: str
+    shared: bool
+    count: int
+    meaning: str
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """CSS classes of a cell, and its explanation: lines, a candidate's line with tabs between its columns."""
+
+    classes: str
+    text: str
+
+
+@dataclass(frozen=True)
+class MapRow:
+    """A site: short name, full path with sizes, one cell per step."""
+
+    name: str
+    title: str
+    cells: tuple[MapCell, ...]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """All that the template draws; ``tick``: every how many steps a column is numbered."""
+
+    intro: str
+    colours: tuple[Colour, ...]
+    steps: range
+    tick: int
+    rows: tuple[MapRow, ...]
+    cell_height: int
+    site_width: str
+
+
+def heat_map(plan: Plan) -> HeatMap:
+    """Lay out ``plan``; rows get lower as there are more sites, so that 57 sites still fit a screen."""
+    colours = _colours(plan)
+    keys = {colour.name: colour for colour in colours}
+    common = _common_parts([site.path for site in plan.sites])
+    rows = []
+    for index, site in enumerate(plan.sites):
+        cells = []
+        for step in range(plan.steps):
+            cell = plan.rows[step][index]
+            colour = keys[str(cell.decision)]
+            classes = colour.key + (" shared" if colour.shared else "")
+            cells.append(MapCell(classes, _text(step, site.path, cell)))
+        rows.append(MapRow(_short(site.path, common), f"{site.path}: {site.shape}", tuple(cells)))
+    longest = max(len(row.name) for row in rows)
+    return HeatMap(
+        intro=_intro(plan),
+        colours=colours,
+        steps=range(plan.steps),
+        tick=1 if plan.steps <= 20 else 5 if plan.steps <= 60 else 10,
+        rows=tuple(rows),
+        cell_height=28 if len(rows) <= 12 else 18 if len(rows) <= 30 else 12,
+        site_width=f"{min(28, longest) * 0.46 + 1.2:.1f}rem",
+    )
+
+
+def _intro(plan: Plan) -> str:
+    settings = plan.settings
+    size = f"{len(plan.sites)} attention sites (rows) at {plan.steps} sampling steps (columns)."
+    if settings.method == "rule":
+        return f"{size} Written by a rule: nothing was measured for it."
+    limit = f", limit {settings.threshold:g} scaled with depth" if settings.threshold is not None else ""
+    return (
+        f"{size} Each cell is the first candidate, in the order tried, whose loss stayed below the limit of its site "
+        f"({settings.loss or 'unnamed'} loss{limit}). Point at a cell, or go there with the arrow keys, for all losses."
+    )
+
+
+def _colours(plan: Plan) -> tuple[Colour, ...]:
+    counts = Counter(decision for row in plan.decisions for decision in row)
+    windows = sorted({decision.window for decision in counts if decision.window is not None})
+    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), d.cfg_shared))  # type: ignore[arg-type]
+    colours = []
+    for number, decision in enumerate(ordered):
+        shade = windows.index(decision.window) / len(windows) if decision.window is not None else 0.0
+        family = (decision.kind, decision.cfg_shared)
+        meaning = _MEANING[decision.kind] + (_SHARED if decision.cfg_shared else "")
+        light, dark = _mix(_LIGHT[family], "#000000", 0.45 * shade), _mix(_DARK[family], "#ffffff", 0.45 * shade)
+        name = str(decision)
+        colours.append(Colour(f"d{number}", name, light, dark, decision.cfg_shared, counts[decision], meaning))
+    return tuple(colours)
+
+
+def _mix(colour: str, other: str, share: float) -> str:
+    pairs = [(int(colour[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(mine * (1 - share) + theirs * share):02x}" for mine, theirs in pairs)
+
+
+def _text(step: int, path: str, cell: Cell) -> str:
+    saved = (
+        f"saves {100 * cell.flops_saved:.0f}\u00a0% of the attention FLOPs here"
+        if cell.flops_saved
+        else "saves nothing here"
+    )
+    lines = [f"step {step} · {path}", str(cell.decision), saved]
+    lines += [_trial(trial, cell.decision) for trial in cell.trials]
+    if not cell.trials:
+        lines[2] += "; no candidate was tried"
+    return "\n".join(lines)
+
+
+def _trial(trial: Trial, chosen: Decision) -> str:
+    if trial.loss is None:
+        return f"{trial.decision}\t{trial.reason or 'does not apply'}\t\tnot tried"
+    verdict = "chosen" if trial.decision == chosen else "over the limit" if trial.loss >= trial.threshold else "below"
+    return f"{trial.decision}\tloss {trial.loss:.3g}\tlimit {trial.threshold:.3g}\t{verdict}"
+
+
+def _common_parts(paths: list[str]) -> Mapping[str, str]:
+    """The first and the last part of the paths where all of them share it: they add nothing to a row's name."""
+    split = [path.split(".") for path in paths]
+    common = {}
+    if len(paths) > 1 and min(map(len, split)) > 2:
+        if len({parts[0] for parts in split}) == 1:
+            common["first"] = split[0][0]
+        if len({parts[-1] for parts in split}) == 1:
+            common["last"] = split[0][-1]
+    return common
+
+
+def _short(path: str, common: Mapping[str, str]) -> str:
+    """A row's name. With ``transformer_blocks.0.attn1``, ``.1.attn1``, ... that is ``block 0``, ``block 1``."""
+    short = path
+    if "last" in common:
+        short = short.removesuffix("." + common["last"])
+    if "first" in common:
+        short = short.removeprefix(common["first"] + ".")
+    return f"block {short}" if short.isdigit() else short
