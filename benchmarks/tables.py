@@ -1,0 +1,124 @@
+"""Write the tables of README.md and benchmarks/README.md from the result files: ``python -m benchmarks.tables``.
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``; a test compares it with ``results/NAME.json``,
+so that no figure in a document is older than its result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._common import RESULTS, ROOT
+
+SECTION = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Column:
+    """``key`` of a row, the heading above it, and how a number is written (a format specification)."""
+
+    key: str
+    heading: str
+    form: str = ""
+
+    def cell(self, row: dict[str, Any]) -> str:
+        value = row.get(self.key)
+        return "–" if value is None else format(value, "" if isinstance(value, str) else self.form)
+
+
+CASE = Column("case", "case")
+SECONDS = Column("seconds", "s", ".2f")
+TO_INDUCTOR = Column("ratio_to_inductor", "× inductor", ".3f")
+SHARES = (
+    Column("attention_flops_share", "attention FLOPs", ".1%"),
+    Column("attention_flops_share_with_projections", "with projections", ".1%"),
+)
+README = {
+    "demo_end_to_end": (
+        CASE,
+        SECONDS,
+        TO_INDUCTOR,
+        *SHARES,
+        Column("psnr_db", "PSNR (dB)", ".1f"),
+        Column("ssim", "SSIM", ".3f"),
+        Column("frechet_to_real", "Fréchet to real", ".2f"),
+        Column("judged_right", "judged right", ".1%"),
+    ),
+    "published_form": (
+        CASE,
+        Column("batch", "images"),
+        SECONDS,
+        Column("ratio_to_processors", "× processors", ".3f"),
+        TO_INDUCTOR,
+    ),
+    "compile_time": (
+        CASE,
+        Column("distinct_rows", "distinct rows"),
+        Column("compile_seconds", "compile s", ".1f"),
+        TO_INDUCTOR,
+    ),
+}
+DETAILS = {
+    "demo_end_to_end": (
+        *README["demo_end_to_end"],
+        Column("frechet_to_full", "Fréchet to full", ".2f"),
+        Column("judge_agrees_with_full", "judge agrees", ".1%"),
+        Column("distinct_rows", "distinct rows"),
+        Column("cache_peak_bytes", "cache bytes", ",d"),
+        Column("seconds_min", "min s", ".2f"),
+        Column("seconds_max", "max s", ".2f"),
+    ),
+    "published_form": (
+        *README["published_form"],
+        *SHARES,
+        Column("least_psnr_between_planned_db", "PSNR between (dB)", ".0f"),
+        Column("seconds_min", "min s", ".2f"),
+        Column("seconds_max", "max s", ".2f"),
+    ),
+    "compile_time": (
+        *README["compile_time"],
+        Column("compile_seconds_min", "min s", ".1f"),
+        Column("compile_seconds_max", "max s", ".1f"),
+    ),
+}
+DOCUMENTS = {ROOT / "README.md": README, ROOT / "benchmarks" / "README.md": DETAILS}
+
+
+def render(result: dict[str, Any], columns: tuple[Column, ...]) -> str:
+    """The rows as a Markdown table, and a line that says where and when they were measured."""
+    lines = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[column.cell(row) for column in columns] for row in result["rows"]]
+    machine = result["machine"]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    source = (
+        f"`{result['command']}`, {result['date'][:10]}, commit {result['commit'][:12]}, torch "
+        f"{result['versions']['torch']}, {machine['cores']} cores of {machine['cpu']}."
+    )
+    return f"{table}\n\n{source}\n"
+
+
+def filled(document: str, tables: dict[str, tuple[Column, ...]], results: Path = RESULTS) -> str:
+    """``document`` with each marked section made from its result file; ``FileNotFoundError`` if one is missing."""
+
+    def section(match: re.Match[str]) -> str:
+        result = json.loads((results / f"{match[2]}.json").read_text())
+        return match[1] + render(result, tables[match[2]]) + match[4]
+
+    return SECTION.sub(section, document)
+
+
+def main() -> None:
+    for path, tables in DOCUMENTS.items():
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(filled(path.read_text(), tables))
+        os.replace(fresh, path)
+        print(f"filled {path}")
+
+
+if __name__ == "__main__":
+    main()

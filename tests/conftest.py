@@ -1,0 +1,33 @@
+"""Fixtures and rules shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Tests run on small tensors, where more threads only add waiting; DIFA_TEST_THREADS overrides.
+torch.set_num_threads(int(os.environ.get("DIFA_TEST_THREADS", min(2, os.cpu_count() or 1))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips must say why, and tests marked ``gpu`` are skipped, saying so, where there is no CUDA device."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        for marker in item.iter_markers():
+            # The reason of skip may stand first; the first argument of the other two is a condition.
+            given = marker.kwargs.get("reason") or (marker.name == "skip" and marker.args)
+            if marker.name in ("skip", "skipif", "xfail") and not given:
+                raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.{marker.name} must give a reason")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Each test starts with an empty Dynamo cache, so that counts of captures and recompiles are its own."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
