@@ -388,7 +388,8 @@ class _Search:
             state = capture.advance(start, roles, caches, stop=stop)
             return state, state.caches_out
         roles = []
-        read, taken = dict(caches), {}
+        read = dict(caches)
+        taken: dict[str, Tensor] = {}
         for index, decision in enumerate(decisions):
             alone = replace(decision, cfg_shared=False)
             if not (second and decision.cfg_shared):

@@ -152,7 +152,7 @@ def pipeline_inputs(pipe: object) -> dict[str, Any]:
     Class-conditional pipelines get label 0, the others an empty prompt. Raises :class:`ExampleInputsError` for a
     pipeline that needs more than that, for instance an image.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters  # type: ignore[operator]
+    parameters = inspect.signature(type(pipe).__call__).parameters
     candidates = {
         "class_labels": [0],
         "prompt": "",

@@ -81,7 +81,7 @@ class Wiring:
 
     def connect(self) -> None:
         """Attach to the pipeline, its scheduler and the transformer."""
-        pipe = self._pipe()
+        pipe: Any = self._pipe()
         with _lock:
             _wirings[pipe] = self
             pipe.__class__ = _wired_class(type(pipe), {"__call__": _follow_call})
@@ -239,7 +239,8 @@ class _CacheContext:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         model = self._model()
         assert model is not None
-        return self._enter(model, name, type(model).cache_context(model, name, *args, **kwargs))
+        method: Callable[..., AbstractContextManager[Any]] = getattr(type(model), "cache_context")  # noqa: B009
+        return self._enter(model, name, method(model, name, *args, **kwargs))
 
     @staticmethod
     @contextmanager
@@ -299,7 +300,8 @@ def _reduce_to_base(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the original class."""
     wired = type(self)
     base = _base_class(wired)
-    _, arguments, *rest = base.__reduce_ex__(self, max(2, int(protocol)))
+    reduced: Any = base.__reduce_ex__(self, max(2, int(protocol)))  # type: ignore[call-arg]
+    _, arguments, *rest = reduced
     return _blank, tuple(base if argument is wired else argument for argument in arguments), *rest
 
 
@@ -309,9 +311,9 @@ def _blank(cls: type, *arguments: Any) -> Any:
 
 
 def _follow_call(base: type) -> Callable[..., object]:
-    @functools.wraps(base.__call__)  # type: ignore[operator]
+    @functools.wraps(base.__call__)
     def followed(self: Any, *args: Any, **kwargs: Any) -> object:
-        plain: Callable[..., object] = base.__call__  # type: ignore[operator]
+        plain: Callable[..., object] = base.__call__
         wiring = wiring_of(self)
         if wiring is None:
             return plain(self, *args, **kwargs)

@@ -4,7 +4,7 @@ A segment is a run of consecutive nodes: either all nodes of one repeated block 
 the nodes between two such blocks. Segments run one after the other on a list of numbered values, so equal blocks that
 take equal decisions share one compiled function and differ in the values they are given.
 
-A cut that would part a region, or part an in-place write from the value it writes, is not made.
+Values that cross a cut are contiguous. A cut that would part a region, or part an in-place write from the value it writes, is not made.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def build_segment(
         mapping[node] = fresh
     for node in piece:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.output(tuple(mapping[node] for node in outputs))
+    graph.output(tuple(contiguous(graph, mapping[node]) for node in outputs))
     built = fx.GraphModule(module, graph)
     for node in outputs:
         number[node] = len(number)
@@ -148,6 +148,16 @@ def build_segment(
         structure=structure_of(built),
         last_use=(),
     )
+
+
+def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``node`` laid out row by row, so that the first block is not unlike all others for its input's strides alone."""
+    value = tensor_of(node)
+    if value is None or value.layout is not torch.strided or value.is_contiguous():
+        return node
+    fresh = graph.call_method("contiguous", (node,))
+    fresh.meta = {**node.meta, "example_value": value.contiguous()}
+    return fresh
 
 
 def structure_of(module: fx.GraphModule) -> str:

@@ -1,4 +1,4 @@
-"""Local attention as PyTorch's scaled dot product attention under a boolean mask: serves everywhere, skips no work."""
+"""Local attention as PyTorch's scaled dot product attention under an additive mask: serves everywhere, skips no work."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from difa_compile.ops import LocalCall, LocalKernel
 from difa_compile.reference import visible
 
 MAX_TOKENS = 16384
-"""Beyond this the mask alone takes more than 256 MiB."""
+"""Beyond this the mask alone takes more than 1 GiB in float32."""
 
 
 def why_not(call: LocalCall) -> str | None:
     if call.layout.tokens > MAX_TOKENS:
-        return f"{call.layout.tokens} tokens: the mask would take {call.layout.tokens**2 / 2**20:.0f} MiB"
+        size = call.layout.tokens**2 * call.dtype.itemsize / 2**20
+        return f"{call.layout.tokens} tokens: the mask would take {size:.0f} MiB"
     return None
 
 
 @lru_cache(maxsize=8)
-def mask(layout: Layout, window: Window, device: torch.device) -> Tensor:
-    """The boolean mask (tokens, tokens) of a window, kept for the next call."""
-    return visible(layout, window, device)
+def mask(layout: Layout, window: Window, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The mask (tokens, tokens) of a window, 0 where visible and -inf elsewhere, kept for the next call.
+
+    Additive in the query's dtype, because the CPU kernel would convert a boolean one at every call.
+    """
+    hidden = ~visible(layout, window, device)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, call: LocalCall) -> Tensor:
-    allowed = mask(call.layout, call.window, call.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=call.scale)
+    bias = mask(call.layout, call.window, call.device, call.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale)
 
 
 KERNEL = LocalKernel("masked SDPA", why_not, run)

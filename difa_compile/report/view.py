@@ -294,7 +294,7 @@ def _cost_table(plan: Plan, comparison: Comparison) -> Table:
         total = operations.full_per_step * len(operations.planned_per_step)
         lines.append((name, flops(total), flops(sum(operations.planned_per_step)), percent(operations.share)))
     lines.append(("cache memory, at most", "0 B", size(comparison.cache_bytes), _NONE))
-    lines.append(("variants of the graph", "1", str(len(plan.buckets)), _NONE))
+    lines.append(("variants of the graph, of the plan as made", "1", str(len(plan.buckets)), _NONE))
     return Table("Arithmetic, for one image of the batch, and memory.", tuple(lines), ("", "full", "planned", "share"))
 
 
