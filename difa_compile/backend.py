@@ -1,8 +1,8 @@
 """The ``torch.compile`` backend: ``torch.compile(model, backend="difa", options={"plan": plan})``.
 
 Dynamo hands over the whole model as one graph per input shape. Without a plan the graph goes to inductor as it is.
-With one it becomes a :class:`~difa_compile.capture.Capture`, and what is returned to Dynamo is a plain function that asks
-the active run which step it is; Dynamo sees nothing of that, so switching variants never recompiles.
+With one it becomes a :class:`~difa_compile.capture.Capture`, and what is returned to Dynamo is a plain function that
+asks the active run which step it is; Dynamo sees nothing of that, so switching variants never recompiles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ OPTIONS = ("plan", "strict", "layout", "cfg", "inner")
 
 
 def difa(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph according to a plan.
 
@@ -104,16 +108,19 @@ def inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[
     """Compile a graph with inductor, on a copy that keeps what marks its parameters as static."""
     from torch._inductor.compile_fx import compile_fx
 
+    compiled: Any
     if torch._guards.TracingContext.try_get() is not None:
-        return compile_fx(module, list(example_inputs))  # type: ignore[no-any-return]
-    with torch.no_grad():
-        return compile_fx(copy_graph(module), list(example_inputs))  # type: ignore[no-any-return]
+        compiled = compile_fx(module, list(example_inputs))
+    else:
+        with torch.no_grad():
+            compiled = compile_fx(copy_graph(module), list(example_inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph as it is, for debugging and for exact comparisons."""
     del example_inputs
-    return module.forward  # type: ignore[no-any-return]
+    return module.forward
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -124,7 +131,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(output)
     for old, new in mapping.items():
         if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+            new._dynamo_source = getattr(old, "_dynamo_source", None)
     fresh = fx.GraphModule(module, graph)
     fresh.meta = copy.copy(module.meta)
     if hasattr(module, "_param_name_to_source"):

@@ -25,7 +25,6 @@ from difa_compile.passes.layouts import packed_grid
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
-from difa_compile.passes.site import Site
 from difa_compile.passes.specialize import specialize
 from difa_compile.passes.variant import Context
 from difa_compile.passes.verify import why_not_proved
@@ -112,9 +111,7 @@ class Capture:
                 "denoised tokens through scaled_dot_product_attention; there is nothing a plan could change"
             )
         self.split = split_at_blocks(module, self.sites)
-        self._segment_of = {
-            index: i for i, segment in enumerate(self.split.segments) for index in segment.site_indices
-        }
+        self._segment_of = {index: i for i, segment in enumerate(self.split.segments) for index in segment.site_indices}
         self._proofs = self._prove(example_inputs)
         self.records: tuple[Record, ...] = ()
         if plan is not None:
@@ -124,8 +121,9 @@ class Capture:
             if strict and skipped:
                 first = skipped[0]
                 raise SiteSkippedError(
-                    f"{first.site}: {first.decision} can't be carried out: {first.reason} ({len(skipped)} such decisions "
-                    "in all). Take the decision out of the plan, or compile with strict=False to leave these sites full"
+                    f"{first.site}: {first.decision} can't be carried out: {first.reason} ({len(skipped)} such "
+                    "decisions in all). Take the decision out of the plan, or compile with strict=False to leave these "
+                    "sites full"
                 )
 
     # --- what can be done --------------------------------------------------------------------------------------------
@@ -176,29 +174,31 @@ class Capture:
 
         Returns the reasons of the sites that could not.
         """
-        failures: dict[int, str] = {}
         proved: dict[str, tuple[str | None, ...]] = {}
+        kinds = {segment.structure for segment in self.split.segments if segment.sites}
         values: list[Any] = [*example_inputs, *[None] * (self.split.values - len(example_inputs))]
         with torch.no_grad():
             for segment in self.split.segments:
                 inputs = [values[i] for i in segment.inputs]
-                if segment.sites:
-                    if segment.structure not in proved:
-                        proved[segment.structure] = tuple(
-                            why_not_proved(segment.module, segment.sites, i, inputs, self._context)
-                            for i in range(len(segment.sites))
-                        )
-                    for index, reason in zip(segment.site_indices, proved[segment.structure], strict=True):
-                        if reason is not None:
-                            failures[index] = reason
-                if len(proved) == len({s.structure for s in self.split.segments if s.sites}):
-                    break
+                if segment.sites and segment.structure not in proved:
+                    proved[segment.structure] = tuple(
+                        why_not_proved(segment.module, segment.sites, i, inputs, self._context)
+                        for i in range(len(segment.sites))
+                    )
+                    if len(proved) == len(kinds):
+                        break
                 results = segment.module(*inputs)
                 for number, value in zip(segment.outputs, results, strict=True):
                     values[number] = value
                 for number in segment.last_use:
                     values[number] = None
-        return failures
+        return {
+            index: reason
+            for segment in self.split.segments
+            if segment.sites
+            for index, reason in zip(segment.site_indices, proved[segment.structure], strict=True)
+            if reason is not None
+        }
 
     # --- running -----------------------------------------------------------------------------------------------------
 

@@ -35,18 +35,15 @@ class WindowShape(StrEnum):
 class Window:
     """A neighbourhood of ``radius`` tokens (>= 1) around each image token."""
 
-    shape: WindowShape
+    shape: WindowShape | str
     radius: int
 
     def __post_init__(self) -> None:
         if isinstance(self.radius, bool) or not isinstance(self.radius, int) or self.radius < 1:
             raise DecisionError(f"window radius is {self.radius!r}; give a whole number of tokens, at least 1")
-        if not isinstance(self.shape, WindowShape):
-            try:
-                object.__setattr__(self, "shape", WindowShape(self.shape))
-            except ValueError:
-                known = ", ".join(WindowShape)
-                raise DecisionError(f"window shape {self.shape!r} is unknown; choose one of {known}") from None
+        if self.shape not in list(WindowShape):
+            raise DecisionError(f"window shape {self.shape!r} is unknown; choose one of {', '.join(WindowShape)}")
+        object.__setattr__(self, "shape", WindowShape(self.shape))
 
     def __str__(self) -> str:
         return f"{self.shape}:{self.radius}"
@@ -57,7 +54,7 @@ class Window:
         match = re.fullmatch(r"(\w+):(\d+)", text)
         if not match:
             raise DecisionError(f"window {text!r} is not of the form SHAPE:RADIUS, for instance band:128 or disc:8")
-        return cls(WindowShape(match[1]) if match[1] in list(WindowShape) else match[1], int(match[2]))  # type: ignore[arg-type]
+        return cls(match[1], int(match[2]))
 
 
 class Kind(StrEnum):
@@ -82,6 +79,8 @@ class Decision:
     cfg_shared: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in list(Kind):
+            raise DecisionError(f"decision kind {self.kind!r} is unknown; choose one of {', '.join(Kind)}")
         object.__setattr__(self, "kind", Kind(self.kind))
         windowed = self.kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
         if windowed and self.window is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect as signatures
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def inspect_model(
     name, model = find_transformer(model_or_pipe)
     args: tuple[Any, ...] = ()
     if name:
-        args, kwargs = first_call(model_or_pipe, model, inputs if inputs is not None else pipeline_inputs(model_or_pipe))
+        args, kwargs = first_call(
+            model_or_pipe, model, inputs if inputs is not None else pipeline_inputs(model_or_pipe)
+        )
     else:
         kwargs = dict(inputs) if inputs is not None else example_inputs(model)
     parameters = signatures.signature(model.forward).parameters
@@ -82,25 +85,39 @@ def inspect_model(
             captures.append(Capture(module, example, eager, layout=layout))
         except DifaError as error:
             failures.append(error)
-        return module.forward  # type: ignore[no-any-return]
+        return module.forward
 
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            torch.compile(model, backend=collect, dynamic=False)(*args, **kwargs)
+            torch.compile(private_forward(model), backend=collect, dynamic=False)(*args, **kwargs)
     finally:
         model.train(training)
     sites = tuple(site for capture in captures for site in capture.all_sites)
     if not captures:
         detail = f": {failures[0]}" if failures else ""
         raise NoAttentionError(
-            f"{type(model).__name__} has no attention that a plan could act on{detail}. Plans work on models whose self- "
-            "or joint attention goes through torch's scaled_dot_product_attention"
+            f"{type(model).__name__} has no attention that a plan could act on{detail}. Plans work on models whose "
+            "self- or joint attention goes through torch's scaled_dot_product_attention"
         )
     records = tuple(record for capture in captures for record in limits(capture))
     infos = tuple(site.info for capture in captures for site in capture.sites)
     return ModelInspection(model, sites, infos, records, graphs)
+
+
+def private_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward on a code object of its own: what Dynamo caches for it neither counts against the model's
+    recompile limit nor outlives the inspection."""
+    forward = model.forward
+    plain = getattr(forward, "__func__", None)
+    if plain is None:
+        return forward
+    copied = FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copied, model)
 
 
 def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -124,10 +141,11 @@ def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[
 
 def limits(capture: Capture) -> tuple[Record, ...]:
     """What can't be done at the sites of a capture, whatever the plan."""
-    records = []
-    for site in capture.all_sites:
-        if not site.rewritable:
-            records.append(Record(site.path, "any", "skipped", "cross-attention is left alone"))
+    records = [
+        Record(site.path, "any", "skipped", "cross-attention is left alone")
+        for site in capture.all_sites
+        if not site.rewritable
+    ]
     for index, site in enumerate(capture.sites):
         for decision in (Decision(Kind.REUSE), Decision(Kind.WINDOW, Window(WindowShape.BAND, 1))):
             reason = capture.why_not(index, decision)

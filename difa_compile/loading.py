@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from difa_compile.demo.checkpoint import load_demo
 from difa_compile.errors import MissingDependencyError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -19,17 +19,6 @@ DEMO = "demo"
 """Name of the model that ships with this package."""
 
 
-def demo_folder() -> Path:
-    """Folder of the built-in demo pipeline. Raises :class:`ModelLoadError` if this installation lacks it."""
-    folder = Path(str(resources.files("difa_compile"))) / "demo" / "model"
-    if not (folder / "model_index.json").is_file():
-        raise ModelLoadError(
-            f"the demo model is missing from this installation ({folder}); reinstall difa-compile, or train it with "
-            "examples/train_demo_model.py"
-        )
-    return folder
-
-
 def load_pipeline(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The diffusers pipeline called ``demo`` (built in), or in a local folder, or of a hub repository.
 
@@ -37,6 +26,8 @@ def load_pipeline(name_or_folder: str | Path, dtype: torch.dtype = torch.float32
     this name, and :class:`MissingDependencyError` without diffusers.
     """
     diffusers = _diffusers()
+    if str(name_or_folder) == DEMO:
+        return load_demo(dtype)
     folder = _resolve(name_or_folder)
     if isinstance(folder, Path) and not (folder / "model_index.json").is_file():
         remedy = (
@@ -58,6 +49,8 @@ def load_model(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -
     Raises as :func:`load_pipeline`.
     """
     diffusers = _diffusers()
+    if str(name_or_folder) == DEMO:
+        return load_demo(dtype)
     folder = _resolve(name_or_folder)
     is_pipeline = (
         (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
@@ -95,8 +88,6 @@ def _dtype(diffusers: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def _resolve(name_or_folder: str | Path) -> Path | str:
     """A local folder as a ``Path``, or a hub id as a ``str``."""
-    if str(name_or_folder) == DEMO:
-        return demo_folder()
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder

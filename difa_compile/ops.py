@@ -17,7 +17,7 @@ from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 
-LIBRARY = torch.library.Library("difa", "DEF")  # noqa: TOR901  (lives as long as the package)
+LIBRARY = torch.library.Library("difa", "DEF")
 LIBRARY.define(
     "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
     "float? scale=None) -> Tensor"
@@ -70,8 +70,12 @@ def choose_kernel(call: LocalCall) -> LocalKernel:
     raise LayoutError(f"no kernel serves local attention {call.window} on {call.layout}: " + "; ".join(reasons))
 
 
-def local_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None = None) -> Tensor:
-    """Attention limited to a window on the token grid, as one op. Reference: ``difa_compile.reference.local_attention``.
+def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None = None
+) -> Tensor:
+    """Attention limited to a window on the token grid, as one op.
+
+    The specification is :func:`difa_compile.reference.local_attention`.
 
     Args:
         query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides.
@@ -86,7 +90,15 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, w
 
 
 def _local_attention(
-    query: Tensor, key: Tensor, value: Tensor, grid: list[int], before: int, after: int, shape: str, radius: int, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: list[int],
+    before: int,
+    after: int,
+    shape: str,
+    radius: int,
+    scale: float | None = None,
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
     layout.check(query.shape[2], "difa::local_attention")
@@ -97,7 +109,15 @@ def _local_attention(
 
 
 def _local_attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, grid: list[int], before: int, after: int, shape: str, radius: int, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: list[int],
+    before: int,
+    after: int,
+    shape: str,
+    radius: int,
+    scale: float | None = None,
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)

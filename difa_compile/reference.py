@@ -40,7 +40,9 @@ def visible(layout: Layout, window: Window, device: torch.device | str = "cpu") 
     return mask
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Softmax attention. query (B, H, L, D), key and value (B, H, S, D), mask bool (L, S); returns (B, H, L, D).
 
     ``scale`` defaults to 1 / sqrt(D).

@@ -1,4 +1,4 @@
-"""Runs: one pass through the sampling schedule. The current step, the CFG branch and the caches live here, nowhere else.
+"""Runs: one pass through the sampling schedule. The step, the CFG branch and the caches live here, nowhere else.
 
     with difa_compile.sampling(model, steps=50) as run:
         for i, t in enumerate(timesteps):
@@ -35,8 +35,8 @@ _active: ContextVar[tuple[Run, ...]] = ContextVar("difa_compile_runs", default=(
 def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None = None) -> Iterator[Run]:
     """Open a run over ``steps`` model calls per CFG branch; it ends, and its caches go, when the block is left.
 
-    ``progress``: the normalised timestep of each step, falling from 1 to 0, by which a plan made for another schedule is
-    resolved; by default the plan's own spacing. ``model``: the module itself or what ``torch.compile`` made of it.
+    ``progress``: the normalised timestep of each step, falling from 1 to 0, by which a plan made for another schedule
+    is resolved; by default the plan's own spacing. ``model``: the module or what ``torch.compile`` made of it.
 
     Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress.
     """
@@ -158,9 +158,7 @@ class Session:
         rows, self.promotions = resolved.rows, resolved.promotions
         if first:  # the schedule is entered in its middle: what earlier steps would have cached is not there
             rows, self.promotions = take_rows(plan.decisions, resolved.source_steps[first:])
-        self.rows = tuple(
-            tuple(capture.effective(site, decision) for site, decision in enumerate(row)) for row in rows
-        )
+        self.rows = tuple(tuple(capture.effective(site, decision) for site, decision in enumerate(row)) for row in rows)
         self.roles = assign_roles(self.rows)
         self.caches: dict[str | None, dict[str, Tensor]] = {}
         self._last: dict[str | None, int] = {}
@@ -173,8 +171,8 @@ class Session:
         if self.two_call and any(shared):
             if branch is None:
                 raise RunError(
-                    f"step {index} shares the CFG halves across two calls, but the run does not know which call this is; "
-                    'call run.branch("cond") or run.branch("uncond") before the model'
+                    f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
+                    'is; call run.branch("cond") or run.branch("uncond") before the model'
                 )
             outputs, written = self._call_shared(args, step, branch, shared, caches)
         else:
@@ -248,10 +246,8 @@ def call_without_run(capture: Capture, args: list[Any]) -> list[Any]:
     if capture.plan is not None and id(capture) not in _warned:
         _warned.add(id(capture))
         warnings.warn(
-            "a model compiled with a difa plan was called outside a sampling run: it computes full attention. Open a run "
-            "with difa_compile.sampling(model, steps), or wire the pipeline with difa_compile.apply(pipe, plan)",
+            "a model compiled with a difa plan was called outside a sampling run: it computes full attention. Open a "
+            "run with difa_compile.sampling(model, steps), or wire the pipeline with difa_compile.apply(pipe, plan)",
             stacklevel=3,
         )
     return capture.full(args)
-
-

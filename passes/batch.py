@@ -1,9 +1,10 @@
 """Decide which dimension of each value carries the batch.
 
-The first dimension of the noisy sample is the batch by definition. From there the property is propagated, forwards and backwards, through the way each op lines up its dimensions: element-wise ops by
-broadcasting, linears over the leading dimensions, reshapes by the first dimension of each group, and so on. An operand
-of size B that stands against a batch dimension is indexed per sample and so carries the batch too; nothing is concluded
-from a size that merely happens to be divisible.
+The first dimension of the noisy sample is the batch by definition. From there the property is propagated, forwards and
+backwards, through the way each op lines up its dimensions: element-wise ops by broadcasting, linears over the leading
+dimensions, reshapes by the first dimension of each group, and so on. An operand of size B that stands against a batch
+dimension is indexed per sample and so carries the batch too; nothing is concluded from a size that merely happens to be
+divisible.
 
 What an op does not let through stays unlinked: sites behind it cannot share CFG halves and say so. If a value is left
 half decided, halving gives a shape that does not fit, which :mod:`difa_compile.passes.share_cfg` checks node by node.
@@ -111,7 +112,7 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
     elif name == "permute":
         order = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         rank = len(shape_of(first))
-        yield from ((i, first, int(source) % rank) for i, source in enumerate(order))  # type: ignore[call-overload]
+        yield from ((i, first, int(source) % rank) for i, source in enumerate(order))
     elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
         rank = len(shape_of(first))
         axis = argument(node, 2, "dim", 0) % rank

@@ -16,6 +16,7 @@ Nothing is changed. Attention without linears before it (an average pool, say) i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from torch import fx
@@ -84,8 +85,8 @@ def latent_input(graph: fx.Graph) -> fx.Node | None:
     for wanted in ("hidden_states", "sample", "latent", "x"):
         for node in inputs:
             if node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").startswith(wanted):
-                return node
-    return max(inputs, key=lambda node: tensor_of(node).numel(), default=None)  # type: ignore[union-attr]
+                return node  # type: ignore[no-any-return]
+    return max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
 
 
 def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[fx.Node]) -> Site:

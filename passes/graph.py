@@ -26,7 +26,7 @@ ELEMENTWISE = {
     "logical_not", "logical_and", "logical_or", "softmax", "log_softmax", "fill_", "zero_", "softplus", "leaky_relu",
     "mish", "hardswish", "elu", "identity", "alias",
 }  # fmt: skip
-"""Ops whose output dimensions line up with their operands' by broadcasting (softmax: for every dimension but its own)."""
+"""Ops whose output dimensions line up with their operands' by broadcasting (softmax: all dimensions but its own)."""
 
 LAYOUT = {
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "to", "type_as", "type", "float",

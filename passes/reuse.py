@@ -32,6 +32,7 @@ def reuse(variant: Variant, context: Context) -> None:
                 dim = output.meta["batch_dim"]
                 half = narrow_to_half(variant, cached, cached, dim, context)
                 value = variant.call_after(half, torch.cat, ([half, half],), {"dim": dim})
-            output.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+            for user in [user for user in output.users if user not in inside]:
+                user.replace_input_with(output, value)
             target.outputs[i] = value
         erase_region(region.interior)

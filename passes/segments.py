@@ -4,7 +4,8 @@ A segment is a run of consecutive nodes: either all nodes of one repeated block 
 the nodes between two such blocks. Segments run one after the other on a list of numbered values, so equal blocks that
 take equal decisions share one compiled function and differ in the values they are given.
 
-Values that cross a cut are contiguous. A cut that would part a region, or part an in-place write from the value it writes, is not made.
+Values that cross a cut are laid out row by row. A cut that would part a region, or part an in-place write from the
+value it writes, is not made.
 """
 
 from __future__ import annotations
@@ -95,21 +96,18 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[S
             while last + 1 < len(body) and block_path(module_path(body[last + 1])) == block:
                 last += 1
             starts |= {first, last + 1}
-    forbidden: list[tuple[int, int]] = [
-        (place[site.region.interior[0]], place[site.region.interior[-1]]) for site in sites
+    forbidden = [(place[site.region.interior[0]], place[site.region.interior[-1]]) for site in sites]
+    forbidden += [
+        (place[alias_root(node)], place[node])
+        for node in body
+        if mutated_argument(node) is not None and alias_root(node) in place
     ]
     for node in body:
-        if mutated_argument(node) is not None and alias_root(node) in place:
-            forbidden.append((place[alias_root(node)], place[node]))
-    for node in body:
-        if tensor_of(node) is None:  # a tuple (split, chunk) stays with what takes it apart
-            users = [place[user] for user in node.users if user in place]
-            if users:
-                forbidden.append((place[node], max(users)))
+        users = [place[user] for user in node.users if user in place]
+        if users and tensor_of(node) is None:  # a tuple (split, chunk) stays with what takes it apart
+            forbidden.append((place[node], max(users)))
     return sorted(
-        start
-        for start in starts
-        if start < len(body) and not any(first < start <= last for first, last in forbidden)
+        start for start in starts if start < len(body) and not any(first < start <= last for first, last in forbidden)
     )
 
 
@@ -124,13 +122,18 @@ def build_segment(
     inside = set(piece)
     inputs = list(dict.fromkeys(source for node in piece for source in node.all_input_nodes if source not in inside))
     outputs = [node for node in piece if node in returned or any(user not in inside for user in node.users)]
-    outputs = [node for node in outputs if node in returned or any(u.op != "output" and u not in inside for u in node.users)]
+    outputs = [
+        node for node in outputs if node in returned or any(u.op != "output" and u not in inside for u in node.users)
+    ]
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(inputs):
         fresh = graph.placeholder(f"value_{i}")
         fresh.meta = dict(node.meta)
-        fresh._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+        value = tensor_of(node)
+        if value is not None and node.op != "placeholder" and value.layout is torch.strided:
+            fresh.meta["example_value"] = value.contiguous()
+        fresh._dynamo_source = getattr(node, "_dynamo_source", None)
         mapping[node] = fresh
     for node in piece:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)

@@ -98,10 +98,9 @@ def halve(variant: Variant, target: Target, context: Context) -> None:
     for i, output in enumerate(region.outputs):
         dim = output.meta["batch_dim"]
         doubled = variant.call_after(output, torch.cat, ([output, output],), {"dim": dim})
-        output.replace_all_uses_with(doubled, delete_user_cb=lambda user, keep=doubled: user is not keep)  # type: ignore[misc]
-        for node in region.interior:
-            # the region itself goes on with the half
-            node.replace_input_with(doubled, output)
+        inside = {*region.interior, doubled}  # the region itself goes on with the half
+        for user in [user for user in output.users if user not in inside]:
+            user.replace_input_with(output, doubled)
         doubled.meta["batch_dim"] = dim
         target.outputs[i] = doubled
     target.halved = True

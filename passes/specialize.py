@@ -47,5 +47,5 @@ def is_symbolic(node: fx.Node) -> bool:
 def replace_by_constant(node: fx.Node, constant: int | float | bool) -> None:
     """Write ``constant`` wherever ``node`` is an argument."""
     for user in list(node.users):
-        user.args = fx.map_arg(user.args, lambda n: constant if n is node else n)  # type: ignore[arg-type,return-value]
-        user.kwargs = fx.map_arg(user.kwargs, lambda n: constant if n is node else n)  # type: ignore[arg-type,return-value]
+        user.args = fx.map_arg(user.args, lambda n: constant if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: constant if n is node else n)

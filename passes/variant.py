@@ -70,9 +70,9 @@ class Variant:
                 node = self.graph.placeholder(f"cache_{len(self.cache_inputs)}")
             value = tensor_of(like)
             assert value is not None
-            with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():  # type: ignore[attr-defined]
+            with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
                 node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            node._dynamo_source = None  # type: ignore[attr-defined]
+            node._dynamo_source = None
             node.meta["difa_cache"] = name
             self.cache_inputs[name] = node
         return self.cache_inputs[name]
@@ -81,11 +81,19 @@ class Variant:
         """Return ``value`` as cache ``name``, contiguous."""
         self.cache_outputs[name] = self.call_after(value, "contiguous", (value,))
 
-    def call_after(self, place: fx.Node, target: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def call_after(
+        self,
+        place: fx.Node,
+        target: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Node:
         """Insert a call behind ``place`` with its fake value; a string names a method."""
         with self.graph.inserting_after(place):
-            make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
-            node = make(target, args, kwargs or {})  # type: ignore[operator]
+            if isinstance(target, str):
+                node = self.graph.call_method(target, args, kwargs or {})
+            else:
+                node = self.graph.call_function(target, args, kwargs or {})
         for key in ("nn_module_stack", "stack_trace"):
             if key in place.meta:
                 node.meta[key] = place.meta[key]
@@ -111,7 +119,7 @@ def start_variant(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence
     graph.output(output).meta = copy.copy(original.meta)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     fresh = fx.GraphModule(module, graph)
     fresh.meta = dict(module.meta)
     if hasattr(module, "_param_name_to_source"):
@@ -145,8 +153,8 @@ def refresh(node: fx.Node) -> None:
     def value_of(argument: fx.Node) -> object:
         return argument.meta.get("example_value", argument.meta.get("val"))
 
-    args = fx.map_arg(node.args, value_of)
-    kwargs = fx.map_arg(node.kwargs, value_of)
+    args: Any = fx.map_arg(node.args, value_of)  # type: ignore[arg-type]
+    kwargs: Any = fx.map_arg(node.kwargs, value_of)  # type: ignore[arg-type]
     fake_mode = next((v.fake_mode for v in _tensors((args, kwargs)) if hasattr(v, "fake_mode")), None)
     with torch.no_grad(), fake_mode if fake_mode is not None else torch.no_grad():
         if node.op == "call_method":

@@ -1,7 +1,8 @@
 """Let a region prove itself: with its own output as the cache, reuse must give what full attention gives.
 
 The graph is run eagerly on real values, so the comparison is exact (bitwise). Where the batch holds CFG halves, sharing
-them on a batch whose halves are equal must give the same as not sharing, up to what another batch size does to rounding.
+them on a batch whose halves are equal must give the same as not sharing, up to what another batch size does to
+rounding.
 """
 
 from __future__ import annotations

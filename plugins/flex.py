@@ -58,7 +58,7 @@ def block_mask(layout: Layout, window: Window, device: torch.device) -> BlockMas
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible_pair(layout, window, query, key)
 
-    return create_block_mask(mask_mod, None, None, layout.tokens, layout.tokens, device=device, _compile=True)  # type: ignore[arg-type]
+    return create_block_mask(mask_mod, None, None, layout.tokens, layout.tokens, device=device, _compile=True)
 
 
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
@@ -66,7 +66,7 @@ compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def run(query: Tensor, key: Tensor, value: Tensor, call: LocalCall) -> Tensor:
     mask = block_mask(call.layout, call.window, call.device)
-    return compiled_flex_attention(query, key, value, block_mask=mask, scale=call.scale)  # type: ignore[return-value]
+    return compiled_flex_attention(query, key, value, block_mask=mask, scale=call.scale)
 
 
 KERNEL = LocalKernel("FlexAttention", why_not, run)

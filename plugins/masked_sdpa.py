@@ -1,4 +1,4 @@
-"""Local attention as PyTorch's scaled dot product attention under an additive mask: serves everywhere, skips no work."""
+"""Local attention as scaled dot product attention under an additive mask: serves everywhere, skips no work."""
 
 from __future__ import annotations
 

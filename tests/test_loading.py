@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difa_compile.errors import ModelLoadError
-from difa_compile.loading import demo_folder, load_model, load_pipeline
+from difa_compile.loading import load_model, load_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -92,10 +92,9 @@ def test_hub_failure_is_a_load_error(monkeypatch):
         load_pipeline("owner/name")
 
 
-def test_demo_model_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setattr("difa_compile.loading.resources.files", lambda package: tmp_path)
-    with pytest.raises(ModelLoadError, match="demo model is missing"):
-        demo_folder()
-    (tmp_path / "demo" / "model").mkdir(parents=True)
-    (tmp_path / "demo" / "model" / "model_index.json").write_text("{}")
-    assert demo_folder() == tmp_path / "demo" / "model"
+def test_demo_is_the_packaged_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr("difa_compile.loading.load_demo", lambda dtype: asked.append(dtype) or "the demo")
+    assert load_pipeline("demo", torch.bfloat16) == "the demo"
+    assert load_model("demo") == "the demo"
+    assert asked == [torch.bfloat16, torch.float32]

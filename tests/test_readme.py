@@ -17,11 +17,15 @@ def python_blocks(document: str) -> list[str]:
 
 @pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    """In one namespace, in an empty folder. Two changes make it quick: schedules of 50 and 20 steps are cut to 4 and 3,
-    and variants run as the graphs they are instead of going through inductor."""
+    """In one namespace, in an empty folder. To be quick, schedules of 50 and 20 steps are cut to 4 and 3, a tiny
+    pipeline stands in for the demo model, and variants run as the graphs they are instead of going through inductor."""
     pytest.importorskip("diffusers", reason="the README's pipeline is a diffusers pipeline")
+    import difa_compile
     from difa_compile import backend
+    from tests.tiny_pipelines import tiny_pipeline
 
+    pipelines = {"demo": tiny_pipeline()}
+    monkeypatch.setattr(difa_compile, "load_pipeline", pipelines.__getitem__)
     monkeypatch.setattr(backend, "inductor", backend.eager)
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks("README.md")

@@ -123,7 +123,7 @@ def _intro(plan: Plan) -> str:
 def _colours(plan: Plan) -> tuple[Colour, ...]:
     counts = Counter(decision for row in plan.decisions for decision in row)
     windows = sorted({decision.window for decision in counts if decision.window is not None})
-    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), d.cfg_shared))  # type: ignore[arg-type]
+    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), d.cfg_shared))
     colours = []
     for number, decision in enumerate(ordered):
         shade = windows.index(decision.window) / len(windows) if decision.window is not None else 0.0

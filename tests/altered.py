@@ -1,0 +1,115 @@
+"""What plans are compared with: the very same model run eagerly, its attention altered by hand.
+
+Nothing here uses the package's passes. The attention modules' forward is wrapped to return stored outputs (reuse) or to
+be given the conditional half (CFG sharing); ``scaled_dot_product_attention`` is replaced while a module runs, to hide
+keys behind a mask that is written out token by token (windows) and to add what a full step left (residuals).
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from difa_compile.decision import Kind, WindowShape
+
+SPLIT = ("hidden_states", "encoder_hidden_states")
+
+
+def sees(layout, window):
+    """bool (tokens, tokens): the definition of a window, pair by pair."""
+    places = [None] * layout.before
+    places += [tuple(int(i) for i in place) for place in torch.ones(layout.grid).nonzero()]
+    places += [None] * layout.after
+    first = layout.before
+    table = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    for i, one in enumerate(places):
+        for j, two in enumerate(places):
+            if one is None or two is None:
+                continue
+            gaps = [abs(a - b) for a, b in zip(one, two, strict=True)]
+            if window.shape is WindowShape.BAND:
+                table[i, j] = abs((i - first) - (j - first)) <= window.radius
+            elif window.shape is WindowShape.BOX:
+                table[i, j] = max(gaps) <= window.radius
+            else:
+                table[i, j] = sum(gap * gap for gap in gaps) < window.radius**2
+    return table
+
+
+class Altered:
+    """Runs a model with one decision per attention module and call; keeps outputs and residuals from call to call.
+
+    ``paths``: the attention modules, in execution order. ``window``: what residuals of full steps are taken against.
+    """
+
+    def __init__(self, model, paths, layouts, half, window):
+        self.model, self.half, self.window = model, half, window
+        self.modules = [model.get_submodule(path) for path in paths]
+        self.layouts = layouts
+        self.outputs = [None] * len(paths)
+        self.residuals = [None] * len(paths)
+
+    def __call__(self, row, inputs):
+        for index, (module, decision) in enumerate(zip(self.modules, row, strict=True)):
+            module.forward = self.wrapped(index, decision, type(module).forward.__get__(module))
+        try:
+            with torch.no_grad():
+                return self.model(**inputs)[0]
+        finally:
+            for module in self.modules:
+                del module.forward
+
+    def conditional(self, value):
+        size = value.shape[0] // 2
+        return value[self.half * size : (self.half + 1) * size]
+
+    def both(self, value):
+        return torch.cat([self.conditional(value)] * 2)
+
+    def wrapped(self, index, decision, original):
+        def forward(*args, **kwargs):
+            if decision.kind is Kind.REUSE:
+                stored = self.outputs[index]
+                result = tuple(self.both(part) for part in stored) if decision.cfg_shared else stored
+            elif decision.cfg_shared:
+                args = tuple(self.conditional(v) if i == 0 and isinstance(v, torch.Tensor) else v for i, v in enumerate(args))
+                kwargs = {
+                    name: self.conditional(value) if name in SPLIT and value is not None else value
+                    for name, value in kwargs.items()
+                }
+                with self.attending(index, decision):
+                    half = original(*args, **kwargs)
+                result = tuple(torch.cat([part, part]) for part in (half if isinstance(half, tuple) else (half,)))
+            else:
+                with self.attending(index, decision):
+                    whole = original(*args, **kwargs)
+                result = whole if isinstance(whole, tuple) else (whole,)
+            self.outputs[index] = result
+            return result if len(result) > 1 else result[0]
+
+        return forward
+
+    @contextmanager
+    def attending(self, index, decision):
+        softmax_attention = F.scaled_dot_product_attention
+        table = sees(self.layouts[index], decision.window or self.window)
+
+        def attend(query, key, value, **options):
+            full = softmax_attention(query, key, value, **options)
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            near = scores.masked_fill(~table, -torch.inf).softmax(-1) @ value
+            if decision.kind is Kind.FULL:
+                left = full - near
+                self.residuals[index] = torch.cat([left, left]) if decision.cfg_shared else left
+                return full
+            if decision.kind is Kind.WINDOW:
+                return near
+            left = self.residuals[index]
+            return near + (self.conditional(left) if decision.cfg_shared else left)
+
+        F.scaled_dot_product_attention = attend
+        torch.nn.functional.scaled_dot_product_attention = attend
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = softmax_attention
