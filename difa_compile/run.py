@@ -162,6 +162,7 @@ class Session:
         self.roles = assign_roles(self.rows)
         self.caches: dict[str | None, dict[str, Tensor]] = {}
         self._last: dict[str | None, int] = {}
+        self._sites = {site.path: index for index, site in enumerate(capture.sites)}
 
     def call(self, args: list[Any], index: int, branch: str | None) -> list[Any]:
         step = index - self.first
@@ -215,20 +216,27 @@ class Session:
 
     def _drop_unread(self, step: int, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()) -> None:
         """Let go of caches that no later step reads before they are filled again."""
-        for index, site in enumerate(self.capture.sites):
-            later = [row[index].decision for row in self.roles[step + 1 :]]
-            output = bool(later) and later[0].kind is Kind.REUSE
-            residual = False
-            for decision in later:
-                if decision.kind in (Kind.FULL, Kind.WINDOW_RESIDUAL):
-                    residual = decision.kind is Kind.WINDOW_RESIDUAL
-                    break
-            output = output or bool(keep_outputs and keep_outputs[index])
-            prefix = f"cache.{site.path}."
-            for name in [name for name in caches if name.startswith(prefix)]:
-                kind = name.removeprefix(prefix).split(".")[0]
-                if (kind == "output" and not output) or (kind == "residual" and not residual):
-                    del caches[name]
+        for name in list(caches):
+            site, kind = self._place(name)
+            shared = kind == "output" and bool(keep_outputs) and keep_outputs[site]
+            if not shared and not self._read_later(step, site, kind):
+                del caches[name]
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """The site index and the kind of a cache name."""
+        path, _, rest = name.removeprefix("cache.").rpartition(".residual")
+        kind = "residual"
+        if not path or rest:
+            path, _, rest = name.removeprefix("cache.").rpartition(".output.")
+            kind = "output"
+        return self._sites[path], kind
+
+    def _read_later(self, step: int, site: int, kind: str) -> bool:
+        """Whether a step after ``step`` reads a cache of a site before another step fills it."""
+        later = (row[site].decision.kind for row in self.roles[step + 1 :])
+        if kind == "output":
+            return next(later, None) is Kind.REUSE
+        return next((k is Kind.WINDOW_RESIDUAL for k in later if k in (Kind.FULL, Kind.WINDOW_RESIDUAL)), False)
 
 
 def across(role: Role) -> Role:

@@ -72,7 +72,7 @@ class Altered:
                 stored = self.outputs[index]
                 result = tuple(self.both(part) for part in stored) if decision.cfg_shared else stored
             elif decision.cfg_shared:
-                args = tuple(self.conditional(v) if i == 0 and isinstance(v, torch.Tensor) else v for i, v in enumerate(args))
+                args = tuple(self.conditional(value) if i == 0 else value for i, value in enumerate(args))
                 kwargs = {
                     name: self.conditional(value) if name in SPLIT and value is not None else value
                     for name, value in kwargs.items()
@@ -108,7 +108,6 @@ class Altered:
             return near + (self.conditional(left) if decision.cfg_shared else left)
 
         F.scaled_dot_product_attention = attend
-        torch.nn.functional.scaled_dot_product_attention = attend
         try:
             yield
         finally:

@@ -30,8 +30,8 @@ from difa_compile.plan import Plan, SiteInfo
 from tests.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
 
 STEPS = 6
-THRESHOLD = 0.4
-LAYERS = 3
+THRESHOLD = 0.5
+LAYERS = 2
 WINDOW = Window("band", 2)
 """The default for 16 tokens."""
 DECISIONS = [
@@ -318,7 +318,7 @@ def test_state_of_another_calibration_is_refused(pipe, tmp_path):
         "settings": lambda: quick(pipe, state=state, threshold=0.3),
         "inputs": lambda: quick(pipe, inputs(seed=4), state=state),
         "weights": lambda: quick(tiny_pipeline(seed=9, layers=LAYERS), state=state),
-        "model config_digest": lambda: quick(tiny_pipeline(layers=2), state=state),
+        "model config_digest": lambda: quick(tiny_pipeline(layers=3), state=state),
         "scheduler": lambda: quick(tiny_pipeline(layers=LAYERS, scheduler=HeunDiscreteScheduler()), state=state),
     }.items():
         with pytest.raises(CalibrationStateError, match=what):

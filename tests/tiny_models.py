@@ -354,3 +354,31 @@ def counts(module):
 
 def in_place(node):
     return node.op == "call_function" and node.target is operator.setitem
+
+
+@cache
+def captured_plain(batch=2, rotate=False):
+    """As :func:`captured`, of :func:`plain`."""
+    model, inputs = plain(batch, rotate=rotate)
+    return model, inputs, *graph_of(model, inputs)
+
+
+def plain_plan(rows, **options):
+    """A plan for :func:`plain`."""
+    model, _, module, values = captured_plain()
+    return plan_of(model, [site.info for site in sites_of(module, values)], rows, **options)
+
+
+PLAIN_PATHS = ("layers.0.attention", "layers.1.attention")
+
+
+def at_step(inputs, step):
+    """The inputs of another step: other noise, another timestep."""
+    generator = torch.Generator().manual_seed(100 + step)
+    name = next(iter(inputs))
+    changed = {**inputs, name: torch.randn(inputs[name].shape, generator=generator)}
+    if "timestep" in changed:
+        changed["timestep"] = changed["timestep"] * (1 - 0.2 * step) if changed["timestep"].is_floating_point() else (
+            changed["timestep"] + step
+        )
+    return changed

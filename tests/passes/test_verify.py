@@ -1,0 +1,137 @@
+"""Regions prove themselves: a region that lies is caught."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from difa_compile.backend import eager
+from difa_compile.capture import Capture
+from difa_compile.decision import REUSE, Decision
+from difa_compile.passes import verify
+from difa_compile.passes.graph import is_linear, op_name
+from difa_compile.passes.site import Region
+from difa_compile.passes.variant import Context
+from difa_compile.passes.verify import double_half, fresh, same, why_not_proved
+from tests.tiny_models import BareAttention, captured, captured_plain, graph_of, sites_of
+
+pytest.importorskip("diffusers")
+
+
+def lying(site, **changes):
+    return dataclasses.replace(site, region=dataclasses.replace(site.region, **changes))
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux", "wan"])
+def test_honest_regions_prove_themselves(family):
+    _, _, module, values = captured(family)
+    sites = sites_of(module, values)
+    for index in range(len(sites)):
+        assert why_not_proved(module, sites, index, values, Context(0)) is None
+
+
+def test_a_region_that_takes_too_much_is_caught():
+    """The region claims the residual addition's other operand stays the same: it puts the output one node too far."""
+    _, _, module, values = captured_plain()
+    first, second = sites_of(module, values)
+    (output,) = first.region.outputs
+    addition = next(iter(output.users))
+    region = first.region
+    lie = lying(first, interior=(*region.interior, addition), outputs=(region.attention,))
+    assert "does not reproduce" in (why_not_proved(module, [lie, second], 0, values, Context()) or "") or "does not run" in (
+        why_not_proved(module, [lie, second], 0, values, Context()) or ""
+    )
+
+
+def test_a_region_that_hides_a_write_is_caught():
+    """One output is told from before an in-place write that the reader sees: reuse would lose the write."""
+
+    def doubled(self, y):
+        z = self.o(y).view(2, 6, 2, 8).transpose(1, 2)
+        z.mul_(2)
+        return z.transpose(1, 2).reshape(2, 6, 16)
+
+    torch.manual_seed(0)
+    module, values = graph_of(BareAttention(doubled).eval(), {"x": torch.randn(2, 6, 16)})
+    (site,) = sites_of(module, values)
+    write = next(node for node in module.graph.nodes if op_name(node) == "mul_")
+    target = write.args[0]
+    region = site.region
+    interior = tuple(node for node in module.graph.nodes if node in {*region.interior, write})
+    lie = dataclasses.replace(
+        site, region=Region(region.attention, interior, region.inputs, (target,))
+    )
+    assert why_not_proved(module, [lie], 0, values, Context()) == (
+        "reusing the region's own output does not reproduce the full output"
+    )
+
+
+def test_a_site_that_fails_is_left_full_and_says_so(monkeypatch):
+    _, _, module, values = captured_plain()
+    monkeypatch.setattr("difa_compile.capture.why_not_proved", lambda *_: "it lied")
+    capture = Capture(module, values, eager)
+    assert capture.why_not(0, REUSE) == "it lied"
+    assert capture.why_not(0, Decision.parse("window(band:2)")) == "it lied"
+    assert capture.effective(1, REUSE) == Decision.parse("full")
+
+
+def test_a_rewrite_that_does_not_run_is_a_reason_not_a_crash():
+    _, _, module, values = captured_plain()
+    sites = sites_of(module, values)
+    wrong = [v[:1] if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter) else v for v in values]
+    wrong[0] = wrong[0][..., :3] if not isinstance(wrong[0], torch.nn.Parameter) else wrong[0][:1]
+    reason = why_not_proved(module, sites, 0, wrong, Context())
+    assert reason.startswith("the rewritten region does not run: RuntimeError: ")
+
+
+def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
+    """A rewrite that takes tokens for the batch would pass reuse, but not a batch with equal halves."""
+    _, _, module, values = captured("dit")
+    sites = sites_of(module, values)
+    honest = verify.rewrite
+
+    def mixing(graph, sites, roles, context):
+        variant = honest(graph, sites, roles, context)
+        if any(role.decision.cfg_shared for role in roles):
+            for node in variant.module.graph.nodes:
+                if node.target is torch.narrow:
+                    node.args = (node.args[0], 1, 0, node.args[0].meta["example_value"].shape[1])
+                    node.target = torch.flip
+                    node.args = (node.args[0], (1,))
+                    break
+            variant.module.recompile()
+        return variant
+
+    monkeypatch.setattr(verify, "rewrite", mixing)
+    reason = why_not_proved(module, sites, 0, values, Context(0))
+    assert reason is not None
+    assert "CFG halves" in reason or "does not run" in reason
+
+
+def test_inputs_that_the_graph_writes_to_are_copied():
+    class Writer(BareAttention):
+        def forward(self, x, buffer):
+            buffer.add_(1)
+            return super().forward(x) + buffer
+
+    torch.manual_seed(0)
+    module, values = graph_of(Writer().eval(), {"x": torch.randn(2, 6, 16), "buffer": torch.zeros(16)})
+    buffer = next(v for v in values if v.shape == (16,) and not isinstance(v, torch.nn.Parameter))
+    kept = buffer.clone()
+    copies = fresh(module, values)
+    assert sum(one is not two for one, two in zip(copies, values, strict=True)) == 1
+    (site,) = sites_of(module, values)
+    assert why_not_proved(module, [site], 0, values, Context()) is None
+    assert torch.equal(buffer, kept), "proving a region must not change the model's state"
+
+
+def test_double_half_and_same():
+    value = torch.arange(8.0).reshape(4, 2)
+    assert torch.equal(double_half(value, 0), value[[0, 1, 0, 1]])
+    assert double_half(value, None) is value
+    assert torch.equal(double_half(value, 1), value[:, [0, 0]])
+    nan = torch.tensor([1.0, float("nan")])
+    assert same(nan, nan.clone())
+    assert not same(nan, torch.ones(2))
+    assert not same(torch.ones(2), torch.ones(2, 1))
+    assert is_linear is not None
