@@ -625,4 +625,4 @@ def _bar(total: int, done: int) -> Any:
         raise MissingDependencyError(
             "the progress bar needs tqdm, which is not installed; pip install tqdm, or calibrate with progress=False"
         ) from error
-    return tqdm(total=total, initial=done, desc="calibrating", unit="decision", dynamic_ncols=True, smoothing=0.05)
+    return tqdm(total=total, initial=done, desc="calibrating", unit="decision", dynamic_ncols=True)

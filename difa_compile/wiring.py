@@ -45,6 +45,7 @@ class _Call:
 
 
 _call: ContextVar[_Call | None] = ContextVar("difa_compile_pipeline_call", default=None)
+_unwired: ContextVar[bool] = ContextVar("difa_compile_unwired", default=False)
 _lock = threading.RLock()
 _wirings: weakref.WeakKeyDictionary[Any, Wiring] = weakref.WeakKeyDictionary()
 _scheduler_users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -57,6 +58,16 @@ def wiring_of(pipe: object) -> Wiring | None:
         return _wirings.get(pipe)
     except TypeError:  # not hashable or not weakly referable: nothing we could have wired
         return None
+
+
+@contextmanager
+def unwired() -> Iterator[None]:
+    """Within this block, in this thread, wired pipelines and transformers run as they are without a plan."""
+    token = _unwired.set(True)
+    try:
+        yield
+    finally:
+        _unwired.reset(token)
 
 
 class Wiring:
@@ -193,6 +204,8 @@ class _Dispatch:
         self.plain: Callable[..., object] = self.before or model._call_impl
 
     def __call__(self, *args: object, **kwargs: object) -> object:
+        if _unwired.get():
+            return self.plain(*args, **kwargs)
         model = self.users[0].model
         call = _call_of_model(model)
         if call is not None:
@@ -315,7 +328,7 @@ def _follow_call(base: type) -> Callable[..., object]:
     def followed(self: Any, *args: Any, **kwargs: Any) -> object:
         plain: Callable[..., object] = base.__call__
         wiring = wiring_of(self)
-        if wiring is None:
+        if wiring is None or _unwired.get():
             return plain(self, *args, **kwargs)
         try:
             bound = inspect.signature(plain).bind(self, *args, **kwargs)

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, F
 
 from difa_compile.errors import PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following
-from difa_compile.wiring import Wiring, compile_forward, run_compiled, wiring_of
+from difa_compile.wiring import Wiring, compile_forward, run_compiled, unwired, wiring_of
 from tests.test_following import FakeRun
 from tests.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
 
@@ -133,6 +133,16 @@ def test_direct_calls_of_the_transformer_run_it_as_it_was():
         direct = pipe.transformer(**inputs).sample
         assert torch.equal(direct, pipe.transformer._call_impl(**inputs).sample)
     assert watched.calls == []
+
+
+def test_unwired_block():
+    pipe = tiny_pipeline()
+    before = sample(pipe)
+    watched = Watched(pipe, offset=0.5)
+    with unwired():
+        assert np.array_equal(sample(pipe), before)
+    assert watched.calls == []
+    assert not np.array_equal(sample(pipe), before)
 
 
 def test_earlier_compilation_of_the_transformer_comes_back():

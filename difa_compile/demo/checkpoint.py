@@ -47,7 +47,7 @@ def _without_vae_type_notice() -> Iterator[None]:
 
 
 def load_demo(dtype: torch.dtype = torch.float32, folder: Path | None = None) -> DiTPipeline:
-    """The demo pipeline on the CPU in ``dtype``: classes 0 to 9, images (N, 1, 32, 32), DDIM, batched CFG.
+    """The demo pipeline on the CPU in ``dtype``: classes 0 to 9, images (N, 1, 32, 32), DPM-Solver++, batched CFG.
 
     ``folder`` is another checkpoint of the same kind, for instance one still in training; without it the packaged
     one is loaded. Raises :class:`ModelLoadError` if the folder holds no such pipeline, and

@@ -1,1 +1,0 @@
-"""Tests of the passes, one file per pass."""

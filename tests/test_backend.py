@@ -1,0 +1,259 @@
+"""The torch.compile backend: its options, its errors, and that plans survive inductor."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch._dynamo.backends.registry import list_backends, register_backend
+
+from difa_compile import backend
+from difa_compile.backend import difa
+from difa_compile.decision import FULL, REUSE, Decision, Window
+from difa_compile.errors import (
+    DecisionError,
+    LayoutError,
+    NoAttentionError,
+    PlanFormatError,
+    PlanMismatchError,
+    RunError,
+    SiteSkippedError,
+)
+from difa_compile.layout import Layout
+from difa_compile.run import sampling
+from tests.tiny_models import (
+    FAMILIES,
+    Average,
+    at_step,
+    captured,
+    captured_plain,
+    family_plan,
+    graph_of,
+    plain,
+    plain_plan,
+    plan_of,
+    sites_of,
+)
+
+pytest.importorskip("diffusers")
+
+D = Decision.parse
+
+
+def compiled(model, plan, **options):
+    return torch.compile(model, backend=difa, options={"plan": plan, "inner": "eager", **options})
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_plan_is_the_unmodified_model_to_the_bit(family):
+    model, inputs, _, _ = captured(family)
+    fast = compiled(model, family_plan(family, [FULL] * 2, conditional_half=0), strict=True)
+    with torch.no_grad(), sampling(fast, 2) as run:
+        for step in range(2):
+            run.step(step)
+            now = at_step(inputs, step)
+            assert torch.equal(fast(**now)[0], model(**now)[0])
+        assert run.peak_cache_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inductor_computes_what_eager_computes(family):
+    model, inputs = FAMILIES[family](layers=1)
+    module, values = graph_of(model, inputs)
+    infos = [site.info for site in sites_of(module, values)]
+    rows = [FULL, D("window(box:1)+residual+cfg"), REUSE]
+    plan = plan_of(model, infos, rows, conditional_half=0)
+    outputs = {}
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        fast = compiled(model, plan, strict=True, inner=inner)
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(error_on_recompile=True),
+            sampling(fast, len(rows)) as run,
+        ):
+            for step in range(len(rows)):
+                run.step(step)
+                outputs[inner, step] = fast(**at_step(inputs, step))[0]
+    for step in range(len(rows)):
+        one, two = outputs["inductor", step], outputs["eager", step]
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max(), step
+
+
+@pytest.mark.slow
+def test_without_options_difa_is_inductor():
+    model, inputs, _, _ = captured_plain()
+    if "difa" not in list_backends():
+        register_backend(difa, name="difa")
+    with torch.no_grad():
+        fast = torch.compile(model, backend="difa")(**inputs)
+        torch._dynamo.reset()
+        plain_inductor = torch.compile(model, backend="inductor")(**inputs)
+    assert torch.equal(fast, plain_inductor)
+
+
+def test_without_options_training_works():
+    """No plan: gradients flow as they do without this package."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    reference = copy.deepcopy(model)
+    x = torch.randn(2, 4)
+    torch.compile(model, backend=difa)(x).sum().backward()
+    reference(x).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad)
+
+
+def test_a_plan_may_be_a_path(tmp_path):
+    model, inputs, _, _ = captured_plain()
+    plan = plain_plan([FULL, REUSE])
+    plan.save(tmp_path / "plan.json")
+    outputs = []
+    for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        torch._dynamo.reset()
+        fast = compiled(model, given)
+        with torch.no_grad(), sampling(fast, 2) as run:
+            fast(**inputs)
+            run.step(1)
+            outputs.append(fast(**at_step(inputs, 1)))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"plans": None}, DecisionError, "does not know option 'plans'"),
+        ({"plan": 3}, DecisionError, "option plan is a int"),
+        ({"plan": None, "layout": (4, 6)}, LayoutError, "option layout is"),
+        ({"plan": None, "inner": "onnx"}, DecisionError, "inner compiler 'onnx' is unknown"),
+        ({"plan": None, "cfg": {"conditional_half": 2}}, DecisionError, "conditional_half is 2"),
+        ({"plan": "/nowhere/plan.json"}, PlanFormatError, "/nowhere/plan.json"),
+    ],
+)
+def test_wrong_options_are_refused_as_themselves(options, error, message):
+    """Not wrapped in Dynamo's BackendCompilerFailed."""
+    with torch.no_grad(), pytest.raises(error, match=message):
+        torch.compile(torch.nn.Linear(2, 2), backend=difa, options=options)(torch.ones(1, 2))
+
+
+def test_a_mode_is_refused():
+    found = backend.difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode="max-autotune")
+    with pytest.raises(DecisionError, match="mode='max-autotune'"):
+        found()
+
+
+def test_a_model_without_attention_is_refused_as_itself():
+    with torch.no_grad(), pytest.raises(NoAttentionError, match="nothing a plan could change"):
+        compiled(Average().eval(), plain_plan([FULL]))(torch.randn(2, 4, 8))
+
+
+def test_a_plan_for_another_model_is_refused():
+    model, inputs, _, _ = captured_plain()
+    with torch.no_grad(), pytest.raises(PlanMismatchError, match=r"transformer_blocks\.0\.attn1"):
+        compiled(model, family_plan("dit", [FULL]))(**inputs)
+
+
+def test_gradients_are_refused():
+    model, inputs, _, _ = captured_plain()
+    with pytest.raises(RunError, match=r"torch\.no_grad"):
+        compiled(model, plain_plan([FULL]))(**inputs)
+
+
+def test_inference_mode_works():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with torch.inference_mode(), sampling(fast, 2) as run:
+        whole = fast(**inputs)
+        run.step(1)
+        again = fast(**inputs)
+        assert torch.equal(whole, model(**inputs))
+    assert torch.equal(whole, again), "the same inputs, so the reused outputs are the full ones"
+
+
+def test_strict_names_the_site_and_the_reason():
+    model, inputs = plain(masks=("none", "mask"))
+    plan = plain_plan([D("window(band:2)")])
+    with torch.no_grad(), pytest.raises(SiteSkippedError, match=r"layers\.1\.attention.*carries a mask"):
+        compiled(model, plan, strict=True)(**inputs)
+
+
+def test_a_masked_site_is_left_full_and_the_other_windowed():
+    model, inputs = plain(masks=("none", "causal"))
+    masked = compiled(model, plain_plan([D("window(band:2)")]))
+    with torch.no_grad(), sampling(masked, 1):
+        found = masked(**inputs)
+    wanted = copy.deepcopy(model)
+    tokens = torch.arange(24)
+    near = (tokens[:, None] - tokens).abs() <= 2
+    attention = wanted.layers[0].attention
+
+    def windowed(x):
+        q, k, v = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-1, -2) / 4.0).masked_fill(~near, -torch.inf)
+        return attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    attention.forward = windowed
+    with torch.no_grad():
+        torch.testing.assert_close(found, wanted(**inputs), atol=3e-6, rtol=0)
+        assert not torch.allclose(found, model(**inputs), atol=1e-3)
+
+
+def test_the_conditional_half_of_the_options_goes_before_the_plans():
+    model, inputs, _, _ = captured_plain()
+    outputs = {}
+    for planned, told in ((0, None), (1, None), (0, 1)):
+        torch._dynamo.reset()
+        options = {} if told is None else {"cfg": {"conditional_half": told}}
+        fast = compiled(model, plain_plan([D("full+cfg")], conditional_half=planned), **options)
+        with torch.no_grad(), sampling(fast, 1):
+            outputs[planned, told] = fast(**inputs)
+    assert torch.equal(outputs[0, 1], outputs[1, None])
+    assert not torch.allclose(outputs[0, None], outputs[1, None], atol=1e-3)
+
+
+def test_nothing_is_stored_on_the_model():
+    model, inputs = plain()
+    plan = plain_plan([FULL, D("window(band:2)+residual"), REUSE])
+
+    def everything():
+        return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = everything()
+    fast = compiled(model, plan)
+    with torch.no_grad(), sampling(fast, 3) as run:
+        for step in range(3):
+            run.step(step)
+            fast(**at_step(inputs, step))
+    assert everything() == before
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_follows_the_plan():
+    """Rounding of another attention kernel, not of another computation: within a few units in the last place."""
+    model, inputs = plain()
+    model = model.to(torch.bfloat16)
+    window = Window("band", 2)
+    fast = compiled(model, plain_plan([FULL, D("window(band:2)+residual"), REUSE]), strict=True)
+    single, _ = plain()
+    exact = compiled(single, plain_plan([FULL, D("window(band:2)+residual"), REUSE]), strict=True)
+    with torch.no_grad(), sampling(fast, 3) as one, sampling(exact, 3) as two:
+        for step in range(3):
+            one.step(step)
+            two.step(step)
+            now = at_step(inputs, step)
+            found = fast(now["x"].to(torch.bfloat16)).float()
+            wanted = exact(**now)
+            unplanned = model(now["x"].to(torch.bfloat16)).float() - single(**now)
+            assert (found - wanted).abs().max() <= 3 * unplanned.abs().max() + 1e-3, step
+    assert window.radius == 2
+
+
+def test_importing_the_backend_needs_no_diffusers():
+    assert "difa_compile.backend" in sys.modules
+    assert not any("diffusers" in line for line in open(backend.__file__) if line.startswith(("import", "from")))

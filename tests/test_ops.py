@@ -1,0 +1,173 @@
+"""difa::local_attention and its kernels, against the reference in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difa_compile import ops, reference
+from difa_compile.decision import Window
+from difa_compile.errors import LayoutError
+from difa_compile.layout import Layout
+from difa_compile.ops import LocalCall, choose_kernel, local_attention, local_kernels
+from difa_compile.plugins import flex, masked_sdpa
+
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""About two units in the last place of values near one: below this, errors are not compared."""
+
+
+def operands(layout, heads, dim, dtype, batch=2, strides="heads first", seed=0):
+    """Query, key, value (B, H, L, D), in memory as (B, H, L, D), (B, L, H, D), or cut out of one fused projection."""
+    generator = torch.Generator().manual_seed(seed)
+    if strides == "fused":
+        fused = torch.randn(batch, layout.tokens, 3, heads, dim, generator=generator).to(dtype)
+        return fused.permute(2, 0, 3, 1, 4).unbind(0)
+    shape = (batch, heads, layout.tokens, dim) if strides == "heads first" else (batch, layout.tokens, heads, dim)
+    made = [(torch.randn(shape, generator=generator) * 1.5).to(dtype) for _ in range(3)]
+    return made if strides == "heads first" else [each.transpose(1, 2) for each in made]
+
+
+def assert_as_good_as_the_reference(found, query, key, value, layout, window, scale=None):
+    """At most twice the error that the reference itself makes in this precision."""
+    assert found.dtype == query.dtype
+    assert found.shape == query.shape
+    exact = reference.local_attention(*(x.double() for x in (query, key, value)), layout, window, scale)
+    own = (reference.local_attention(query, key, value, layout, window, scale).double() - exact).abs().max().item()
+    error = (found.double() - exact).abs().max().item()
+    assert error <= 2 * own + FLOOR[query.dtype], f"error {error}, the reference itself has {own}"
+
+
+cases = st.tuples(
+    st.builds(
+        Layout,
+        st.one_of(
+            st.tuples(st.integers(1, 40)),
+            st.tuples(st.integers(1, 7), st.integers(1, 7)),
+            st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+        ),
+        st.integers(0, 5),
+        st.integers(0, 5),
+    ),
+    st.builds(Window, st.sampled_from(["band", "disc", "box"]), st.integers(1, 8)),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.sampled_from(["heads first", "tokens first", "fused"]),
+    st.integers(1, 3),
+    st.sampled_from([4, 8, 20]),
+    st.sampled_from([None, 0.1, 1.0]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_masked_attention_is_the_reference(case):
+    layout, window, dtype, strides, heads, dim, scale = case
+    query, key, value = operands(layout, heads, dim, dtype, strides=strides)
+    found = local_attention(query, key, value, layout, window, scale)
+    assert_as_good_as_the_reference(found, query, key, value, layout, window, scale)
+    assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", ["band", "disc", "box"])
+@pytest.mark.parametrize("layout", [Layout((5, 7), 2, 3), Layout((3, 4, 5), 0, 4), Layout((33,))], ids=str)
+def test_flex_mask_is_the_definition(layout, shape):
+    token = torch.arange(layout.tokens)
+    for radius in (1, 2, 4):
+        window = Window(shape, radius)
+        found = flex.visible_pair(layout, window, token[:, None], token[None, :])
+        assert torch.equal(found, reference.visible(layout, window)), radius
+
+
+@pytest.mark.slow
+def test_flex_attention_is_the_reference():
+    """Compiled once per form; a grid that 128 does not divide, text on both sides, strided operands."""
+    layout = Layout((13, 17), before=3, after=9)
+    for window in (Window("disc", 4), Window("band", 30)):
+        query, key, value = operands(layout, 2, 16, torch.float32, strides="tokens first")
+        call = LocalCall(layout, window, None, tuple(query.shape), query.dtype, query.device)
+        found = flex.run(query, key, value, call)
+        assert_as_good_as_the_reference(found, query, key, value, layout, window)
+
+
+@pytest.mark.parametrize("strides", ["heads first", "tokens first", "fused"])
+def test_opcheck(strides):
+    layout = Layout((3, 4), before=2)
+    query, key, value = operands(layout, 2, 8, torch.float32, strides=strides)
+    for scale in (None, 0.3):
+        torch.library.opcheck(
+            ops.LOCAL_ATTENTION,
+            (query, key, value, [3, 4], 2, 0, "disc", 2, scale),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_the_fake_kernel_gives_the_strides_of_the_real_one():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layout = Layout((3, 4))
+    query, key, value = operands(layout, 2, 8, torch.float32, batch=3)
+    real = local_attention(query, key, value, layout, Window("box", 1))
+    with FakeTensorMode() as mode:
+        fake = local_attention(*(mode.from_tensor(x) for x in (query, key, value)), layout, Window("box", 1))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_operands_are_not_changed():
+    layout = Layout((4, 4))
+    made = operands(layout, 2, 8, torch.float32)
+    kept = [x.clone() for x in made]
+    local_attention(*made, layout, Window("band", 2))
+    assert all(torch.equal(one, two) for one, two in zip(made, kept, strict=True))
+
+
+def test_text_tokens_are_exempt():
+    """A text query attends to all keys, and every image query attends to text."""
+    layout = Layout((4, 4), before=2, after=1)
+    query, key, value = operands(layout, 2, 8, torch.float64)
+    window = Window("box", 1)
+    local = local_attention(query, key, value, layout, window)
+    full = reference.attention(query, key, value)
+    text = [0, 1, layout.tokens - 1]
+    torch.testing.assert_close(local[:, :, text], full[:, :, text])
+    assert not torch.allclose(local[:, :, 2:-1], full[:, :, 2:-1])
+    for token in text:
+        changed = value.clone()
+        changed[:, :, token] += 1
+        moved = (local_attention(query, key, changed, layout, window) - local).abs().amax((0, 1, 3))
+        assert (moved > 0).all(), f"some token does not see text token {token}"
+
+
+@pytest.mark.parametrize("tokens", [15, 17])
+def test_a_layout_that_does_not_add_up_is_refused(tokens):
+    query = torch.randn(1, 1, tokens, 4)
+    with pytest.raises(LayoutError, match=f"the attention sequence has {tokens}"):
+        local_attention(query, query, query, Layout((4, 4)), Window("band", 1))
+    whole = torch.randn(1, 1, 16, 4)
+    with pytest.raises(LayoutError, match=f"the attention sequence has {tokens}"):
+        local_attention(whole, query, query, Layout((4, 4)), Window("band", 1))
+
+
+def call_of(side, dtype=torch.float32, dim=64, device="cpu"):
+    layout = Layout((side, side))
+    return LocalCall(layout, Window("disc", 8), None, (2, 4, layout.tokens, dim), dtype, torch.device(device))
+
+
+def test_the_first_kernel_that_can_serve_is_taken():
+    assert [kernel.name for kernel in local_kernels()] == ["FlexAttention", "masked SDPA"]
+    assert choose_kernel(call_of(16)).name == "masked SDPA"
+    assert choose_kernel(call_of(128)).name == "FlexAttention"
+    assert choose_kernel(call_of(128, torch.bfloat16)).name == "masked SDPA"
+    assert choose_kernel(call_of(64, device="cuda")).name == "FlexAttention"
+
+
+def test_kernels_give_reasons():
+    assert flex.why_not(call_of(16)) == "256 tokens: pays from 16384"
+    assert "power of two" in flex.why_not(call_of(128, dim=72))
+    assert "bfloat16" in flex.why_not(call_of(256, torch.bfloat16))
+    assert "not tried on xpu" in flex.why_not(call_of(256, device="xpu"))
+    assert masked_sdpa.why_not(call_of(128)) is None
+    assert masked_sdpa.why_not(call_of(256)) == "65536 tokens: the mask would take 16384 MiB"
+
+
+def test_no_kernel_names_every_reason():
+    with pytest.raises(LayoutError, match=r"FlexAttention: .*bfloat16.*masked SDPA: 65536 tokens"):
+        choose_kernel(call_of(256, torch.bfloat16))

@@ -1,0 +1,379 @@
+"""Runs: steps, branches and caches of one pass through a schedule."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+from difa_compile.backend import difa
+from difa_compile.decision import FULL, REUSE, Decision, Window
+from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
+from difa_compile.layout import Layout
+from difa_compile.run import Run, is_sampled, sampling
+from tests.altered import Altered
+from tests.tiny_models import (
+    ATTENTIONS,
+    FAMILIES,
+    PLAIN_PATHS,
+    at_step,
+    captured,
+    captured_plain,
+    family_plan,
+    plain,
+    plain_plan,
+)
+
+pytest.importorskip("diffusers")
+
+EXACT = 3e-6
+D = Decision.parse
+LAYOUTS = {
+    "dit": Layout((4, 4)),
+    "pixart": Layout((4, 4)),
+    "sd3": Layout((4, 6), after=7),
+    "flux": Layout((4, 6), before=7),
+    "wan": Layout((3, 4, 4)),
+}
+
+
+def compiled(model, plan, **options):
+    return torch.compile(model, backend=difa, options={"plan": plan, "inner": "eager", **options})
+
+
+def by_hand(model, half=0, window="band:2"):
+    return Altered(model, PLAIN_PATHS, [Layout((4, 6))] * 2, half, Window.parse(window))
+
+
+def call(compiled_model, inputs):
+    with torch.no_grad():
+        output = compiled_model(**inputs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def plain_output(altered, row, inputs):
+    """The altered :class:`PlainTransformer` returns a tensor, whose first image ``Altered`` would take."""
+    altered.model.tuple_output = True
+    forward = type(altered.model).forward
+    altered.model.forward = lambda **kwargs: (forward(altered.model, **kwargs),)
+    try:
+        return altered(row, inputs)
+    finally:
+        del altered.model.forward, altered.model.tuple_output
+
+
+def assert_near(one, other):
+    difference = ((one - other).abs().max() / other.abs().max()).item()
+    assert difference <= EXACT, difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_follows_its_plan_through_a_schedule_without_recompiling(family):
+    model, inputs, _, _ = captured(family)
+    window = "window(band:3)"
+    rows = [D(text) for text in ("full", f"{window}+residual", "reuse", f"{window}+residual+cfg", "full+cfg", "reuse+cfg")]
+    plan = family_plan(family, rows, conditional_half=1)
+    paths = [name for name, _ in model.named_modules() if ATTENTIONS[family](name)]
+    torch._dynamo.reset()
+    fast = compiled(model, plan, strict=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            expected = Altered(model, paths, [LAYOUTS[family]] * len(paths), 1, Window.parse("band:3"))
+            with sampling(fast, len(rows)) as run:
+                for step, decision in enumerate(rows):
+                    run.step(step)
+                    now = at_step(inputs, step)
+                    with torch._dynamo.config.patch(disable=True):
+                        wanted = expected([decision] * len(paths), now)
+                    assert_near(call(fast, now), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_nested_runs_keep_their_caches_apart():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2) as outer:
+        first = call(fast, at_step(inputs, 0))
+        with sampling(fast, 2) as inner:
+            call(fast, at_step(inputs, 7))
+            inner.step(1)
+            inside = call(fast, at_step(inputs, 8))
+            assert inner.cache_bytes() == 0, "the last step needs nothing any more"
+            assert outer.cache_bytes() > 0
+        outer.step(1)
+        outside = call(fast, at_step(inputs, 1))
+    for start, step, found in ((0, 1, outside), (7, 8, inside)):
+        expected = by_hand(model)
+        once = plain_output(expected, [FULL] * 2, at_step(inputs, start))
+        if start == 0:
+            assert torch.equal(first, once)
+        assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, step)))
+
+
+def test_threads_do_not_share_runs():
+    model, inputs, _, _ = captured_plain()
+    steps = 4
+    fast = compiled(model, plain_plan([FULL] + [REUSE] * (steps - 1)))
+    with sampling(fast, steps):
+        call(fast, inputs)  # compile here, so that the threads only run
+    found, failures = {}, []
+    together = threading.Barrier(2, timeout=60)
+
+    def sample(name, offset):
+        try:
+            with sampling(fast, steps) as run:
+                for step in range(steps):
+                    together.wait()
+                    run.step(step)
+                    found[name, step] = call(fast, at_step(inputs, offset + step))
+        except Exception as error:
+            failures.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=sample, args=(name, offset)) for name, offset in (("a", 0), ("b", 50))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures
+    for name, offset in (("a", 0), ("b", 50)):
+        expected = by_hand(model)
+        for step in range(steps):
+            row = [REUSE if step else FULL] * 2
+            assert_near(found[name, step], plain_output(expected, row, at_step(inputs, offset + step)))
+
+
+def test_stepping_back_starts_over():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE, REUSE]))
+    with sampling(fast, 3) as run:
+        call(fast, at_step(inputs, 0))
+        run.step(1)
+        call(fast, at_step(inputs, 1))
+        assert run.cache_bytes() > 0
+        run.step(0)
+        assert run.cache_bytes() == 0
+        again = call(fast, at_step(inputs, 5))
+        run.step(1)
+        second = call(fast, at_step(inputs, 6))
+    expected = by_hand(model)
+    assert torch.equal(again, plain_output(expected, [FULL] * 2, at_step(inputs, 5)))
+    assert_near(second, plain_output(expected, [REUSE] * 2, at_step(inputs, 6)))
+
+
+def test_leaving_a_step_out_is_refused():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, FULL, REUSE]))
+    with sampling(fast, 3) as run:
+        call(fast, inputs)
+        with pytest.raises(ScheduleError, match="step 2 follows step 0: 1 steps were left out"):
+            run.step(2)
+
+
+@pytest.mark.parametrize("step", [-1, 3, 1.0, True, "1"])
+def test_a_step_outside_the_schedule_is_refused(step):
+    with sampling(torch.nn.Linear(1, 1), 3) as run, pytest.raises(ScheduleError, match="outside the 3 steps"):
+        run.step(step)
+
+
+@pytest.mark.parametrize("steps", [0, -2, 1.5, True])
+def test_a_run_needs_a_whole_number_of_steps(steps):
+    with pytest.raises(ScheduleError):
+        Run(torch.nn.Linear(1, 1), steps)
+
+
+def test_progress_must_fit_the_steps():
+    with pytest.raises(ScheduleError, match="progress has 2 values"):
+        Run(torch.nn.Linear(1, 1), 3, progress=(1.0, 0.5))
+
+
+def test_entering_in_the_middle_promotes_readers_to_full():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE, REUSE, FULL, REUSE]))
+    with sampling(fast, 5) as run:
+        run.step(2)
+        found = call(fast, at_step(inputs, 2))
+        assert [(p.step, p.site, p.wanted) for p in run.promotions] == [(0, 0, REUSE), (0, 1, REUSE)]
+        run.step(3)
+        call(fast, at_step(inputs, 3))
+        run.step(4)
+        last = call(fast, at_step(inputs, 4))
+    expected = by_hand(model)
+    assert torch.equal(found, plain_output(expected, [FULL] * 2, at_step(inputs, 2)))
+    plain_output(expected, [FULL] * 2, at_step(inputs, 3))
+    assert_near(last, plain_output(expected, [REUSE] * 2, at_step(inputs, 4)))
+
+
+def test_a_plan_is_carried_onto_another_number_of_steps():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    expected = by_hand(model)
+    with sampling(fast, 4) as run:
+        for step, decision in enumerate([FULL, FULL, REUSE, REUSE]):
+            run.step(step)
+            now = at_step(inputs, step)
+            assert_near(call(fast, now), plain_output(expected, [decision] * 2, now))
+
+
+def test_memory_held_by_caches_is_counted_and_let_go():
+    model, inputs, _, _ = captured_plain()
+    window = "window(disc:2)"
+    fast = compiled(model, plain_plan([FULL, D(window), D(f"{window}+residual"), REUSE, D(window), FULL]))
+    output, residual = 2 * 24 * 32 * 4, 2 * 2 * 24 * 16 * 4
+    held = []
+    with sampling(fast, 6) as run:
+        for step in range(6):
+            run.step(step)
+            call(fast, at_step(inputs, step))
+            held.append(run.cache_bytes())
+        assert run.peak_cache_bytes == 2 * max(output, residual)
+    assert held == [2 * residual, 2 * residual, 2 * output, 0, 0, 0]
+    assert run.cache_bytes() == 0
+
+
+def test_an_exception_inside_a_step_leaves_the_next_run_clean():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with pytest.raises(ZeroDivisionError), sampling(fast, 2) as broken:
+        call(fast, at_step(inputs, 9))
+        raise ZeroDivisionError
+    assert broken.cache_bytes() == 0
+    assert not is_sampled(model)
+    expected = by_hand(model)
+    with sampling(fast, 2) as run:
+        assert is_sampled(model)
+        assert torch.equal(call(fast, inputs), plain_output(expected, [FULL] * 2, inputs))
+        run.step(1)
+        assert_near(call(fast, at_step(inputs, 1)), plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
+
+
+def test_a_model_that_fails_in_mid_step_keeps_the_caches_of_the_step_before():
+    model, inputs, _, _ = captured_plain()
+    calls = []
+
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2) as run:
+        call(fast, inputs)
+        held = run.cache_bytes()
+        run.step(1)
+        with pytest.raises(RuntimeError):
+            call(fast, {"x": torch.randn(2, 5, 8, 12)})
+        assert run.cache_bytes() == held
+        found = call(fast, at_step(inputs, 1))
+    expected = by_hand(model)
+    plain_output(expected, [FULL] * 2, inputs)
+    assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
+    assert not calls
+
+
+def test_outside_a_run_the_model_is_full_and_warns_once():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with torch.no_grad():
+        wanted = model(**inputs)
+    with pytest.warns(UserWarning, match="outside a sampling run"):
+        assert torch.equal(call(fast, inputs), wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(call(fast, inputs), wanted)
+
+
+def test_a_run_of_another_model_is_not_used():
+    model, inputs, _, _ = captured_plain()
+    other, _ = plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2) as mine:
+        call(fast, inputs)
+        mine.step(1)
+        with sampling(other, 2) as theirs:
+            found = call(fast, at_step(inputs, 1))
+            assert theirs.peak_cache_bytes == 0
+    expected = by_hand(model)
+    plain_output(expected, [FULL] * 2, inputs)
+    assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
+    with sampling(other, 2), pytest.warns(UserWarning, match="outside a sampling run"):
+        call(compiled(model, plain_plan([FULL])), inputs)
+
+
+# --- classifier-free guidance in two calls ------------------------------------------------------------------------
+
+
+def two_calls(rows):
+    return plain_plan([D(text) for text in rows], guidance="two-call")
+
+
+def test_the_unconditional_call_takes_what_the_conditional_call_computed():
+    model, inputs, _, _ = captured_plain()
+    rows = ["full+cfg", "reuse", "window(band:2)+residual+cfg", "full", "reuse+cfg"]
+    fast = compiled(model, two_calls(rows))
+    expected = {name: by_hand(model) for name in ("cond", "uncond")}
+    with sampling(fast, len(rows)) as run:
+        for step, text in enumerate(rows):
+            decision = D(text)
+            run.step(step)
+            alone = Decision(decision.kind, decision.window)
+            for name, offset in (("cond", 0), ("uncond", 30)):
+                run.branch(name)
+                now = at_step(inputs, offset + step)
+                found = call(fast, now)
+                altered = expected[name]
+                if name == "uncond" and decision.cfg_shared:
+                    altered.outputs = list(expected["cond"].outputs)
+                    altered.residuals = list(expected["cond"].residuals)
+                    row = [REUSE] * 2
+                else:
+                    row = [alone] * 2
+                wanted = plain_output(altered, row, now)
+                difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+                assert difference <= EXACT, f"{name} call of step {step} ({text}): {difference}"
+
+
+def test_the_conditional_call_must_come_first():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, two_calls(["full+cfg", "reuse"]))
+    with sampling(fast, 2) as run:
+        run.branch("uncond")
+        with pytest.raises(RunError, match="call the conditional branch first"):
+            call(fast, inputs)
+    with sampling(fast, 2), pytest.raises(RunError, match="does not know which call this is"):
+        call(fast, inputs)
+
+
+def test_branches_keep_their_own_caches():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, two_calls(["full", "reuse"]))
+    expected = {name: by_hand(model) for name in ("cond", "uncond")}
+    with sampling(fast, 2) as run:
+        for step, decision in enumerate((FULL, REUSE)):
+            run.step(step)
+            for name, offset in (("uncond", 30), ("cond", 0)):
+                run.branch(name)
+                now = at_step(inputs, offset + step)
+                assert_near(call(fast, now), plain_output(expected[name], [decision] * 2, now))
+
+
+# --- other shapes ---------------------------------------------------------------------------------------------------
+
+
+def test_other_batch_sizes_have_captures_of_their_own():
+    """The second size makes Dynamo turn the batch symbolic; results must stay those of each size."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, D("window(band:2)+residual+cfg"), REUSE], conditional_half=0))
+    for batch in (2, 4, 6, 2):
+        expected = by_hand(model)
+        generator = torch.Generator().manual_seed(batch)
+        with sampling(fast, 3) as run:
+            for step, text in enumerate(("full", "window(band:2)+residual+cfg", "reuse")):
+                run.step(step)
+                now = {"x": torch.randn(batch, 3, 8, 12, generator=generator)}
+                assert_near(call(fast, now), plain_output(expected, [D(text)] * 2, now))
+    assert inputs["x"].shape[0] == 2
+
+
+def test_another_image_size_is_refused_with_the_remedy():
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2):
+        call(fast, inputs)
+        with pytest.raises(PlanMismatchError, match="calibrate a plan at this image size"):
+            call(fast, {"x": torch.randn(2, 3, 12, 12)})
