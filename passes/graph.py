@@ -120,10 +120,12 @@ def block_path(path: str) -> str:
 def mutated_argument(node: fx.Node) -> fx.Node | None:
     """The node whose value this node writes in place, or None."""
     name = op_name(node)
+    of_operator = getattr(node.target, "__module__", "") == "_operator"  # which has and_, or_, not_ and is_
     in_place = (
         (node.op == "call_function" and node.target is operator.setitem)
         or (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
-        or (node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE)
+        or (node.op == "call_function" and not of_operator and name.endswith("_") and not name.endswith("__"))
+        or (node.op == "call_function" and of_operator and name in IN_PLACE)
     )
     if in_place and node.args and isinstance(node.args[0], fx.Node):
         return node.args[0]

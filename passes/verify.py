@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind
-from difa_compile.passes.graph import alias_root, is_parameter, mutated_argument
+from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.site import Site
@@ -41,10 +41,13 @@ def why_not_proved(
     try:
         expected, caches = run(Role(FULL, emit_output=True), inputs, {})
         found, _ = run(Role(REUSE), inputs, caches)
+        left = rewrite(module, sites, [*roles[:index], Role(REUSE), *roles[index + 1 :]], context).module
     except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
     if not all(same(a, b) for a, b in zip(expected, found, strict=True)):
         return "reusing the region's own output does not reproduce the full output"
+    if sum(map(is_attention, left.graph.nodes)) >= sum(map(is_attention, module.graph.nodes)):
+        return "reuse would save nothing: the attention's result is written to in place and then used"
     shared = Role(Decision(Kind.FULL, cfg_shared=True))
     if context.conditional_half is None or why_not_shared(module, sites[index], shared, context) is not None:
         return None
@@ -52,8 +55,11 @@ def why_not_proved(
         double_half(value, node.meta.get("batch_dim")) if not is_parameter(node) else value
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
-    expected, _ = run(FULL_ROLE, equal_halves, {})
-    found, _ = run(shared, equal_halves, {})
+    try:
+        expected, _ = run(FULL_ROLE, equal_halves, {})
+        found, _ = run(shared, equal_halves, {})
+    except Exception as error:  # as above
+        return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
     if not all(close(a, b) for a, b in zip(expected, found, strict=True)):
         return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     return None

@@ -156,7 +156,7 @@ def test_equal_blocks_share_compiled_variants():
     emit, reuse = Role(FULL, emit_output=True), Role(REUSE)
     _, caches = capture.execute(values, [emit] * 4, {})
     assert capture.compiled_variants == 3, "what comes before the blocks, one block for all four, what comes after"
-    _, caches = capture.execute(values, [emit, reuse, emit, reuse], caches)
+    capture.execute(values, [emit, reuse, emit, reuse], caches)
     assert capture.compiled_variants == 4
     capture.execute(values, [reuse, reuse, emit, emit], caches)
     capture.execute(values, [emit, emit, reuse, reuse], caches)
