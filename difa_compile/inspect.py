@@ -123,6 +123,8 @@ def private_forward(model: nn.Module) -> Callable[..., Any]:
 def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with which a pipeline first calls its transformer; the pipeline is stopped there."""
 
+    from difa_compile.wiring import unwired
+
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Stop(args, kwargs)
 
@@ -131,7 +133,8 @@ def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[
         call.setdefault("num_inference_steps", 2)
     handle = model.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        pipe(**call)
+        with unwired():  # the pipeline may carry a plan
+            pipe(**call)
     except _Stop as found:
         return found.call_args, dict(found.call_kwargs)
     finally:

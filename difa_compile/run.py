@@ -81,7 +81,7 @@ class Run:
         self.peak_cache_bytes = 0
         self.promotions: tuple[Promotion, ...] = ()
         self._parameters = {id(parameter) for parameter in self.model.parameters()}
-        self._sessions: dict[int, tuple[Capture, Session]] = {}
+        self._capture_runs: dict[int, tuple[Capture, CaptureRun]] = {}
 
     def step(self, index: int) -> None:
         """Go to step ``index`` (from 0). Steps are taken in order; going back starts over with empty caches.
@@ -92,7 +92,7 @@ class Run:
             raise ScheduleError(f"step {index!r} is outside the {self.steps} steps of this run (0 to {self.steps - 1})")
         if index < self.index:
             self.reset()
-        elif self._sessions and index > self.index + 1:
+        elif self._capture_runs and index > self.index + 1:
             raise ScheduleError(
                 f"step {index} follows step {self.index}: {index - self.index - 1} steps were left out, and what they "
                 "would have cached is missing; announce the steps you take, or start a new run"
@@ -105,7 +105,7 @@ class Run:
 
     def reset(self) -> None:
         """Forget all caches and go back to the start."""
-        self._sessions.clear()
+        self._capture_runs.clear()
         self.index = 0
         self.current_branch = None
 
@@ -125,8 +125,8 @@ class Run:
         """Bytes of all caches held now, each tensor counted once."""
         held = {
             tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for _, session in self._sessions.values()
-            for caches in session.caches.values()
+            for _, current in self._capture_runs.values()
+            for caches in current.caches.values()
             for tensor in caches.values()
         }
         return sum(held.values())
@@ -135,17 +135,17 @@ class Run:
         """Execute one model call at the current step; what compiled code calls."""
         if capture.plan is None:
             return capture.full(args)
-        if id(capture) not in self._sessions:
-            session = Session(capture, self.steps, self.progress, self.index)
-            self._sessions[id(capture)] = (capture, session)
-            self.promotions = session.promotions
-        session = self._sessions[id(capture)][1]
-        outputs = session.call(args, self.index, self.current_branch)
+        if id(capture) not in self._capture_runs:
+            current = CaptureRun(capture, self.steps, self.progress, self.index)
+            self._capture_runs[id(capture)] = (capture, current)
+            self.promotions = current.promotions
+        current = self._capture_runs[id(capture)][1]
+        outputs = current.call(args, self.index, self.current_branch)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
         return outputs
 
 
-class Session:
+class CaptureRun:
     """The part of a run that belongs to one capture: the plan resolved onto the schedule, and the caches per branch."""
 
     def __init__(self, capture: Capture, steps: int, progress: Sequence[float] | None, first: int) -> None:

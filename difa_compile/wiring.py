@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from difa_compile import run as runs
 from difa_compile.errors import DifaError, UnsupportedPipelineError
 from difa_compile.following import Following
+from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
 """Input shapes of one wired pipeline that get a compiled graph of their own before an error is raised."""
@@ -210,7 +210,7 @@ class _Dispatch:
         call = _call_of_model(model)
         if call is not None:
             return call.wiring.forward(call.following, args, kwargs)
-        if not any(run.model is model for run in runs._active.get()):
+        if not is_sampled(model):
             return self.plain(*args, **kwargs)
         if len(self.users) > 1:
             raise UnsupportedPipelineError(

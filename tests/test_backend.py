@@ -1,15 +1,13 @@
 """The torch.compile backend: its options, its errors, and that plans survive inductor."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from torch._dynamo.backends.registry import list_backends, register_backend
 
-from difa_compile import backend
 from difa_compile.backend import difa
-from difa_compile.decision import FULL, REUSE, Decision, Window
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
     DecisionError,
     LayoutError,
@@ -19,7 +17,6 @@ from difa_compile.errors import (
     RunError,
     SiteSkippedError,
 )
-from difa_compile.layout import Layout
 from difa_compile.run import sampling
 from tests.tiny_models import (
     FAMILIES,
@@ -141,7 +138,7 @@ def test_wrong_options_are_refused_as_themselves(options, error, message):
 
 
 def test_a_mode_is_refused():
-    found = backend.difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode="max-autotune")
+    found = difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode="max-autotune")
     with pytest.raises(DecisionError, match="mode='max-autotune'"):
         found()
 
@@ -223,7 +220,10 @@ def test_nothing_is_stored_on_the_model():
         return {name: sorted(vars(module)) for name, module in model.named_modules()}
 
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(**inputs)  # torch.compile itself leaves a mark
     before = everything()
+    torch._dynamo.reset()
     fast = compiled(model, plan)
     with torch.no_grad(), sampling(fast, 3) as run:
         for step in range(3):
@@ -238,7 +238,6 @@ def test_bfloat16_follows_the_plan():
     """Rounding of another attention kernel, not of another computation: within a few units in the last place."""
     model, inputs = plain()
     model = model.to(torch.bfloat16)
-    window = Window("band", 2)
     fast = compiled(model, plain_plan([FULL, D("window(band:2)+residual"), REUSE]), strict=True)
     single, _ = plain()
     exact = compiled(single, plain_plan([FULL, D("window(band:2)+residual"), REUSE]), strict=True)
@@ -251,9 +250,3 @@ def test_bfloat16_follows_the_plan():
             wanted = exact(**now)
             unplanned = model(now["x"].to(torch.bfloat16)).float() - single(**now)
             assert (found - wanted).abs().max() <= 3 * unplanned.abs().max() + 1e-3, step
-    assert window.radius == 2
-
-
-def test_importing_the_backend_needs_no_diffusers():
-    assert "difa_compile.backend" in sys.modules
-    assert not any("diffusers" in line for line in open(backend.__file__) if line.startswith(("import", "from")))

@@ -33,11 +33,20 @@ EXACT = 3e-6
 
 def schedule(window):
     """Every decision, each after everything it may read; two columns, for even and odd sites."""
-    even = ["full", "W+residual", "reuse", "W+residual+cfg", "reuse", "full+cfg", "W+residual", "W", "W+cfg", "reuse+cfg"]
-    odd = ["full", "reuse", "full+cfg", "reuse", "reuse+cfg", "W+residual+cfg", "W", "reuse", "W+residual", "full"]
-    return [
-        [Decision.parse(text.replace("W", f"window({window})")) for text in column] for column in (even, odd)
+    even = [
+        "full",
+        "W+residual",
+        "reuse",
+        "W+residual+cfg",
+        "reuse",
+        "full+cfg",
+        "W+residual",
+        "W",
+        "W+cfg",
+        "reuse+cfg",
     ]
+    odd = ["full", "reuse", "full+cfg", "reuse", "reuse+cfg", "W+residual+cfg", "W", "reuse", "W+residual", "full"]
+    return [[Decision.parse(text.replace("W", f"window({window})")) for text in column] for column in (even, odd)]
 
 
 def paths_of(family):

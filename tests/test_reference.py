@@ -52,7 +52,10 @@ def test_attention_by_hand():
     value = torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]])
     out = reference.attention(query, query, value, scale=1.0)
     one, four = math.exp(1) / (math.exp(1) + 1), math.exp(4) / (math.exp(4) + 1)
-    wanted = [[one * 1 + (1 - one) * 5, one * 3 + (1 - one) * 7], [(1 - four) * 1 + four * 5, (1 - four) * 3 + four * 7]]
+    wanted = [
+        [one * 1 + (1 - one) * 5, one * 3 + (1 - one) * 7],
+        [(1 - four) * 1 + four * 5, (1 - four) * 3 + four * 7],
+    ]
     torch.testing.assert_close(out[0, 0], torch.tensor(wanted))
     only = reference.attention(query, query, value, torch.eye(2, dtype=torch.bool))
     torch.testing.assert_close(only, value)

@@ -28,7 +28,15 @@ def sharpened(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             place = name.split(".")
-            if len(place) > 1 and place[-2] in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "qkv"):
+            if len(place) > 1 and place[-2] in (
+                "to_q",
+                "to_k",
+                "to_v",
+                "add_q_proj",
+                "add_k_proj",
+                "add_v_proj",
+                "qkv",
+            ):
                 parameter.mul_(3.0)
     return model.eval()
 
@@ -221,7 +229,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.attention = attention
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x):
         x = x + self.attention(self.norm(x))
@@ -378,7 +388,9 @@ def at_step(inputs, step):
     name = next(iter(inputs))
     changed = {**inputs, name: torch.randn(inputs[name].shape, generator=generator)}
     if "timestep" in changed:
-        changed["timestep"] = changed["timestep"] * (1 - 0.2 * step) if changed["timestep"].is_floating_point() else (
-            changed["timestep"] + step
+        changed["timestep"] = (
+            changed["timestep"] * (1 - 0.2 * step)
+            if changed["timestep"].is_floating_point()
+            else (changed["timestep"] + step)
         )
     return changed

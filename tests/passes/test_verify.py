@@ -121,3 +121,20 @@ def test_double_half_and_same():
     assert same(nan, nan.clone())
     assert not same(nan, torch.ones(2))
     assert not same(torch.ones(2), torch.ones(2, 1))
+
+
+def gate_in_place(self, y):
+    z = self.o(y)
+    z *= torch.sigmoid(z.mean())
+    return z
+
+
+@pytest.mark.parametrize("after", [gate_in_place, lambda self, y: self.o(y).add_(y)])
+def test_a_region_that_reuse_could_not_erase_is_refused(after):
+    """The attention's result is changed in place and then used: reuse would be right, but compute everything."""
+    torch.manual_seed(0)
+    module, values = graph_of(BareAttention(after).eval(), {"x": torch.randn(2, 6, 16)})
+    sites = sites_of(module, values)
+    assert why_not_proved(module, sites, 0, values, Context()) == (
+        "reuse would save nothing: the attention's result is written to in place and then used"
+    )

@@ -26,9 +26,15 @@ def local_nodes(module):
     return [node for node in module.graph.nodes if node.target is torch.ops.difa.local_attention.default]
 
 
-@pytest.mark.parametrize(("family", "grid", "before", "after"), [
-    ("dit", [4, 4], 0, 0), ("sd3", [4, 6], 0, 7), ("flux", [4, 6], 7, 0), ("wan", [3, 4, 4], 0, 0),
-])
+@pytest.mark.parametrize(
+    ("family", "grid", "before", "after"),
+    [
+        ("dit", [4, 4], 0, 0),
+        ("sd3", [4, 6], 0, 7),
+        ("flux", [4, 6], 7, 0),
+        ("wan", [3, 4, 4], 0, 0),
+    ],
+)
 def test_the_op_carries_the_window_and_the_layout(family, grid, before, after):
     _, _, module, values = captured(family)
     variant = windowed(module, values, "window(disc:3)")
@@ -71,8 +77,9 @@ def test_the_scale_of_the_call_is_kept():
     assert local_nodes(variant.module)[0].args[-1] == 0.25
 
 
-@pytest.mark.parametrize(("mask", "reason"), [("mask", "the attention carries a mask"),
-                                              ("causal", "the attention carries a causal mask")])
+@pytest.mark.parametrize(
+    ("mask", "reason"), [("mask", "the attention carries a mask"), ("causal", "the attention carries a causal mask")]
+)
 def test_masked_attention_is_refused(mask, reason):
     model, inputs = plain(masks=(mask, "none"))
     module, values = graph_of(model, inputs)
