@@ -103,10 +103,13 @@ def render(result: dict[str, Any], columns: tuple[Column, ...]) -> str:
 
 
 def filled(document: str, tables: dict[str, tuple[Column, ...]], results: Path = RESULTS) -> str:
-    """``document`` with each marked section made from its result file; ``FileNotFoundError`` if one is missing."""
+    """``document`` with each marked section made from its result file; one without a result says so."""
 
     def section(match: re.Match[str]) -> str:
-        result = json.loads((results / f"{match[2]}.json").read_text())
+        path = results / f"{match[2]}.json"
+        if not path.exists():
+            return f"{match[1]}*Not measured yet: `python -m benchmarks.{match[2]}`.*\n{match[4]}"
+        result = json.loads(path.read_text())
         return match[1] + render(result, tables[match[2]]) + match[4]
 
     return SECTION.sub(section, document)

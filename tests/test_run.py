@@ -269,9 +269,10 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
 
     with sampling(fast, 4) as run:
         call(fast, at_step(inputs, 0))
-        with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        with monkeypatch.context() as broken:
             broken.setattr(Capture, "outputs", fail)
-            call(fast, at_step(inputs, 9))
+            with pytest.raises(MemoryError):
+                call(fast, at_step(inputs, 9))
         run.step(1)
         found = call(fast, at_step(inputs, 1))
     plain_output(expected, [FULL] * 2, at_step(inputs, 0))
