@@ -26,7 +26,7 @@ def test_regions_of_whole_models(family):
         assert not any("batch_dim" in node.meta for node in site.region.inputs if is_parameter(node))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["dit", "sd3"])
 def test_annotated_dimensions_follow_the_batch_size(family):
     """The same model at another batch size: exactly the annotated dimensions change, in proportion."""
     two, four = (captured(family, batch)[2] for batch in (2, 4))

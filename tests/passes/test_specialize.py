@@ -1,12 +1,9 @@
 """Symbolic sizes become numbers, and the graph computes the same."""
 
-import pytest
 import torch
 
 from difa_compile.passes.specialize import specialize
-from tests.tiny_models import FAMILIES, graph_of, plain, sites_of
-
-pytest.importorskip("diffusers")
+from tests.tiny_models import graph_of, plain, sites_of
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -18,13 +15,11 @@ def symbols(module):
     return [value for value in found if isinstance(value, SYMBOLIC)]
 
 
-@pytest.mark.parametrize("build", [plain, FAMILIES["dit"]])
-def test_no_symbol_is_used_afterwards(build):
-    model, inputs = build()
+def test_no_symbol_is_used_afterwards():
+    model, inputs = plain()
     module, values = graph_of(model, inputs, dynamic=True)
     with torch.no_grad():
-        output = model(**inputs)
-        before = output[0] if isinstance(output, tuple) else output
+        before = model(**inputs)
         assert symbols(module), "the capture was meant to have symbolic sizes"
         assert specialize(module) > 0
         assert not symbols(module)
