@@ -3,8 +3,8 @@
     python -m examples.evaluate_demo_model
 
 Draws 50 digits per class with full attention (cfg 4, 50 steps, DPM-Solver++), reports the share that the judge reads
-as the class asked for, and the Frechet distance, in the judge's features, to rendered digits that the model has not seen;
-beside it the same distance of as many rendered training digits, which is what a perfect model would reach. Writes
+as the class asked for, and the Frechet distance, in the judge's features, to rendered digits that the model has not
+seen; beside it the same distance of as many rendered training digits, which is what a perfect model would reach. Writes
 ``benchmarks/results/demo_model.json``. The seed of a batch is ``--seed`` plus its number.
 """
 
