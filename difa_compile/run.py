@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -246,13 +247,13 @@ def across(role: Role) -> Role:
     return Role(decision, emit_output=emit, emit_residual=role.emit_residual, residual_window=role.residual_window)
 
 
-_warned: set[int] = set()
+_warned: WeakSet[Capture] = WeakSet()
 
 
 def call_without_run(capture: Capture, args: list[Any]) -> list[Any]:
     """A call of a planned model outside any run: full attention, and a warning the first time."""
-    if capture.plan is not None and id(capture) not in _warned:
-        _warned.add(id(capture))
+    if capture.plan is not None and capture not in _warned:
+        _warned.add(capture)
         warnings.warn(
             "a model compiled with a difa plan was called outside a sampling run: it computes full attention. Open a "
             "run with difa_compile.sampling(model, steps), or wire the pipeline with difa_compile.apply(pipe, plan)",

@@ -181,6 +181,7 @@ def structure_of(module: fx.GraphModule) -> str:
             target = node.target if isinstance(node.target, str) else torch.typename(node.target) + repr(node.target)
             args = fx.map_arg((node.args, node.kwargs), lambda n: fx.immutable_collections.immutable_list([names[n]]))
             text = f"{node.op} {target} {args}"
+        text += f" batch {node.meta.get('batch_dim')}"
         if value is not None:
             strides = tuple(value.stride()) if value.layout is torch.strided else ()
             text += f" {tuple(value.shape)} {strides} {value.dtype} {value.device} {value.requires_grad}"

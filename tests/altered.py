@@ -6,6 +6,7 @@ keys behind a mask that is written out token by token (windows) and to add what 
 """
 
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from difa_compile.decision import Kind, WindowShape
 SPLIT = ("hidden_states", "encoder_hidden_states")
 
 
+@cache
 def sees(layout, window):
     """bool (tokens, tokens): the definition of a window, pair by pair."""
     places = [None] * layout.before

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 
 from difa_compile.demo import checkpoint, demo_model_path, load_demo
 from difa_compile.errors import ModelLoadError
@@ -41,6 +42,7 @@ def test_only_the_known_notice_is_silenced(folder, monkeypatch):
         def emit(self, record):
             seen.append(record.getMessage())
 
+    diffusers_logging.set_verbosity_warning()  # the command line quietens diffusers for its process
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     catch = Catch()
     logger.addHandler(catch)
