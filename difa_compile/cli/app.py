@@ -84,7 +84,7 @@ def demo(
         "difa-report"
     ),
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="50; quick: 20")] = None,
-    threshold: Threshold = 0.05,
+    threshold: Threshold = 0.1,
     samples: Annotated[
         int | None, typer.Option(help="Images to compare, rounded up to tens.", show_default="200; quick: 40")
     ] = None,
