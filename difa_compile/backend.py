@@ -87,10 +87,9 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
     )
 
     def run_captured(*args: Any) -> list[Any]:
-        run = active_run(capture)
-        if run is None:
-            return call_without_run(capture, list(args))
-        return run.call(capture, list(args))
+        inputs = list(args)
+        run = active_run(capture, inputs)
+        return call_without_run(capture, inputs) if run is None else run.call(capture, inputs)
 
     return run_captured
 

@@ -8,7 +8,6 @@ unique (segment structure, roles).
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -294,15 +293,14 @@ class Capture:
         self.compiled_variants += 1
         return Compiled(run, reads, tuple(relative(name) for name in rewritten.cache_outputs))
 
-    @property
-    def parameter(self) -> Tensor | None:
-        """A parameter of the captured model, by which a run recognises its own; None once it is gone."""
-        return None if self._parameter is None else self._parameter()
+    def model_parameter(self, args: Sequence[Any]) -> Tensor | None:
+        """A parameter of the model that makes a call with ``args``, or None if it has none.
+
+        Dynamo shares one capture among models of a class, whose parameters are inputs of the graph.
+        """
+        return None if self._parameter is None else args[self._parameter]
 
 
-def first_parameter(inputs: Sequence[Any]) -> weakref.ref[Tensor] | None:
-    """A weak reference to the first parameter among a graph's inputs."""
-    for value in inputs:
-        if isinstance(value, torch.nn.Parameter):
-            return weakref.ref(value)
-    return None
+def first_parameter(inputs: Sequence[Any]) -> int | None:
+    """Where the first parameter stands among a graph's inputs."""
+    return next((i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)), None)

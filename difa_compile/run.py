@@ -50,10 +50,11 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
         run.reset()
 
 
-def active_run(capture: Capture) -> Run | None:
-    """The innermost active run of the model that ``capture`` was made from, in this thread."""
+def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
+    """The innermost active run, in this thread, of the model that calls ``capture`` with ``args``."""
+    parameter = capture.model_parameter(args)
     for run in reversed(_active.get()):
-        if run.owns(capture):
+        if parameter is None or run.owns(parameter):
             return run
     return None
 
@@ -117,10 +118,9 @@ class Run:
     def deactivate(self, token: Token[tuple[Run, ...]]) -> None:
         _active.reset(token)
 
-    def owns(self, capture: Capture) -> bool:
-        """Whether ``capture`` is a graph of this run's model."""
-        parameter = capture.parameter
-        return parameter is None or id(parameter) in self._parameters
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is one of this run's model."""
+        return id(parameter) in self._parameters
 
     def cache_bytes(self) -> int:
         """Bytes of all caches held now, each tensor counted once."""

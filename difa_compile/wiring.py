@@ -32,7 +32,7 @@ from difa_compile.following import Following
 from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
-"""Input shapes of one wired pipeline that get a compiled graph of their own before an error is raised."""
+"""Compiled graphs (input shapes times wired pipelines) that all models of a class may have before an error is raised."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,14 @@ class Wiring:
 
 
 def compile_forward(model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]) -> Any:
-    """``torch.compile`` of the model's call, one graph per input shape, with a Dynamo cache of its own.
+    """``torch.compile`` of the model's call, one graph per input shape. The model itself is left as it is.
 
-    The model itself is left as it is.
+    Not with ``isolate_recompiles``: torch 2.13 keeps the region of that option in a variable of the process, so calls
+    of two compiled functions in two threads end in each other's caches and are captured again and again.
     """
     settings: dict[str, Any] = {"backend": backend, "options": dict(options), "dynamic": False, "fullgraph": True}
-    # Not in all supported versions of torch: without them shapes of all models of a class count against one limit of 8.
-    known = inspect.signature(torch.compile).parameters
-    settings |= {k: v for k, v in {"isolate_recompiles": True, "recompile_limit": MOST_SHAPES}.items() if k in known}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # otherwise torch's own limit, 8 graphs
+        settings["recompile_limit"] = MOST_SHAPES
     return torch.compile(model._call_impl, **settings)
 
 
@@ -178,8 +178,8 @@ def run_compiled(
         raise
     except FailOnRecompileLimitHit as failure:
         raise UnsupportedPipelineError(
-            f"{name} was called with more input shapes than are compiled for one pipeline ({MOST_SHAPES}); "
-            "remove(pipe) and apply the plan again to start over, or sample fewer sizes"
+            f"{name} was called with more input shapes, over all pipelines with a plan, than are compiled for models "
+            f"of one class ({MOST_SHAPES}); sample fewer sizes, or call torch._dynamo.reset() to start over"
         ) from failure
     except Unsupported as failure:
         reason = str(failure).strip().splitlines()[0]

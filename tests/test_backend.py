@@ -212,6 +212,37 @@ def test_the_conditional_half_of_the_options_goes_before_the_plans():
     assert not torch.allclose(outputs[0, None], outputs[1, None], atol=1e-3)
 
 
+def test_two_models_of_a_class_share_a_capture_and_keep_their_runs_apart():
+    model, inputs, _, _ = captured_plain()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    plan = plain_plan([FULL, D("window(band:2)+residual"), REUSE])
+    captures = []
+
+    def counted(module, example_inputs, *, options):
+        captures.append(module)
+        return difa(module, example_inputs, options=options)
+
+    wanted = []
+    for each in (model, other):
+        torch._dynamo.reset()
+        fast = compiled(each, plan)
+        with torch.no_grad(), sampling(fast, 3) as run:
+            wanted.append([(run.step(i), fast(**at_step(inputs, i)))[1] for i in range(3)])
+    assert not torch.allclose(wanted[0][2], wanted[1][2], atol=1e-3)
+    torch._dynamo.reset()
+    options = {"plan": plan, "inner": "eager"}
+    fasts = [torch.compile(each, backend=counted, options=options) for each in (model, other)]
+    with torch.no_grad(), sampling(fasts[0], 3) as one, sampling(fasts[1], 3) as two:
+        for step in range(3):
+            for fast, run, images in zip(fasts, (one, two), wanted, strict=True):
+                run.step(step)
+                assert torch.equal(fast(**at_step(inputs, step)), images[step]), step
+    assert len(captures) == 1
+
+
 def test_nothing_is_stored_on_the_model():
     model, inputs = plain()
     plan = plain_plan([FULL, D("window(band:2)+residual"), REUSE])

@@ -216,7 +216,8 @@ def test_unknown_attribute_is_an_attribute_error():
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MFLAGS"}
+    return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
 @pytest.mark.parametrize(("target", "last"), [("demo", "bin/difa demo"), ("test", "-m pytest")])

@@ -206,17 +206,15 @@ def test_two_pipelines_share_a_transformer_in_two_threads():
     tables = [ROWS, [(FULL, FULL), (WINDOWED, REUSE), (REUSE, FULL_CFG), (FULL, WINDOWED)]]
     wanted = [sample_plainly(pipe, rows, residual_window=WINDOW) for pipe, rows in zip(pipes, tables, strict=True)]
     plans = [plan_of(pipe, rows) for pipe, rows in zip(pipes, tables, strict=True)]
-    for pipe, plan in zip(pipes, plans, strict=True):
-        apply(pipe, plan, inner="eager")
+    applied = [apply(pipe, plan, inner="eager") for pipe, plan in zip(pipes, plans, strict=True)]
     images = {}
     failures = []
     start = threading.Barrier(2, timeout=60)
 
     def work(index):
         try:
-            sample(pipes[index], steps=len(tables[index]))  # captures, one after the other inside Dynamo
             start.wait()
-            for turn in range(3):
+            for turn in range(4):  # the first captures
                 images[index, turn] = sample(pipes[index], steps=len(tables[index]))
         except BaseException as error:
             failures.append(error)
@@ -228,6 +226,8 @@ def test_two_pipelines_share_a_transformer_in_two_threads():
     for thread in threads:
         thread.join()
     assert not failures
+    assert [len(each.captures) for each in applied] == [1, 1]
+    assert len(images) == 8
     for (index, _), image in images.items():
         assert close(image, wanted[index])
 

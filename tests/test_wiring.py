@@ -314,17 +314,16 @@ def test_dynamos_failures_become_errors_of_this_package():
         run_compiled(compile_forward(broken, lambda m, i, options=None: m.forward, {}), "Broken", (torch.zeros(1),), {})
 
 
-def test_every_pipeline_has_a_dynamo_cache_of_its_own():
-    """Ten models of one class: with one shared cache Dynamo would give up after eight."""
+def test_more_pipelines_than_dynamos_own_limit_of_graphs():
     compiled = []
 
     def backend(module, inputs, options=None):
-        compiled.append(module)
+        compiled.append(options)
         return module.forward
 
-    for _ in range(10):
-        run_compiled(compile_forward(Doubling(), backend, {"a": 1}), "Doubling", (torch.zeros(1),), {})
-    assert len(compiled) == 10
+    for number in range(10):
+        run_compiled(compile_forward(Doubling(), backend, {"a": number}), "Doubling", (torch.zeros(1),), {})
+    assert [options["a"] for options in compiled] == list(range(10))
 
 
 def test_too_many_shapes_is_an_error(monkeypatch):
