@@ -32,7 +32,7 @@ from difa_compile.following import Following
 from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
-"""Compiled graphs (input shapes times wired pipelines) that all models of a class may have before an error is raised."""
+"""Compiled graphs (input shapes times wired pipelines) that all models of one class may have; more are an error."""
 
 
 @dataclass(frozen=True)
