@@ -45,7 +45,7 @@ $(TORCH_DONE): | $(BIN)/python
 	@touch $@
 
 $(DEMO_DONE): pyproject.toml $(TORCH_DONE)
-	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report]"
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,train]"
 	@touch $@
 
 $(DEV_DONE): pyproject.toml $(TORCH_DONE)

@@ -10,14 +10,12 @@ name below is imported from its module on first access.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from difa_compile.calibrate import calibrate
+    from difa_compile.calibration import calibrate
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
     from difa_compile.inspect import inspect_model
@@ -39,7 +37,7 @@ _HOME = {
     "Window": "decision",
     "WindowShape": "decision",
     "apply": "pipeline",
-    "calibrate": "calibrate",
+    "calibrate": "calibration",
     "inspect_model": "inspect",
     "load_pipeline": "loading",
     "remove": "pipeline",
@@ -78,14 +76,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """Keeps ``difa_compile.calibrate`` the function: importing the submodule of that name would bind the module."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

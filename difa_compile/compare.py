@@ -18,7 +18,7 @@ from torch import Tensor
 from difa_compile import metrics
 from difa_compile.cost import plan_flops
 from difa_compile.decision import FULL
-from difa_compile.errors import MissingDependencyError, ScheduleError, UnsupportedPipelineError
+from difa_compile.errors import ComparisonError, MissingDependencyError, ScheduleError, UnsupportedPipelineError
 from difa_compile.pipeline import apply, find_transformer, remove
 from difa_compile.plan import Plan
 from difa_compile.schedule import Role
@@ -347,8 +347,8 @@ def compare(
     ``judge`` and ``reference`` (real images (N, C, H, W) in [0, 1]) add what :class:`Quality` says; which class was
     asked for is taken from ``inputs["class_labels"]``. The pipeline is left as it was found, also after an exception.
 
-    Raises :class:`ScheduleError` for fewer than one step, ``ValueError`` for inputs that are set here, for no or
-    repeated seeds and for less than one repeat, :class:`UnsupportedPipelineError` for a pipeline without images, and
+    Raises :class:`ScheduleError` for fewer than one step, :class:`ComparisonError` for inputs that are set here, for no
+    or repeated seeds and for less than one repeat, :class:`UnsupportedPipelineError` for a pipeline without images, and
     what :func:`difa_compile.pipeline.apply` raises.
     """
     _check_arguments(inputs, steps, seeds, repeats, backend_full)
@@ -408,13 +408,13 @@ def _check_arguments(
         raise ScheduleError(f"compare needs at least one step, got {steps}")
     taken = sorted(set(inputs) & set(_OURS))
     if taken:
-        raise ValueError(f"compare sets {', '.join(taken)} itself; leave it out of inputs")
+        raise ComparisonError(f"compare sets {', '.join(taken)} itself; leave it out of inputs")
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+        raise ComparisonError(f"seeds must be one or more different numbers, got {list(seeds)}")
     if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+        raise ComparisonError(f"repeats must be at least 1, got {repeats}")
     if backend_full not in ("inductor", "eager"):
-        raise ValueError(f"backend_full is {backend_full!r}; choose inductor or eager")
+        raise ComparisonError(f"backend_full is {backend_full!r}; choose inductor or eager")
 
 
 def _timing(calls: Sequence[_Call]) -> Timing:

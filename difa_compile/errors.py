@@ -91,5 +91,9 @@ class ExampleInputsError(DifaError, ValueError):
     """No example inputs are known for a model or pipeline, so they must be given."""
 
 
+class ComparisonError(DifaError, ValueError):
+    """A comparison asked for with seeds, repeats or inputs that make none."""
+
+
 class ComparisonFormatError(DifaError, ValueError):
     """A folder that holds no complete comparison, or whose files are damaged or do not belong together."""

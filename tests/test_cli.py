@@ -192,8 +192,7 @@ def search(monkeypatch, plan):
         return plan
 
     monkeypatch.setattr("difa_compile.loading.load_pipeline", lambda name: Loaded())
-    # import_module: the attribute of that name is the function.
-    monkeypatch.setattr(importlib.import_module("difa_compile.calibrate"), "calibrate", calibrate)
+    monkeypatch.setattr("difa_compile.calibration.calibrate", calibrate)
     return seen
 
 
@@ -341,6 +340,7 @@ def test_demo_without_scikit_learn_says_what_is_left_out(search, measure, tmp_pa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
     result = run("demo", "--output", tmp_path / "out")
     assert "no Fréchet distance to real digits" in result.stdout
+    assert "difa-compile[train]" in result.stdout
     assert measure["reference"] is None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from difa_compile import compare as module
 from difa_compile.compare import Comparison, compare
 from difa_compile.decision import FULL, REUSE
-from difa_compile.errors import ScheduleError, UnsupportedPipelineError
+from difa_compile.errors import ComparisonError, ScheduleError, UnsupportedPipelineError
 from difa_compile.layout import Layout
 from difa_compile.plan import Plan
 from difa_compile.plan_data import Cell, Settings, SiteInfo, model_digest
@@ -341,10 +341,10 @@ def test_progress_goes_to_the_end(pipe, plan, wiring, capsys):
     ("changes", "error", "match"),
     [
         ({"steps": 0}, ScheduleError, "at least one step"),
-        ({"seeds": ()}, ValueError, "seeds"),
-        ({"seeds": (1, 1)}, ValueError, "different"),
-        ({"repeats": 0}, ValueError, "repeats"),
-        ({"backend_full": "tvm"}, ValueError, "inductor or eager"),
+        ({"seeds": ()}, ComparisonError, "seeds"),
+        ({"seeds": (1, 1)}, ComparisonError, "different"),
+        ({"repeats": 0}, ComparisonError, "repeats"),
+        ({"backend_full": "tvm"}, ComparisonError, "inductor or eager"),
     ],
 )
 def test_arguments_out_of_range_are_named(pipe, plan, wiring, changes, error, match):
@@ -354,7 +354,7 @@ def test_arguments_out_of_range_are_named(pipe, plan, wiring, changes, error, ma
 
 
 def test_inputs_that_compare_sets_are_refused(pipe, plan, wiring):
-    with pytest.raises(ValueError, match="generator"):
+    with pytest.raises(ComparisonError, match="generator"):
         compare(pipe, plan, INPUTS | {"generator": None}, steps=STEPS)
 
 

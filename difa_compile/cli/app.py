@@ -136,7 +136,7 @@ def calibrate(
 ) -> None:
     """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
     require("diffusers", "tqdm")
-    from difa_compile.calibrate import calibrate as search
+    from difa_compile.calibration import calibrate as search
     from difa_compile.report import check_writable
 
     call = call_inputs(model, inputs, labels, prompt, guidance)

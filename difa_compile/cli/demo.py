@@ -43,7 +43,7 @@ class DemoOptions:
 def run_demo(options: DemoOptions, console: Console) -> Path:
     """The whole demo; returns the path of the page. What can be known to fail is tried before the long work."""
     require("torchmetrics", "jinja2", "PIL", "diffusers", "tqdm")
-    from difa_compile.calibrate import calibrate
+    from difa_compile.calibration import calibrate
     from difa_compile.compare import compare
     from difa_compile.demo.judge import load_judge
 
@@ -101,7 +101,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
 def _real_digits(count: int, console: Console) -> Tensor | None:
     """``count`` unseen digits (N, 1, 32, 32) in [0, 1]; ``None``, saying so, without scikit-learn, which ships them."""
     if importlib.util.find_spec("sklearn") is None:
-        console.print("        no Fréchet distance to real digits: they come with scikit-learn (difa-compile[train])")
+        console.print('        no Fréchet distance to real digits without scikit-learn: pip install "difa-compile\\[train]"')
         return None
     from difa_compile.demo.digits import load_split, sample_batch
 

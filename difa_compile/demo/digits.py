@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difa_compile.errors import MissingDependencyError
+
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
 HELD_OUT = 0.2
@@ -29,8 +31,16 @@ class DigitSplit:
 
 
 def load_split(held_out: bool, seed: int = 0) -> DigitSplit:
-    """The training split (80 %) or the held-out split (20 %) of ``load_digits``; needs scikit-learn."""
-    from sklearn.datasets import load_digits
+    """The training split (80 %) or the held-out split (20 %) of ``load_digits``.
+
+    Raises :class:`MissingDependencyError` without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingDependencyError(
+            'the handwritten digits come with scikit-learn, which is not installed; pip install "difa-compile[train]"'
+        ) from error
 
     data = load_digits()
     digits = torch.tensor(data.images, dtype=torch.float32).div_(16).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Calibration: DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4).
+"""DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4).
 
 Steps outer, in sampling order; sites inner, in execution order. At every step but the first each site takes the first
 candidate whose loss is below its threshold, else it stays full:
@@ -20,44 +20,21 @@ again for each candidate, and candidates run compiled variants that are built on
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from difa_compile.backend import difa
-from difa_compile.calibration_state import (
-    CalibrationState,
-    default_path,
-    digest_of,
-    generators_in,
-    weights_digest,
-)
+from difa_compile.calibration_state import CalibrationState
 from difa_compile.cost import flops_saved
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
-from difa_compile.errors import (
-    CalibrationError,
-    DecisionError,
-    MissingDependencyError,
-    NonFiniteError,
-    NotAppliedError,
-    ScheduleError,
-    ThresholdError,
-    UnsupportedPipelineError,
-)
-from difa_compile.following import Following
-from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
-from difa_compile.pipeline import check_scheduler, find_transformer
+from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
 from difa_compile.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest
 from difa_compile.run import Run
 from difa_compile.schedule import Role
-from difa_compile.wiring import Wiring, compile_forward, wiring_of
 
 if TYPE_CHECKING:
     from difa_compile.capture import Capture, State
@@ -105,77 +82,8 @@ def default_window(site: SiteInfo) -> Window:
     return Window(WindowShape.BAND, max(1, tokens // 8))
 
 
-def calibrate(
-    pipe: Any,
-    inputs: Mapping[str, Any],
-    steps: int = 50,
-    threshold: float = 0.05,
-    window: Window | str | None = None,
-    candidates: Sequence[str] | None = None,
-    *,
-    loss: str = "paper",
-    state: Path | None = None,
-    progress: bool = True,
-    conditional_half: int | None = None,
-    inner: str = "inductor",
-) -> Plan:
-    """Search a plan for ``pipe`` by sampling once with ``inputs`` (keyword arguments of its call).
-
-    ``steps``: of the schedule (a scheduler of second order calls the model more often; the plan has one row per call).
-    ``threshold``: DiTFastAttn's delta, in (0, 10]; the published settings are 0.025 to 0.15. ``window``: for instance
-    ``"band:32"`` or ``Window("disc", 8)``; by default a band of an eighth of the image tokens on each side.
-    ``candidates``: names from :data:`CANDIDATES` in the order tried, by default the published four; one that cannot be
-    carried out at a site is noted with the reason in the plan. ``loss``: see :func:`loss_of`. ``conditional_half``: 0
-    or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles the candidates,
-    ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in ``inputs`` is put back
-    to its state afterwards; without one, sampling is seeded with 0.
-
-    After every step the decisions so far are saved in ``state`` (by default a file of its own in the user's cache
-    folder), so a calibration that was interrupted goes on where it was when started again with the same arguments:
-    the steps decided are sampled again, which takes one call of the model each, and the search continues. The file
-    is deleted at the end.
-
-    Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates),
-    :class:`UnsupportedPipelineError`, :class:`NotAppliedError` (the pipeline carries a plan), :class:`NonFiniteError`,
-    :class:`CalibrationStateError`, :class:`OutputError` and what capturing the model raises.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ScheduleError(f"steps is {steps!r}; calibrate over a whole number of steps, at least 1")
-    if isinstance(threshold, bool) or not 0 < threshold <= MAX_THRESHOLD:  # NaN fails too
-        raise ThresholdError(
-            f"threshold is {threshold!r}; give a number above 0, at most {MAX_THRESHOLD:g} (published: 0.025 to 0.15)"
-        )
-    if loss not in ("paper", "code"):
-        raise DecisionError(f"loss {loss!r} is unknown; choose paper or code")
-    if isinstance(window, str):
-        window = Window.parse(window)
-    names = _check_candidates(candidates)
-    _, model = find_transformer(pipe)
-    check_scheduler(pipe)
-    if wiring_of(pipe) is not None:
-        raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
-    half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
-    call = _call_arguments(pipe, inputs, steps)
-    settings = _SearchSettings(float(threshold), loss, window, names, half, cfg_reason)
-    identity = {
-        **{f"model {key}": str(value) for key, value in asdict(model_digest(model)).items()},
-        "weights": weights_digest(model),
-        "scheduler": digest_of(
-            {"class": type(pipe.scheduler).__name__, "config": _plain(getattr(pipe.scheduler, "config", None))}
-        ),
-        "inputs": digest_of(call),
-        "settings": digest_of({**settings.identity(), "steps": steps, "torch": torch.__version__}),
-    }
-    saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
-    search = _Search(model, settings, saved, _bar if progress else None)
-    _sample(pipe, model, call, search, inner)
-    plan = search.plan()
-    saved.remove()
-    return plan
-
-
 @dataclass(frozen=True)
-class _SearchSettings:
+class SearchSettings:
     threshold: float
     loss: str
     window: Window | None
@@ -200,7 +108,7 @@ class _SearchSettings:
         return made
 
 
-class _Search:
+class Search:
     """The search over one pass through the schedule.
 
     Each call of the transformer arrives at :meth:`call`; the row of its step is searched if it is not known from an
@@ -211,7 +119,7 @@ class _Search:
     def __init__(
         self,
         model: nn.Module,
-        settings: _SearchSettings,
+        settings: SearchSettings,
         saved: CalibrationState,
         make_bar: Callable[[int, int], Any] | None,
     ) -> None:
@@ -240,10 +148,6 @@ class _Search:
         """Number of steps that are decided and saved."""
         return len(self.saved.rows)
 
-    @property
-    def shows_progress(self) -> bool:
-        return self._make_bar is not None
-
     def open(self, model: nn.Module, progress: tuple[float, ...]) -> Run:
         """The run for one pass through the schedule."""
         if self.progress:
@@ -257,7 +161,7 @@ class _Search:
                 f"{self.saved.path} to start from the beginning"
             )
         self.progress = progress
-        return _SearchRun(model, progress, self)
+        return SearchRun(model, progress, self)
 
     def plan(self) -> Plan:
         """The plan found. Raises :class:`CalibrationError` if the pipeline stopped early."""
@@ -494,118 +398,15 @@ class _Search:
         return loss_of(self.settings.loss, reference, outputs)
 
 
-class _SearchRun(Run):
+class SearchRun(Run):
     """A run in which the search decides what each call of the model does."""
 
-    def __init__(self, model: nn.Module, progress: tuple[float, ...], search: _Search) -> None:
+    def __init__(self, model: nn.Module, progress: tuple[float, ...], search: Search) -> None:
         super().__init__(model, len(progress), progress=progress)
         self._search = search
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         return self._search.call(capture, args, self.index, self.current_branch)
-
-
-def _sample(pipe: Any, model: nn.Module, call: dict[str, Any], search: _Search, inner: str) -> None:
-    """Call the pipeline once with the search in place of a plan."""
-
-    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
-        def open_run(progress: tuple[float, ...]) -> Run:
-            form = guidance_of(pipe).form
-            batched = search.settings.conditional_half is not None
-            if guidance_is_on(pipe, arguments) is False:
-                search.cfg_reason = search.cfg_reason or "guidance is off in this call, so its batch has no halves"
-            elif form == "two-call" or batched:
-                search.guidance = "two-call" if form == "two-call" else "batched"
-            return search.open(model, progress)
-
-        return Following(scheduler, open_run, one_call_each=True)
-
-    options: dict[str, object] = {"plan": None, "inner": inner}
-    if search.settings.conditional_half is not None:
-        options["cfg"] = {"conditional_half": search.settings.conditional_half}
-    wiring = Wiring(pipe, model, compile_forward(model, difa, options), start)
-    generators = [(generator, generator.get_state()) for generator in generators_in(call)]
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    quiet = hasattr(pipe, "set_progress_bar_config")
-    wiring.connect()
-    try:
-        if quiet:
-            pipe.set_progress_bar_config(**{**bar, "disable": True})
-        pipe(**call)
-    except KeyboardInterrupt as interrupt:
-        note = (
-            f"calibration interrupted after {search.done} of {len(search.progress)} steps; they are saved in "
-            f"{search.saved.path}. Start it again with the same arguments to go on from there."
-        )
-        interrupt.add_note(note)
-        search.close()
-        if search.shows_progress:
-            print(note, file=sys.stderr)
-        raise
-    finally:
-        search.close()
-        wiring.disconnect()
-        if quiet:
-            pipe.set_progress_bar_config(**bar)
-        for generator, initial in generators:
-            generator.set_state(initial)
-
-
-def _call_arguments(pipe: Any, inputs: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the user's, the steps, a seed, and no decoding where that can be left out."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    call = {**inputs, "num_inference_steps": steps}
-    if "num_inference_steps" in inputs and inputs["num_inference_steps"] != steps:
-        raise ScheduleError(
-            f"inputs ask for num_inference_steps={inputs['num_inference_steps']}, but calibration is over {steps} "
-            "steps; leave num_inference_steps out of the inputs"
-        )
-    if "generator" in parameters and call.get("generator") is None:
-        call["generator"] = torch.Generator().manual_seed(0)
-    if "output_type" in parameters:
-        call.setdefault("output_type", "latent")
-    return call
-
-
-def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
-    names = PUBLISHED_CANDIDATES if candidates is None else tuple(candidates)
-    if isinstance(candidates, str) or not names:
-        raise DecisionError(f"candidates is {candidates!r}; give a list of names from {', '.join(CANDIDATES)}")
-    for name in names:
-        if name not in CANDIDATES:
-            raise DecisionError(f"candidate {name!r} is unknown; choose from {', '.join(CANDIDATES)}")
-    return names
-
-
-def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[str, ...]) -> tuple[int | None, str]:
-    """The conditional half of the batch, or ``None`` and the reason why halves cannot be shared."""
-    guidance = guidance_of(pipe)
-    if told is not None and told not in (0, 1):
-        raise DecisionError(f"conditional_half is {told!r}; give 0 (conditional half first) or 1 (second)")
-    if told is not None and guidance.conditional_half not in (None, told):
-        raise DecisionError(
-            f"conditional_half={told} contradicts {type(pipe).__name__}, which puts the conditional half at "
-            f"{guidance.conditional_half}; leave it out"
-        )
-    if guidance.form == "two-call":
-        return None, ""
-    if told is not None:
-        return told, ""
-    try:
-        return conditional_half_of(pipe), ""
-    except UnsupportedPipelineError as error:
-        if explicit and any(CANDIDATES[name][1] for name in names):
-            raise
-        return None, str(error)
-
-
-def _plain(config: object) -> object:
-    """A config as plain numbers, text and containers; what is none of these by its text."""
-    if isinstance(config, Mapping):
-        return {str(key): _plain(value) for key, value in config.items() if not str(key).startswith("_")}
-    if isinstance(config, (list, tuple)):
-        return [_plain(value) for value in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
 
 
 def _check_finite(outputs: Sequence[Any], where: str) -> None:
@@ -615,14 +416,3 @@ def _check_finite(outputs: Sequence[Any], where: str) -> None:
                 f"{where}: the model's output holds NaN or infinity; check the weights and the inputs, and use a wider "
                 "dtype (bfloat16 or float32) if this one overflows"
             )
-
-
-def _bar(total: int, done: int) -> Any:
-    """A progress bar over decisions (one per step and site) with the time left."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the progress bar needs tqdm, which is not installed; pip install tqdm, or calibrate with progress=False"
-        ) from error
-    return tqdm(total=total, initial=done, desc="calibrating", unit="decision", dynamic_ncols=True)

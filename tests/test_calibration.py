@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, HeunDiscreteScheduler
 
-from difa_compile.calibrate import CANDIDATES, PUBLISHED_CANDIDATES, calibrate, default_window, loss_of
+from difa_compile.calibration import calibrate
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
@@ -27,6 +27,7 @@ from difa_compile.guidance import Guidance
 from difa_compile.layout import Layout
 from difa_compile.pipeline import apply, remove
 from difa_compile.plan import Plan, SiteInfo
+from difa_compile.search import CANDIDATES, PUBLISHED_CANDIDATES, default_window, loss_of
 from tests.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
 
 STEPS = 6
@@ -301,10 +302,10 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     assert len(searched) <= trials + 2 * STEPS
 
 
-def test_default_state_is_found_again(pipe, whole, cache_home, capsys):
-    with interrupted_after(pipe, 2), pytest.raises(KeyboardInterrupt):
-        quick(pipe, progress=True)
-    assert "Start it again with the same arguments" in capsys.readouterr().err
+def test_default_state_is_found_again(pipe, whole, cache_home):
+    with interrupted_after(pipe, 2), pytest.raises(KeyboardInterrupt) as interrupt:
+        quick(pipe)
+    assert "Start it again with the same arguments" in interrupt.value.__notes__[-1]
     assert len(list(cache_home.rglob("*.json"))) == 1
     assert quick(pipe) == whole
     assert not list(cache_home.rglob("*.json"))
