@@ -8,6 +8,7 @@ unique (segment structure, roles).
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +20,18 @@ from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.passes.batch import annotate_batch
-from difa_compile.passes.find_attention import find_attention, latent_input
-from difa_compile.passes.layouts import packed_grid
+from difa_compile.passes.canonical import canonical
+from difa_compile.passes.find_attention import find_attention, latent_inputs
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.specialize import specialize
 from difa_compile.passes.variant import Context
-from difa_compile.passes.verify import why_not_proved
+from difa_compile.passes.verify import Proof, computes_the_same, prove
 from difa_compile.passes.window import why_not_window
 from difa_compile.plan import Plan
 from difa_compile.schedule import FULL_ROLE, Role
+from difa_compile.stitch import Link, Row, stitch
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """Turns a graph and example inputs into a function of the same inputs that returns a list or tuple."""
@@ -95,14 +97,14 @@ class Capture:
         self._compiler = compiler
         self._context = Context(conditional_half)
         self._compiled: dict[tuple[str, tuple[Role, ...]], Compiled] = {}
+        self._rows: dict[tuple[Role, ...], Row] = {}
         self._reasons: dict[tuple[int, Decision], str | None] = {}
         self._whole: Callable[..., Any] | None = None
         self._lock = threading.RLock()
         self._parameter = first_parameter(example_inputs)
-        latent = latent_input(module.graph)
-        annotate_batch(module.graph, latent)
-        tokens = max((int(s) for v in example_inputs if isinstance(v, Tensor) for s in v.shape), default=0)
-        self.all_sites = find_attention(module, layout=layout, grid=packed_grid(example_inputs, tokens))
+        module = self._canonical(module, example_inputs)
+        annotate_batch(module.graph, latent_inputs(module.graph))
+        self.all_sites = find_attention(module, layout=layout, values=example_inputs)
         self.sites = tuple(site for site in self.all_sites if site.rewritable)
         if not self.sites:
             raise NoAttentionError(
@@ -125,6 +127,19 @@ class Capture:
                     "sites full"
                 )
 
+    @staticmethod
+    def _canonical(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+        """The graph that plans rewrite: with all attention in one form, if that computes the same."""
+        rewritten = canonical(module)
+        if rewritten is module or computes_the_same(module, rewritten, example_inputs):
+            return rewritten
+        warnings.warn(
+            "attention written out in plain products was recognised, but as one call it does not compute the same on "
+            "the example inputs; it is left alone",
+            stacklevel=2,
+        )
+        return module
+
     # --- what can be done --------------------------------------------------------------------------------------------
 
     def why_not(self, site_index: int, decision: Decision) -> str | None:
@@ -140,8 +155,12 @@ class Capture:
     def _why_not(self, site_index: int, decision: Decision) -> str | None:
         segment = self.split.segments[self._segment_of[site_index]]
         site = segment.sites[segment.site_indices.index(site_index)]
-        if decision.kind is not Kind.FULL and self._proofs.get(site_index):
-            return self._proofs[site_index]
+        proof = self._proofs[site_index]
+        reason = proof.reuse if decision.kind is Kind.REUSE else None
+        if decision.cfg_shared and reason is None:
+            reason = proof.reuse if self._two_call else proof.sharing
+        if reason is not None:
+            return reason
         if decision.window is not None:
             reason = why_not_window(site)
             if reason is not None:
@@ -168,12 +187,9 @@ class Capture:
                 records.append(Record(site.path, str(decision), outcome, reason or ""))
         return tuple(records)
 
-    def _prove(self, example_inputs: Sequence[Any]) -> dict[int, str]:
-        """Run every kind of segment once on real values and let its regions prove themselves.
-
-        Returns the reasons of the sites that could not.
-        """
-        proved: dict[str, tuple[str | None, ...]] = {}
+    def _prove(self, example_inputs: Sequence[Any]) -> dict[int, Proof]:
+        """Run every kind of segment once on real values and let its regions prove themselves."""
+        proved: dict[str, tuple[Proof, ...]] = {}
         kinds = {segment.structure for segment in self.split.segments if segment.sites}
         values: list[Any] = [*example_inputs, *[None] * (self.split.values - len(example_inputs))]
         with torch.no_grad():
@@ -181,7 +197,7 @@ class Capture:
                 inputs = [values[i] for i in segment.inputs]
                 if segment.sites and segment.structure not in proved:
                     proved[segment.structure] = tuple(
-                        why_not_proved(segment.module, segment.sites, i, inputs, self._context)
+                        prove(segment.module, segment.sites, i, inputs, self._context)
                         for i in range(len(segment.sites))
                     )
                     if len(proved) == len(kinds):
@@ -192,11 +208,10 @@ class Capture:
                 for number in segment.last_use:
                     values[number] = None
         return {
-            index: reason
+            index: proof
             for segment in self.split.segments
             if segment.sites
-            for index, reason in zip(segment.site_indices, proved[segment.structure], strict=True)
-            if reason is not None
+            for index, proof in zip(segment.site_indices, proved[segment.structure], strict=True)
         }
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -247,10 +262,25 @@ class Capture:
         self, args: Sequence[Any], roles: Sequence[Role], caches: Mapping[str, Tensor]
     ) -> tuple[list[Any], Mapping[str, Tensor]]:
         """Outputs and written caches of one call with one role per site."""
+        roles = tuple(roles)
+        row = self._rows.get(roles)
+        if row is not None:
+            return row(args, caches)
         if all(role == FULL_ROLE for role in roles):
             return self.full(args), {}
-        state = self.advance(self.begin(args), roles, caches)
+        state = self.advance(self.begin(args), roles, caches)  # compiles what the row needs
+        self._rows[roles] = stitch(self.split, [self._link(segment, roles) for segment in self.split.segments])
         return self.outputs(state), state.caches_out
+
+    def _link(self, segment: Segment, roles: tuple[Role, ...]) -> Link:
+        """What runs a segment in a row that has been run before."""
+        found = self._compiled[segment.structure, tuple(roles[i] for i in segment.site_indices)]
+        paths = [self.sites[i].path for i in segment.site_indices]
+        reads, writes = (
+            tuple(f"cache.{paths[i]}.{rest}" for i, rest in names)
+            for names in (found.cache_inputs, found.cache_outputs)
+        )
+        return Link(found.run, reads, writes)
 
     def _variant(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as signatures
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -97,11 +98,14 @@ def inspect_model(
     sites = tuple(site for capture in captures for site in capture.all_sites)
     if not captures:
         detail = f": {failures[0]}" if failures else ""
+        others = other_attention(model, ())
+        forms = f" ({others[0].site} and {len(others) - 1} more: {others[0].reason})" if others else ""
         raise NoAttentionError(
-            f"{type(model).__name__} has no attention that a plan could act on{detail}. Plans work on models whose "
-            "self- or joint attention goes through torch's scaled_dot_product_attention"
+            f"{type(model).__name__} has no attention that a plan could act on{detail}{forms}. Plans work on models "
+            "with self- or joint softmax attention"
         )
     records = tuple(record for capture in captures for record in limits(capture))
+    records += other_attention(model, [site.path for site in sites])
     infos = tuple(site.info for capture in captures for site in capture.sites)
     return ModelInspection(model, sites, infos, records, graphs)
 
@@ -140,6 +144,25 @@ def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[
     finally:
         handle.remove()
     raise NoAttentionError(f"{type(pipe).__name__} returned without calling its transformer")
+
+
+def other_attention(model: nn.Module, found: Sequence[str]) -> tuple[Record, ...]:
+    """Modules that are attention by name, but in which no softmax attention was found."""
+    places = {path.split("#")[0] for path in found}
+    records: list[Record] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if not re.search(r"attn|attention", kind, re.IGNORECASE) or any(
+            n.startswith(f"{name}.") or n == name for n in places
+        ):
+            continue
+        if records and name.startswith(f"{records[-1].site}."):
+            continue  # said of the module around it
+        if any(name.startswith(f"{place}.") for place in places):
+            continue
+        reason = f"{kind} holds no softmax attention call that ran (linear attention, or another form); left alone"
+        records.append(Record(name, "any", "skipped", reason))
+    return tuple(records)
 
 
 def limits(capture: Capture) -> tuple[Record, ...]:

@@ -20,7 +20,7 @@ from difa_compile.layout import Layout
 LIBRARY = torch.library.Library("difa", "DEF")
 LIBRARY.define(
     "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
-    "float? scale=None) -> Tensor"
+    "float? scale=None, Tensor? mask=None) -> Tensor"
 )
 
 
@@ -35,19 +35,21 @@ class LocalCall:
     """(batch, heads, tokens, head_dim) of the query."""
     dtype: torch.dtype
     device: torch.device
+    masked: bool = False
+    """Whether a mask of the model's own comes on top of the window."""
 
 
 @dataclass(frozen=True)
 class LocalKernel:
     """One implementation of ``difa::local_attention``.
 
-    ``why_not`` returns the reason it can't serve a call, or None. ``run`` takes query, key, value (B, H, L, D) and the
-    call, and returns (B, H, L, D).
+    ``why_not`` returns the reason it can't serve a call, or None. ``run`` takes query, key, value (B, H, L, D), the
+    model's own mask or None, and the call, and returns (B, H, L, D).
     """
 
     name: str
     why_not: Callable[[LocalCall], str | None]
-    run: Callable[[Tensor, Tensor, Tensor, LocalCall], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, LocalCall], Tensor]
 
 
 KERNEL_MODULES = ("difa_compile.plugins.flex", "difa_compile.plugins.masked_sdpa")
@@ -71,7 +73,13 @@ def choose_kernel(call: LocalCall) -> LocalKernel:
 
 
 def local_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: Window,
+    scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention limited to a window on the token grid, as one op.
 
@@ -80,12 +88,13 @@ def local_attention(
     Args:
         query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides.
         layout: where image and other tokens stand. ``window``: the neighbourhood. ``scale``: default 1 / sqrt(D).
+        mask: on top of the window, broadcast to (B, H, L, L): bool, True = visible, or added to the scores.
 
     Returns:
         (B, H, L, D), laid out in memory as (B, L, H, D).
     """
     return torch.ops.difa.local_attention(  # type: ignore[no-any-return]
-        query, key, value, list(layout.grid), layout.before, layout.after, str(window.shape), window.radius, scale
+        query, key, value, list(layout.grid), layout.before, layout.after, str(window.shape), window.radius, scale, mask
     )
 
 
@@ -99,12 +108,14 @@ def _local_attention(
     shape: str,
     radius: int,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
     layout.check(query.shape[2], "difa::local_attention")
     layout.check(key.shape[2], "difa::local_attention")
-    call = LocalCall(layout, Window(WindowShape(shape), radius), scale, tuple(query.shape), query.dtype, query.device)
-    out = choose_kernel(call).run(query, key, value, call)
+    window, size = Window(WindowShape(shape), radius), tuple(query.shape)
+    call = LocalCall(layout, window, scale, size, query.dtype, query.device, mask is not None)
+    out = choose_kernel(call).run(query, key, value, mask, call)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -118,6 +129,7 @@ def _local_attention_fake(
     shape: str,
     radius: int,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)

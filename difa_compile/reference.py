@@ -43,22 +43,37 @@ def visible(layout: Layout, window: Window, device: torch.device | str = "cpu") 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention. query (B, H, L, D), key and value (B, H, S, D), mask bool (L, S); returns (B, H, L, D).
+    """Softmax attention. query (B, H, L, D), key and value (B, H, S, D); returns (B, H, L, D).
 
-    ``scale`` defaults to 1 / sqrt(D).
+    ``mask`` broadcasts to (B, H, L, S): bool, True = visible, or a number added to each score. A query that sees no key
+    gives 0. ``scale`` defaults to 1 / sqrt(D).
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-2, -1)) * factor
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ value
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(blind, 0.0) @ value
 
 
 def local_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: Window,
+    scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention` with L = S = layout.tokens."""
-    return attention(query, key, value, visible(layout, window, query.device), scale)
+    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention` with L = S = layout.tokens.
+
+    A ``mask`` of the model's own hides pairs on top of the window.
+    """
+    near = visible(layout, window, query.device)
+    if mask is None:
+        return attention(query, key, value, near, scale)
+    both = near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))
+    return attention(query, key, value, both, scale)
 
 
 def residual(full: Tensor, local: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ half decided, halving gives a shape that does not fit, which :mod:`difa_compile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
@@ -36,13 +36,14 @@ class BatchUnknown(Exception):
     """An op form through which the batch dimension cannot be followed; the message says which."""
 
 
-def annotate_batch(graph: fx.Graph, latent: fx.Node | None) -> None:
-    """Write ``node.meta["batch_dim"]`` on every node whose value carries the samples of ``latent`` (dimension 0).
+def annotate_batch(graph: fx.Graph, latents: Sequence[fx.Node]) -> None:
+    """Write ``node.meta["batch_dim"]`` on every node whose value carries the samples of the latent (dimension 0).
 
-    A value that would carry them in two dimensions gets none.
+    A value that would carry them in two dimensions gets none. Where the model takes a list of samples, none does.
     """
-    if latent is None:
+    if len(latents) != 1:
         return
+    latent = latents[0]
     links: dict[Place, set[Place]] = {}
     for node in graph.nodes:
         try:

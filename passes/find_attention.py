@@ -9,7 +9,8 @@ For every scaled dot product attention node:
    makes that value an output.
 3. *interior*: what the roots reach and what reaches the outputs, closed under in-place writes: a write into a value
    of the region, and what it needs from the roots, belongs to the region.
-4. *kind*: self if query, key and value project the same one stream; joint if the same several; else cross.
+4. *kind*: self if query, key and value project the same one stream; joint if the same several, or if keys and values
+   have the query's stream among others; else cross.
 
 Nothing is changed. Attention without linears before it (an average pool, say) is reported as cross, not guessed at.
 """
@@ -17,7 +18,10 @@ Nothing is changed. Attention without linears before it (an average pool, say) i
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -42,7 +46,7 @@ from difa_compile.passes.site import Region, Site, SiteKind
 
 
 def find_attention(
-    module: fx.GraphModule, *, layout: Layout | None = None, grid: tuple[int, ...] | None = None
+    module: fx.GraphModule, *, layout: Layout | None = None, values: Sequence[Any] | None = None
 ) -> tuple[Site, ...]:
     """All attention sites of a captured graph in execution order, cross-attention included.
 
@@ -50,11 +54,11 @@ def find_attention(
         module: a Dynamo pre-grad graph (or an exported one) with ``example_value`` metadata.
         layout: the token layout, told by the user; overrides what the graph shows and must add up at every
             rewritable site that has its number of tokens.
-        grid: the image grid where it could be read from the inputs (packed position ids); the graph's own comes first.
+        values: the real inputs of the graph, in order, among which position ids may show the grid of packed tokens.
     """
-    latent = latent_input(module.graph)
-    from_latent = reachable_from([latent]) if latent is not None else set()
-    layouts = LayoutFinder(module.graph, latent, from_latent, told=layout, packed_grid=grid)
+    latents = latent_inputs(module.graph)
+    from_latent = reachable_from(latents)
+    layouts = LayoutFinder(module.graph, latents, told=layout, values=values)
     attentions = [node for node in module.graph.nodes if is_attention(node)]
     names = site_names(attentions)
     return tuple(describe(node, name, layouts, from_latent) for node, name in zip(attentions, names, strict=True))
@@ -71,8 +75,11 @@ def site_names(attentions: list[fx.Node]) -> list[str]:
     return names
 
 
-def latent_input(graph: fx.Graph) -> fx.Node | None:
-    """The placeholder of the noisy sample: by its usual name, else the largest floating-point input."""
+def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The placeholders of the noisy sample: by their usual name, else the largest floating-point input.
+
+    Several where the model takes a list of samples.
+    """
     inputs = [
         node
         for node in graph.nodes
@@ -82,11 +89,23 @@ def latent_input(graph: fx.Graph) -> fx.Node | None:
         and value.is_floating_point()
         and value.ndim >= 2
     ]
-    for wanted in ("hidden_states", "sample", "latent", "x"):
+    named = {node: input_name(node) for node in inputs}
+    for wanted in ("hidden_states", "sample", "latents", "latent", "x"):
+        found = tuple(node for node in inputs if named[node] == wanted)
+        if found:
+            return found
+    for wanted in ("hidden_states", "sample", "latent", "x_"):
         for node in inputs:
-            if node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").startswith(wanted):
-                return node  # type: ignore[no-any-return]
-    return max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
+            if named[node].startswith(wanted):
+                return (node,)
+    largest = max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
+    return () if largest is None else (largest,)
+
+
+def input_name(node: fx.Node) -> str:
+    """The argument a placeholder stands for, without the number of an element of a list."""
+    name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
+    return re.sub(r"_\d+$", "", name)
 
 
 def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[fx.Node]) -> Site:
@@ -100,7 +119,7 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
     causal = bool(argument(node, 5, "is_causal", False))
     found, reason = None, "cross-attention has no image grid"
     if kind is not SiteKind.CROSS:
-        found, reason = layouts.of(node, query, query_shape[2])
+        found, reason = layouts.of(query, query_shape[2])
         if key_shape[2] != query_shape[2]:
             found, reason = None, f"{key_shape[2]} keys but {query_shape[2]} queries"
     first = next(iter(roots[query]), None)
@@ -161,9 +180,9 @@ def sources(linears: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
 
 def classify(node: fx.Node, streams: list[frozenset[fx.Node]], from_latent: set[fx.Node]) -> SiteKind:
     query, key, value = streams
-    if not query or query != key or key != value or node not in from_latent:
+    if not query or key != value or not query <= key or node not in from_latent:
         return SiteKind.CROSS
-    return SiteKind.SELF if len(query) == 1 else SiteKind.JOINT
+    return SiteKind.SELF if len(key) == 1 else SiteKind.JOINT
 
 
 def find_region(attention: fx.Node, roots: set[fx.Node]) -> Region:

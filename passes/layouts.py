@@ -1,120 +1,180 @@
-"""Read token layouts off a graph: the image grid, and where text stands among the image tokens.
+"""Read token layouts off a graph: the image grid of a site, and where other tokens stand beside it.
 
-The grid comes, in this order, from the user, from the output of the patch convolution over the noisy sample, or from
-packed position ids among the inputs (:func:`packed_grid`). The place of the text comes from the concatenation that
-made the sequence: the nearest one backwards from the query that depends on the noisy sample.
+What a site's sequence enumerates comes from following the axes of the noisy sample (:mod:`difa_compile.passes.axes`).
+Where the sample comes in packed, as (batch, tokens, channels), its tokens are one axis, and what grid they are is
+looked for, in this order, in
 
-Where the pieces do not add up there is no layout, and the reason says so; windows are then refused at that site.
+1. position ids among the inputs that enumerate a grid row by row (:func:`packed_grid`);
+2. the sizes that the graph itself lays positions out with (:func:`grids_built`): a mesh of coordinates, or tables of
+   angles whose leading dimensions are merged into as many rows as there are tokens.
+
+Where these contradict each other or show nothing there is no layout, and the reason says so; windows are then refused
+at that site, or the user tells the layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.graph import argument, is_attention, is_parameter, op_name, shape_of
+from difa_compile.passes.axes import Axis, Extent, Part, follow_axes
+from difa_compile.passes.graph import is_parameter, op_name, reachable_from, shape_of
 
 
 class LayoutFinder:
-    """Finds layouts of one graph's sites."""
+    """Finds layouts of one graph's sites.
+
+    ``latents``: the placeholders of the noisy sample. ``values``: the real inputs of the graph, in order, or None.
+    """
 
     def __init__(
         self,
         graph: fx.Graph,
-        latent: fx.Node | None,
-        from_latent: set[fx.Node],
+        latents: Sequence[fx.Node],
         *,
         told: Layout | None,
-        packed_grid: tuple[int, ...] | None,
+        values: Sequence[Any] | None,
     ) -> None:
         self.told = told
-        self.from_latent = from_latent
-        self.grid = patch_grid(latent) or packed_grid
+        self.graph = graph
+        self.latents = latents
+        self.extents = follow_axes(graph, latents)
+        self.tables = position_tables(graph, values)
+        self.unrelated = set(graph.nodes) - reachable_from(latents)
 
-    def of(self, attention: fx.Node, query: fx.Node, tokens: int) -> tuple[Layout | None, str]:
-        """The layout of a site with ``tokens`` tokens, or None and the reason."""
+    def of(self, sequence: fx.Node, tokens: int) -> tuple[Layout | None, str]:
+        """The layout of a sequence (B, H, tokens, D), or None and the reason."""
         if self.told is not None:
             if self.told.tokens == tokens:
                 return self.told, ""
             return None, f"the given layout {self.told} has {self.told.tokens} tokens, the sequence has {tokens}"
-        if self.grid is None:
-            return None, "the graph shows no image grid; give one with layout="
-        image = math.prod(self.grid)
-        if image == tokens:
-            return Layout(self.grid), ""
-        if image > tokens:
-            return None, f"the grid {self.grid} has {image} tokens, more than the {tokens} of the sequence"
-        parts = self.concatenated(query, tokens)
-        if parts is None:
-            return None, f"{tokens - image} tokens beside the grid {self.grid}, and no concatenation shows where"
-        places = [i for i, (length, _) in enumerate(parts) if length == image]
-        if len(places) > 1:
-            places = [i for i in places if parts[i][1]]
-        if len(places) != 1:
-            return None, f"which of the parts {[length for length, _ in parts]} is the image is not clear"
-        before = sum(length for length, _ in parts[: places[0]])
-        return Layout(self.grid, before, tokens - image - before), ""
+        extents = self.extents.get(sequence)
+        if extents is None or not any(part.known for part in extents[2]):
+            return None, "the graph does not show how the tokens follow from the noisy sample; give layout="
+        return self.read(extents[2])
 
-    def concatenated(self, query: fx.Node, tokens: int) -> list[tuple[int, bool]] | None:
-        """Lengths of the parts of the nearest concatenation to ``tokens``, each with "comes from the sample alone"."""
-        seen, todo = {query}, deque([query])
-        while todo:
-            node = todo.popleft()
-            if op_name(node) in ("cat", "concat", "concatenate") and node in self.from_latent:
-                operands = argument(node, 0, "tensors")
-                axis = argument(node, 1, "dim", 0)
-                shape = shape_of(node)
-                if isinstance(axis, int) and len(shape) > 1 and shape[axis] == tokens:
-                    return [(shape_of(part)[axis], part in self.from_latent) for part in operands]
-            for source in node.all_input_nodes:
-                if source in seen or is_parameter(source) or source not in self.from_latent:
-                    continue
-                seen.add(source)
-                if not is_attention(source):
-                    todo.append(source)
-        return None
+    def read(self, extent: Extent) -> tuple[Layout | None, str]:
+        images = [i for i, part in enumerate(extent) if part.known]
+        if len(images) > 1:
+            lengths = [extent[i].length for i in images]
+            return None, f"{len(images)} parts of the sequence ({lengths} tokens) come from the noisy sample"
+        before = sum(part.length for part in extent[: images[0]])
+        after = sum(part.length for part in extent[images[0] + 1 :])
+        grid, reason = self.grid_of(extent[images[0]], before)
+        return (None, reason) if grid is None else (Layout(grid, before, after), "")
 
+    def grid_of(self, part: Part, before: int) -> tuple[tuple[int, ...] | None, str]:
+        """The grid of the image tokens; ``before`` other tokens stand in front of them."""
+        axes = part.axes
+        if any(axis.within for axis in axes):
+            return None, "the tokens are offsets within patches"
+        if len(axes) == 1 and self.is_packed(axes[0]):
+            return self.packed(axes[0].size, before)
+        if any(axis.index == 0 for axis in axes) and not self.is_list:
+            return None, "the tokens are samples of the batch"
+        if len(axes) > 3:
+            return None, f"the tokens have {len(axes)} axes"
+        return tuple(axis.size for axis in axes), ""
 
-def patch_grid(latent: fx.Node | None) -> tuple[int, ...] | None:
-    """Spatial output sizes of the first convolution over the noisy sample, reached through layout ops alone."""
-    if latent is None:
-        return None
-    todo, seen = deque([latent]), {latent}
-    while todo:
-        node = todo.popleft()
-        for user in node.users:
-            name = op_name(user)
-            if name in ("conv1d", "conv2d", "conv3d"):
-                return shape_of(user)[2:]
-            if user not in seen and name in ("to", "type_as", "float", "contiguous", "half", "bfloat16", "cat", "mul"):
-                seen.add(user)
-                todo.append(user)
-    return None
+    @property
+    def is_list(self) -> bool:
+        """Whether the sample comes as a list of samples without a batch dimension, or without one at all."""
+        return len(self.latents) > 1
+
+    def is_packed(self, axis: Axis) -> bool:
+        """Whether an axis of the sample may hold a whole image or video in one dimension."""
+        rank = min(len(shape_of(latent)) for latent in self.latents)
+        return (rank == 3 and axis.index == 1) or (rank == 2 and axis.index == 0)
+
+    def packed(self, tokens: int, before: int) -> tuple[tuple[int, ...] | None, str]:
+        grids = list(dict.fromkeys(packed_grid(table, tokens, before) for table in self.tables))
+        found = [grid for grid in grids if grid is not None]
+        if not found:
+            found = list(dict.fromkeys(grids_built(self.graph, self.unrelated, tokens)))
+        if len(found) == 1:
+            return found[0], ""
+        if found:
+            return None, f"the {tokens} tokens may be a grid {' or '.join(map(str, found))}; give layout="
+        return None, f"the graph does not show which grid the {tokens} packed tokens are; give layout="
 
 
-def packed_grid(inputs: Sequence[object], tokens: int) -> tuple[int, ...] | None:
-    """The grid that position ids enumerate: an input (N, 2..4) or (1, N, 2..4) that lists a grid row by row.
+def position_tables(graph: fx.Graph, values: Sequence[Any] | None) -> list[Tensor]:
+    """Inputs that may hold position ids: tables (rows, 1 to 4 columns) in float64, one sample's if all agree."""
+    if values is None:
+        return []
+    tables = []
+    for node, value in zip(graph.find_nodes(op="placeholder"), values, strict=True):
+        if not isinstance(value, Tensor) or is_parameter(node) or value.is_complex():
+            continue
+        table = value[0] if value.ndim == 3 and (value.shape[0] == 1 or bool((value == value[:1]).all())) else value
+        if table.ndim == 2 and table.shape[0] <= 4 < table.shape[1]:
+            table = table.T  # one row per column of coordinates
+        if table.ndim == 2 and 1 <= table.shape[1] <= 4 < table.shape[0]:
+            tables.append(table.detach().to("cpu", torch.float64))
+    return tables
 
-    ``inputs`` are the real example inputs of the graph; the values of the candidate are read once, at compile time.
+
+def packed_grid(table: Tensor, tokens: int, before: int = 0) -> tuple[int, ...] | None:
+    """The grid that ``tokens`` consecutive rows of position ids enumerate row by row, or None.
+
+    ``table``: float64 (rows, columns). Ids of other tokens may stand around the image's; where, is tried for: all rows,
+    behind ``before`` others, at the end. Ids may start anywhere and need not be neighbours, but must rise.
     """
-    for value in inputs:
-        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+    for start in dict.fromkeys((0, before, len(table) - tokens)):
+        rows = table[start : start + tokens]
+        if start < 0 or len(rows) != tokens:
             continue
-        ids = value[0] if value.ndim == 3 and value.shape[0] == 1 else value
-        if ids.ndim != 2 or not 2 <= ids.shape[1] <= 4 or ids.shape[0] > tokens:
+        ranks = [torch.unique(column, return_inverse=True) for column in rows.unbind(1)]
+        sizes = [len(values) for values, _ in ranks]
+        if math.prod(sizes) != tokens or tokens == 1:
             continue
-        rows = ids.detach().cpu().to(torch.float64)
-        rows = rows - rows[:1]
-        sizes = [int(size) + 1 for size in rows.amax(0).tolist()]
-        if min(sizes) < 1 or math.prod(sizes) != len(rows) or len(rows) == 1:
-            continue
-        axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in sizes), indexing="ij")
-        if torch.equal(torch.stack([axis.reshape(-1) for axis in axes], 1), rows):
-            grid = tuple(size for size in sizes if size > 1)
-            return grid if len(grid) > 1 else None
+        axes = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+        if all(torch.equal(axis.reshape(-1), rank) for axis, (_, rank) in zip(axes, ranks, strict=True)):
+            return tuple(size for size in sizes if size > 1)
     return None
+
+
+def grids_built(graph: fx.Graph, unrelated: set[fx.Node], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Grids of ``tokens`` positions that the graph lays out without looking at the sample's values."""
+    lines = []
+    for node in graph.nodes:
+        if node not in unrelated:
+            continue
+        name = op_name(node)
+        if name == "meshgrid":
+            operands = node.args[0] if node.args and isinstance(node.args[0], (list, tuple)) else node.args
+            sizes = [math.prod(shape_of(operand)) for operand in operands if isinstance(operand, fx.Node)]
+            if math.prod(sizes) == tokens and node.kwargs.get("indexing", "ij") == "ij":
+                yield tuple(size for size in sizes if size > 1)
+        elif name in ("view", "reshape", "flatten") and isinstance(node.args[0], fx.Node):
+            yield from merged(shape_of(node.args[0]), shape_of(node), tokens)
+        elif name in ("arange", "linspace") and shape_of(node) == (tokens,):
+            lines.append((tokens,))
+    yield from lines if not any(is_mesh(node, tokens, unrelated) for node in graph.nodes) else ()
+
+
+def is_mesh(node: fx.Node, tokens: int, unrelated: set[fx.Node]) -> bool:
+    """Whether a node lays positions out in several dimensions, so that a line of numbers says nothing."""
+    if node not in unrelated:
+        return False
+    return op_name(node) == "meshgrid" or (
+        op_name(node) in ("view", "reshape", "flatten")
+        and isinstance(node.args[0], fx.Node)
+        and any(True for _ in merged(shape_of(node.args[0]), shape_of(node), tokens))
+    )
+
+
+def merged(before: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Two or three leading sizes that a reshape merges into ``tokens`` rows, what follows staying as it is."""
+    if len(after) < 2:
+        return
+    for count in (2, 3, 4):
+        sizes = before[:count]
+        grid = tuple(size for size in sizes if size > 1)
+        if len(sizes) == count < len(before) and math.prod(sizes) == tokens == after[0] and 2 <= len(grid) <= 3:
+            yield grid

@@ -17,7 +17,7 @@ class SiteKind(StrEnum):
     SELF = "self"
     """One stream: queries, keys and values are projections of the same tokens."""
     JOINT = "joint"
-    """Several streams, all in queries, keys and values alike (MMDiT: image and text)."""
+    """Several streams in keys and values, all of them (MMDiT: image and text) or one in the queries."""
     CROSS = "cross"
     """Keys from elsewhere than the queries (text conditioning); left alone."""
 

@@ -1,13 +1,19 @@
-"""Let a region prove itself: with its own output as the cache, reuse must give what full attention gives.
+"""Let a region prove itself, on real values and eagerly, before a plan may act on it.
 
-The graph is run eagerly on real values, so the comparison is exact (bitwise). Where the batch holds CFG halves, sharing
-them on a batch whose halves are equal must give the same as not sharing, up to what another batch size does to
-rounding.
+1. *Reuse of its own output* must give what full attention gives, to the bit: the region is not too narrow.
+2. *Reuse of another input's output* must give what the graph gives with that input's attention in place of its own, to
+   the bit: the region is not too wide, nothing of the present input (a gate, a norm) is cached with the attention.
+3. *Sharing of CFG halves* on a batch whose halves are equal must give what not sharing gives, up to what another batch
+   size does to rounding.
+
+A site that fails 1 or 2 is not reused and not shared; one that fails 3 is not shared. Windows leave the region as it
+is and need none of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,44 +31,115 @@ SHARING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 
 """Relative to the largest value; another batch size may choose another matrix kernel."""
 
 
-def why_not_proved(
+@dataclass(frozen=True)
+class Proof:
+    """Why a site's region must not be reused, and why its CFG halves must not be shared; None where they may."""
+
+    reuse: str | None = None
+    sharing: str | None = None
+
+
+def prove(module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context) -> Proof:
+    """Put site ``index`` of a graph to the test. ``inputs``: real values of the graph."""
+    reason = why_not_reused(module, sites, index, inputs, context)
+    if reason is not None:
+        return Proof(reason, reason)
+    return Proof(None, why_not_halved(module, sites, index, inputs, context))
+
+
+def run_with(
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    index: int,
+    role: Role,
+    values: Sequence[Any],
+    caches: Mapping[str, Tensor],
+    context: Context,
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """Outputs and written caches with ``role`` at one site and all others full."""
+    variant = rewrite(module, sites, [role if i == index else FULL_ROLE for i in range(len(sites))], context)
+    results = variant.module(*fresh(module, values), *[caches[name] for name in variant.cache_inputs])
+    cut = len(results) - len(variant.cache_outputs)
+    return list(results[:cut]), dict(zip(variant.cache_outputs, results[cut:], strict=True))
+
+
+def why_not_reused(
     module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
 ) -> str | None:
-    """The reason why site ``index`` of a graph must be left full, or None. ``inputs``: real values of the graph."""
-    roles = [FULL_ROLE] * len(sites)
-
-    def run(role: Role, values: Sequence[Any], caches: dict[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
-        row = [*roles[:index], role, *roles[index + 1 :]]
-        variant = rewrite(module, sites, row, context)
-        results = variant.module(*fresh(module, values), *[caches[name] for name in variant.cache_inputs])
-        cut = len(results) - len(variant.cache_outputs)
-        return list(results[:cut]), dict(zip(variant.cache_outputs, results[cut:], strict=True))
-
+    region = sites[index].region
+    other = [
+        elsewhere(value) if not is_parameter(node) else value
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
     try:
-        expected, caches = run(Role(FULL, emit_output=True), inputs, {})
-        found, _ = run(Role(REUSE), inputs, caches)
-        left = rewrite(module, sites, [*roles[:index], Role(REUSE), *roles[index + 1 :]], context).module
+        expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context)
+        found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context)
+        attended = Replay(module)
+        attended.run(*fresh(module, inputs))
+        swapped = Replay(module, {region.attention: attended.values[region.attention]})
+        foreign = swapped.run(*fresh(module, other))
+        taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context)
+        row = [Role(REUSE) if i == index else FULL_ROLE for i in range(len(sites))]
+        left = rewrite(module, sites, row, context).module
     except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
     if not all(same(a, b) for a, b in zip(expected, found, strict=True)):
         return "reusing the region's own output does not reproduce the full output"
     if sum(map(is_attention, left.graph.nodes)) >= sum(map(is_attention, module.graph.nodes)):
         return "reuse would save nothing: the attention's result is written to in place and then used"
+    if not all(same(a, b) for a, b in zip(foreign, taken, strict=True)):
+        return "the region holds more than its attention: what is reused depends on other values of its step"
+    return None
+
+
+def why_not_halved(
+    module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
+) -> str | None:
     shared = Role(Decision(Kind.FULL, cfg_shared=True))
     if context.conditional_half is None or why_not_shared(module, sites[index], shared, context) is not None:
-        return None
+        return None  # said when sharing is asked for
     equal_halves = [
         double_half(value, node.meta.get("batch_dim")) if not is_parameter(node) else value
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
     try:
-        expected, _ = run(FULL_ROLE, equal_halves, {})
-        found, _ = run(shared, equal_halves, {})
+        expected, _ = run_with(module, sites, index, FULL_ROLE, equal_halves, {}, context)
+        found, _ = run_with(module, sites, index, shared, equal_halves, {}, context)
     except Exception as error:  # as above
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
     if not all(close(a, b) for a, b in zip(expected, found, strict=True)):
         return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     return None
+
+
+def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether two graphs give the same on real values, up to the rounding of another kernel."""
+    with torch.no_grad():
+        left, right = one(*fresh(one, inputs)), other(*fresh(other, inputs))
+    return all(close(a, b) for a, b in zip(left, right, strict=True))
+
+
+class Replay(fx.Interpreter):
+    """Runs a graph node by node, keeping the attentions' values; those in ``given`` are taken instead of computed."""
+
+    def __init__(self, module: fx.GraphModule, given: Mapping[fx.Node, Any] | None = None) -> None:
+        super().__init__(module)
+        self.given = given or {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self.given[n] if n in self.given else super().run_node(n)
+        if is_attention(n):
+            self.values[n] = value
+        return value
+
+
+def elsewhere(value: Any) -> Any:
+    """Another input of the same shape: floating-point values are moved, by an amount that differs from row to row."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    moves = torch.linspace(-0.5, 0.5, max(1, value.numel()), dtype=torch.float32, device=value.device)
+    return (value.float() + moves.reshape(value.shape)).to(value.dtype)
 
 
 def fresh(module: fx.GraphModule, values: Sequence[Any]) -> list[Any]:

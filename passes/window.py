@@ -6,7 +6,8 @@ Before: ``o = sdpa(q, k, v)``.
 2. window + residual: ``o = difa::local_attention(q, k, v) + cache.<site>.residual``; on half a batch, plus the same
    half of the residual. Each half has its own residual.
 
-Everything around the attention (projections, norms, rotary embedding) stays as it is.
+Everything around the attention (projections, norms, rotary embedding) stays as it is. A mask of the model's own goes
+with it and hides pairs on top of the window.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 from difa_compile import ops
 from difa_compile.decision import Kind, Window
 from difa_compile.passes.find_attention import attention_inputs
+from difa_compile.passes.graph import argument, shape_of
 from difa_compile.passes.share_cfg import narrow_to_half
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import Context, Target, Variant, residual_cache
@@ -46,12 +48,14 @@ def insert_local(variant: Variant, target: Target, neighbourhood: Window) -> fx.
     layout = target.site.layout
     assert layout is not None, "why_not_window admits no site without a layout"
     query, key, value = attention_inputs(target.attention)
+    groups = shape_of(query)[1] // shape_of(key)[1]
+    place = target.attention
+    if groups > 1:  # grouped-query attention: each key head serves several query heads
+        key = place = variant.call_after(place, torch.repeat_interleave, (key, groups), {"dim": 1})
+        value = place = variant.call_after(place, torch.repeat_interleave, (value, groups), {"dim": 1})
     where = (list(layout.grid), layout.before, layout.after, str(neighbourhood.shape), neighbourhood.radius)
-    return variant.call_after(
-        target.attention,
-        ops.LOCAL_ATTENTION,
-        (query, key, value, *where, target.site.scale),
-    )
+    mask = argument(target.attention, 3, "attn_mask")
+    return variant.call_after(place, ops.LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask))
 
 
 def unhalved(target: Target, node: fx.Node) -> fx.Node:
@@ -69,8 +73,6 @@ def why_not_window(site: Site) -> str | None:
     """The reason why a site's attention can't be windowed, or None."""
     if site.layout is None:
         return f"no token layout: {site.layout_reason}"
-    if site.mask != "none":
-        return f"the attention carries a {'causal ' if site.mask == 'causal' else ''}mask"
-    if site.key_shape[1] != site.query_shape[1]:
-        return f"grouped-query attention ({site.query_shape[1]} query heads, {site.key_shape[1]} key heads)"
+    if site.mask == "causal":
+        return "the attention is causal"
     return None

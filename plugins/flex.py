@@ -23,6 +23,8 @@ def why_not(call: LocalCall) -> str | None:
     least = MIN_TOKENS.get(call.device.type)
     if least is None:
         return f"not tried on {call.device.type}"
+    if call.masked:
+        return "the model's own mask comes on top of the window"
     if call.layout.tokens < least:
         return f"{call.layout.tokens} tokens: pays from {least}"
     if call.device.type == "cpu" and call.dtype is not torch.float32:
@@ -64,9 +66,10 @@ def block_mask(layout: Layout, window: Window, device: torch.device) -> BlockMas
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-def run(query: Tensor, key: Tensor, value: Tensor, call: LocalCall) -> Tensor:
-    mask = block_mask(call.layout, call.window, call.device)
-    return compiled_flex_attention(query, key, value, block_mask=mask, scale=call.scale)
+def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
+    assert mask is None, "why_not refuses masked calls"
+    blocks = block_mask(call.layout, call.window, call.device)
+    return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale)
 
 
 KERNEL = LocalKernel("FlexAttention", why_not, run)

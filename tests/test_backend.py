@@ -172,13 +172,13 @@ def test_inference_mode_works():
 
 
 def test_strict_names_the_site_and_the_reason():
-    model, inputs = plain(masks=("none", "mask"))
+    model, inputs = plain(masks=("none", "causal"))
     plan = plain_plan([D("window(band:2)")])
-    with torch.no_grad(), pytest.raises(SiteSkippedError, match=r"layers\.1\.attention.*carries a mask"):
+    with torch.no_grad(), pytest.raises(SiteSkippedError, match=r"layers\.1\.attention.*is causal"):
         compiled(model, plan, strict=True)(**inputs)
 
 
-def test_a_masked_site_is_left_full_and_the_other_windowed():
+def test_a_causal_site_is_left_full_and_the_other_windowed():
     model, inputs = plain(masks=("none", "causal"))
     masked = compiled(model, plain_plan([D("window(band:2)")]))
     with torch.no_grad(), sampling(masked, 1):

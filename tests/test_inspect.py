@@ -40,12 +40,34 @@ def test_a_pipeline_is_stopped_at_its_first_call():
     assert [info.tokens for info in inspect_model(pipe).site_infos] == [16, 16]
 
 
-def test_masks_show_in_the_records():
-    model, inputs = plain(masks=("none", "mask"))
+def test_causal_attention_shows_in_the_records():
+    model, inputs = plain(masks=("none", "causal"))
     found = inspect_model(model, inputs)
     assert [(r.site, r.decision, r.reason) for r in found.records] == [
-        ("layers.1.attention", "window", "the attention carries a mask")
+        ("layers.1.attention", "window", "the attention is causal")
     ]
+
+
+class LinearAttention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        return self.to_q(x).relu() @ (self.to_k(x).relu().mT @ self.to_v(x))
+
+
+def test_attention_without_softmax_is_said_not_guessed():
+    model, inputs = plain()
+    model.layers[1].attention = LinearAttention()
+    found = inspect_model(model, inputs)
+    assert [site.path for site in found.sites] == ["layers.0.attention"]
+    (record,) = found.records
+    assert (record.site, record.outcome) == ("layers.1.attention", "skipped")
+    assert record.reason.startswith("LinearAttention holds no softmax attention call that ran")
+    model.layers[0].attention = LinearAttention()
+    with pytest.raises(NoAttentionError, match=r"layers\.0\.attention and 1 more: LinearAttention holds no softmax"):
+        inspect_model(model, inputs)
 
 
 def test_a_layout_can_be_told():

@@ -84,7 +84,7 @@ def test_flex_attention_is_the_reference():
     for window in (Window("disc", 4), Window("band", 30)):
         query, key, value = operands(layout, 2, 16, torch.float32, strides="tokens first")
         call = LocalCall(layout, window, None, tuple(query.shape), query.dtype, query.device)
-        found = flex.run(query, key, value, call)
+        found = flex.run(query, key, value, None, call)
         assert_as_good_as_the_reference(found, query, key, value, layout, window)
 
 
@@ -92,10 +92,10 @@ def test_flex_attention_is_the_reference():
 def test_opcheck(strides):
     layout = Layout((3, 4), before=2)
     query, key, value = operands(layout, 2, 8, torch.float32, strides=strides)
-    for scale in (None, 0.3):
+    for scale, mask in ((None, None), (0.3, None), (None, torch.ones(14, 14, dtype=torch.bool))):
         torch.library.opcheck(
             ops.LOCAL_ATTENTION,
-            (query, key, value, [3, 4], 2, 0, "disc", 2, scale),
+            (query, key, value, [3, 4], 2, 0, "disc", 2, scale, mask),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -117,6 +117,24 @@ def test_operands_are_not_changed():
     kept = [x.clone() for x in made]
     local_attention(*made, layout, Window("band", 2))
     assert all(torch.equal(one, two) for one, two in zip(made, kept, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_comes_on_top_and_a_query_that_sees_nothing_gives_zero(kind):
+    layout = Layout((4, 4))
+    query, key, value = operands(layout, 2, 8, torch.float32)
+    window = Window("box", 1)
+    seen = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    seen[..., :8] = False  # the upper half is hidden: the first row's tokens see nothing
+    mask = seen if kind == "bool" else torch.zeros(1, 1, 16, 16).masked_fill(~seen, -torch.inf)
+    found = local_attention(query, key, value, layout, window, mask=mask)
+    wanted = reference.local_attention(query, key, value, layout, window, mask=mask)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    assert not found[:, :, :4].any()
+    assert found[:, :, 4:].any()
+    assert "mask comes on top" in flex.why_not(
+        LocalCall(Layout((256, 256)), window, None, (1, 2, 65536, 64), torch.float32, torch.device("cpu"), masked=True)
+    )
 
 
 def test_text_tokens_are_exempt():

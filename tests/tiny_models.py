@@ -14,8 +14,7 @@ from torch import nn
 from difa_compile.backend import eager
 from difa_compile.capture import Capture
 from difa_compile.passes.batch import annotate_batch
-from difa_compile.passes.find_attention import find_attention, latent_input
-from difa_compile.passes.layouts import packed_grid
+from difa_compile.passes.find_attention import find_attention, latent_inputs
 from difa_compile.passes.specialize import specialize
 from difa_compile.plan import Cell, Plan, Settings, model_digest
 from difa_compile.schedule import uniform_progress
@@ -317,8 +316,8 @@ def captured(family, batch=2):
 def sites_of(module, values, **options):
     """The rewritable sites of a captured graph, with everything rewrites need annotated."""
     specialize(module)
-    annotate_batch(module.graph, latent_input(module.graph))
-    return tuple(site for site in find_attention(module, grid=packed_grid(values, 10**6), **options) if site.rewritable)
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    return tuple(site for site in find_attention(module, values=values, **options) if site.rewritable)
 
 
 def capture_of(family, batch=2, **options):

@@ -101,7 +101,9 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
 def _real_digits(count: int, console: Console) -> Tensor | None:
     """``count`` unseen digits (N, 1, 32, 32) in [0, 1]; ``None``, saying so, without scikit-learn, which ships them."""
     if importlib.util.find_spec("sklearn") is None:
-        console.print('        no Fréchet distance to real digits without scikit-learn: pip install "difa-compile\\[train]"')
+        console.print(
+            '        no Fréchet distance to real digits without scikit-learn: pip install "difa-compile\\[train]"'
+        )
         return None
     from difa_compile.demo.digits import load_split, sample_batch
 

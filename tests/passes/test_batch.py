@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from difa_compile.passes.batch import annotate_batch, indexed, regrouped
-from difa_compile.passes.find_attention import attention_inputs, latent_input
+from difa_compile.passes.find_attention import attention_inputs, latent_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
 from tests.tiny_models import FAMILIES, captured, captured_plain, graph_of, sites_of
 
@@ -31,7 +31,7 @@ def test_annotated_dimensions_follow_the_batch_size(family):
     """The same model at another batch size: exactly the annotated dimensions change, in proportion."""
     two, four = (captured(family, batch)[2] for batch in (2, 4))
     for module in (two, four):
-        annotate_batch(module.graph, latent_input(module.graph))
+        annotate_batch(module.graph, latent_inputs(module.graph))
     ones, others = list(two.graph.nodes), list(four.graph.nodes)
     assert [node.target for node in ones if node.op == "call_function"] == [
         node.target for node in others if node.op == "call_function"
@@ -65,7 +65,7 @@ class Transposed(nn.Module):
 
 def test_the_batch_is_followed_through_layout_ops():
     module, _ = graph_of(Transposed(), {"x": torch.randn(2, 5, 6)})
-    annotate_batch(module.graph, latent_input(module.graph))
+    annotate_batch(module.graph, latent_inputs(module.graph))
     found = {node.name: node.meta.get("batch_dim") for node in module.graph.nodes}
     by_target = {str(node.target): node.meta.get("batch_dim") for node in module.graph.nodes}
     assert by_target["permute"] == 2

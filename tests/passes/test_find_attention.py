@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from difa_compile.layout import Layout
-from difa_compile.passes.find_attention import find_attention, latent_input
+from difa_compile.passes.find_attention import find_attention, latent_inputs
 from difa_compile.passes.graph import is_linear, module_path, op_name, shape_of
 from difa_compile.passes.site import SiteKind
 from tests.tiny_models import TEXT, BareAttention, captured, captured_plain, counts, graph_of, in_place, plain, sites_of
@@ -131,7 +131,7 @@ def test_scale_is_read_off_the_call():
 @pytest.mark.parametrize("family", EXPECTED)
 def test_the_noisy_sample_is_recognised(family):
     _, inputs, module, values = captured(family)
-    latent = latent_input(module.graph)
+    (latent,) = latent_inputs(module.graph)
     position = [node for node in module.graph.nodes if node.op == "placeholder"].index(latent)
     assert values[position].data_ptr() == inputs["hidden_states"].data_ptr()
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from difa_compile.layout import Layout
-from difa_compile.passes.layouts import packed_grid
+from difa_compile.passes.layouts import packed_grid, position_tables
 from tests.tiny_models import Attention, BareAttention, captured, graph_of, sites_of
 
 pytest.importorskip("diffusers")
@@ -34,23 +34,65 @@ def ids(*sizes, axes=None, start=0):
         (ids(4, 6, axes=[2, 1]), None),  # column by column
         (ids(4, 6)[:-1], None),  # a token is missing
         (torch.zeros(7, 3), None),  # text
-        (ids(24, axes=[1]), None),  # a line shows no grid
+        (ids(24, axes=[1]), (24,)),  # a line
         (ids(4, 6).flip(0), None),
         (torch.randn(24, 3), None),
         (torch.randn(2, 24, 3), None),
     ],
 )
 def test_packed_position_ids(value, grid):
-    assert packed_grid([None, 3, torch.randn(2, 5), value], 1000) == grid
+    module, values = graph_of(Packed().eval(), {"x": torch.randn(2, len(ids_of(value)), 8), "ids": value})
+    (site,) = sites_of(module, values)
+    assert site.layout == (None if grid is None else Layout(grid))
+    if grid is None:
+        assert "does not show which grid" in site.layout_reason
 
 
-def test_ids_of_more_tokens_than_there_are_do_not_count():
-    assert packed_grid([ids(4, 6)], 24) == (4, 6)
-    assert packed_grid([ids(4, 6)], 23) is None
+def ids_of(value):
+    return value[0] if value.ndim == 3 else value
+
+
+class Packed(nn.Module):
+    """Packed tokens with position ids that the model turns into something."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.attention = Attention(32, 2)
+
+    def forward(self, x, ids):
+        return self.attention(self.embed(x) + ids.float().sum(-1)[..., None])
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("after", [0, 3])
+def test_ids_of_text_may_stand_around_those_of_the_image(before, after):
+    table = torch.cat([torch.zeros(before, 2), ids(4, 6) + 1, torch.zeros(after, 2)]).double()
+    found = packed_grid(table, 24, before)
+    assert found == ((4, 6) if not (before and after) or before == 5 else None)
+    assert packed_grid(table, 23, before) is None
+
+
+def test_ids_by_columns_and_with_gaps():
+    assert packed_grid(ids(4, 6).double() * 2.5 + 7, 24) == (4, 6)
+    module, values = graph_of(Packed().eval(), {"x": torch.randn(2, 24, 8), "ids": ids(4, 6)})
+    assert [table.shape for table in position_tables(module.graph, values)] == [(24, 2)]
+    values = [value.T.contiguous() if value.shape == (24, 2) else value for value in values]
+    assert [table.shape for table in position_tables(module.graph, values)] == [(24, 2)]
 
 
 def test_parameters_are_no_position_ids():
-    assert packed_grid([nn.Parameter(ids(4, 6))], 1000) is None
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ids = nn.Parameter(ids(4, 6))
+            self.inner = Packed()
+
+        def forward(self, x):
+            return self.inner(x, self.ids)
+
+    module, values = graph_of(Learned().eval(), {"x": torch.randn(2, 24, 8)})
+    assert sites_of(module, values)[0].layout is None
 
 
 class Registers(nn.Module):
@@ -87,7 +129,7 @@ class TwoImages(nn.Module):
 
     def forward(self, x):
         y = self.patch(x).flatten(2).transpose(1, 2)
-        return self.attention(torch.cat([y, y.flip(1)], 1))
+        return self.attention(torch.cat([y, 2 * y], 1))
 
 
 class Pooled(nn.Module):
@@ -102,8 +144,23 @@ class Pooled(nn.Module):
         return self.attention(self.patch(x).flatten(2).transpose(1, 2)[:, ::2])
 
 
+class Flipped(nn.Module):
+    """As many tokens as the grid has, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 2, 2)
+        self.attention = Attention(32, 2)
+
+    def forward(self, x):
+        return self.attention(self.patch(x).flatten(2).transpose(1, 2).flip(1))
+
+
+NOT_FOLLOWED = "the graph does not show how the tokens follow from the noisy sample; give layout="
+
+
 class Padded(nn.Module):
-    """Tokens beside the grid that no concatenation shows."""
+    """Tokens added by padding."""
 
     def __init__(self):
         super().__init__()
@@ -117,9 +174,9 @@ class Padded(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (TwoImages, "which of the parts [24, 24] is the image is not clear"),
-        (Pooled, "the grid (4, 6) has 24 tokens, more than the 12 of the sequence"),
-        (Padded, "3 tokens beside the grid (4, 6), and no concatenation shows where"),
+        (TwoImages, "2 parts of the sequence ([24, 24] tokens) come from the noisy sample"),
+        (Pooled, NOT_FOLLOWED),
+        (Flipped, NOT_FOLLOWED),
     ],
 )
 def test_what_does_not_add_up_has_no_layout_and_says_why(model, reason):
@@ -127,6 +184,35 @@ def test_what_does_not_add_up_has_no_layout_and_says_why(model, reason):
     (site,) = sites_of(module, values)
     assert site.layout is None
     assert site.layout_reason == reason
+
+
+def test_padding_is_other_tokens():
+    module, values = graph_of(Padded().eval(), {"x": torch.randn(2, 3, 8, 12)})
+    assert sites_of(module, values)[0].layout == Layout((4, 6), after=3)
+
+
+class SpatialAndTemporal(nn.Module):
+    """A video model that attends within frames, then along time, as Latte and Open-Sora do."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 2, 2)
+        self.spatial, self.temporal = Attention(32, 2), Attention(32, 2)
+
+    def forward(self, x):
+        batch, _, frames = x.shape[:3]
+        y = self.patch(x.permute(0, 2, 1, 3, 4).flatten(0, 1)).flatten(2).transpose(1, 2)
+        y = y + self.spatial(y)
+        tokens = y.shape[1]
+        y = y.reshape(batch, frames, tokens, -1).permute(0, 2, 1, 3).flatten(0, 1)
+        y = y + self.temporal(y)
+        return y.reshape(batch, tokens, frames, -1).transpose(1, 2)
+
+
+def test_spatial_and_temporal_attention_have_their_own_grids():
+    """3 frames of 4 x 6 tokens: no number of tokens tells the two apart from other splits, the graph does."""
+    module, values = graph_of(SpatialAndTemporal().eval(), {"x": torch.randn(2, 3, 3, 8, 12)})
+    assert [site.layout for site in sites_of(module, values)] == [Layout((4, 6)), Layout((3,))]
 
 
 def test_the_users_layout_goes_first_and_must_add_up():

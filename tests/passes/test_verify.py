@@ -12,7 +12,7 @@ from difa_compile.passes import verify
 from difa_compile.passes.graph import op_name
 from difa_compile.passes.site import Region
 from difa_compile.passes.variant import Context
-from difa_compile.passes.verify import double_half, fresh, same, why_not_proved
+from difa_compile.passes.verify import Proof, double_half, elsewhere, fresh, prove, same
 from tests.tiny_models import BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
@@ -23,7 +23,7 @@ def test_honest_regions_prove_themselves(family):
     _, _, module, values = captured(family)
     sites = sites_of(module, values)
     for index in range(len(sites)):
-        assert why_not_proved(module, sites, index, values, Context(0)) is None
+        assert prove(module, sites, index, values, Context(0)) == Proof()
 
 
 def test_a_region_that_hides_a_write_is_caught():
@@ -40,28 +40,50 @@ def test_a_region_that_hides_a_write_is_caught():
     write = next(node for node in module.graph.nodes if op_name(node) == "mul_")
     target = write.args[0]
     region = site.region
-    assert why_not_proved(module, [site], 0, values, Context()) is None
+    assert prove(module, [site], 0, values, Context()) == Proof()
     upto = [*region.interior[: region.interior.index(target) + 1], write]
     lie = dataclasses.replace(site, region=Region(region.attention, tuple(upto), region.inputs, (target,)))
-    assert why_not_proved(module, [lie], 0, values, Context()) == (
+    assert prove(module, [lie], 0, values, Context()).reuse == (
         "reusing the region's own output does not reproduce the full output"
     )
 
 
 def test_a_site_that_fails_is_left_full_and_says_so(monkeypatch):
     _, _, module, values = captured_plain()
-    monkeypatch.setattr("difa_compile.capture.why_not_proved", lambda *_: "it lied")
-    capture = Capture(module, values, eager)
+    monkeypatch.setattr("difa_compile.capture.prove", lambda *_: Proof("it lied", "it shared badly"))
+    capture = Capture(module, values, eager, conditional_half=0)
     assert capture.why_not(0, REUSE) == "it lied"
-    assert capture.why_not(0, Decision.parse("window(band:2)")) == "it lied"
+    assert capture.why_not(0, Decision.parse("full+cfg")) == "it shared badly"
+    assert capture.why_not(0, Decision.parse("window(band:2)+cfg")) == "it shared badly"
+    assert capture.why_not(0, Decision.parse("window(band:2)")) is None, "a window changes nothing of the region"
     assert capture.effective(1, REUSE) == Decision.parse("full")
+
+
+def test_a_region_that_is_too_wide_is_caught():
+    """With a gate that depends on the input inside the region, its own output is right and another step's is not."""
+
+    class Gated(BareAttention):
+        def forward(self, x):
+            return super().forward(x) * torch.sigmoid(x)
+
+    torch.manual_seed(0)
+    module, values = graph_of(Gated(lambda self, y: self.o(y)).eval(), {"x": torch.randn(2, 6, 16)})
+    (site,) = sites_of(module, values)
+    assert prove(module, [site], 0, values, Context()) == Proof()
+    added, gated = (next(node for node in module.graph.nodes if op_name(node) == name) for name in ("add", "mul"))
+    region = site.region
+    wide = Region(region.attention, (*region.interior, added, gated), region.inputs, (gated,))
+    lie = dataclasses.replace(site, region=wide)
+    assert prove(module, [lie], 0, values, Context()).reuse == (
+        "the region holds more than its attention: what is reused depends on other values of its step"
+    )
 
 
 def test_a_rewrite_that_does_not_run_is_a_reason_not_a_crash():
     _, _, module, values = captured_plain()
     sites = sites_of(module, values)
     wrong = [value if isinstance(value, torch.nn.Parameter) else value[..., :4] for value in values]
-    reason = why_not_proved(module, sites, 0, wrong, Context())
+    reason = prove(module, sites, 0, wrong, Context()).reuse
     assert reason.startswith("the rewritten region does not run: RuntimeError: ")
 
 
@@ -87,12 +109,13 @@ def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
 
     monkeypatch.setattr(verify, "rewrite", mixing)
     wrong = backwards
-    assert why_not_proved(module, sites, 0, values, Context(0)) == (
+    assert prove(module, sites, 0, values, Context(0)).sharing == (
         "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     )
     wrong = refusing
-    reason = why_not_proved(module, sites, 0, values, Context(0))
-    assert reason == "the rewritten region does not run: RuntimeError: no half today"
+    proof = prove(module, sites, 0, values, Context(0))
+    assert proof.reuse is None
+    assert proof.sharing == "the rewritten region does not run: RuntimeError: no half today"
 
 
 def test_inputs_that_the_graph_writes_to_are_copied():
@@ -108,7 +131,7 @@ def test_inputs_that_the_graph_writes_to_are_copied():
     copies = fresh(module, values)
     assert sum(one is not two for one, two in zip(copies, values, strict=True)) == 1
     (site,) = sites_of(module, values)
-    assert why_not_proved(module, [site], 0, values, Context()) is None
+    assert prove(module, [site], 0, values, Context()) == Proof()
     assert torch.equal(buffer, kept), "proving a region must not change the model's state"
 
 
@@ -123,6 +146,16 @@ def test_double_half_and_same():
     assert not same(torch.ones(2), torch.ones(2, 1))
 
 
+def test_elsewhere_is_another_input_of_the_same_kind():
+    value = torch.zeros(2, 3, dtype=torch.bfloat16)
+    moved = elsewhere(value)
+    assert moved.dtype == value.dtype
+    assert moved.shape == value.shape
+    assert len(moved.unique()) == 6
+    assert torch.equal(elsewhere(torch.arange(3)), torch.arange(3))
+    assert elsewhere(5) == 5
+
+
 def gate_in_place(self, y):
     z = self.o(y)
     z *= torch.sigmoid(z.mean())
@@ -135,6 +168,6 @@ def test_a_region_that_reuse_could_not_erase_is_refused(after):
     torch.manual_seed(0)
     module, values = graph_of(BareAttention(after).eval(), {"x": torch.randn(2, 6, 16)})
     sites = sites_of(module, values)
-    assert why_not_proved(module, sites, 0, values, Context()) == (
+    assert prove(module, sites, 0, values, Context()).reuse == (
         "reuse would save nothing: the attention's result is written to in place and then used"
     )

@@ -41,7 +41,7 @@ def test_the_op_carries_the_window_and_the_layout(family, grid, before, after):
     nodes = local_nodes(variant.module)
     assert len(nodes) == len(sites_of(module, values))
     for node in nodes:
-        assert [list(node.args[3]), *node.args[4:]] == [grid, before, after, "disc", 3, None]
+        assert [list(node.args[3]), *node.args[4:]] == [grid, before, after, "disc", 3, None, None]
     left = [node for node in variant.module.graph.nodes if is_attention(node)]
     assert len(left) == (2 if family == "wan" else 0), "cross-attention stays"
     assert variant.cache_inputs == variant.cache_outputs == ()
@@ -74,29 +74,70 @@ def test_the_scale_of_the_call_is_kept():
     sites = sites_of(module, values, layout=Layout((2, 3)))
     variant = rewrite(module, sites, [Role(Decision.parse("window(box:5)"))], Context())
     torch.testing.assert_close(variant.module(*values)[0], module(*values)[0], atol=1e-6, rtol=0)
-    assert local_nodes(variant.module)[0].args[-1] == 0.25
+    assert local_nodes(variant.module)[0].args[-2:] == (0.25, None)
+
+
+def test_causal_attention_is_refused():
+    model, inputs = plain(masks=("causal", "none"))
+    module, values = graph_of(model, inputs)
+    first, second = sites_of(module, values)
+    assert why_not_window(first) == "the attention is causal"
+    assert why_not_window(second) is None
+
+
+class Masked(BareAttention):
+    """Attention on 2 x 3 tokens under a mask that is an input."""
+
+    def forward(self, x, mask):
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+HIDES_FIRST = torch.tensor([False, True, True, True, True, True]).expand(2, 1, 6, 6)
 
 
 @pytest.mark.parametrize(
-    ("mask", "reason"), [("mask", "the attention carries a mask"), ("causal", "the attention carries a causal mask")]
+    ("mask", "bias"),
+    [
+        (torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.zeros(6, 6)),
+        (HIDES_FIRST, torch.zeros(6, 6).index_fill(1, torch.tensor([0]), -torch.inf)),
+        (torch.arange(36.0).reshape(6, 6) / 36, torch.arange(36.0).reshape(6, 6) / 36),
+    ],
+    ids=["all visible", "bool", "additive"],
 )
-def test_masked_attention_is_refused(mask, reason):
-    model, inputs = plain(masks=(mask, "none"))
+@pytest.mark.parametrize("decision", ["window(box:1)", "window(box:1)+cfg"])
+def test_a_mask_of_the_models_own_hides_pairs_on_top_of_the_window(mask, bias, decision):
+    torch.manual_seed(0)
+    model = Masked().eval()
+    inputs = {"x": torch.randn(2, 6, 16), "mask": mask}
     module, values = graph_of(model, inputs)
-    first, second = sites_of(module, values)
-    assert why_not_window(first) == reason
-    assert why_not_window(second) is None
+    sites = sites_of(module, values, layout=Layout((2, 3)))
+    assert sites[0].mask == "mask"
+    assert why_not_window(sites[0]) is None
+    variant = rewrite(module, sites, [Role(Decision.parse(decision))], Context(1))
+    row, column = torch.arange(6) // 3, torch.arange(6) % 3
+    near = ((row[:, None] - row).abs() <= 1) & ((column[:, None] - column).abs() <= 1)
+    q, k, v = (part(inputs["x"]).unflatten(-1, (2, 8)).transpose(1, 2) for part in (model.q, model.k, model.v))
+    scores = (q @ k.mT / 8**0.5 + bias).masked_fill(~near, -torch.inf)
+    attended = model.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    if "cfg" in decision:
+        attended = torch.cat([attended[1:], attended[1:]])
+    found = variant.module(*values)[0]
+    torch.testing.assert_close(found, inputs["x"] + attended, atol=1e-6, rtol=0)
+    assert not torch.allclose(found, module(*values)[0], atol=1e-3)
 
 
 def test_without_a_grid_there_is_no_window():
     module, values = graph_of(BareAttention().eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
-    assert why_not_window(site) == "no token layout: the graph shows no image grid; give one with layout="
+    assert why_not_window(site) == (
+        "no token layout: the graph does not show which grid the 6 packed tokens are; give layout="
+    )
     (told,) = sites_of(module, values, layout=Layout((2, 3)))
     assert why_not_window(told) is None
 
 
-def test_grouped_queries_are_refused():
+def test_grouped_queries_are_windowed():
     class Grouped(BareAttention):
         def __init__(self):
             super().__init__()
@@ -106,9 +147,17 @@ def test_grouped_queries_are_refused():
             q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
             return x + self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
 
-    module, values = graph_of(Grouped().eval(), {"x": torch.randn(2, 6, 16)})
-    (site,) = sites_of(module, values, layout=Layout((2, 3)))
-    assert why_not_window(site) == "grouped-query attention (2 query heads, 1 key heads)"
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
+    sites = sites_of(module, values, layout=Layout((6,)))
+    variant = rewrite(module, sites, [Role(Decision.parse("window(band:1)"))], Context())
+    x = next(value for value in values if not isinstance(value, nn.Parameter))
+    q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (model.q, model.k, model.v))
+    near = (torch.arange(6)[:, None] - torch.arange(6)).abs() <= 1
+    scores = (q @ k.mT / 8**0.5).masked_fill(~near, -torch.inf)
+    wanted = x + model.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(variant.module(*values)[0], wanted, atol=1e-6, rtol=0)
 
 
 def test_text_is_exempt_in_the_whole_model():

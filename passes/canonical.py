@@ -1,0 +1,420 @@
+"""Bring every written form of softmax attention into one: ``scaled_dot_product_attention`` on (B, H, L, D).
+
+Recognised, besides that function itself:
+
+1. *explicit*: ``softmax(q @ k^T * scale [+ mask]) @ v``, by matmul, bmm, baddbmm or einsum, casts and dropout between;
+2. ``F.multi_head_attention_forward`` (``nn.MultiheadAttention``), which becomes projections around the attention;
+3. ``flash_attn_func`` and the op behind it, on (B, L, H, D);
+4. FlexAttention without a score or mask function.
+
+A form is left alone where the function cannot say the same: attention weights that are used elsewhere, biases on keys,
+sliding windows, a softmax over anything but the products of two streams of tokens (a gate, a pooler). The graph that
+runs a plan of full attention is never touched: this works on the copy that plans rewrite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from difa_compile.passes.graph import argument, is_parameter, op_name, shape_of, tensor_of
+from difa_compile.passes.variant import refresh, start_variant
+
+SDPA = F.scaled_dot_product_attention
+
+
+def canonical(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` itself if it has no form but the canonical one, else a rewritten copy."""
+    copied = start_variant(module, [], []).finish()
+    if not canonicalise(copied.graph):
+        return module
+    copied.graph.lint()
+    copied.recompile()
+    return copied
+
+
+def canonicalise(graph: fx.Graph) -> int:
+    """Rewrite all recognised forms in place. Returns how many."""
+    count = 0
+    for node in list(graph.nodes):
+        for rewrite in (explicit, multi_head, flash, flex):
+            if rewrite(node):
+                count += 1
+                break
+    return count
+
+
+class Writer:
+    """Inserts calls before a node, with its module stack and their fake values."""
+
+    def __init__(self, place: fx.Node) -> None:
+        self.place = place
+
+    def __call__(self, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.place.graph.inserting_before(self.place):
+            if isinstance(target, str):
+                node = self.place.graph.call_method(target, args, kwargs)
+            else:
+                node = self.place.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self.place.meta:
+                node.meta[key] = self.place.meta[key]
+        refresh(node)
+        return node
+
+
+# --- explicit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """What the softmax is taken of: ``query @ transposed_key * scale + mask``."""
+
+    query: fx.Node
+    transposed_key: fx.Node
+    scale: float
+    mask: fx.Node | None
+    negated: bool
+    """Whether the mask is True where a pair is hidden."""
+    chain: list[fx.Node]
+
+
+CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "dropout", "clone"}
+PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm"}
+
+
+def explicit(node: fx.Node) -> bool:
+    weights, value = product_operands(node)
+    if weights is None or value is None or op_name(node) == "baddbmm":
+        return False
+    chain = [node]
+    while op_name(weights) in CASTS and isinstance(weights.args[0], fx.Node):
+        chain.append(weights)
+        weights = weights.args[0]
+    if op_name(weights) not in ("softmax", "_softmax") or not is_over_last(weights):
+        return False
+    chain.append(weights)
+    scores = read_scores(weights.args[0], chain)
+    if scores is None:
+        return False
+    inner = set(scores.chain)
+    if any(user not in inner for each in scores.chain if each is not node for user in each.users):
+        return False  # the weights are used elsewhere
+    query, key = shape_of(scores.query), shape_of(scores.transposed_key)
+    values, out = shape_of(value), shape_of(node)
+    if len(query) not in (3, 4) or not len(query) == len(key) == len(values) == len(out):
+        return False
+    if not (query[-1] == key[-2] and key[-1] == values[-2] and out == (*query[:-1], values[-1])):
+        return False
+    if query[:-2] != key[:-2] or query[:-2] != values[:-2]:
+        return False
+    write = Writer(node)
+    keys = write("transpose", scores.transposed_key, -2, -1)
+    streams = [scores.query, keys, value]
+    mask = scores.mask
+    if mask is not None and scores.negated:
+        mask = write(torch.logical_not, mask)
+    if mask is not None and len(shape_of(mask)) < 2:
+        mask = write("unsqueeze", mask, 0)
+    flat = len(query) == 3
+    if flat:
+        streams = [write("unsqueeze", stream, 1) for stream in streams]
+        if mask is not None and len(shape_of(mask)) == 3:
+            mask = write("unsqueeze", mask, 1)
+    first = tensor_of(streams[0])
+    assert first is not None
+    streams = [
+        s if (t := tensor_of(s)) is None or t.dtype == first.dtype else write("to", s, first.dtype) for s in streams
+    ]
+    if mask is not None and (m := tensor_of(mask)) is not None and m.dtype not in (torch.bool, first.dtype):
+        mask = write("to", mask, first.dtype)
+    result = write(SDPA, *streams, attn_mask=mask, scale=scores.scale)
+    if flat:
+        result = write("squeeze", result, 1)
+    value_dtype = tensor_of(node)
+    if value_dtype is not None and value_dtype.dtype != first.dtype:
+        result = write("to", result, value_dtype.dtype)
+    node.replace_all_uses_with(result)
+    for each in scores.chain:
+        if not each.users:
+            node.graph.erase_node(each)
+    return True
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    value = tensor_of(node)
+    assert value is not None
+    return value.dtype
+
+
+def converted(write: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if dtype_of(node) == dtype else write("to", node, dtype)
+
+
+def product_operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """Left and right factor of a batched matrix product over the last two dimensions; einsum is read for two forms.
+
+    For ``...qd,...kd->...qk`` the right factor is not transposed yet; :func:`read_scores` handles it.
+    """
+    name = op_name(node)
+    if name not in PRODUCTS:
+        return None, None
+    if name == "einsum":
+        equation, operands = node.args[0], node.args[1:]
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = tuple(operands[0])
+        form = einsum_form(str(equation))
+        if form != "qk,kd->qd" or len(operands) != 2:
+            return None, None
+        return operands  # type: ignore[return-value]
+    left, right = node.args[-2:] if name != "baddbmm" else node.args[1:3]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None, None
+    return left, right
+
+
+def einsum_form(equation: str) -> str:
+    """``qd,kd->qk`` or ``qk,kd->qd`` for a product of that form with equal leading dimensions, else ""."""
+    plain = equation.replace(" ", "")
+    if "->" not in plain or plain.count(",") != 1 or "." in plain:
+        return ""
+    one, two = plain.split("->")[0].split(",")
+    out = plain.split("->")[1]
+    if not len(one) == len(two) == len(out) >= 3 or not one[:-2] == two[:-2] == out[:-2]:
+        return ""
+    if one[-1] == two[-1] and out[-2:] == one[-2] + two[-2]:
+        return "qd,kd->qk"
+    if one[-1] == two[-2] and out[-2:] == one[-2] + two[-1]:
+        return "qk,kd->qd"
+    return ""
+
+
+def is_over_last(softmax: fx.Node) -> bool:
+    dim = argument(softmax, 1, "dim")
+    return isinstance(dim, int) and dim in (-1, len(shape_of(softmax)) - 1)
+
+
+def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
+    """Follow the softmax's argument back to the product of queries and keys."""
+    scale, mask, negated = 1.0, None, False
+    while isinstance(node, fx.Node):
+        name = op_name(node)
+        chain.append(node)
+        if name in CASTS - {"dropout"}:
+            node = node.args[0]
+        elif name in ("mul", "truediv", "div", "mul_", "div_", "imul", "itruediv") and is_number(node.args[1]):
+            factor = float(node.args[1])  # type: ignore[arg-type]
+            scale *= factor if "mul" in name else 1.0 / factor
+            node = node.args[0]
+        elif name in ("add", "add_", "iadd", "masked_fill", "masked_fill_") and mask is None and scale == 1.0:
+            added = node.args[1]  # with a factor met before, on the way back, the mask would be scaled too
+            if not isinstance(added, fx.Node) or not is_lesser(added, node) or not hides(node):
+                return None
+            mask, negated = added, name.startswith("masked_fill")
+            node = node.args[0]
+        elif name in PRODUCTS:
+            return product_of_streams(node, scale, mask, negated, chain)
+        else:
+            return None
+    return None
+
+
+def hides(node: fx.Node) -> bool:
+    """Whether a sum or a fill is one that a mask makes: nothing scaled, hidden pairs far below all scores."""
+    if op_name(node).startswith("masked_fill"):
+        return is_number(node.args[2]) and float(node.args[2]) <= -1e4  # type: ignore[arg-type]
+    return bool(argument(node, 2, "alpha", 1) == 1)
+
+
+def is_number(value: object) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ) or value == -math.inf
+
+
+def is_lesser(mask: fx.Node, scores: fx.Node) -> bool:
+    """Whether a summand broadcasts to the scores, as a mask does."""
+    shape, whole = shape_of(mask), shape_of(scores)
+    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole), strict=False))
+
+
+def product_of_streams(
+    node: fx.Node, scale: float, mask: fx.Node | None, negated: bool, chain: list[fx.Node]
+) -> Scores | None:
+    name = op_name(node)
+    if name == "einsum":
+        operands = node.args[1:] if not isinstance(node.args[1], (list, tuple)) else tuple(node.args[1])
+        form = einsum_form(str(node.args[0]))
+        if form not in ("qd,kd->qk", "qk,kd->qd") or not all(isinstance(each, fx.Node) for each in operands):
+            return None
+        query, key = operands
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        if form == "qd,kd->qk":
+            key = Writer(node)("transpose", key, -2, -1)
+    elif name == "baddbmm":
+        if argument(node, 3, "beta", 1) != 0:
+            return None
+        query, key = node.args[1:3]
+        scale *= float(argument(node, 4, "alpha", 1))
+    else:
+        query, key = product_operands(node)
+    if not isinstance(query, fx.Node) or not isinstance(key, fx.Node) or is_parameter(query) or is_parameter(key):
+        return None
+    return Scores(query, key, scale, mask, negated, chain)
+
+
+# --- nn.MultiheadAttention --------------------------------------------------------------------------------------------
+
+MULTI_HEAD_ARGUMENTS = (
+    "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+    "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights",
+    "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
+    "average_attn_weights", "is_causal",
+)  # fmt: skip
+
+
+def multi_head(node: fx.Node) -> bool:
+    if op_name(node) != "multi_head_attention_forward":
+        return False
+    given = {name: argument(node, i, name) for i, name in enumerate(MULTI_HEAD_ARGUMENTS)}
+    refused = ("bias_k", "bias_v", "key_padding_mask", "attn_mask", "static_k", "static_v")
+    if any(given[name] is not None for name in refused) or given["add_zero_attn"] or given["is_causal"]:
+        return False
+    outputs = [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
+    if set(node.users) - set(outputs) and any(user.users for user in set(node.users) - set(outputs)):
+        return False  # the weights are used
+    streams = [given[name] for name in ("query", "key", "value")]
+    if any(len(shape_of(stream)) != 3 for stream in streams):
+        return False
+    write = Writer(node)
+    heads, width = given["num_heads"], shape_of(streams[0])[-1]
+    weights = list(projections(write, given, width))
+    biases: list[fx.Node | None] = [None, None, None]
+    if given["in_proj_bias"] is not None:
+        biases = [*thirds(write, given["in_proj_bias"], width)]
+    if streams[0] is streams[1] is streams[2] and not given["use_separate_proj_weight"]:
+        together = write(F.linear, streams[0], given["in_proj_weight"], given["in_proj_bias"])
+        projected = [write("narrow", together, -1, i * width, width) for i in range(3)]
+    else:
+        projected = [write(F.linear, s, w, b) for s, w, b in zip(streams, weights, biases, strict=True)]
+    split = []
+    for each in projected:
+        length, batch, _ = shape_of(each)  # (L, B, heads * D) -> (B, heads, L, D)
+        split.append(write("permute", write("view", write("contiguous", each), length, batch, heads, -1), 1, 2, 0, 3))
+    attended = write("permute", write(SDPA, *split), 2, 0, 1, 3)
+    flat = write("flatten", attended, 2)
+    result = write(F.linear, flat, given["out_proj_weight"], given["out_proj_bias"])
+    for user in outputs:
+        user.replace_all_uses_with(result)
+    for user in list(node.users):
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
+
+
+def projections(write: Writer, given: dict[str, Any], width: int) -> Iterator[fx.Node]:
+    if given["use_separate_proj_weight"]:
+        yield from (given[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+    else:
+        yield from thirds(write, given["in_proj_weight"], width)
+
+
+def thirds(write: Writer, packed: fx.Node, width: int) -> Iterator[fx.Node]:
+    yield from (write("narrow", packed, 0, i * width, width) for i in range(3))
+
+
+# --- flash_attn -------------------------------------------------------------------------------------------------------
+
+
+FLASH_FUNCTION = (
+    "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic",
+    "return_attn_probs",
+)  # fmt: skip
+FLASH_OP = (
+    "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right", "softcap",
+    "alibi_slopes", "return_softmax",
+)  # fmt: skip
+
+
+def flash(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name not in ("flash_attn_func", "_flash_attn_forward"):
+        return False
+    direct = name == "flash_attn_func"
+    names = FLASH_FUNCTION if direct else FLASH_OP
+    given = {each: argument(node, i, each) for i, each in enumerate(names)}
+    sides = given["window_size"] if direct else (given["window_size_left"], given["window_size_right"])
+    if any(side not in (None, -1) for side in sides or ()):
+        return False
+    if any(given[each] for each in ("dropout_p", "softcap")) or given["alibi_slopes"] is not None:
+        return False
+    if given.get("return_attn_probs"):
+        return False
+    outputs = [node] if direct else [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
+    if not direct and any(user not in outputs and user.users for user in node.users):
+        return False  # the log-sum-exp is used
+    write = Writer(node)
+    streams = [write("transpose", given[each], 1, 2) for each in ("q", "k", "v")]
+    scale, causal = given["softmax_scale"], given["causal"]
+    grouped = {} if shape_of(streams[0])[1] == shape_of(streams[1])[1] else {"enable_gqa": True}
+    result = write("transpose", write(SDPA, *streams, is_causal=bool(causal), scale=scale, **grouped), 1, 2)
+    for user in outputs:
+        user.replace_all_uses_with(result)
+    for user in [] if direct else list(node.users):
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
+
+
+# --- FlexAttention ----------------------------------------------------------------------------------------------------
+
+
+def flex(node: fx.Node) -> bool:
+    if op_name(node) != "flex_attention" or len(node.args) < 6:
+        return False
+    query, key, value, score, block_mask, scale, *_ = node.args
+    if not changes_nothing(node, score, keeps_score) or not isinstance(block_mask, tuple):
+        return False
+    if not changes_nothing(node, block_mask[-1], sees_all):
+        return False
+    outputs = [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
+    if any(user not in outputs and user.users for user in node.users):
+        return False  # the log-sum-exp is used
+    write = Writer(node)
+    grouped = {} if shape_of(query)[1] == shape_of(key)[1] else {"enable_gqa": True}  # type: ignore[arg-type]
+    result = write(SDPA, query, key, value, scale=scale, **grouped)
+    for user in outputs:
+        user.replace_all_uses_with(result)
+    for user in list(node.users):
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
+
+
+def changes_nothing(node: fx.Node, function: object, trivial: Callable[[fx.Graph], bool]) -> bool:
+    """Whether a score or mask function, a subgraph of its own, does nothing."""
+    if not isinstance(function, fx.Node) or function.op != "get_attr":
+        return False
+    owner = node.graph.owning_module
+    inner = getattr(owner, str(function.target), None) if owner is not None else None
+    return isinstance(inner, fx.GraphModule) and trivial(inner.graph)
+
+
+def keeps_score(graph: fx.Graph) -> bool:
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    first = next((n for n in graph.nodes if n.op == "placeholder"), None)
+    result = result[0] if isinstance(result, (tuple, list)) else result
+    return result is first
+
+
+def sees_all(graph: fx.Graph) -> bool:
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    result = result[0] if isinstance(result, (tuple, list)) else result
+    return isinstance(result, fx.Node) and op_name(result) in ("new_ones", "ones", "ones_like")
