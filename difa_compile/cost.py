@@ -44,18 +44,20 @@ class Flops:
 def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> int:
     """Number of (query, key) pairs that may attend: ``sum(mask)``. Exact, without building the mask.
 
-    Without window ``tokens ** 2``. With one, text sees and is seen by everything and image tokens see the image tokens
-    of their neighbourhood. Work grows with the grid's height (times its length in time), not with the number of pairs.
+    ``tokens`` queries: all of the layout's, or the image's alone. Without window they see every key. With one, text
+    sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with the
+    grid's height (times its length in time), not with the number of pairs.
     Raises :class:`LayoutError` if a window meets no layout, or a layout of another number of tokens.
     """
     if window is None:
-        return tokens * tokens
+        return tokens * (tokens if layout is None else layout.tokens)
     if layout is None:
         raise LayoutError(f"the window {window} needs a token layout, but none is known; give the grid of the image")
-    layout.check(tokens, f"window {window}")
+    if not layout.holds(tokens):
+        layout.check(tokens, f"window {window}")
     image = layout.image_tokens
-    other = tokens - image
-    return other * tokens + image * other + _image_pairs(layout.grid, window)
+    other = layout.tokens - image
+    return (tokens - image) * layout.tokens + image * other + _image_pairs(layout.grid, window)
 
 
 @lru_cache(maxsize=1024)
@@ -157,7 +159,7 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
 
 def full_flops(site: SiteInfo) -> Flops:
     """Operations of ``site`` as the model computes it."""
-    return Flops(4 * site.tokens**2 * site.inner, 8 * site.tokens * site.width * site.inner)
+    return Flops(4 * site.tokens * site.keys * site.inner, 8 * site.tokens * site.width * site.inner)
 
 
 def flops_saved(decision: Decision, site: SiteInfo) -> float:

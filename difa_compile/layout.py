@@ -35,6 +35,10 @@ class Layout:
     def tokens(self) -> int:
         return self.before + self.image_tokens + self.after
 
+    def holds(self, queries: int) -> bool:
+        """Whether ``queries`` may attend in this layout: all its tokens, or the image's alone."""
+        return queries in (self.tokens, self.image_tokens)
+
     def check(self, tokens: int, where: str) -> None:
         """Raise :class:`LayoutError` unless this layout has ``tokens`` tokens; ``where`` names the site."""
         if self.tokens != tokens:

@@ -38,6 +38,11 @@ class LocalCall:
     masked: bool = False
     """Whether a mask of the model's own comes on top of the window."""
 
+    @property
+    def image_only(self) -> bool:
+        """Whether the queries are the image's tokens, while other tokens stand among the keys."""
+        return self.shape[2] != self.layout.tokens
+
 
 @dataclass(frozen=True)
 class LocalKernel:
@@ -86,7 +91,8 @@ def local_attention(
     The specification is :func:`difa_compile.reference.local_attention`.
 
     Args:
-        query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides.
+        query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides. Queries may be
+            those of the image alone, L = ``layout.image_tokens``.
         layout: where image and other tokens stand. ``window``: the neighbourhood. ``scale``: default 1 / sqrt(D).
         mask: on top of the window, broadcast to (B, H, L, L): bool, True = visible, or added to the scores.
 
@@ -111,8 +117,9 @@ def _local_attention(
     mask: Tensor | None = None,
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
-    layout.check(query.shape[2], "difa::local_attention")
     layout.check(key.shape[2], "difa::local_attention")
+    if not layout.holds(query.shape[2]):
+        layout.check(query.shape[2], "difa::local_attention")
     window, size = Window(WindowShape(shape), radius), tuple(query.shape)
     call = LocalCall(layout, window, scale, size, query.dtype, query.device, mask is not None)
     out = choose_kernel(call).run(query, key, value, mask, call)

@@ -27,8 +27,8 @@ GUIDANCE = ("batched", "two-call", "none")
 class SiteInfo:
     """One self- or joint-attention call, named by its module path.
 
-    ``tokens`` is the length of the attention sequence, ``width`` the input width of the q, k and v projections,
-    ``layout`` where the image stands in the sequence (``None``: unknown, no window possible).
+    ``tokens`` is the number of queries, ``width`` the input width of the q, k and v projections, ``layout`` where the
+    image stands among the keys (``None``: unknown, no window possible). Queries are all of these, or the image's alone.
     """
 
     path: str
@@ -45,8 +45,13 @@ class SiteInfo:
         _choice(self.kind, SITE_KINDS, f"site {self.path}: kind")
         for name in ("heads", "head_dim", "tokens", "width"):
             _whole(getattr(self, name), f"site {self.path}: {name}", at_least=1)
-        if self.layout is not None:
+        if self.layout is not None and not self.layout.holds(self.tokens):
             self.layout.check(self.tokens, f"site {self.path}")
+
+    @property
+    def keys(self) -> int:
+        """The number of keys, as far as the layout tells."""
+        return self.tokens if self.layout is None else self.layout.tokens
 
     @property
     def inner(self) -> int:

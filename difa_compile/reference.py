@@ -65,11 +65,14 @@ def local_attention(
     scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention` with L = S = layout.tokens.
+    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention` with S = layout.tokens.
 
-    A ``mask`` of the model's own hides pairs on top of the window.
+    Queries are all tokens, or the image's alone (L = layout.image_tokens). A ``mask`` of the model's own hides pairs on
+    top of the window.
     """
     near = visible(layout, window, query.device)
+    if query.shape[2] != layout.tokens:
+        near = near[layout.before : layout.before + layout.image_tokens]
     if mask is None:
         return attention(query, key, value, near, scale)
     both = near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))

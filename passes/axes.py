@@ -19,7 +19,16 @@ from typing import Any
 
 from torch import fx
 
-from difa_compile.passes.graph import ELEMENTWISE, argument, is_attention, is_linear, op_name, shape_of, tensor_of
+from difa_compile.passes.graph import (
+    ELEMENTWISE,
+    SHUFFLING,
+    argument,
+    is_attention,
+    is_linear,
+    op_name,
+    shape_of,
+    tensor_of,
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,10 @@ def _of(
         return _taken_apart(node, name, of(first))
     if name == "getitem":
         return _indexed(node, of(first))
+    if name == "view_as_complex":
+        return of(first)[:-1]
+    if name == "view_as_real":
+        return (*of(first), other(2))
     if name == "narrow":
         rank = len(shape_of(first))
         axis, start, length = (argument(node, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
@@ -158,19 +171,11 @@ def _of(
         return tuple(_cut(e, start, start + length) if i == axis else e for i, e in enumerate(of(first)))
     if name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile"):
         return _broadcast([of(first)], shape_of(node))
-    if name in _SHUFFLING:
+    if name in SHUFFLING:
         return None
     if name in ELEMENTWISE or shape_of(node) == shape_of(first):
         return _broadcast([of(value) for value in node.all_input_nodes if tensor_of(value) is not None], shape_of(node))
     return None
-
-
-_SHUFFLING = {
-    "flip", "fliplr", "flipud", "roll", "rot90", "sort", "argsort", "topk", "gather", "take_along_dim", "index_select",
-    "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter", "index_copy",
-    "index_copy_", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "scan", "inverse",
-}  # fmt: skip
-"""Ops that may put positions in another order although shapes stay."""
 
 
 def _best(extents: Sequence[Extent]) -> Extent:

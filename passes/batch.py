@@ -19,6 +19,7 @@ from torch import fx
 from difa_compile.passes.find_attention import attention_inputs
 from difa_compile.passes.graph import (
     ELEMENTWISE,
+    SHUFFLING,
     argument,
     is_attention,
     is_linear,
@@ -124,7 +125,23 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         yield from ((i - (i > axis), first, i) for i in range(rank) if i != axis)
     elif name == "getitem":
         yield from taken(node, first)
-    elif name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile"):
+    elif name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile", "pad"):
+        yield from aligned(shape_of(node), node, [first])
+    elif name in ("view_as_complex", "view_as_real"):
+        yield from ((i, first, i) for i in range(min(len(shape_of(first)), len(shape_of(node)))))
+    elif name in ("matmul", "bmm", "baddbmm"):
+        operands = [operand for operand in node.args[-2:] if isinstance(operand, fx.Node)]
+        shape = shape_of(node)
+        for operand in operands:
+            theirs = shape_of(operand)
+            for i in range(min(len(theirs), len(shape)) - 2):
+                out, into = len(shape) - 3 - i, len(theirs) - 3 - i
+                if shape[out] == theirs[into]:
+                    yield out, operand, into
+    elif name in ("mean", "sum", "amax", "amin", "var", "std", "norm", "prod", "narrow"):
+        if len(shape_of(node)) == len(shape_of(first)):
+            yield from aligned(shape_of(node), node, [first])
+    elif shape_of(node) == shape_of(first) and name not in SHUFFLING:
         yield from aligned(shape_of(node), node, [first])
 
 

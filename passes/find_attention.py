@@ -119,9 +119,14 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
     causal = bool(argument(node, 5, "is_causal", False))
     found, reason = None, "cross-attention has no image grid"
     if kind is not SiteKind.CROSS:
-        found, reason = layouts.of(query, query_shape[2])
-        if key_shape[2] != query_shape[2]:
-            found, reason = None, f"{key_shape[2]} keys but {query_shape[2]} queries"
+        found, reason = layouts.of(key, key_shape[2])
+        if found is not None and key_shape[2] != query_shape[2]:
+            own, reason = layouts.of(query, query_shape[2])
+            if own is None or (own.grid, own.tokens) != (found.grid, found.image_tokens):
+                reason = (
+                    reason or f"{query_shape[2]} queries, which are not the image tokens of the {key_shape[2]} keys"
+                )
+                found = None
     first = next(iter(roots[query]), None)
     scale = argument(node, 6, "scale")
     return Site(

@@ -35,6 +35,13 @@ LAYOUT = {
 }  # fmt: skip
 """Ops that only move, cut or convert values; what may stand between the attention and its output projection."""
 
+SHUFFLING = {
+    "flip", "fliplr", "flipud", "roll", "rot90", "sort", "argsort", "topk", "gather", "take_along_dim", "index_select",
+    "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter", "index_copy",
+    "index_copy_", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "scan", "inverse", "cumsum", "cumprod",
+}  # fmt: skip
+"""Ops that may move or mix positions although shapes stay."""
+
 VIEWS = LAYOUT - {"clone"} | {"expand", "expand_as", "alias"}
 
 

@@ -52,6 +52,8 @@ class LayoutFinder:
         if self.told is not None:
             if self.told.tokens == tokens:
                 return self.told, ""
+            if self.told.image_tokens == tokens:
+                return Layout(self.told.grid), ""
             return None, f"the given layout {self.told} has {self.told.tokens} tokens, the sequence has {tokens}"
         extents = self.extents.get(sequence)
         if extents is None or not any(part.known for part in extents[2]):

@@ -54,13 +54,15 @@ def visible_pair(layout: Layout, window: Window, query: Tensor, key: Tensor) -> 
 
 
 @lru_cache(maxsize=16)
-def block_mask(layout: Layout, window: Window, device: torch.device) -> BlockMask:
+def block_mask(layout: Layout, window: Window, device: torch.device, image_only: bool = False) -> BlockMask:
     """The block mask of a window, made once per layout and device without an N x N intermediate."""
+    first = layout.before if image_only else 0
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible_pair(layout, window, query, key)
+        return visible_pair(layout, window, query + first, key)
 
-    return create_block_mask(mask_mod, None, None, layout.tokens, layout.tokens, device=device, _compile=True)
+    queries = layout.image_tokens if image_only else layout.tokens
+    return create_block_mask(mask_mod, None, None, queries, layout.tokens, device=device, _compile=True)
 
 
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
@@ -68,7 +70,7 @@ compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
     assert mask is None, "why_not refuses masked calls"
-    blocks = block_mask(call.layout, call.window, call.device)
+    blocks = block_mask(call.layout, call.window, call.device, call.image_only)
     return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale)
 
 

@@ -25,17 +25,21 @@ def why_not(call: LocalCall) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def window_mask(layout: Layout, window: Window, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The mask (tokens, tokens) of a window, 0 where visible and -inf elsewhere, kept for the next call.
+def window_mask(
+    layout: Layout, window: Window, device: torch.device, dtype: torch.dtype, image_only: bool = False
+) -> Tensor:
+    """The mask (queries, tokens) of a window, 0 where visible and -inf elsewhere, kept for the next call.
 
     Additive in the query's dtype, because the CPU kernel would convert a boolean one at every call.
     """
     hidden = ~visible(layout, window, device)
+    if image_only:
+        hidden = hidden[layout.before : layout.before + layout.image_tokens]
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
-    bias = window_mask(call.layout, call.window, call.device, call.dtype)
+    bias = window_mask(call.layout, call.window, call.device, call.dtype, call.image_only)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale)

@@ -137,6 +137,19 @@ def test_a_mask_comes_on_top_and_a_query_that_sees_nothing_gives_zero(kind):
     )
 
 
+def test_queries_of_the_image_alone():
+    layout = Layout((4, 5), before=3, after=2)
+    query, key, value = operands(layout, 2, 8, torch.float32)
+    for window in (Window("disc", 2), Window("band", 3)):
+        whole = local_attention(query, key, value, layout, window)
+        found = local_attention(query[:, :, 3:23], key, value, layout, window)
+        torch.testing.assert_close(found, whole[:, :, 3:23], atol=1e-6, rtol=0)
+        wanted = reference.local_attention(query[:, :, 3:23], key, value, layout, window)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    with pytest.raises(LayoutError):
+        local_attention(query[:, :, :7], key, value, layout, window)
+
+
 def test_text_tokens_are_exempt():
     """A text query attends to all keys, and every image query attends to text."""
     layout = Layout((4, 4), before=2, after=1)

@@ -149,3 +149,26 @@ def test_grouped_queries_keep_their_head_counts():
     module, values = graph_of(Grouped().eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
     assert (site.query_shape[1], site.key_shape[1]) == (2, 1)
+
+
+def test_keys_with_text_beside_the_querys_own_stream():
+    """Image queries over text and image keys: joint, with the layout of the keys."""
+
+    class TextInKeys(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 32, 2, 2)
+            self.q, self.k, self.v, self.text_k, self.text_v = (nn.Linear(32, 32) for _ in range(5))
+
+        def forward(self, x, text):
+            y = self.patch(x).flatten(2).transpose(1, 2)
+            key = torch.cat([self.text_k(text), self.k(y)], 1)
+            value = torch.cat([self.text_v(text), self.v(y)], 1)
+            q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (self.q(y), key, value))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    module, values = graph_of(TextInKeys().eval(), {"x": torch.randn(2, 3, 8, 12), "text": torch.randn(2, 5, 32)})
+    (site,) = sites_of(module, values)
+    assert site.kind is SiteKind.JOINT
+    assert (site.tokens, site.layout) == (24, Layout((4, 6), before=5))
+    assert (site.info.tokens, site.info.keys) == (24, 29)
