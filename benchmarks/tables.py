@@ -28,7 +28,7 @@ class Column:
 
     def cell(self, row: dict[str, Any]) -> str:
         value = row.get(self.key)
-        return "–" if value is None else format(value, "" if isinstance(value, str) else self.form)
+        return "–" if value is None else format(value, "" if isinstance(value, str) else self.form).replace("|", "\\|")
 
 
 CASE = Column("case", "case")
@@ -84,6 +84,18 @@ DETAILS = {
         *README["compile_time"],
         Column("compile_seconds_min", "min s", ".1f"),
         Column("compile_seconds_max", "max s", ".1f"),
+    ),
+    "model_survey": (
+        Column("class", "class"),
+        Column("sites", "sites"),
+        Column("other_attention", "other attention"),
+        Column("layout", "layout"),
+        Column("reuse", "reuse", ".0e"),
+        Column("cfg", "CFG share", ".0e"),
+        Column("window", "window", ".0e"),
+        Column("window_residual", "with residual", ".0e"),
+        Column("disc", "disc", ".0e"),
+        Column("reason", "reason"),
     ),
 }
 DOCUMENTS = {ROOT / "README.md": README, ROOT / "benchmarks" / "README.md": DETAILS}

@@ -18,6 +18,7 @@ from torch import fx
 
 from difa_compile.passes.find_attention import attention_inputs
 from difa_compile.passes.graph import (
+    CONVERSIONS,
     ELEMENTWISE,
     SHUFFLING,
     argument,
@@ -91,6 +92,8 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         yield from ((i, first, i) for i in range(len(shape_of(first)) - normalised))
     elif name == "setitem" or mutated_argument(node) is not None:
         yield from written_links(node)
+    elif name in CONVERSIONS and first is not None:
+        yield from aligned(shape_of(node), node, [first])
     elif name in ELEMENTWISE:
         yield from aligned(shape_of(node), node, node.all_input_nodes)
     elif name in ("cat", "concat", "concatenate"):
@@ -165,19 +168,19 @@ def written_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         return
     rank = len(shape_of(target))
     yield from ((i, target, i) for i in range(rank))
-    value = node.args[-1]
-    if not isinstance(value, fx.Node) or value is target:
+    if op_name(node) != "setitem":
+        operands = [each for each in node.all_input_nodes if each is not target]
+        for out, operand, into in aligned(shape_of(target), node, operands):
+            yield out, operand, into
         return
-    if op_name(node) == "setitem":
+    value = node.args[-1]
+    if isinstance(value, fx.Node) and value is not target:
         kept = [(out, into) for out, into in indexed(node.args[1], rank) if into is not None]
         slots = 1 + max((out for out, _ in kept), default=-1)
         shift = slots - len(shape_of(value))
         for out, into in kept:
             if 0 <= out - shift < len(shape_of(value)) and shape_of(value)[out - shift] == shape_of(target)[into]:
                 yield into, value, out - shift
-    else:
-        for out, operand, into in aligned(shape_of(target), node, [value]):
-            yield out, operand, into
 
 
 def regrouped(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, int]]:

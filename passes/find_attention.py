@@ -99,7 +99,7 @@ def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
             if named[node].startswith(wanted):
                 return (node,)
     largest = max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
-    return () if largest is None else (largest,)
+    return () if largest is None else tuple(node for node in inputs if named[node] == named[largest])
 
 
 def input_name(node: fx.Node) -> str:

@@ -35,6 +35,12 @@ LAYOUT = {
 }  # fmt: skip
 """Ops that only move, cut or convert values; what may stand between the attention and its output projection."""
 
+CONVERSIONS = {
+    "to", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "empty_like",
+    "zeros_like", "ones_like", "dropout", "alias",
+}  # fmt: skip
+"""Ops of one value; another operand (``x.type_as(y)``) lends its dtype or device, nothing of its positions."""
+
 SHUFFLING = {
     "flip", "fliplr", "flipud", "roll", "rot90", "sort", "argsort", "topk", "gather", "take_along_dim", "index_select",
     "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter", "index_copy",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.axes import Axis, Extent, Part, follow_axes
+from difa_compile.passes.axes import Extent, Part, follow_axes
 from difa_compile.passes.graph import is_parameter, op_name, reachable_from, shape_of
 
 
@@ -58,42 +58,35 @@ class LayoutFinder:
         extents = self.extents.get(sequence)
         if extents is None or not any(part.known for part in extents[2]):
             return None, "the graph does not show how the tokens follow from the noisy sample; give layout="
-        return self.read(extents[2])
+        return self.read(extents[2], extents[0])
 
-    def read(self, extent: Extent) -> tuple[Layout | None, str]:
+    def read(self, extent: Extent, batch: Extent) -> tuple[Layout | None, str]:
+        """The layout of a dimension of tokens; ``batch``: what the dimension of the samples enumerates."""
         images = [i for i, part in enumerate(extent) if part.known]
         if len(images) > 1:
             lengths = [extent[i].length for i in images]
             return None, f"{len(images)} parts of the sequence ({lengths} tokens) come from the noisy sample"
         before = sum(part.length for part in extent[: images[0]])
         after = sum(part.length for part in extent[images[0] + 1 :])
-        grid, reason = self.grid_of(extent[images[0]], before)
+        grid, reason = self.grid_of(extent[images[0]], before, batch)
         return (None, reason) if grid is None else (Layout(grid, before, after), "")
 
-    def grid_of(self, part: Part, before: int) -> tuple[tuple[int, ...] | None, str]:
+    def grid_of(self, part: Part, before: int, batch: Extent) -> tuple[tuple[int, ...] | None, str]:
         """The grid of the image tokens; ``before`` other tokens stand in front of them."""
         axes = part.axes
-        if any(axis.within for axis in axes):
+        if any(axis.within and axis.index != 0 for axis in axes):  # in the batch's own axis: frames of a sample
             return None, "the tokens are offsets within patches"
-        if len(axes) == 1 and self.is_packed(axes[0]):
-            return self.packed(axes[0].size, before)
-        if any(axis.index == 0 for axis in axes) and not self.is_list:
+        if any(axis.index == 0 and not axis.within for axis in axes) and len(self.latents) == 1:
             return None, "the tokens are samples of the batch"
+        folded = any(axis.index not in (0, None) for each in batch for axis in each.axes)
+        if len(axes) == 1 and axes[0].index == 1 and not folded:
+            return self.packed(axes[0].size, before)
         if len(axes) > 3:
             return None, f"the tokens have {len(axes)} axes"
         return tuple(axis.size for axis in axes), ""
 
-    @property
-    def is_list(self) -> bool:
-        """Whether the sample comes as a list of samples without a batch dimension, or without one at all."""
-        return len(self.latents) > 1
-
-    def is_packed(self, axis: Axis) -> bool:
-        """Whether an axis of the sample may hold a whole image or video in one dimension."""
-        rank = min(len(shape_of(latent)) for latent in self.latents)
-        return (rank == 3 and axis.index == 1) or (rank == 2 and axis.index == 0)
-
     def packed(self, tokens: int, before: int) -> tuple[tuple[int, ...] | None, str]:
+        """The grid of ``tokens`` that come in as one axis, which may be a whole image or video."""
         grids = list(dict.fromkeys(packed_grid(table, tokens, before) for table in self.tables))
         found = [grid for grid in grids if grid is not None]
         if not found:

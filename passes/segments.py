@@ -142,13 +142,14 @@ def build_segment(
     for node in outputs:
         number[node] = len(number)
     here = [(i, site) for i, site in enumerate(sites) if site.region.attention in inside]
+    moved = tuple(move_site(site, mapping) for _, site in here)
     return Segment(
         module=built,
         inputs=tuple(number[node] for node in inputs),
         outputs=tuple(number[node] for node in outputs),
-        sites=tuple(move_site(site, mapping) for _, site in here),
+        sites=moved,
         site_indices=tuple(i for i, _ in here),
-        structure=structure_of(built),
+        structure=structure_of(built, moved),
         last_use=(),
     )
 
@@ -163,8 +164,8 @@ def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return fresh
 
 
-def structure_of(module: fx.GraphModule) -> str:
-    """A digest of what a graph computes: ops, arguments and input shapes, without names or module paths.
+def structure_of(module: fx.GraphModule, sites: Sequence[Site] = ()) -> str:
+    """A digest of what a graph computes and of its sites: ops, arguments and input shapes, without names or paths.
 
     Graphs with attributes of their own (constants) are only equal to themselves.
     """
@@ -186,4 +187,7 @@ def structure_of(module: fx.GraphModule) -> str:
             strides = tuple(value.stride()) if value.layout is torch.strided else ()
             text += f" {tuple(value.shape)} {strides} {value.dtype} {value.device} {value.requires_grad}"
         lines.append(text)
+    for site in sites:
+        nodes = (site.region.attention, *site.region.interior, *site.region.outputs)
+        lines.append(f"site {site.kind} {site.mask} {site.layout} {[names[node] for node in nodes]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

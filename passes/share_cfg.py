@@ -8,7 +8,7 @@ Before: ``y = region(x)`` on a batch [a, b]. After: ``h = region(x[half]); y = c
    halved stops the rewrite (:func:`why_not_shared` says so before a plan is accepted).
 4. Outputs are doubled back behind the region.
 
-Values of the region that are used outside it, other than its outputs, make the site ineligible.
+Values of the region that are used outside it, other than its outputs, are computed whole, and halved behind.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import fx
 
 from difa_compile.decision import Kind
 from difa_compile.passes.find_attention import attention_inputs
-from difa_compile.passes.graph import is_parameter, mutated_argument, op_name, shape_of, tensor_of
-from difa_compile.passes.site import Site
+from difa_compile.passes.graph import is_parameter, mutated_argument, op_name, reaching, shape_of, tensor_of
+from difa_compile.passes.site import Region, Site
 from difa_compile.passes.variant import Context, Target, Variant, refresh, start_variant
 from difa_compile.schedule import Role
 
@@ -58,10 +58,6 @@ def eligible(site: Site) -> str | None:
         return f"a batch of {batch} has no two CFG halves"
     if any(part.meta.get("batch_dim") != 0 for part in attention_inputs(site.region.attention)):
         return "the batch can't be followed from the noisy sample to this attention"
-    inside = set(site.region.interior)
-    for node in site.region.interior:
-        if node not in site.region.outputs and any(user not in inside for user in node.users):
-            return f"{node.name} of the region is used outside it"
     if any("batch_dim" not in node.meta for node in site.region.outputs):
         return "an output of the region does not carry the batch"
     return None
@@ -74,20 +70,43 @@ def narrow_to_half(variant: Variant, place: fx.Node, value: fx.Node, dim: int, c
     return variant.call_after(place, torch.narrow, (value, dim, context.conditional_half * half, half))
 
 
+def shared_part(region: Region) -> tuple[fx.Node, ...]:
+    """The nodes of a region that nothing outside needs: those to compute on half the batch.
+
+    A projection that serves more than this attention (fused with an MLP's, or with another attention's) stays whole,
+    with what it needs; so does an element of a tuple that stays whole.
+    """
+    inside = set(region.interior)
+    escaping = [
+        node
+        for node in region.interior
+        if node not in region.outputs and any(user not in inside for user in node.users)
+    ]
+    whole = reaching(escaping) & inside
+    for node in region.interior:
+        if op_name(node) == "getitem" and node.args[0] in whole and tensor_of(node.args[0]) is None:  # type: ignore[arg-type]
+            whole.add(node)
+    return tuple(node for node in region.interior if node not in whole)
+
+
 def halve(variant: Variant, target: Target, context: Context) -> None:
     region = target.site.region
-    whole = {node: shape_of(node) for node in region.interior}
-    first = region.interior[0]
-    for source in region.inputs:
+    part = shared_part(region)
+    if region.attention not in part or any(output not in part for output in region.outputs):
+        raise HalvingError("the attention's own value is used outside its region")
+    whole = {node: shape_of(node) for node in part}
+    inside = set(part)
+    for source in dict.fromkeys(source for node in part for source in node.all_input_nodes if source not in inside):
         dim = source.meta.get("batch_dim")
         if dim is None or is_parameter(source) or tensor_of(source) is None:
             continue
         if shape_of(source)[dim] % 2:
             raise HalvingError(f"{source.name} has an odd batch of {shape_of(source)[dim]}")
+        first = next(node for node in part if source in node.all_input_nodes)
         half = narrow_to_half(variant, first.prev, source, dim, context)
-        for node in region.interior:
+        for node in part:
             node.replace_input_with(source, half)
-    for node in region.interior:
+    for node in part:
         halve_constants(node, whole[node])
         try:
             refresh(node)
@@ -98,8 +117,8 @@ def halve(variant: Variant, target: Target, context: Context) -> None:
     for i, output in enumerate(region.outputs):
         dim = output.meta["batch_dim"]
         doubled = variant.call_after(output, torch.cat, ([output, output],), {"dim": dim})
-        inside = {*region.interior, doubled}  # the region itself goes on with the half
-        for user in [user for user in output.users if user not in inside]:
+        going_on = {*part, doubled}  # the region itself goes on with the half
+        for user in [user for user in output.users if user not in going_on]:
             user.replace_input_with(output, doubled)
         doubled.meta["batch_dim"] = dim
         target.outputs[i] = doubled

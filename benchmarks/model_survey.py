@@ -1,0 +1,256 @@
+"""Which diffusion transformers can be planned: every transformer class of diffusers, tiny, every decision compared.
+
+Each class is built with random weights (:mod:`benchmarks.zoo`), captured, and run for two steps: the first in full, the
+second, on other inputs, with one decision at every site that admits it. The result is compared with the very same
+model run eagerly, in which the k-th attention call is altered by hand (:class:`Altered`), without any of the passes.
+
+A figure in the table is the largest difference, relative to the largest value of the output; ``exact`` is equality to
+the bit. Where no site admits a decision there is none, and ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from benchmarks._common import RESULTS, Row, write_result
+from benchmarks.zoo.check import call, shifted
+from benchmarks.zoo.registry import Example, build, reasons, registered
+from difa_compile.backend import eager
+from difa_compile.capture import Capture
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.errors import DifaError
+from difa_compile.layout import Layout
+from difa_compile.passes.graph import is_attention, op_name
+from difa_compile.reference import attention, visible
+from difa_compile.schedule import Role
+
+BAND = Window(WindowShape.BAND, 3)
+DECISIONS: dict[str, Decision] = {
+    "reuse": REUSE,
+    "cfg": Decision(Kind.FULL, None, cfg_shared=True),
+    "window": Decision(Kind.WINDOW, BAND),
+    "window_residual": Decision(Kind.WINDOW_RESIDUAL, BAND),
+    "disc": Decision(Kind.WINDOW, Window(WindowShape.DISC, 2)),
+}
+CONDITIONAL_HALF = 1
+CALL = "survey_call"
+"""Key of a node's number among the attention calls, in the order of execution."""
+
+
+class Planned:
+    """A compile backend that runs one capture with ``decision`` at every site that admits it."""
+
+    def __init__(self) -> None:
+        self.captures: list[Capture] = []
+        self.graphs = 0
+        self.refusal = ""
+        self.start(FULL)
+
+    def start(self, decision: Decision) -> None:
+        """Two steps with this decision: the next calls are the first step, until ``first`` is set to False."""
+        self.decision = decision
+        self.first = True
+        self.caches: dict[str, Tensor] = {}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        self.graphs += 1
+        calls = [n for n in module.graph.nodes if is_attention(n) or op_name(n) == "multi_head_attention_forward"]
+        for number, node in enumerate(calls):
+            node.meta[CALL] = number
+        try:
+            capture = Capture(module, example_inputs, eager, conditional_half=CONDITIONAL_HALF)
+        except DifaError as error:
+            self.refusal = str(error)
+            return module.forward
+        self.captures.append(capture)
+
+        def run(*args: Any) -> Any:
+            outputs, written = capture.execute(args, self.roles(capture), self.caches)
+            self.caches = {**self.caches, **written}
+            return outputs
+
+        return run
+
+    def roles(self, capture: Capture) -> list[Role]:
+        """Step 0: full, filling what step 1 reads. Step 1: the decision, where it can be carried out."""
+        if not self.first:
+            return [Role(capture.effective(site, self.decision)) for site in range(len(capture.sites))]
+        kind = self.decision.kind
+        found = []
+        for site in range(len(capture.sites)):
+            able = capture.why_not(site, self.decision) is None
+            residual = BAND if able and kind is Kind.WINDOW_RESIDUAL else None
+            reused = able and kind is Kind.REUSE
+            found.append(Role(FULL, emit_output=reused, emit_residual=residual is not None, residual_window=residual))
+        return found
+
+
+class Altered:
+    """The model run eagerly, with attention call k changed to ``decisions[k]`` in the second of two steps."""
+
+    def __init__(self, decisions: Mapping[int, tuple[Decision, Layout | None]]) -> None:
+        self.decisions = decisions
+        self.kept: dict[int, Tensor] = {}
+
+    @contextmanager
+    def step(self, first: bool) -> Iterator[None]:
+        plain = F.scaled_dot_product_attention
+        count = 0
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal count
+            number, count = count, count + 1
+            options = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
+            decision, layout = self.decisions.get(number, (FULL, None))
+            if decision == FULL:
+                return plain(query, key, value, **options)
+            if decision.kind is Kind.REUSE:
+                if first:
+                    self.kept[number] = plain(query, key, value, **options)
+                return self.kept[number]
+            if decision.kind is Kind.FULL:
+                return plain(query, key, value, **options) if first else halved(plain, query, key, value, options)
+            if first and decision.kind is Kind.WINDOW:
+                return plain(query, key, value, **options)
+            assert decision.window is not None
+            assert layout is not None
+            near = windowed(query, key, value, options, layout, decision.window)
+            if decision.kind is Kind.WINDOW:
+                return near
+            if first:
+                full = plain(query, key, value, **options)
+                self.kept[number] = full - near
+                return full
+            return near + self.kept[number]
+
+        F.scaled_dot_product_attention = attend
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = plain
+
+
+def halved(plain: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Attention of the conditional half, twice."""
+    size = query.shape[0] // 2
+
+    def half(part: Tensor) -> Tensor:
+        return part.narrow(0, CONDITIONAL_HALF * size, size)
+
+    mask = options.get("attn_mask")
+    if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
+        options = {**options, "attn_mask": half(mask)}
+    one = plain(half(query), half(key), half(value), **options)
+    return torch.cat([one, one])
+
+
+def windowed(
+    query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], layout: Layout, window: Window
+) -> Tensor:
+    """Attention under the window's mask and the model's own."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    mask, near = options.get("attn_mask"), visible(layout, window)
+    if query.shape[2] != key.shape[2]:
+        near = near[layout.before : layout.before + layout.image_tokens]  # the image's queries alone
+    if mask is not None:
+        near = near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))
+    return attention(query, key, value, near, options.get("scale"))
+
+
+def survey(name: str) -> Row:
+    """One row of the table."""
+    row: Row = {"class": name, "captured": False, "graphs": 0, "sites": 0, "other_attention": 0, "layout": ""}
+    row |= dict.fromkeys(DECISIONS)
+    example = build(name)
+    backend = Planned()
+    torch._dynamo.reset()
+    compiled = torch.compile(example.model, backend=backend, fullgraph=True, dynamic=False)
+    try:
+        with torch.no_grad():
+            call(example, compiled)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        return row | {"graphs": backend.graphs, "reason": f"not captured: {first}"}
+    row |= {"captured": True, "graphs": backend.graphs}
+    if not backend.captures:
+        return row | {"reason": backend.refusal}
+    capture = backend.captures[0]
+    row["sites"] = len(capture.sites)
+    row["other_attention"] = len(capture.all_sites) - len(capture.sites)
+    layouts = Counter(str(site.layout) for site in capture.sites if site.layout is not None)
+    row["layout"] = ", ".join(layouts)
+    why: dict[str, list[str]] = {}
+    for column, decision in DECISIONS.items():
+        refused = [reason for i in range(len(capture.sites)) if (reason := capture.why_not(i, decision)) is not None]
+        for reason, count in Counter(refused).items():
+            which = "" if count == len(capture.sites) else f"{count} of {len(capture.sites)} sites: "
+            why.setdefault(which + reason, []).append(column)
+        if len(refused) < len(capture.sites):
+            row[column] = compare(example, compiled, backend, decision)
+    row["reason"] = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in why.items())
+    return row
+
+
+def compare(example: Example, compiled: Any, backend: Planned, decision: Decision) -> str | float:
+    """Planned against altered by hand: ``"exact"`` or the error figure."""
+    capture = backend.captures[0]
+    moved = Example(example.model, {**example.inputs, example.latent: shifted(example)}, example.latent)
+    altered = Altered(
+        {
+            site.region.attention.meta[CALL]: (decision, site.layout)
+            for i, site in enumerate(capture.sites)
+            if capture.why_not(i, decision) is None
+        }
+    )
+    backend.start(decision)
+    with torch.no_grad():
+        full = call(moved)
+        call(example, compiled)
+        backend.first = False
+        found = call(moved, compiled)
+        with altered.step(first=True):
+            call(example)
+        with altered.step(first=False):
+            wanted = call(moved)
+    if backend.graphs != 1:
+        raise RuntimeError(f"captured {backend.graphs} times: the second step was compiled anew")
+    if all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True)):
+        raise RuntimeError(f"{decision} changes nothing: the comparison could not fail")
+    if all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+        return "exact"
+    scale = max(float(value.abs().max()) for value in wanted)
+    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) / scale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", nargs="*", help="only these, printed and not written")
+    parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for name in arguments.classes or registered():
+        started = time.perf_counter()
+        try:
+            rows.append(survey(name))
+        except Exception as error:  # a row must not cost the others
+            rows.append({"class": name, "reason": f"survey failed: {type(error).__name__}: {error}"})
+        print(f"{time.perf_counter() - started:5.1f} s  {rows[-1]}", flush=True)
+        gc.collect()
+    if not arguments.classes:
+        rows += [{"class": name, "captured": False, "reason": reason} for name, reason in reasons().items()]
+        write_result("model_survey", sorted(rows, key=lambda row: str(row["class"])), folder=arguments.output)
+
+
+if __name__ == "__main__":
+    main()
