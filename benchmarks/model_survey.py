@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -30,7 +31,9 @@ from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError
 from difa_compile.layout import Layout
-from difa_compile.passes.graph import is_attention, op_name
+from difa_compile.passes.find_attention import attention_inputs
+from difa_compile.passes.graph import is_attention, op_name, tensor_of
+from difa_compile.passes.site import Site
 from difa_compile.reference import attention, visible
 from difa_compile.schedule import Role
 
@@ -133,11 +136,23 @@ class Altered:
                 return full
             return near + self.kept[number]
 
+        plain_flex = flex.flex_attention
+
+        def attend_flex(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal plain
+            kept, plain = plain, lambda q, k, v, **options: plain_flex(q, k, v, *args, **{**kwargs, **options})
+            try:
+                return attend(query, key, value, **({"scale": kwargs["scale"]} if "scale" in kwargs else {}))
+            finally:
+                plain = kept
+
         F.scaled_dot_product_attention = attend
+        flex.flex_attention = attend_flex
         try:
             yield
         finally:
             F.scaled_dot_product_attention = plain
+            flex.flex_attention = plain_flex
 
 
 def halved(plain: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -191,6 +206,10 @@ def survey(name: str) -> Row:
     layouts = Counter(str(site.layout) for site in capture.sites if site.layout is not None)
     row["layout"] = ", ".join(layouts)
     why: dict[str, list[str]] = {}
+    row["dtype"] = ", ".join(sorted({str(dtype_of(site)).removeprefix("torch.") for site in capture.sites}))
+    if any(CALL not in site.region.attention.meta for site in capture.sites):
+        form = "attention is written out in products, which this survey does not alter"
+        return row | {"reason": f"{form}; tests/passes/test_canonical.py compares such forms"}
     for column, decision in DECISIONS.items():
         refused = [reason for i in range(len(capture.sites)) if (reason := capture.why_not(i, decision)) is not None]
         for reason, count in Counter(refused).items():
@@ -200,6 +219,12 @@ def survey(name: str) -> Row:
             row[column] = compare(example, compiled, backend, decision)
     row["reason"] = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in why.items())
     return row
+
+
+def dtype_of(site: Site) -> torch.dtype:
+    value = tensor_of(attention_inputs(site.region.attention)[0])
+    assert value is not None
+    return value.dtype
 
 
 def compare(example: Example, compiled: Any, backend: Planned, decision: Decision) -> str | float:

@@ -59,6 +59,10 @@ class UnsupportedPipelineError(DifaError, ValueError):
     """A pipeline without a diffusion transformer or without a scheduler that can be followed."""
 
 
+class UnsupportedModelError(DifaError, ValueError):
+    """A model that cannot be captured as one graph of fixed sizes."""
+
+
 class CalibrationError(DifaError):
     """Base of what can stop a calibration."""
 

@@ -20,12 +20,16 @@ from typing import Any
 from torch import fx
 
 from difa_compile.passes.graph import (
+    CONVERSIONS,
     ELEMENTWISE,
+    REDUCTIONS,
     SHUFFLING,
     argument,
     is_attention,
+    is_flex,
     is_linear,
     op_name,
+    reduced,
     shape_of,
     tensor_of,
 )
@@ -120,7 +124,8 @@ def _of(
         return several[first][node.args[1]]  # type: ignore[index]
     if is_attention(node):
         query, value = of(argument(node, 0, "query")), of(argument(node, 2, "value"))
-        return (*query[:-1], value[-1])
+        result = (*query[:-1], value[-1])
+        return [result, query[:-1], query[:-1]] if is_flex(node) else result
     if is_linear(node) and first is not None:
         return (*of(first)[:-1], other(shape_of(node)[-1]))
     if name in ("matmul", "__matmul__", "bmm", "baddbmm"):
@@ -173,6 +178,11 @@ def _of(
         return _broadcast([of(first)], shape_of(node))
     if name in SHUFFLING:
         return None
+    if name in CONVERSIONS:
+        return _broadcast([of(first)], shape_of(node))
+    if name in REDUCTIONS:
+        kept = dict(reduced(node))
+        return tuple(of(first)[kept[i]] if i in kept else other(size) for i, size in enumerate(shape_of(node)))
     if name in ELEMENTWISE or shape_of(node) == shape_of(first):
         return _broadcast([of(value) for value in node.all_input_nodes if tensor_of(value) is not None], shape_of(node))
     return None

@@ -20,12 +20,14 @@ from difa_compile.passes.find_attention import attention_inputs
 from difa_compile.passes.graph import (
     CONVERSIONS,
     ELEMENTWISE,
+    REDUCTIONS,
     SHUFFLING,
     argument,
     is_attention,
     is_linear,
     mutated_argument,
     op_name,
+    reduced,
     shape_of,
     tensor_of,
 )
@@ -77,7 +79,7 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if is_attention(node):
         for operand in (*attention_inputs(node), argument(node, 3, "attn_mask")):
-            if isinstance(operand, fx.Node) and shape_of(operand)[:1] == shape_of(node)[:1]:
+            if isinstance(operand, fx.Node) and shape_of(operand)[:1] == shape_of(attention_inputs(node)[0])[:1]:
                 yield 0, operand, 0
     elif is_linear(node) and first is not None:
         yield from ((i, first, i) for i in range(len(shape_of(first)) - 1))
@@ -90,6 +92,8 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
     elif name in ("layer_norm", "rms_norm") and first is not None:
         normalised = len(argument(node, 1, "normalized_shape"))
         yield from ((i, first, i) for i in range(len(shape_of(first)) - normalised))
+    elif name == "einsum":
+        yield from einsum_links(node)
     elif name == "setitem" or mutated_argument(node) is not None:
         yield from written_links(node)
     elif name in CONVERSIONS and first is not None:
@@ -141,11 +145,26 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
                 out, into = len(shape) - 3 - i, len(theirs) - 3 - i
                 if shape[out] == theirs[into]:
                     yield out, operand, into
-    elif name in ("mean", "sum", "amax", "amin", "var", "std", "norm", "prod", "narrow"):
-        if len(shape_of(node)) == len(shape_of(first)):
-            yield from aligned(shape_of(node), node, [first])
-    elif shape_of(node) == shape_of(first) and name not in SHUFFLING:
+    elif name in ("sort", "argsort", "topk", "cumsum", "cumprod"):
+        axis = argument(node, 2 if name == "topk" else 1, "dim", -1) % len(shape_of(first))
+        yield from ((i, first, i) for i in range(len(shape_of(first))) if i != axis)
+    elif name in REDUCTIONS:
+        yield from ((out, first, into) for out, into in reduced(node))
+    elif name == "narrow" or (shape_of(node) == shape_of(first) and name not in SHUFFLING):
         yield from aligned(shape_of(node), node, [first])
+
+
+def einsum_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
+    """Links of an einsum with an explicit output and no ellipsis: dimensions of one letter."""
+    equation, operands = node.args[0], node.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return
+    inputs, output = equation.replace(" ", "").split("->")
+    for names, operand in zip(inputs.split(","), operands, strict=True):
+        if isinstance(operand, fx.Node):
+            yield from ((output.index(letter), operand, i) for i, letter in enumerate(names) if letter in output)
 
 
 def aligned(shape: tuple[int, ...], node: fx.Node, operands: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, int]]:

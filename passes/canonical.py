@@ -62,9 +62,7 @@ class Writer:
                 node = self.place.graph.call_method(target, args, kwargs)
             else:
                 node = self.place.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in self.place.meta:
-                node.meta[key] = self.place.meta[key]
+        node.meta = {key: value for key, value in self.place.meta.items() if key not in ("example_value", "val")}
         refresh(node)
         return node
 
@@ -382,7 +380,7 @@ def flex(node: fx.Node) -> bool:
     query, key, value, score, block_mask, scale, *_ = node.args
     if not changes_nothing(node, score, keeps_score) or not isinstance(block_mask, tuple):
         return False
-    if not changes_nothing(node, block_mask[-1], sees_all):
+    if not changes_nothing(node, block_mask[-1], sees_all) or not is_one_block(block_mask, query, key):
         return False
     outputs = [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
     if any(user not in outputs and user.users for user in node.users):
@@ -396,6 +394,16 @@ def flex(node: fx.Node) -> bool:
         node.graph.erase_node(user)
     node.graph.erase_node(node)
     return True
+
+
+def is_one_block(block_mask: tuple[Any, ...], query: object, key: object) -> bool:
+    """Whether a block mask has a single block, as the one made for a call without a mask has.
+
+    Where it has several, those that are listed may be few, although the function inside them hides nothing.
+    """
+    blocks = block_mask[-3:-1]
+    lengths = [shape_of(each)[2] for each in (query, key) if isinstance(each, fx.Node)]
+    return all(isinstance(block, int) and block >= length for block, length in zip(blocks, lengths, strict=True))
 
 
 def changes_nothing(node: fx.Node, function: object, trivial: Callable[[fx.Graph], bool]) -> bool:

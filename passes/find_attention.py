@@ -31,6 +31,7 @@ from difa_compile.passes.graph import (
     alias_root,
     argument,
     is_attention,
+    is_flex,
     is_linear,
     is_parameter,
     module_path,
@@ -115,8 +116,9 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
     region = find_region(node, {root for found in roots.values() for root in found})
     kind = classify(node, [sources(roots[part]) for part in (query, key, value)], from_latent)
     query_shape, key_shape = shape_of(query), shape_of(key)
-    mask = argument(node, 3, "attn_mask")
-    causal = bool(argument(node, 5, "is_causal", False))
+    flex = is_flex(node)
+    mask = None if flex else argument(node, 3, "attn_mask")
+    causal = not flex and bool(argument(node, 5, "is_causal", False))
     found, reason = None, "cross-attention has no image grid"
     if kind is not SiteKind.CROSS:
         found, reason = layouts.of(key, key_shape[2])
@@ -128,14 +130,14 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
                 )
                 found = None
     first = next(iter(roots[query]), None)
-    scale = argument(node, 6, "scale")
+    scale = argument(node, 5 if flex else 6, "scale")
     return Site(
         path=name,
         kind=kind,
         query_shape=query_shape,  # type: ignore[arg-type]
         key_shape=key_shape,  # type: ignore[arg-type]
         scale=None if scale is None else float(scale),
-        mask="causal" if causal else "none" if mask is None else "mask",
+        mask="function" if flex else "causal" if causal else "none" if mask is None else "mask",
         width=shape_of(first.args[0])[-1] if first is not None and isinstance(first.args[0], fx.Node) else 0,
         layout=found,
         layout_reason=reason,

@@ -63,8 +63,13 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether the node is a scaled dot product attention."""
-    return node.op == "call_function" and node.target in ATTENTION_TARGETS
+    """Whether the node is a scaled dot product attention, or FlexAttention with functions of its own."""
+    return node.op == "call_function" and (node.target in ATTENTION_TARGETS or is_flex(node))
+
+
+def is_flex(node: fx.Node) -> bool:
+    """Whether the node is a FlexAttention, whose value is a tuple with the attention first."""
+    return node.op == "call_function" and op_name(node) == "flex_attention"
 
 
 def is_linear(node: fx.Node) -> bool:
@@ -170,6 +175,23 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "norm", "prod", "logsumexp"}
+
+
+def reduced(node: fx.Node) -> list[tuple[int, int]]:
+    """Of a reduction over given dimensions: pairs (dimension of the result, dimension of the operand it keeps)."""
+    first = node.args[0]
+    rank = len(shape_of(first)) if isinstance(first, fx.Node) else 0
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if dims is None:
+        return []
+    gone = {int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
+    kept = [i for i in range(rank) if i not in gone]
+    if len(shape_of(node)) == rank:
+        return [(i, i) for i in kept]
+    return list(enumerate(kept))
 
 
 def reachable_from(starts: Iterable[fx.Node]) -> set[fx.Node]:

@@ -106,6 +106,8 @@ def position_tables(graph: fx.Graph, values: Sequence[Any] | None) -> list[Tenso
     for node, value in zip(graph.find_nodes(op="placeholder"), values, strict=True):
         if not isinstance(value, Tensor) or is_parameter(node) or value.is_complex():
             continue
+        if value.ndim == 4 and value.shape[-1] == 2:
+            value = value[..., 0]  # where each token begins, of (begin, end)
         table = value[0] if value.ndim == 3 and (value.shape[0] == 1 or bool((value == value[:1]).all())) else value
         if table.ndim == 2 and table.shape[0] <= 4 < table.shape[1]:
             table = table.T  # one row per column of coordinates

@@ -41,7 +41,8 @@ class Site:
     """One attention call of a graph.
 
     ``query_shape`` and ``key_shape`` are (batch, heads, tokens, head_dim). ``mask`` says whether the call carries an
-    attention mask (``"none"``, ``"mask"`` or ``"causal"``). ``width`` is the input width of the query projection.
+    attention mask (``"none"``, ``"mask"``, ``"causal"``, or ``"function"``: FlexAttention's). ``width`` is the input
+    width of the query projection.
     ``layout`` is that of the keys; queries are all of them or the image's alone. It is None where the graph does not
     show it; ``layout_reason`` then says why.
     """

@@ -9,12 +9,38 @@ Before: ``view(x, s0, -1, 64)`` with ``s0`` an input. After: ``view(x, 2, -1, 64
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from difa_compile.errors import UnsupportedModelError
 
 
 def specialize(module: fx.GraphModule) -> int:
-    """Replace symbolic integers by their values, in place. Returns how many nodes were replaced."""
+    """Replace symbolic integers by their values, in place. Returns how many nodes were replaced.
+
+    Raises :class:`UnsupportedModelError` for sizes that are only known when the model runs.
+    """
+    try:
+        replaced = fix_sizes(module)
+    except GuardOnDataDependentSymNode as error:
+        place = re.search(r'File "[^"]*/([^/"]+)", line (\d+), in (\w+)', str(error))
+        raise UnsupportedModelError(
+            "sizes inside the model depend on the values of its inputs (for instance on how many tokens a mask shows)"
+            + (f", in {place[3]} ({place[1]}:{place[2]})" if place else "")
+            + "; a plan needs fixed sizes: call the model with inputs that take another path, or leave the mask out"
+        ) from error
+    if replaced:
+        for node in reversed(list(module.graph.nodes)):
+            if node.op in ("call_function", "call_method") and not node.users and is_symbolic(node):
+                module.graph.erase_node(node)
+        module.recompile()
+    return replaced
+
+
+def fix_sizes(module: fx.GraphModule) -> int:
     replaced = 0
     for node in list(module.graph.nodes):
         value = node.meta.get("example_value")
@@ -31,11 +57,6 @@ def specialize(module: fx.GraphModule) -> int:
         elif isinstance(value, torch.Tensor):
             for size in (*value.shape, *(value.stride() if value.layout is torch.strided else ())):
                 int(size)  # guards on sizes that no node of its own stands for
-    if replaced:
-        for node in reversed(list(module.graph.nodes)):
-            if node.op in ("call_function", "call_method") and not node.users and is_symbolic(node):
-                module.graph.erase_node(node)
-        module.recompile()
     return replaced
 
 

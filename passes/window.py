@@ -75,4 +75,6 @@ def why_not_window(site: Site) -> str | None:
         return f"no token layout: {site.layout_reason}"
     if site.mask == "causal":
         return "the attention is causal"
+    if site.mask == "function":
+        return "the attention is FlexAttention with a score or mask function of its own"
     return None

@@ -81,7 +81,10 @@ def enliven(net: nn.Module) -> None:
                 parameter.mul_(3.0)
 
 
-_SHARPENED = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv", "qkv", "qkv_proj"}
+_SHARPENED = {
+    "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv", "qkv", "qkv_proj", "img_qkv_proj",
+    "txt_kv_proj", "to_query", "to_key", "to_value", "to_q_t", "to_k_t", "to_v_t", "img_attn_qkv", "txt_attn_qkv",
+}  # fmt: skip
 
 
 def _read_all() -> None:

@@ -17,7 +17,7 @@ ROUNDING = 3e-6
 DOZEN = {
     "AuraFlowTransformer2DModel": ("cat of registers, text and image", "15+4x6"),
     "CogVideoXTransformer3DModel": ("text and video projected together, written in place", "7+2x4x6"),
-    "DiTTransformer2DModel": ("one stream", "4x6"),
+    "DiTTransformer2DModel": ("one stream", "6x6"),
     "FluxTransformer2DModel": ("packed tokens with position ids, parallel blocks", "7+4x6"),
     "HunyuanVideoTransformer3DModel": ("image first, a mask, text refiner", ""),
     "LTXVideoTransformer3DModel": ("packed tokens, the grid in Python ints", "2x4x6"),
@@ -25,7 +25,7 @@ DOZEN = {
     "PRXTransformer2DModel": ("image queries over text and image keys", "7+4x6"),
     "PixArtTransformer2DModel": ("cross-attention beside", "4x6"),
     "QwenImageTransformer2DModel": ("joint, complex rotary embedding, shapes in Python ints", "7+4x6"),
-    "SD3Transformer2DModel": ("joint, image first", "4x6+7"),
+    "SD3Transformer2DModel": ("joint, image first, and the image alone", "4x6+7, 4x6"),
     "WanTransformer3DModel": ("video, rotary embedding written in place", "3x4x6"),
 }
 
@@ -59,4 +59,5 @@ def test_the_committed_survey_leaves_nothing_unexplained():
         values = [row.get(column) for column in DECISIONS]
         assert row.get("reason") or (row["captured"] and None not in values), row["class"]
         for value in values:
-            assert value in (None, "exact") or value <= 1e-5, row["class"]
+            allowed = 1e-2 if "bfloat16" in row.get("dtype", "") else 1e-5
+            assert value in (None, "exact") or value <= allowed, row["class"]

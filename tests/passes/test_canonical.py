@@ -280,6 +280,29 @@ def test_flex_attention_without_functions():
     assert canonical(module) is module
 
 
+def test_flex_attention_over_listed_blocks_is_planned_but_not_windowed():
+    """The function hides nothing, the list of blocks does: that is no plain attention."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def attend(q, k, v):
+        q, k, v = (part.repeat(1, 1, 64, 1)[:, :, :256] for part in (q, k, v))
+        counts = torch.ones(1, 1, 2, dtype=torch.int32)
+        listed = torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32)
+        blocks = BlockMask.from_kv_blocks(counts, listed, BLOCK_SIZE=128)
+        return flex_attention(q, k, v, block_mask=blocks)[:, :, :6]
+
+    module, values = captured(Written(attend))
+    assert canonical(module) is module
+    capture = Capture(module, values, eager, layout=Layout((256,)), conditional_half=0)
+    assert [site.mask for site in capture.sites] == ["function"]
+    assert capture.why_not(0, REUSE) is None
+    assert capture.why_not(0, Decision.parse("window(band:1)")).startswith("the attention is FlexAttention with")
+    outputs, caches = capture.execute(values, [Role(FULL, emit_output=True)], {})
+    reused, _ = capture.execute(values, [Role(REUSE)], caches)
+    assert torch.equal(outputs[0], module(*values)[0])
+    assert torch.equal(reused[0], outputs[0])
+
+
 def test_einsum_forms():
     assert einsum_form("bhqd,bhkd->bhqk") == "qd,kd->qk"
     assert einsum_form("b i d, b j d -> b i j") == "qd,kd->qk"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from difa_compile.decision import FULL, Decision
-from difa_compile.passes.graph import is_linear, shape_of
+from difa_compile.passes.graph import is_linear, op_name, shape_of
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.variant import Context
@@ -71,10 +71,44 @@ class Leaking(BareAttention):
         return x + self.o(y) + q.mean(-1).mean(1)[..., None]
 
 
-def test_a_value_used_outside_the_region_is_refused():
-    module, values = graph_of(Leaking().eval(), {"x": torch.randn(2, 6, 16)})
-    (site,) = sites_of(module, values)
-    assert "used outside it" in why_not_shared(module, site, SHARED, Context(0))
+def test_a_value_used_outside_the_region_is_computed_whole():
+    torch.manual_seed(0)
+    model = Leaking().eval()
+    module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
+    sites = sites_of(module, values)
+    assert why_not_shared(module, sites[0], SHARED, Context(1)) is None
+    shared = rewrite(module, sites, [SHARED], Context(1)).module
+    x = next(value for value in values if not isinstance(value, torch.nn.Parameter))
+    q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (model.q, model.k, model.v))
+    half = model.o(F.scaled_dot_product_attention(q[1:], k[1:], v[1:]).transpose(1, 2).flatten(2))
+    wanted = x + torch.cat([half, half]) + q.mean(-1).mean(1)[..., None]
+    torch.testing.assert_close(shared(*values)[0], wanted, atol=1e-6, rtol=0)
+
+
+def test_a_fused_projection_that_feeds_more_than_the_attention_stays_whole():
+    """FLUX.2's parallel blocks: one linear for query, key, value and the MLP."""
+
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.together, self.out = torch.nn.Linear(16, 3 * 16 + 32), torch.nn.Linear(48, 16)
+
+        def forward(self, x):
+            qkv, mlp = self.together(x).split([48, 32], -1)
+            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in qkv.chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return x + self.out(torch.cat([y, mlp.relu()], -1))
+
+    torch.manual_seed(0)
+    module, values = graph_of(Fused().eval(), {"x": torch.randn(2, 6, 16)})
+    sites = sites_of(module, values)
+    assert why_not_shared(module, sites[0], SHARED, Context(0)) is None
+    shared = rewrite(module, sites, [SHARED], Context(0)).module
+    by_op = {op_name(node): shape_of(node) for node in shared.graph.nodes}
+    assert by_op["linear"][0] == 2
+    assert by_op["scaled_dot_product_attention"][0] == 1
+    equal = [v if isinstance(v, torch.nn.Parameter) else v[:1].expand(2, -1, -1).contiguous() for v in values]
+    torch.testing.assert_close(shared(*equal)[0], module(*equal)[0], atol=1e-6, rtol=0)
 
 
 class Mixing(BareAttention):
