@@ -91,8 +91,14 @@ def inspect_model(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            torch.compile(private_forward(model), backend=collect, dynamic=False)(*args, **kwargs)
+        for _ in range(2):  # some models fill tables in their first call, which breaks the graph
+            captures.clear()
+            failures.clear()
+            graphs = 0
+            with torch.no_grad():
+                torch.compile(private_forward(model), backend=collect, dynamic=False)(*args, **kwargs)
+            if graphs == 1:
+                break
     finally:
         model.train(training)
     sites = tuple(site for capture in captures for site in capture.all_sites)

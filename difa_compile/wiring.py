@@ -143,7 +143,7 @@ class Wiring:
         """One transformer call in the run of ``following``, or in the run that the caller has opened."""
 
         def call() -> object:
-            return run_compiled(self._compiled, type(self.model).__name__, args, kwargs)
+            return run_compiled(self._compiled, self.model, args, kwargs)
 
         return call() if following is None else following.model_call(call)
 
@@ -161,14 +161,24 @@ def compile_forward(model: nn.Module, backend: Callable[..., object], options: M
 
 
 def run_compiled(
-    compiled: Callable[..., object], name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    compiled: Callable[..., object],
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    *,
+    retry: bool = True,
 ) -> object:
-    """Call ``compiled``; ``name`` is the model's class, for messages.
+    """Call ``compiled``, made from the call of ``model``.
+
+    Some models fill tables in their first call, in ways that cannot be captured. So a model that cannot be captured is
+    called once as it is, and captured again.
 
     An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
     model cannot be captured as one graph.
     """
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
+    name = type(model).__name__
 
     try:
         return compiled(*args, **kwargs)
@@ -182,6 +192,9 @@ def run_compiled(
             f"of one class ({MOST_SHAPES}); sample fewer sizes, or call torch._dynamo.reset() to start over"
         ) from failure
     except Unsupported as failure:
+        if retry:
+            model._call_impl(*args, **kwargs)
+            return run_compiled(compiled, model, args, kwargs, retry=False)
         reason = str(failure).strip().splitlines()[0]
         raise UnsupportedPipelineError(
             f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"

@@ -137,6 +137,9 @@ def _of(
         return _convolved(of(first), shape_of(node))
     if name in ("cat", "concat", "concatenate"):
         return _concatenated(node, of)
+    if name == "pad_sequence" and argument(node, 1, "batch_first", False):
+        rows = [of(value) for value in argument(node, 0, "sequences")]
+        return _broadcast([(other(len(rows)), *row) for row in rows], shape_of(node))
     if name == "stack":
         parts = [of(value) for value in argument(node, 0, "tensors")]
         axis = argument(node, 1, "dim", 0) % (len(parts[0]) + 1)

@@ -23,6 +23,7 @@ from difa_compile.passes.graph import (
     REDUCTIONS,
     SHUFFLING,
     argument,
+    influenced_by,
     is_attention,
     is_linear,
     mutated_argument,
@@ -43,11 +44,10 @@ class BatchUnknown(Exception):
 def annotate_batch(graph: fx.Graph, latents: Sequence[fx.Node]) -> None:
     """Write ``node.meta["batch_dim"]`` on every node whose value carries the samples of the latent (dimension 0).
 
-    A value that would carry them in two dimensions gets none. Where the model takes a list of samples, none does.
+    A value that would carry them in two dimensions gets none. Where the model takes a list of samples, they are carried
+    from where one value of each is put into a batch (``stack``, ``pad_sequence``).
     """
-    if len(latents) != 1:
-        return
-    latent = latents[0]
+    seeds = [(latents[0], 0)] if len(latents) == 1 else [(node, 0) for node in batches_of(graph, latents)]
     links: dict[Place, set[Place]] = {}
     for node in graph.nodes:
         try:
@@ -58,8 +58,8 @@ def annotate_batch(graph: fx.Graph, latents: Sequence[fx.Node]) -> None:
             here, there = (node, dimension), (source, source_dimension)
             links.setdefault(here, set()).add(there)
             links.setdefault(there, set()).add(here)
-    seen: set[Place] = {(latent, 0)}
-    todo = [(latent, 0)]
+    seen: set[Place] = set(seeds)
+    todo = list(seeds)
     while todo:
         for place in links.get(todo.pop(), ()):
             if place not in seen:
@@ -71,6 +71,23 @@ def annotate_batch(graph: fx.Graph, latents: Sequence[fx.Node]) -> None:
     for node, dimensions in found.items():
         if len(dimensions) == 1:
             node.meta["batch_dim"] = next(iter(dimensions))
+
+
+def batches_of(graph: fx.Graph, latents: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes that put one value of each of ``latents``, in order, into a batch."""
+    reached = [influenced_by([latent]) for latent in latents]
+    found = []
+    for node in graph.nodes:
+        name = op_name(node)
+        first = name == "stack" and argument(node, 1, "dim", 0) == 0
+        if not (first or (name == "pad_sequence" and argument(node, 1, "batch_first", False))):
+            continue
+        values = node.args[0] if node.args else ()
+        if isinstance(values, (list, tuple)) and len(values) == len(latents) and len(latents) > 1:
+            own = [value for value, nodes in zip(values, reached, strict=True) if value in nodes]
+            if len(own) == len(values):
+                found.append(node)
+    return found
 
 
 def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
@@ -105,6 +122,9 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         axis = argument(node, 1, "dim", 0) % len(shape)
         for operand in argument(node, 0, "tensors"):
             yield from ((i, operand, i) for i in range(len(shape)) if i != axis)
+    elif name == "pad_sequence" and argument(node, 1, "batch_first", False):
+        for operand in argument(node, 0, "sequences"):
+            yield from ((i + 1, operand, i) for i in range(1, len(shape_of(operand))))
     elif name == "stack":
         axis = argument(node, 1, "dim", 0) % len(shape_of(node))
         for operand in argument(node, 0, "tensors"):

@@ -30,6 +30,7 @@ from difa_compile.passes.graph import (
     LAYOUT,
     alias_root,
     argument,
+    influenced_by,
     is_attention,
     is_flex,
     is_linear,
@@ -58,7 +59,7 @@ def find_attention(
         values: the real inputs of the graph, in order, among which position ids may show the grid of packed tokens.
     """
     latents = latent_inputs(module.graph)
-    from_latent = reachable_from(latents)
+    from_latent = influenced_by(latents)
     layouts = LayoutFinder(module.graph, latents, told=layout, values=values)
     attentions = [node for node in module.graph.nodes if is_attention(node)]
     names = site_names(attentions)

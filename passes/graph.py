@@ -206,6 +206,16 @@ def reachable_from(starts: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
+def influenced_by(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes whose value depends on ``starts``, also where it was written into a buffer that they read."""
+    seen = reachable_from(starts)
+    while True:
+        written = {alias_root(node) for node in seen if mutated_argument(node) is not None} - seen
+        if not written:
+            return seen
+        seen |= reachable_from(written)
+
+
 def reaching(ends: Iterable[fx.Node]) -> set[fx.Node]:
     """All nodes that any of ``ends`` depends on, themselves included."""
     seen = set(ends)

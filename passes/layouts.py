@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from difa_compile.layout import Layout
 from difa_compile.passes.axes import Extent, Part, follow_axes
-from difa_compile.passes.graph import is_parameter, op_name, reachable_from, shape_of
+from difa_compile.passes.graph import influenced_by, is_parameter, op_name, shape_of
 
 
 class LayoutFinder:
@@ -45,7 +45,7 @@ class LayoutFinder:
         self.latents = latents
         self.extents = follow_axes(graph, latents)
         self.tables = position_tables(graph, values)
-        self.unrelated = set(graph.nodes) - reachable_from(latents)
+        self.unrelated = set(graph.nodes) - influenced_by(latents)
 
     def of(self, sequence: fx.Node, tokens: int) -> tuple[Layout | None, str]:
         """The layout of a sequence (B, H, tokens, D), or None and the reason."""

@@ -192,7 +192,7 @@ def test_equal_blocks_with_other_weights_compute_with_their_own():
 
 def test_records_say_what_became_of_every_decision():
     rows = [FULL, Decision.parse("window(band:2)"), REUSE]
-    model, inputs = plain(masks=("none", "mask"))
+    model, inputs = plain(masks=("none", "causal"))
     plan = plain_plan(rows)
     module, values = graph_of(model, inputs)
     capture = Capture(module, values, eager, plan=plan)
@@ -202,12 +202,12 @@ def test_records_say_what_became_of_every_decision():
         ("layers.0.attention", "window(band:2)", "rewritten", ""),
         ("layers.0.attention", "reuse", "rewritten", ""),
         ("layers.1.attention", "full", "full", ""),
-        ("layers.1.attention", "window(band:2)", "skipped", "the attention carries a mask"),
+        ("layers.1.attention", "window(band:2)", "skipped", "the attention is causal"),
         ("layers.1.attention", "reuse", "rewritten", ""),
     ]
     assert capture.effective(1, rows[1]) == FULL
     assert capture.effective(0, rows[1]) == rows[1]
-    with pytest.raises(SiteSkippedError, match=r"layers\.1\.attention: window\(band:2\).*carries a mask"):
+    with pytest.raises(SiteSkippedError, match=r"layers\.1\.attention: window\(band:2\).*is causal"):
         Capture(module, values, eager, plan=plan, strict=True)
 
 

@@ -264,13 +264,16 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
     fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
     expected = by_hand(model)
 
-    def fail(*_):
+    execute = Capture.execute
+
+    def fail(*arguments):
+        execute(*arguments)
         raise MemoryError
 
     with sampling(fast, 4) as run:
         call(fast, at_step(inputs, 0))
         with monkeypatch.context() as broken:
-            broken.setattr(Capture, "outputs", fail)
+            broken.setattr(Capture, "execute", fail)
             with pytest.raises(MemoryError):
                 call(fast, at_step(inputs, 9))
         run.step(1)

@@ -302,16 +302,18 @@ def test_dynamos_failures_become_errors_of_this_package():
         def __call__(self, module, inputs, *, options=None):
             raise PlanMismatchError("another grid")
 
+    doubling = Doubling()
+
     class Broken(torch.nn.Module):
         def forward(self, x):
             torch._dynamo.graph_break()
             return x + 1
 
     with pytest.raises(PlanMismatchError, match="another grid"):
-        run_compiled(compile_forward(Doubling(), Backend(), {}), "Doubling", (torch.zeros(1),), {})
+        run_compiled(compile_forward(doubling, Backend(), {}), doubling, (torch.zeros(1),), {})
     broken = Broken()
     with pytest.raises(UnsupportedPipelineError, match="Broken cannot be captured as one graph"):
-        run_compiled(compile_forward(broken, lambda m, i, options=None: m.forward, {}), "Broken", (torch.zeros(1),), {})
+        run_compiled(compile_forward(broken, lambda m, i, options=None: m.forward, {}), broken, (torch.zeros(1),), {})
 
 
 def test_more_pipelines_than_dynamos_own_limit_of_graphs():
@@ -322,14 +324,37 @@ def test_more_pipelines_than_dynamos_own_limit_of_graphs():
         return module.forward
 
     for number in range(10):
-        run_compiled(compile_forward(Doubling(), backend, {"a": number}), "Doubling", (torch.zeros(1),), {})
+        model = Doubling()
+        run_compiled(compile_forward(model, backend, {"a": number}), model, (torch.zeros(1),), {})
     assert [options["a"] for options in compiled] == list(range(10))
 
 
 def test_too_many_shapes_is_an_error(monkeypatch):
     monkeypatch.setattr("difa_compile.wiring.MOST_SHAPES", 2)
-    forward = compile_forward(Doubling(), lambda m, i, options=None: m.forward, {})
+    model = Doubling()
+    forward = compile_forward(model, lambda m, i, options=None: m.forward, {})
     for rows in (1, 2):
-        run_compiled(forward, "Doubling", (torch.zeros(rows),), {})
+        run_compiled(forward, model, (torch.zeros(rows),), {})
     with pytest.raises(UnsupportedPipelineError, match="more input shapes"):
-        run_compiled(forward, "Doubling", (torch.zeros(3),), {})
+        run_compiled(forward, model, (torch.zeros(3),), {})
+
+
+def test_a_model_that_fills_a_table_in_its_first_call_is_captured_at_the_second_attempt():
+    class Lazy(torch.nn.Module):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                with torch.device("cpu"):  # what Dynamo cannot enter
+                    self.table = torch.arange(3.0)
+            return x + self.table
+
+    model, graphs = Lazy(), []
+
+    def backend(module, inputs, options=None):
+        graphs.append(module)
+        return module.forward
+
+    found = run_compiled(compile_forward(model, backend, {}), model, (torch.zeros(3),), {})
+    assert torch.equal(found, torch.arange(3.0))
+    assert len(graphs) == 1
