@@ -21,7 +21,7 @@ from difa_compile.layout import Layout
 from difa_compile.plan import Plan
 from difa_compile.run import active_run, call_without_run
 
-OPTIONS = ("plan", "strict", "layout", "cfg", "inner")
+OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize")
 
 
 def difa(
@@ -39,6 +39,8 @@ def difa(
         strict: a decision that can't be carried out is a :class:`SiteSkippedError` instead of a record.
         layout: the :class:`Layout` of the attention sequence, for models whose graph does not show it.
         cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional; the plan's own by default.
+        resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
+            errors otherwise.
         inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
 
     Errors of this package that show at compile time are raised by the call that triggered it, as themselves.
@@ -84,6 +86,7 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
         layout=layout,
         conditional_half=half,
         strict=bool(options.get("strict", False)),
+        resize=options.get("resize"),
     )
 
     def run_captured(*args: Any) -> list[Any]:

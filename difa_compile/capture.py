@@ -75,7 +75,7 @@ class Capture:
     Attributes:
         sites: the sites a plan can act on (self- and joint attention), in execution order.
         all_sites: these and the cross-attention sites.
-        plan: the plan it was compiled for, or None.
+        plan: the plan it was compiled for, carried onto this image size if ``resize`` says how, or None.
         compiled_variants: how many segment variants have been compiled so far.
     """
 
@@ -89,6 +89,7 @@ class Capture:
         layout: Layout | None = None,
         conditional_half: int | None = None,
         strict: bool = False,
+        resize: str | None = None,
     ) -> None:
         specialize(module)
         self.module = module
@@ -116,7 +117,10 @@ class Capture:
         self._proofs = self._prove(example_inputs)
         self.records: tuple[Record, ...] = ()
         if plan is not None:
-            plan.validate(sites=[site.info for site in self.sites])
+            infos = [site.info for site in self.sites]
+            if resize is not None and infos != list(plan.sites):
+                self.plan = plan = plan.resized(infos, resize)
+            plan.validate(sites=infos)
             self.records = self._record(plan)
             skipped = [record for record in self.records if record.outcome == "skipped"]
             if strict and skipped:
@@ -269,8 +273,12 @@ class Capture:
         if all(role == FULL_ROLE for role in roles):
             return self.full(args), {}
         state = self.advance(self.begin(args), roles, caches)  # compiles what the row needs
-        self._rows[roles] = stitch(self.split, [self._link(segment, roles) for segment in self.split.segments])
+        self._rows[roles] = self.stitched(roles)
         return self.outputs(state), state.caches_out
+
+    def stitched(self, roles: tuple[Role, ...]) -> Row:
+        """One function that runs all segments with one role per site; their variants must have been run before."""
+        return stitch(self.split, [self._link(segment, roles) for segment in self.split.segments])
 
     def _link(self, segment: Segment, roles: tuple[Role, ...]) -> Link:
         """What runs a segment in a row that has been run before."""

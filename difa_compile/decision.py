@@ -13,7 +13,9 @@ reuse                        the region's output of an earlier step; nothing is 
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -47,6 +49,15 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.shape}:{self.radius}"
+
+    def scaled(self, old: Sequence[int], new: Sequence[int]) -> Window:
+        """The window that covers on grid ``new`` the share that this one covers on grid ``old``.
+
+        A band's radius counts tokens and grows with their number; that of a disc or box grows with the mean side.
+        """
+        ratio = math.prod(new) / math.prod(old)
+        factor = ratio if self.shape is WindowShape.BAND else ratio ** (1 / max(len(old), len(new)))
+        return Window(self.shape, max(1, round(self.radius * factor)))
 
     @classmethod
     def parse(cls, text: str) -> Window:

@@ -18,11 +18,11 @@ from torch import nn
 
 from difa_compile.backend import difa
 from difa_compile.decision import Kind
-from difa_compile.errors import NotAppliedError, PlanMismatchError, UnsupportedPipelineError
+from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following, RunStats
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
 from difa_compile.layout import Layout
-from difa_compile.plan import Plan
+from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import Run
 from difa_compile.wiring import Wiring, compile_forward, wiring_of
 
@@ -105,13 +105,15 @@ def apply(
     strict: bool = False,
     layout: Layout | None = None,
     inner: str = "inductor",
+    resize: str | None = None,
 ) -> AppliedPlan:
     """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
 
     The model is captured and compiled at the first call, once per input shape. ``strict``: a decision that cannot be
     carried out is a :class:`~difa_compile.errors.SiteSkippedError` instead of a record. ``layout``: where the image
     stands in the attention sequence, for models whose graph does not show it. ``inner``: what compiles the rewritten
-    graphs, ``"inductor"`` or, for debugging, ``"eager"``.
+    graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
+    onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors.
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
@@ -119,6 +121,8 @@ def apply(
     """
     _, model = find_transformer(pipe)
     check_scheduler(pipe)
+    if resize not in (None, *RESIZES):
+        raise DecisionError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}, or leave it out")
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} already carries a plan; call remove(pipe) first")
     if not isinstance(plan, Plan):
@@ -126,7 +130,7 @@ def apply(
     plan.validate(model=model)
     half = _conditional_half(pipe, plan)
     applied = AppliedPlan(plan)
-    options: dict[str, object] = {"plan": plan, "strict": strict, "layout": layout, "inner": inner}
+    options: dict[str, object] = {"plan": plan, "strict": strict, "layout": layout, "inner": inner, "resize": resize}
     if half is not None:
         options["cfg"] = {"conditional_half": half}
     decisions = {decision for row in plan.decisions for decision in row}

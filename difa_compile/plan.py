@@ -8,7 +8,7 @@ settings it was made for, and is refused where they differ. See contract 6 of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,10 @@ __all__ = [
     "Trial",
     "model_digest",
 ]
+
+
+RESIZES = ("fraction", "tokens")
+"""How windows are carried onto another image size: see :meth:`Plan.resized`."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,10 @@ class Plan:
         if sites is not None:
             found = _site_differences(self.sites, sites)
             if found and not differences and [site.path for site in sites] == [site.path for site in self.sites]:
-                remedy = "calibrate a plan at this image size, or sample at the size the plan was made for"
+                remedy = (
+                    "calibrate a plan at this image size, sample at the size the plan was made for, or let the plan be "
+                    'carried onto other sizes with resize="fraction" (windows grow with the image) or "tokens"'
+                )
             differences += found
         if differences:
             shown = differences[:8]
@@ -207,7 +214,39 @@ class Plan:
         )
         return cls(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 
-    # --- other schedules ---------------------------------------------------------------------------------------------
+    # --- other sizes and schedules -----------------------------------------------------------------------------------
+
+    def resized(self, sites: Sequence[SiteInfo], windows: str = "fraction") -> Plan:
+        """The same decisions for the same model at another image size, whose sites are ``sites``.
+
+        ``windows``: ``"fraction"`` lets a window cover the same share of the image (a band's radius grows with the
+        number of image tokens, that of a disc or box with the side of the grid), ``"tokens"`` keeps its radius. The
+        losses of the plan were measured at its own size and are left out.
+
+        Raises :class:`PlanMismatchError` if the sites differ in more than tokens and grid, :class:`DecisionError` for
+        another word in ``windows``.
+        """
+        if windows not in RESIZES:
+            raise DecisionError(f"windows is {windows!r}; choose one of {', '.join(RESIZES)}")
+        if len(sites) == len(self.sites):
+            same = [
+                replace(new, tokens=old.tokens, layout=old.layout) for new, old in zip(sites, self.sites, strict=True)
+            ]
+        else:
+            same = list(sites)
+        self.validate(sites=same)
+
+        def carried(cell: Cell, old: SiteInfo, new: SiteInfo) -> Cell:
+            decision = cell.decision
+            if decision.window is not None and windows == "fraction" and old.layout and new.layout:
+                decision = replace(decision, window=decision.window.scaled(old.layout.grid, new.layout.grid))
+            return Cell(decision, (), flops_saved(decision, new))
+
+        rows = tuple(
+            tuple(carried(cell, old, new) for cell, old, new in zip(row, self.sites, sites, strict=True))
+            for row in self.rows
+        )
+        return replace(self, sites=tuple(sites), rows=rows)
 
     def resolve(
         self, steps: int, scheduler: object | None = None, *, progress: Sequence[float] | None = None

@@ -243,6 +243,37 @@ def test_two_models_of_a_class_share_a_capture_and_keep_their_runs_apart():
     assert len(captures) == 1
 
 
+@pytest.mark.parametrize("resize", ["fraction", "tokens"])
+def test_one_plan_at_several_sizes_in_one_run_of_the_process(resize):
+    """One capture per size; windows grow with the image or keep their tokens; no cache crosses."""
+    model, _ = plain()
+    plan = plain_plan([FULL, D("window(band:3)+residual"), REUSE])
+    fast = compiled(model, plan, resize=resize, strict=True)
+    inputs = {size: plain(size=size)[1] for size in ((8, 12), (16, 12))}
+    found = {}
+    with torch.no_grad():
+        for size, values in inputs.items():
+            with sampling(fast, 3) as run:
+                found[size] = [(run.step(i), fast(**at_step(values, i)))[1] for i in range(3)]
+        larger = [FULL, D(f"window(band:{6 if resize == 'fraction' else 3})+residual"), REUSE]
+        module, values = graph_of(model, inputs[16, 12])
+        own = plan_of(model, [site.info for site in sites_of(module, values)], [[d] * 2 for d in larger])
+        torch._dynamo.reset()
+        exact = compiled(model, own, strict=True)
+        with sampling(exact, 3) as run:
+            for i in range(3):
+                run.step(i)
+                assert torch.equal(exact(**at_step(inputs[16, 12], i)), found[16, 12][i]), i
+    assert not torch.allclose(found[8, 12][1], model(**at_step(inputs[8, 12], 1)), atol=1e-3)
+
+
+def test_another_size_without_resize_is_refused():
+    model, _ = plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with torch.no_grad(), pytest.raises(PlanMismatchError, match="resize="):
+        fast(**plain(size=(16, 12))[1])
+
+
 def test_nothing_is_stored_on_the_model():
     model, inputs = plain()
     plan = plain_plan([FULL, D("window(band:2)+residual"), REUSE])

@@ -640,3 +640,34 @@ def test_summary_of_a_resolved_plan_names_the_promotions() -> None:
     assert "fell out: 2\n" in text
     assert "  step 2, blocks.0.attn1: reuse; it reads the output of the plan's step 4" in text
     assert "blocks.0.attn1  FFFF\n" in text
+
+
+# --- other image sizes -------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_carried_onto_another_size_as_a_share_or_as_they_are():
+    rows = [[FULL, FULL], [Decision(Kind.WINDOW, BAND), Decision.parse("window(disc:4)+cfg")], [REUSE, FULL]]
+    cells = tuple(tuple(Cell(decision, (Trial(decision, 0.1, 0.2),), 0.5) for decision in row) for row in rows)
+    plan = Plan(MODEL, GREEDY, (site(0), site(1)), uniform_progress(3), cells)
+    larger = [site(0, 32), site(1, 32)]
+    with pytest.raises(PlanMismatchError, match='resize="fraction"'):
+        plan.validate(sites=larger)
+    wide = plan.resized(larger)
+    assert [str(cell.decision) for cell in wide.rows[1]] == ["window(band:128)", "window(disc:8)+cfg"]
+    assert wide.sites == tuple(larger)
+    assert wide.rows[1][0].trials == ()
+    assert 0 < wide.rows[1][0].flops_saved < 1
+    wide.validate(sites=larger)
+    same = plan.resized(larger, "tokens")
+    assert same.decisions == plan.decisions
+    assert wide.resized(plan.sites).decisions == plan.decisions
+    assert plan.resized([site(0, 2), site(1, 2)]).rows[1][0].decision.window.radius == 1
+    with pytest.raises(DecisionError, match="fraction, tokens"):
+        plan.resized(larger, "half")
+
+
+def test_only_the_size_may_differ():
+    plan = Plan(MODEL, GREEDY, (site(0),), uniform_progress(1), ((Cell(FULL),),))
+    for other in ([dataclasses.replace(site(0, 32), heads=5)], [site(1, 32)], [site(0, 32), site(1, 32)]):
+        with pytest.raises(PlanMismatchError):
+            plan.resized(other)
