@@ -33,6 +33,7 @@ from difa_compile import FULL, Decision, Plan
 from difa_compile.backend import inductor
 from difa_compile.capture import Capture
 from difa_compile.schedule import FULL_ROLE
+from difa_compile.stitch import Row as Stitched
 
 from ._common import RESULTS, ROOT, Row, interleave, write_result
 
@@ -150,11 +151,13 @@ def compile_stitched(model: nn.Module) -> Any:
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         capture = Capture(module, example_inputs, inductor)
         roles = (FULL_ROLE,) * len(capture.sites)
-        capture.advance(capture.begin(example_inputs), roles, {})
-        row = capture.stitched(roles)
+        rows: list[Stitched] = []
 
         def run(*args: Any) -> list[Any]:
-            return row(args, {})[0]
+            if not rows:  # compiled behind Dynamo's back, as the runs of a plan are
+                capture.advance(capture.begin(args), roles, {})
+                rows.append(capture.stitched(roles))
+            return rows[0](args, {})[0]
 
         return run
 

@@ -21,11 +21,11 @@ from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkipped
 from difa_compile.layout import Layout
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
-from difa_compile.passes.find_attention import find_attention, latent_inputs
+from difa_compile.passes.find_attention import attention_inputs, find_attention, latent_inputs
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
-from difa_compile.passes.specialize import specialize
+from difa_compile.passes.specialize import check_sizes, specialize
 from difa_compile.passes.variant import Context
 from difa_compile.passes.verify import Proof, computes_the_same, prove
 from difa_compile.passes.window import why_not_window
@@ -112,7 +112,11 @@ class Capture:
                 f"the graph has {len(self.all_sites)} attention calls, none of them self- or joint attention of the "
                 "denoised tokens through scaled_dot_product_attention; there is nothing a plan could change"
             )
+        for site in self.sites:
+            check_sizes((*attention_inputs(site.region.attention), *site.region.interior))
         self.split = split_at_blocks(module, self.sites)
+        for segment in self.split.segments:
+            check_sizes(segment.module.graph.find_nodes(op="placeholder"))
         self._segment_of = {index: i for i, segment in enumerate(self.split.segments) for index in segment.site_indices}
         self._proofs = self._prove(example_inputs)
         self.records: tuple[Record, ...] = ()

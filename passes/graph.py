@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 ATTENTION_TARGETS = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 LINEAR_TARGETS = {F.linear, torch._C._nn.linear, torch.ops.aten.linear.default}
@@ -84,9 +85,9 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The node's shape in plain integers; () where the node holds no tensor."""
+    """The node's shape in plain integers; () where the node holds no tensor. -1: known only when the model runs."""
     value = tensor_of(node)
-    return () if value is None else tuple(int(size) for size in value.shape)
+    return () if value is None else tuple(-1 if free_unbacked_symbols(size) else int(size) for size in value.shape)
 
 
 def is_parameter(node: fx.Node) -> bool:

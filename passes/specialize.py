@@ -10,10 +10,11 @@ Before: ``view(x, s0, -1, 64)`` with ``s0`` an input. After: ``view(x, 2, -1, 64
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from difa_compile.errors import UnsupportedModelError
 
@@ -21,30 +22,15 @@ from difa_compile.errors import UnsupportedModelError
 def specialize(module: fx.GraphModule) -> int:
     """Replace symbolic integers by their values, in place. Returns how many nodes were replaced.
 
-    Raises :class:`UnsupportedModelError` for sizes that are only known when the model runs.
+    Sizes that are only known when the model runs (how many tokens a mask shows) stay as they are:
+    :func:`check_sizes` says whether they are in the way of a plan.
     """
-    try:
-        replaced = fix_sizes(module)
-    except GuardOnDataDependentSymNode as error:
-        place = re.search(r'File "[^"]*/([^/"]+)", line (\d+), in (\w+)', str(error))
-        raise UnsupportedModelError(
-            "sizes inside the model depend on the values of its inputs (for instance on how many tokens a mask shows)"
-            + (f", in {place[3]} ({place[1]}:{place[2]})" if place else "")
-            + "; a plan needs fixed sizes: call the model with inputs that take another path, or leave the mask out"
-        ) from error
-    if replaced:
-        for node in reversed(list(module.graph.nodes)):
-            if node.op in ("call_function", "call_method") and not node.users and is_symbolic(node):
-                module.graph.erase_node(node)
-        module.recompile()
-    return replaced
-
-
-def fix_sizes(module: fx.GraphModule) -> int:
     replaced = 0
     for node in list(module.graph.nodes):
         value = node.meta.get("example_value")
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "output":
+            if free_unbacked_symbols(value):
+                continue
             constant: int | float | bool
             if isinstance(value, torch.SymInt):
                 constant = int(value)
@@ -56,8 +42,31 @@ def fix_sizes(module: fx.GraphModule) -> int:
             replaced += 1
         elif isinstance(value, torch.Tensor):
             for size in (*value.shape, *(value.stride() if value.layout is torch.strided else ())):
-                int(size)  # guards on sizes that no node of its own stands for
+                if not free_unbacked_symbols(size):
+                    int(size)  # guards on sizes that no node of its own stands for
+    if replaced:
+        for node in reversed(list(module.graph.nodes)):
+            if node.op in ("call_function", "call_method") and not node.users and is_symbolic(node):
+                module.graph.erase_node(node)
+        module.recompile()
     return replaced
+
+
+def check_sizes(nodes: Iterable[fx.Node]) -> None:
+    """Raise :class:`UnsupportedModelError` if the size of one of these values is only known when the model runs.
+
+    Such a value can live within a segment, which is compiled whole; it can't cross a cut, be cached or be halved.
+    """
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if value is None or not isinstance(value, (torch.Tensor, torch.SymInt)) or not free_unbacked_symbols(value):
+            continue
+        made = re.findall(r'File "[^"]*/([^/"]+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+        raise UnsupportedModelError(
+            "sizes inside the model depend on the values of its inputs (for instance on how many tokens a mask shows)"
+            + (f", in {made[-1][2]} ({made[-1][0]}:{made[-1][1]})" if made else "")
+            + "; a plan needs fixed sizes: call the model with inputs that take another path, or leave the mask out"
+        )
 
 
 def is_symbolic(node: fx.Node) -> bool:

@@ -642,7 +642,7 @@ def test_summary_of_a_resolved_plan_names_the_promotions() -> None:
     assert "blocks.0.attn1  FFFF\n" in text
 
 
-# --- other image sizes -------------------------------------------------------------------------------------------------
+# --- other image sizes ------------------------------------------------------------------------------------------------
 
 
 def test_windows_are_carried_onto_another_size_as_a_share_or_as_they_are():
