@@ -14,7 +14,7 @@ import argparse
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,7 @@ class Planned:
         self.captures: list[Capture] = []
         self.graphs = 0
         self.refusal = ""
+        self.calls = 0
         self.start(FULL)
 
     def start(self, decision: Decision) -> None:
@@ -70,6 +71,7 @@ class Planned:
         calls = [n for n in module.graph.nodes if is_attention(n) or op_name(n) == "multi_head_attention_forward"]
         for number, node in enumerate(calls):
             node.meta[CALL] = number
+        self.calls = len(calls)
         try:
             capture = Capture(module, example_inputs, eager, conditional_half=CONDITIONAL_HALF)
         except DifaError as error:
@@ -104,6 +106,8 @@ class Altered:
     def __init__(self, decisions: Mapping[int, tuple[Decision, Layout | None]]) -> None:
         self.decisions = decisions
         self.kept: dict[int, Tensor] = {}
+        self.calls: Callable[[], int] = lambda: 0
+        """How many calls the step in progress has made."""
 
     @contextmanager
     def step(self, first: bool) -> Iterator[None]:
@@ -146,6 +150,7 @@ class Altered:
             finally:
                 plain = kept
 
+        self.calls = lambda: count
         F.scaled_dot_product_attention = attend
         flex.flex_attention = attend_flex
         try:
@@ -249,12 +254,17 @@ def compare(example: Example, compiled: Any, backend: Planned, decision: Decisio
             call(example)
         with altered.step(first=False):
             wanted = call(moved)
+            made = altered.calls()
+    if made != backend.calls:
+        raise RuntimeError(f"the graph has {backend.calls} attention calls, the model makes {made}")
     if backend.graphs != 1:
         raise RuntimeError(f"captured {backend.graphs} times: the second step was compiled anew")
     if all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True)):
         raise RuntimeError(f"{decision} changes nothing: the comparison could not fail")
     if all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
         return "exact"
+    if not all(torch.isfinite(value).all() for value in (*found, *wanted)):
+        raise RuntimeError(f"{decision} gives values that are not finite")
     scale = max(float(value.abs().max()) for value in wanted)
     return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) / scale
 

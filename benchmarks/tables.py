@@ -85,6 +85,17 @@ DETAILS = {
         Column("compile_seconds_min", "min s", ".1f"),
         Column("compile_seconds_max", "max s", ".1f"),
     ),
+    "deep_models": (
+        Column("model", "model"),
+        CASE,
+        Column("sites", "sites"),
+        Column("compile_seconds", "compile s", ".1f"),
+        TO_INDUCTOR,
+        SECONDS,
+        Column("overhead", "overhead", ".1%"),
+        Column("seconds_min", "min s", ".2f"),
+        Column("seconds_max", "max s", ".2f"),
+    ),
     "model_survey": (
         Column("class", "class"),
         Column("sites", "sites"),

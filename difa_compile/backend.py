@@ -18,7 +18,7 @@ from torch import fx
 from difa_compile.capture import Capture, Compiler
 from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
 from difa_compile.layout import Layout
-from difa_compile.plan import Plan
+from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
 OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize")
@@ -77,6 +77,8 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
         half = plan.settings.conditional_half
     if half not in (None, 0, 1):
         raise DecisionError(f"conditional_half is {half!r}; give 0 (first half) or 1 (second half)")
+    if options.get("resize") not in (None, *RESIZES):
+        raise DecisionError(f"option resize is {options['resize']!r}; choose one of {', '.join(RESIZES)}")
     compiler = compiler_named(options.get("inner", "inductor"))
     capture = Capture(
         module,

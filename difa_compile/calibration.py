@@ -30,7 +30,7 @@ from difa_compile.errors import (
 )
 from difa_compile.following import Following
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
-from difa_compile.pipeline import check_scheduler, find_transformer
+from difa_compile.pipeline import check_scheduler, check_transformer, find_transformer
 from difa_compile.plan import Plan, model_digest
 from difa_compile.run import Run
 from difa_compile.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
@@ -85,6 +85,7 @@ def calibrate(
         window = Window.parse(window)
     names = _check_candidates(candidates)
     _, model = find_transformer(pipe)
+    check_transformer(pipe, model)
     check_scheduler(pipe)
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")

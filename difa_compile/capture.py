@@ -27,7 +27,7 @@ from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.specialize import check_sizes, specialize
 from difa_compile.passes.variant import Context
-from difa_compile.passes.verify import Proof, computes_the_same, prove
+from difa_compile.passes.verify import Proof, computes_the_same, fresh, prove
 from difa_compile.passes.window import why_not_window
 from difa_compile.plan import Plan
 from difa_compile.schedule import FULL_ROLE, Role
@@ -118,7 +118,7 @@ class Capture:
         for segment in self.split.segments:
             check_sizes(segment.module.graph.find_nodes(op="placeholder"))
         self._segment_of = {index: i for i, segment in enumerate(self.split.segments) for index in segment.site_indices}
-        self._proofs = self._prove(example_inputs)
+        self._proofs = self._prove(fresh(module, example_inputs))  # proving must not change what the model writes to
         self.records: tuple[Record, ...] = ()
         if plan is not None:
             infos = [site.info for site in self.sites]

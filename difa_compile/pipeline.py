@@ -86,6 +86,15 @@ def find_transformer(pipe_or_model: Any) -> tuple[str, nn.Module]:
     )
 
 
+def check_transformer(pipe: Any, model: nn.Module) -> None:
+    """Raise :class:`UnsupportedPipelineError` for a transformer that ``torch.compile`` wrapped: it bypasses plans."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedPipelineError(
+            f"the transformer of this {type(pipe).__name__} is wrapped by torch.compile, which a plan replaces; put "
+            "the module itself back first: pipe.transformer = pipe.transformer._orig_mod"
+        )
+
+
 def check_scheduler(pipe: Any) -> None:
     """Raise :class:`UnsupportedPipelineError` unless ``pipe`` has a scheduler whose steps can be followed."""
     scheduler = getattr(pipe, "scheduler", None)
@@ -120,6 +129,7 @@ def apply(
     :class:`PlanMismatchError` if the plan was made for another model, and what :meth:`Plan.load` raises.
     """
     _, model = find_transformer(pipe)
+    check_transformer(pipe, model)
     check_scheduler(pipe)
     if resize not in (None, *RESIZES):
         raise DecisionError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}, or leave it out")
@@ -182,6 +192,12 @@ def _conditional_half(pipe: Any, plan: Plan) -> int | None:
         raise PlanMismatchError(
             f"the plan was made with the conditional half at position {told}, but {type(pipe).__name__} puts it at "
             f"{known}; calibrate a plan with this pipeline"
+        )
+    made_for = plan.settings.guidance
+    if {made_for, guidance.form} == {"batched", "two-call"}:
+        raise PlanMismatchError(
+            f"the plan shares guidance halves as {made_for} calls have them, but {type(pipe).__name__} makes "
+            f"{guidance.form} ones; calibrate a plan with this pipeline"
         )
     if guidance.form == "two-call" or told is not None:
         return told

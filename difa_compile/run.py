@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from difa_compile.decision import Decision, Kind
 from difa_compile.errors import RunError, ScheduleError
-from difa_compile.schedule import Promotion, Role, assign_roles, check_progress, check_steps, take_rows
+from difa_compile.schedule import FULL_ROLE, Promotion, Role, assign_roles, check_progress, check_steps, take_rows
 
 if TYPE_CHECKING:
     from difa_compile.capture import Capture
@@ -156,39 +157,81 @@ class CaptureRun:
         self.first = first
         self.two_call = plan.settings.guidance == "two-call"
         resolved = plan.resolve(steps, progress=progress)
-        rows, self.promotions = resolved.rows, resolved.promotions
-        if first:  # the schedule is entered in its middle: what earlier steps would have cached is not there
-            rows, self.promotions = take_rows(plan.decisions, resolved.source_steps[first:])
-        self.rows = tuple(tuple(capture.effective(site, decision) for site, decision in enumerate(row)) for row in rows)
-        self.roles = assign_roles(self.rows)
+        self.promotions = resolved.promotions
+        self._source_steps = resolved.source_steps
+        self.roles = self._roles_of(resolved.rows) if not first else self._roles_from(0)
+        self._branch_roles: dict[str | None, dict[int, tuple[Role, ...]]] = {}
+        """Roles by step of a branch that has left steps out, and so was entered anew."""
         self.caches: dict[str | None, dict[str, Tensor]] = {}
         self._last: dict[str | None, int] = {}
         self._sites = {site.path: index for index, site in enumerate(capture.sites)}
 
+    def _roles_of(self, rows: Sequence[Sequence[Decision]]) -> Roles:
+        effective = self.capture.effective
+        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
+
+    def _roles_from(self, step: int) -> Roles:
+        """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
+        plan = self.capture.plan
+        assert plan is not None
+        rows, promotions = take_rows(plan.decisions, self._source_steps[self.first + step :])
+        self.promotions = promotions if step == 0 else (*self.promotions, *promotions)
+        return self._roles_of(rows)
+
+    def _roles_now(self, step: int, branch: str | None) -> tuple[Role, ...]:
+        """The roles of a step, unless the branch has left steps out: then it is entered anew, with empty caches.
+
+        Raises :class:`RunError` for a second call of one step and branch, which would take caches from the first.
+        """
+        last = self._last.get(branch)
+        known = self._branch_roles.get(branch)
+        if last == step and any(role != FULL_ROLE for role in self.roles[step]):
+            where = f"in branch {branch!r}" if branch else "without a branch"
+            raise RunError(
+                f"step {self.first + step}: the model was called twice {where}, and the plan keeps caches, which such "
+                "calls would take from each other; go on with run.step, or say which call is which with "
+                'run.branch("cond") and run.branch("uncond"), or use a plan without reuse and residuals'
+            )
+        if last != step and step != (0 if last is None else last + 1):
+            self.caches[branch] = {}
+            known = self._branch_roles[branch] = dict(enumerate(self._roles_from(step), start=step))
+        return self.roles[step] if known is None else known[step]
+
     def call(self, args: list[Any], index: int, branch: str | None) -> list[Any]:
         step = index - self.first
-        roles = self.roles[step]
+        roles = self._roles_now(step, branch)
         caches = self.caches.setdefault(branch, {})
         shared = [role.decision.cfg_shared for role in roles]
+        if branch == "uncond" and self.two_call and "cond" in self.caches:
+            theirs = self._branch_roles.get("cond", {}).get(step, self.roles[step])
+            if self._last.get("cond") == step:  # share what the conditional call of this step has shared
+                shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
+                roles = tuple(role if s else unshared(role) for role, s in zip(roles, shared, strict=True))
         if self.two_call and any(shared):
             if branch is None:
                 raise RunError(
                     f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
                     'is; call run.branch("cond") or run.branch("uncond") before the model'
                 )
-            outputs, written = self._call_shared(args, step, branch, shared, caches)
+            outputs, written = self._call_shared(args, step, branch, roles, shared, caches)
         else:
             outputs, written = self.capture.execute(args, roles, caches)
+        outputs, written = apart(outputs, {**caches, **written})
         caches.update(written)
-        self._drop_unread(step, caches, keep_outputs=shared if self.two_call and branch == "cond" else ())
+        self._drop_unread(step, branch, caches, keep_outputs=shared if self.two_call and branch == "cond" else ())
         self._last[branch] = step
         return outputs
 
     def _call_shared(
-        self, args: list[Any], step: int, branch: str, shared: Sequence[bool], caches: dict[str, Tensor]
+        self,
+        args: list[Any],
+        step: int,
+        branch: str,
+        roles: Sequence[Role],
+        shared: Sequence[bool],
+        caches: dict[str, Tensor],
     ) -> tuple[list[Any], Mapping[str, Tensor]]:
         """One of the two calls of a step in which some sites share: "cond" computes, the other takes its outputs."""
-        roles = self.roles[step]
         if branch == "cond":
             row = [across(role) if share else role for role, share in zip(roles, shared, strict=True)]
             return self.capture.execute(args, row, caches)
@@ -215,12 +258,14 @@ class CaptureRun:
         outputs, written = self.capture.execute(args, row, read)
         return outputs, {**taken, **written}
 
-    def _drop_unread(self, step: int, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()) -> None:
+    def _drop_unread(
+        self, step: int, branch: str | None, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()
+    ) -> None:
         """Let go of caches that no later step reads before they are filled again."""
         for name in list(caches):
             site, kind = self._place(name)
             shared = kind == "output" and bool(keep_outputs) and keep_outputs[site]
-            if not shared and not self._read_later(step, site, kind):
+            if not shared and not self._read_later(step, branch, site, kind):
                 del caches[name]
 
     def _place(self, name: str) -> tuple[int, str]:
@@ -232,12 +277,28 @@ class CaptureRun:
             kind = "output"
         return self._sites[path], kind
 
-    def _read_later(self, step: int, site: int, kind: str) -> bool:
+    def _read_later(self, step: int, branch: str | None, site: int, kind: str) -> bool:
         """Whether a step after ``step`` reads a cache of a site before another step fills it."""
-        later = (row[site].decision.kind for row in self.roles[step + 1 :])
+        own = self._branch_roles.get(branch, {})
+        later = (own.get(i, self.roles[i])[site].decision.kind for i in range(step + 1, len(self.roles)))
         if kind == "output":
             return next(later, None) is Kind.REUSE
         return next((k is Kind.WINDOW_RESIDUAL for k in later if k in (Kind.FULL, Kind.WINDOW_RESIDUAL)), False)
+
+
+def unshared(role: Role) -> Role:
+    """The role without sharing across the two calls of a step; reuse of a cache that is not there is full."""
+    return replace(role, decision=replace(role.decision, cfg_shared=False))
+
+
+def apart(outputs: list[Any], caches: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Outputs that share no memory with a cache: what is handed out may be written to."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in caches.values()}
+    free = [
+        value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in held else value
+        for value in outputs
+    ]
+    return free, dict(caches)
 
 
 def across(role: Role) -> Role:

@@ -90,6 +90,11 @@ class Wiring:
         self._start = start
         self._scheduler: weakref.ref[Any] | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the pipeline still exists."""
+        return self._pipe() is not None
+
     def connect(self) -> None:
         """Attach to the pipeline, its scheduler and the transformer."""
         pipe: Any = self._pipe()
@@ -220,6 +225,7 @@ class _Dispatch:
         if _unwired.get():
             return self.plain(*args, **kwargs)
         model = self.users[0].model
+        self.users = [user for user in self.users if user.is_alive] or self.users[:1]
         call = _call_of_model(model)
         if call is not None:
             return call.wiring.forward(call.following, args, kwargs)
@@ -241,7 +247,7 @@ class _Dispatch:
             model._compiled_call_impl = dispatch
             if hasattr(model, "cache_context"):
                 model.__dict__["cache_context"] = _CacheContext(model)
-        dispatch.users.append(wiring)
+        dispatch.users = [user for user in dispatch.users if user.is_alive] + [wiring]
 
     @staticmethod
     def detach(wiring: Wiring) -> None:

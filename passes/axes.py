@@ -22,8 +22,10 @@ from torch import fx
 from difa_compile.passes.graph import (
     CONVERSIONS,
     ELEMENTWISE,
+    ORDER_KEEPING,
     REDUCTIONS,
     SHUFFLING,
+    alias_root,
     argument,
     is_attention,
     is_flex,
@@ -88,6 +90,9 @@ def follow_axes(graph: fx.Graph, latents: Sequence[fx.Node]) -> dict[fx.Node, Ex
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
+        if op_name(node) == "setitem":
+            _written(node, known)
+            continue
         if not any(source in known or source in several for source in node.all_input_nodes):
             continue
         try:
@@ -101,6 +106,48 @@ def follow_axes(graph: fx.Graph, latents: Sequence[fx.Node]) -> dict[fx.Node, Ex
             if fits and any(_informed(extent) for extent in found):
                 known[node] = tuple(found)
     return known
+
+
+def _written(node: fx.Node, known: dict[fx.Node, Extents]) -> None:
+    """Take note of ``target[index] = value``: what the target enumerates after it.
+
+    Dimensions that the index leaves whole are the value's; a target that was something else before, or is written by
+    an index that is not a slice, is other from then on.
+    """
+    target, index, value = node.args[:3]
+    if not isinstance(target, fx.Node):
+        return
+    root = alias_root(target)
+    items = list(index) if isinstance(index, tuple) else [index]
+    rank = len(shape_of(target))
+    if any(not isinstance(item, slice) and item is not Ellipsis for item in items):
+        known.pop(target, None)
+        known.pop(root, None)
+        return
+    place = items.index(Ellipsis) if Ellipsis in items else len(items)
+    slices = [item for item in items if item is not Ellipsis]
+    whole = [slice(None)] * (rank - len(slices))
+    slices = [*slices[:place], *whole, *slices[place:]]
+    theirs = known.get(value) if isinstance(value, fx.Node) else None
+    mine = known.get(target)
+    sizes = shape_of(target)
+    found = []
+    for i, (item, size) in enumerate(zip(slices, sizes, strict=True)):
+        position = i - rank + len(theirs) if theirs is not None else -1
+        given = theirs[position] if theirs is not None and position >= 0 else None
+        before = mine[i] if mine is not None else None
+        assert isinstance(item, slice)
+        covered = range(size)[item]
+        if len(covered) == size:
+            found.append(given if given is not None and before in (None, given, other(size)) else other(size))
+        elif before is not None and covered.step == 1 and given == _cut(before, covered.start, covered.stop):
+            found.append(before)
+        else:
+            found.append(other(size))
+    if tuple(found) != mine:
+        known[target] = tuple(found)
+        if root is not target:  # what else sees that memory is not told apart
+            known.pop(root, None)
 
 
 def _length(extent: Extent) -> int:
@@ -143,7 +190,7 @@ def _of(
     if name == "stack":
         parts = [of(value) for value in argument(node, 0, "tensors")]
         axis = argument(node, 1, "dim", 0) % (len(parts[0]) + 1)
-        merged = [_best([part[i] for part in parts]) for i in range(len(parts[0]))]
+        merged = [_common([part[i] for part in parts]) for i in range(len(parts[0]))]
         return (*merged[:axis], other(len(parts)), *merged[axis:])
     if name == "pad":
         return _padded(node, of)
@@ -153,7 +200,13 @@ def _of(
         )
     if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
         return reshaped(of(first), shape_of(node))
-    if name in ("transpose", "swapaxes", "t", "adjoint"):
+    if name in ("empty_like", "zeros_like", "ones_like"):
+        return None  # new values; what is written into them says what they enumerate
+    if name == "getattr" and node.args[1] in ("mT", "mH"):
+        return (*of(first)[:-2], of(first)[-1], of(first)[-2])
+    if name == "getattr" and node.args[1] == "T":
+        return tuple(reversed(of(first)))
+    if name in ("transpose", "swapaxes", "swapdims", "t", "adjoint"):
         rank = len(shape_of(first))
         one, two = (argument(node, i, f"dim{i - 1}", i - 3) % rank for i in (1, 2))
         swap = {one: two, two: one}
@@ -186,7 +239,7 @@ def _of(
     if name in REDUCTIONS:
         kept = dict(reduced(node))
         return tuple(of(first)[kept[i]] if i in kept else other(size) for i, size in enumerate(shape_of(node)))
-    if name in ELEMENTWISE or shape_of(node) == shape_of(first):
+    if name in ELEMENTWISE or (name in ORDER_KEEPING and shape_of(node) == shape_of(first)):
         return _broadcast([of(value) for value in node.all_input_nodes if tensor_of(value) is not None], shape_of(node))
     return None
 
@@ -194,6 +247,11 @@ def _of(
 def _best(extents: Sequence[Extent]) -> Extent:
     """Of extents that enumerate the same thing, the one that is known."""
     return next((extent for extent in extents if _informed(extent)), extents[0])
+
+
+def _common(extents: Sequence[Extent]) -> Extent:
+    """What several extents all enumerate; other if they differ."""
+    return extents[0] if all(extent == extents[0] for extent in extents) else other(_length(extents[0]))
 
 
 def _broadcast(operands: Sequence[Extents], shape: tuple[int, ...]) -> Extents:
@@ -261,11 +319,12 @@ def _concatenated(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents:
     operands = [of(value) for value in argument(node, 0, "tensors")]
     operands = [extents for extents in operands if len(extents) == len(shape_of(node))]
     axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % len(shape_of(node))
+    joined = _joined([part for extents in operands for part in extents[axis]])
+    # Side by side in the batch, values may be in different orders; as channels of one position they can't be.
+    samples = any(found.index == 0 for part in joined for found in part.axes)
+    merge = _common if samples else _best
     return tuple(
-        _joined([part for extents in operands for part in extents[i]])
-        if i == axis
-        else _best([extents[i] for extents in operands])
-        for i in range(len(shape_of(node)))
+        joined if i == axis else merge([extents[i] for extents in operands]) for i in range(len(shape_of(node)))
     )
 
 

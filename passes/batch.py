@@ -20,8 +20,8 @@ from difa_compile.passes.find_attention import attention_inputs
 from difa_compile.passes.graph import (
     CONVERSIONS,
     ELEMENTWISE,
+    ORDER_KEEPING,
     REDUCTIONS,
-    SHUFFLING,
     argument,
     influenced_by,
     is_attention,
@@ -96,7 +96,10 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if is_attention(node):
         for operand in (*attention_inputs(node), argument(node, 3, "attn_mask")):
-            if isinstance(operand, fx.Node) and shape_of(operand)[:1] == shape_of(attention_inputs(node)[0])[:1]:
+            shape = shape_of(attention_inputs(node)[0])
+            if not isinstance(operand, fx.Node) or len(shape_of(operand)) != len(shape):
+                continue  # a mask of fewer dimensions is the same for all samples
+            if shape_of(operand)[0] == shape[0]:
                 yield 0, operand, 0
     elif is_linear(node) and first is not None:
         yield from ((i, first, i) for i in range(len(shape_of(first)) - 1))
@@ -133,7 +136,7 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         return
     elif name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
         yield from ((out, first, into) for out, into in regrouped(shape_of(first), shape_of(node)))
-    elif name in ("transpose", "swapaxes"):
+    elif name in ("transpose", "swapaxes", "swapdims"):
         rank = len(shape_of(first))
         one, two = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
         swap = {one: two, two: one}
@@ -170,7 +173,7 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         yield from ((i, first, i) for i in range(len(shape_of(first))) if i != axis)
     elif name in REDUCTIONS:
         yield from ((out, first, into) for out, into in reduced(node))
-    elif name == "narrow" or (shape_of(node) == shape_of(first) and name not in SHUFFLING):
+    elif name == "narrow" or (name in ORDER_KEEPING and shape_of(node) == shape_of(first)):
         yield from aligned(shape_of(node), node, [first])
 
 

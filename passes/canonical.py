@@ -43,8 +43,14 @@ def canonicalise(graph: fx.Graph) -> int:
     """Rewrite all recognised forms in place. Returns how many."""
     count = 0
     for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
         for rewrite in (explicit, multi_head, flash, flex):
-            if rewrite(node):
+            try:
+                done = rewrite(node)
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError):
+                done = False  # written in a way that is not read here
+            if done:
                 count += 1
                 break
     return count
@@ -78,8 +84,8 @@ class Scores:
     transposed_key: fx.Node
     scale: float
     mask: fx.Node | None
-    negated: bool
-    """Whether the mask is True where a pair is hidden."""
+    fill: float | None
+    """What hidden pairs are filled with, where the mask is True; None if the mask is added."""
     chain: list[fx.Node]
 
 
@@ -98,7 +104,7 @@ def explicit(node: fx.Node) -> bool:
     if op_name(weights) not in ("softmax", "_softmax") or not is_over_last(weights):
         return False
     chain.append(weights)
-    scores = read_scores(weights.args[0], chain)
+    scores = read_scores(argument(weights, 0, "input"), chain)
     if scores is None:
         return False
     inner = set(scores.chain)
@@ -116,8 +122,12 @@ def explicit(node: fx.Node) -> bool:
     keys = write("transpose", scores.transposed_key, -2, -1)
     streams = [scores.query, keys, value]
     mask = scores.mask
-    if mask is not None and scores.negated:
+    dtype = dtype_of(streams[0])
+    if mask is not None and scores.fill == -math.inf:
         mask = write(torch.logical_not, mask)
+    elif mask is not None:  # a finite fill still counts where every pair is hidden
+        mask = converted(write, mask, dtype)
+        mask = mask if scores.fill is None else write(torch.mul, mask, scores.fill)
     if mask is not None and len(shape_of(mask)) < 2:
         mask = write("unsqueeze", mask, 0)
     flat = len(query) == 3
@@ -125,19 +135,11 @@ def explicit(node: fx.Node) -> bool:
         streams = [write("unsqueeze", stream, 1) for stream in streams]
         if mask is not None and len(shape_of(mask)) == 3:
             mask = write("unsqueeze", mask, 1)
-    first = tensor_of(streams[0])
-    assert first is not None
-    streams = [
-        s if (t := tensor_of(s)) is None or t.dtype == first.dtype else write("to", s, first.dtype) for s in streams
-    ]
-    if mask is not None and (m := tensor_of(mask)) is not None and m.dtype not in (torch.bool, first.dtype):
-        mask = write("to", mask, first.dtype)
+    streams = [converted(write, stream, dtype) for stream in streams]
     result = write(SDPA, *streams, attn_mask=mask, scale=scores.scale)
     if flat:
         result = write("squeeze", result, 1)
-    value_dtype = tensor_of(node)
-    if value_dtype is not None and value_dtype.dtype != first.dtype:
-        result = write("to", result, value_dtype.dtype)
+    result = converted(write, result, dtype_of(node))
     node.replace_all_uses_with(result)
     for each in scores.chain:
         if not each.users:
@@ -171,7 +173,10 @@ def product_operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         if form != "qk,kd->qd" or len(operands) != 2:
             return None, None
         return operands  # type: ignore[return-value]
-    left, right = node.args[-2:] if name != "baddbmm" else node.args[1:3]
+    if name == "baddbmm":
+        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+    else:
+        left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "bmm" else "other")
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None, None
     return left, right
@@ -200,24 +205,31 @@ def is_over_last(softmax: fx.Node) -> bool:
 
 def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
     """Follow the softmax's argument back to the product of queries and keys."""
-    scale, mask, negated = 1.0, None, False
+    scale, mask, fill = 1.0, None, None
     while isinstance(node, fx.Node):
         name = op_name(node)
         chain.append(node)
         if name in CASTS - {"dropout"}:
             node = node.args[0]
-        elif name in ("mul", "truediv", "div", "mul_", "div_", "imul", "itruediv") and is_number(node.args[1]):
-            factor = float(node.args[1])  # type: ignore[arg-type]
-            scale *= factor if "mul" in name else 1.0 / factor
-            node = node.args[0]
+        elif name in ("mul", "truediv", "div", "mul_", "div_", "imul", "itruediv"):
+            one, two = argument(node, 0, "input"), argument(node, 1, "other")
+            if "mul" in name and is_number(one):
+                one, two = two, one
+            if not is_number(two):
+                return None
+            scale *= float(two) if "mul" in name else 1.0 / float(two)
+            node = one
         elif name in ("add", "add_", "iadd", "masked_fill", "masked_fill_") and mask is None and scale == 1.0:
-            added = node.args[1]  # with a factor met before, on the way back, the mask would be scaled too
+            filled = name.startswith("masked_fill")
+            added = argument(
+                node, 1, "mask" if filled else "other"
+            )  # with a factor met before, on the way back, the mask would be scaled too
             if not isinstance(added, fx.Node) or not is_lesser(added, node) or not hides(node):
                 return None
-            mask, negated = added, name.startswith("masked_fill")
+            mask, fill = added, float(argument(node, 2, "value")) if filled else None
             node = node.args[0]
         elif name in PRODUCTS:
-            return product_of_streams(node, scale, mask, negated, chain)
+            return product_of_streams(node, scale, mask, fill, chain)
         else:
             return None
     return None
@@ -226,7 +238,8 @@ def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
 def hides(node: fx.Node) -> bool:
     """Whether a sum or a fill is one that a mask makes: nothing scaled, hidden pairs far below all scores."""
     if op_name(node).startswith("masked_fill"):
-        return is_number(node.args[2]) and float(node.args[2]) <= -1e4  # type: ignore[arg-type]
+        value = argument(node, 2, "value")
+        return is_number(value) and float(value) <= -1e4
     return bool(argument(node, 2, "alpha", 1) == 1)
 
 
@@ -243,7 +256,7 @@ def is_lesser(mask: fx.Node, scores: fx.Node) -> bool:
 
 
 def product_of_streams(
-    node: fx.Node, scale: float, mask: fx.Node | None, negated: bool, chain: list[fx.Node]
+    node: fx.Node, scale: float, mask: fx.Node | None, fill: float | None, chain: list[fx.Node]
 ) -> Scores | None:
     name = op_name(node)
     if name == "einsum":
@@ -259,13 +272,13 @@ def product_of_streams(
     elif name == "baddbmm":
         if argument(node, 3, "beta", 1) != 0:
             return None
-        query, key = node.args[1:3]
+        query, key = product_operands(node)
         scale *= float(argument(node, 4, "alpha", 1))
     else:
         query, key = product_operands(node)
     if not isinstance(query, fx.Node) or not isinstance(key, fx.Node) or is_parameter(query) or is_parameter(key):
         return None
-    return Scores(query, key, scale, mask, negated, chain)
+    return Scores(query, key, scale, mask, fill, chain)
 
 
 # --- nn.MultiheadAttention --------------------------------------------------------------------------------------------

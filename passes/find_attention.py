@@ -113,7 +113,7 @@ def input_name(node: fx.Node) -> str:
 def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[fx.Node]) -> Site:
     query, key, value = attention_inputs(node)
     path = module_path(node)
-    roots = {part: nearest_linears(part, path) for part in (query, key, value)}
+    roots = {part: first_linears(nearest_linears(part, path), path) for part in (query, key, value)}
     region = find_region(node, {root for found in roots.values() for root in found})
     kind = classify(node, [sources(roots[part]) for part in (query, key, value)], from_latent)
     query_shape, key_shape = shape_of(query), shape_of(key)
@@ -123,13 +123,11 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
     found, reason = None, "cross-attention has no image grid"
     if kind is not SiteKind.CROSS:
         found, reason = layouts.of(key, key_shape[2])
-        if found is not None and key_shape[2] != query_shape[2]:
+        if found is not None:
             own, reason = layouts.of(query, query_shape[2])
-            if own is None or (own.grid, own.tokens) != (found.grid, found.image_tokens):
-                reason = (
-                    reason or f"{query_shape[2]} queries, which are not the image tokens of the {key_shape[2]} keys"
-                )
-                found = None
+            if own is not None and own not in (found, Layout(found.grid)):
+                own, reason = None, f"queries stand as {own}, keys as {found}"
+            found = None if own is None else found
     first = next(iter(roots[query]), None)
     scale = argument(node, 5 if flex else 6, "scale")
     return Site(
@@ -166,6 +164,21 @@ def nearest_linears(start: fx.Node, path: str) -> tuple[fx.Node, ...]:
                 todo.append(source)
     own = [node for node in found if within(node, path)]
     return tuple(own or found)
+
+
+def first_linears(linears: tuple[fx.Node, ...], path: str) -> tuple[fx.Node, ...]:
+    """Where chains of linears inside the attention's module begin: low-rank projections, adapters beside a linear."""
+    found: dict[fx.Node, None] = {}
+    for linear in linears:
+        node = first = linear
+        while within(first, path) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            if is_linear(node) and within(node, path):
+                first = node
+            elif op_name(node) not in LAYOUT | {"dropout", "layer_norm", "rms_norm", "mul"} or node in linears:
+                break
+        found[first] = None
+    return tuple(found)
 
 
 def within(node: fx.Node, path: str) -> bool:

@@ -42,6 +42,14 @@ CONVERSIONS = {
 }  # fmt: skip
 """Ops of one value; another operand (``x.type_as(y)``) lends its dtype or device, nothing of its positions."""
 
+ORDER_KEEPING = {
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "nan_to_num", "clamp_min",
+    "clamp_max", "round", "floor", "ceil", "sign", "erf", "relu6", "celu", "selu", "prelu", "hardtanh", "logsigmoid",
+    "lerp", "addcmul", "addcdiv", "lerp_", "addcmul_", "clamp_", "relu_", "silu_", "gelu_", "conj", "expm1", "log1p",
+    "alpha_dropout", "feature_dropout",
+}  # fmt: skip
+"""Further ops, mostly norms, whose positions are their first operand's, one for one."""
+
 SHUFFLING = {
     "flip", "fliplr", "flipud", "roll", "rot90", "sort", "argsort", "topk", "gather", "take_along_dim", "index_select",
     "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter", "index_copy",
@@ -49,7 +57,10 @@ SHUFFLING = {
 }  # fmt: skip
 """Ops that may move or mix positions although shapes stay."""
 
-VIEWS = LAYOUT - {"clone"} | {"expand", "expand_as", "alias"}
+VIEWS = LAYOUT - {"clone"} | {
+    "expand", "expand_as", "alias", "select", "view_as", "t", "diagonal", "view_as_real", "view_as_complex", "swapdims",
+    "moveaxis", "adjoint", "real", "imag", "getattr", "squeeze_", "unsqueeze_",
+}  # fmt: skip
 
 
 def op_name(node: fx.Node) -> str:

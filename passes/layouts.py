@@ -45,7 +45,8 @@ class LayoutFinder:
         self.latents = latents
         self.extents = follow_axes(graph, latents)
         self.tables = position_tables(graph, values)
-        self.unrelated = set(graph.nodes) - influenced_by(latents)
+        given = [node for node in graph.find_nodes(op="placeholder") if not is_of_model(node)]
+        self.unrelated = set(graph.nodes) - influenced_by(given)
 
     def of(self, sequence: fx.Node, tokens: int) -> tuple[Layout | None, str]:
         """The layout of a sequence (B, H, tokens, D), or None and the reason."""
@@ -96,6 +97,11 @@ class LayoutFinder:
         if found:
             return None, f"the {tokens} tokens may be a grid {' or '.join(map(str, found))}; give layout="
         return None, f"the graph does not show which grid the {tokens} packed tokens are; give layout="
+
+
+def is_of_model(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter, a buffer or a tensor attribute of the model."""
+    return is_parameter(node) or node.name.strip("_").startswith("l_self_")
 
 
 def position_tables(graph: fx.Graph, values: Sequence[Any] | None) -> list[Tensor]:

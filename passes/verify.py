@@ -67,6 +67,8 @@ def why_not_reused(
     module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
 ) -> str | None:
     region = sites[index].region
+    if any(is_attention(node) for node in region.interior if node is not region.attention):
+        return "another attention call lies within its region"
     other = [
         elsewhere(value) if not is_parameter(node) else value
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)

@@ -11,12 +11,14 @@ from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
 from difa_compile.layout import Layout
+from difa_compile.plan import Plan
 from difa_compile.run import Run, is_sampled, sampling
 from tests.altered import Altered
 from tests.tiny_models import (
     ATTENTIONS,
     FAMILIES,
     PLAIN_PATHS,
+    BareAttention,
     at_step,
     captured,
     captured_plain,
@@ -272,11 +274,11 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
 
     with sampling(fast, 4) as run:
         call(fast, at_step(inputs, 0))
+        run.step(1)
         with monkeypatch.context() as broken:
             broken.setattr(Capture, "execute", fail)
             with pytest.raises(MemoryError):
                 call(fast, at_step(inputs, 9))
-        run.step(1)
         found = call(fast, at_step(inputs, 1))
     plain_output(expected, [FULL] * 2, at_step(inputs, 0))
     assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
@@ -393,3 +395,50 @@ def test_another_image_size_is_refused_with_the_remedy():
         call(fast, inputs)
         with pytest.raises(PlanMismatchError, match="calibrate a plan at this image size"):
             call(fast, {"x": torch.randn(2, 3, 12, 12)})
+
+
+def test_two_unlabelled_calls_of_a_step_are_refused():
+    """Guidance in two calls whose branches nobody named: each would read the other's caches."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2):
+        call(fast, at_step(inputs, 0))
+        with pytest.raises(RunError, match="called twice without a branch"):
+            call(fast, at_step(inputs, 5))
+
+
+def test_a_branch_that_leaves_steps_out_reads_nothing_stale():
+    """Guidance in an interval: the unconditional call is made at steps 0 and 3 only."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
+    with sampling(fast, 4) as run, torch.no_grad():
+        for step in range(4):
+            run.step(step)
+            run.branch("cond")
+            call(fast, at_step(inputs, step))
+            if step in (0, 3):
+                run.branch("uncond")
+                found = call(fast, at_step(inputs, 10 + step))
+        assert torch.equal(found, model(**at_step(inputs, 13))), "full: what step 2 would have left is not there"
+
+
+def test_what_is_handed_out_is_not_the_cache():
+    """A model that returns its attention's output as it is: writing to it must not reach the next step."""
+
+    class Naked(BareAttention):
+        def forward(self, x):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return self.o(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = Naked().eval()
+    x = torch.randn(2, 6, 16)
+    plan = Plan.from_rule(model, 3, lambda step, site: REUSE if step else FULL, inputs={"x": x})
+    fast = compiled(model, plan)
+    with sampling(fast, 3) as run, torch.no_grad():
+        wanted = model(x)
+        for step in range(3):
+            run.step(step)
+            found = fast(x)
+            assert torch.equal(found, wanted), step
+            found.zero_()

@@ -7,7 +7,7 @@ from torch import nn
 from difa_compile.passes.batch import annotate_batch, indexed, regrouped
 from difa_compile.passes.find_attention import attention_inputs, latent_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
-from tests.tiny_models import FAMILIES, captured, captured_plain, graph_of, sites_of
+from tests.tiny_models import FAMILIES, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
 
@@ -101,3 +101,21 @@ def test_reshapes(before, after, pairs):
 )
 def test_indexing(index, kept):
     assert indexed(index, 3) == kept
+
+
+def test_a_mask_without_a_batch_dimension_is_the_same_for_all_samples():
+    """A bias of (heads, L, L) with as many heads as samples."""
+
+    class Biased(BareAttention):
+        def forward(self, x, bias):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return x + self.o(
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+            )
+
+    module, _ = graph_of(Biased().eval(), {"x": torch.randn(2, 6, 16), "bias": torch.randn(2, 6, 6)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    bias = next(
+        n for n in module.graph.nodes if n.op == "placeholder" and "bias_" in n.name and shape_of(n) == (2, 6, 6)
+    )
+    assert "batch_dim" not in bias.meta

@@ -69,7 +69,17 @@ def biased(q, k, v):
     return (q @ k.mT * 8**-0.5 + bias).softmax(-1) @ v
 
 
-FORMS = [matmul, scaled_before, upcast, flat_heads, einsums, masked, biased]
+def by_keywords(q, k, v):
+    hidden = (torch.arange(6) == 0).expand(2, 2, 6, 6)
+    scores = torch.mul(torch.matmul(input=q, other=k.mT), other=8**-0.5).masked_fill(hidden, value=-torch.inf)
+    return torch.matmul(F.softmax(input=scores, dim=-1), v)
+
+
+def number_first(q, k, v):
+    return (0.3 * (q @ k.mT)).softmax(-1) @ v
+
+
+FORMS = [by_keywords, number_first, matmul, scaled_before, upcast, flat_heads, einsums, masked, biased]
 
 
 def captured(model, **inputs):
@@ -89,7 +99,7 @@ def test_explicit_products(attend):
     (found,) = attentions(rewritten)
     assert not attentions(module), "the graph that full attention runs stays as it was"
     assert not [n for n in rewritten.graph.nodes if op_name(n) in ("softmax", "bmm", "einsum", "matmul", "baddbmm")]
-    assert (found.kwargs["attn_mask"] is not None) == (attend in (masked, biased))
+    assert (found.kwargs["attn_mask"] is not None) == (attend in (masked, biased, by_keywords))
     assert computes_the_same(module, rewritten, values)
 
 
@@ -108,7 +118,7 @@ def test_plans_act_on_explicit_products(attend):
     reused, _ = capture.execute(later, [Role(REUSE)], caches)
     x = values[place]
     torch.testing.assert_close(reused[0], later[place] + (outputs[0] - x), atol=1e-5, rtol=0)
-    if attend in (masked, biased, flat_heads):
+    if attend in (masked, biased, flat_heads, by_keywords, number_first):
         return
     near, _ = capture.execute(values, [Role(Decision.parse("window(band:1)"))], {})
     q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (model.q, model.k, model.v))
@@ -309,3 +319,30 @@ def test_einsum_forms():
     assert einsum_form("bhij,bhjd->bhid") == "qk,kd->qd"
     for equation in ("bqhd,bkhd->bhqk", "ij,jk->ik", "...qd,...kd->...qk", "bij,bjk", "bhqd,bhkd->bhkq"):
         assert einsum_form(equation) == "", equation
+
+
+@pytest.mark.parametrize("fill", [-1e9, -torch.inf])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_mask_means_the_same_for_other_values_of_it(fill, added):
+    """Captured with one mask, run with another: all hidden (a finite fill averages then), or bool numbers added."""
+
+    class WithMask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x, mask):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            scores = q @ k.mT
+            scores = scores + mask if added else scores.masked_fill(mask, fill)
+            return (scores.softmax(-1) @ v).flatten(2)
+
+    first = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    module, values = captured(WithMask(), x=torch.randn(2, 6, 16), mask=first)
+    rewritten = canonical(module)
+    assert len(attentions(rewritten)) == 1
+    other = first.clone()
+    other[0] = fill == -1e9  # with -inf a row that sees nothing is NaN in the one form and 0 in the other
+    other[1, ..., :2] = True
+    values = [other if value.dtype == torch.bool else value for value in values]
+    assert computes_the_same(module, rewritten, values)

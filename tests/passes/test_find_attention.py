@@ -172,3 +172,25 @@ def test_keys_with_text_beside_the_querys_own_stream():
     assert site.kind is SiteKind.JOINT
     assert (site.tokens, site.layout) == (24, Layout((4, 6), before=5))
     assert (site.info.tokens, site.info.keys) == (24, 29)
+
+
+def test_low_rank_projections_and_adapters_are_projections():
+    """Linears in front of or beside the projections, inside the attention's module: still one stream."""
+
+    class Adapted(BareAttention):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+            self.low = nn.Linear(16, 16)
+
+        def forward(self, x):
+            q = self.q(x) + self.up(self.down(x)) * 0.5
+            k, v = self.k(self.low(x)), self.v(x)
+            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, v))
+            return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Adapted()).eval()
+    module, values = graph_of(model, {"input": torch.randn(2, 6, 16)})
+    (site,) = sites_of(module, values)
+    assert site.kind is SiteKind.SELF
+    assert sum(is_linear(node) for node in site.region.interior) == 7

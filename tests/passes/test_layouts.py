@@ -224,3 +224,102 @@ def test_the_users_layout_goes_first_and_must_add_up():
     assert wrong.layout_reason == "the given layout 4x4 has 16 tokens, the sequence has 31"
     module, values = graph_of(BareAttention().eval(), {"x": torch.randn(2, 6, 16)})
     assert sites_of(module, values, layout=Layout((2, 3)))[0].layout == Layout((2, 3))
+
+
+class Rearranged(nn.Module):
+    """Patches whose tokens are put into another order, or replaced by mixtures, before the attention."""
+
+    def __init__(self, rearrange):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 2, 2)
+        self.mix = nn.Linear(24, 24)
+        self.attention = Attention(32, 2)
+        self.rearrange = rearrange
+
+    def forward(self, x):
+        return self.attention(self.rearrange(self, self.patch(x).flatten(2).transpose(1, 2)))
+
+
+def scattered(owner, t):
+    out = torch.empty_like(t)
+    out[:, torch.arange(23, -1, -1)] = t
+    return out
+
+
+def halves_exchanged(owner, t):
+    out = torch.empty_like(t)
+    out[:, :12], out[:, 12:] = t[:, 12:], t[:, :12]
+    return out
+
+
+def batch_of_two_orders(owner, t):
+    return torch.cat([t, t[:, torch.arange(23, -1, -1)]], 0)
+
+
+@pytest.mark.parametrize(
+    "rearrange",
+    [
+        scattered,
+        halves_exchanged,
+        batch_of_two_orders,
+        lambda owner, t: owner.mix(t.mT).mT,
+        lambda owner, t: owner.mix(t.swapdims(1, 2)).swapdims(1, 2),
+        lambda owner, t: torch.fft.fft(t, dim=1).real,
+        lambda owner, t: torch.stack([t, t.flip(1)], 1)[:, 1],
+    ],
+    ids=["scattered", "halves exchanged", "two orders", "mixed", "mixed by swapdims", "frequencies", "stacked"],
+)
+def test_tokens_in_another_order_have_no_layout(rearrange):
+    module, values = graph_of(Rearranged(rearrange).eval(), {"x": torch.randn(2, 3, 8, 12)})
+    (site,) = sites_of(module, values)
+    assert site.layout is None
+
+
+def written_whole(owner, t):
+    out = torch.empty_like(t)
+    out[..., 0::2], out[..., 1::2] = t[..., 1::2], t[..., 0::2]
+    return out
+
+
+@pytest.mark.parametrize("rearrange", [written_whole, lambda owner, t: t.mT.swapdims(1, 2), lambda owner, t: t * 2])
+def test_tokens_in_order_keep_their_layout(rearrange):
+    module, values = graph_of(Rearranged(rearrange).eval(), {"x": torch.randn(2, 3, 8, 12)})
+    (site,) = sites_of(module, values)
+    assert site.layout == Layout((4, 6))
+
+
+def test_queries_in_another_order_than_keys_have_no_layout():
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 32, 2, 2)
+            self.parts = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+        def forward(self, x, text):
+            y = self.patch(x).flatten(2).transpose(1, 2)
+            (q, k, v), (tq, tk, tv) = (
+                [part(z) for part in parts] for z, parts in ((y, self.parts[:3]), (text, self.parts[3:]))
+            )
+            q, k, v = torch.cat([tq, q], 1), torch.cat([k, tk], 1), torch.cat([v, tv], 1)
+            q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (q, k, v))
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    module, values = graph_of(Crossed().eval(), {"x": torch.randn(2, 3, 8, 12), "text": torch.randn(2, 5, 32)})
+    (site,) = sites_of(module, values)
+    assert site.layout is None
+    assert site.layout_reason == "queries stand as 5+4x6, keys as 4x6+5"
+
+
+def test_sizes_of_other_inputs_are_no_grid():
+    """Text of (2, 8) rows flattened to 16 says nothing about 16 image tokens."""
+
+    class WithText(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.text, self.attention = nn.Linear(8, 32), nn.Linear(8, 32), Attention(32, 2)
+
+        def forward(self, x, text):
+            return self.attention(self.embed(x)) + self.text(text.flatten(0, 1)).mean(0)
+
+    module, values = graph_of(WithText().eval(), {"x": torch.randn(2, 16, 8), "text": torch.randn(2, 8, 8)})
+    assert sites_of(module, values)[0].layout is None
