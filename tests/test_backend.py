@@ -137,6 +137,12 @@ def test_wrong_options_are_refused_as_themselves(options, error, message):
         torch.compile(torch.nn.Linear(2, 2), backend=difa, options=options)(torch.ones(1, 2))
 
 
+def test_a_misspelt_resize_is_refused_at_once():
+    model, inputs = plain()
+    with torch.no_grad(), pytest.raises(DecisionError, match="fraction, tokens"):
+        compiled(model, plain_plan([FULL]), resize="fractoin")(**inputs)
+
+
 def test_a_mode_is_refused():
     found = difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode="max-autotune")
     with pytest.raises(DecisionError, match="mode='max-autotune'"):

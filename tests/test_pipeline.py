@@ -402,3 +402,10 @@ def test_gradients_are_refused(pipe):
     apply(pipe, plan, inner="eager")
     with pytest.raises(RunError, match="gradients"):
         pipe()
+
+
+def test_a_transformer_wrapped_by_torch_compile_is_refused(pipe, plan):
+    """A plan would be bypassed: the wrapper calls the module's own forward."""
+    pipe.register_modules(transformer=torch.compile(pipe.transformer, backend="eager"))
+    with pytest.raises(UnsupportedPipelineError, match=r"_orig_mod"):
+        apply(pipe, plan, inner="eager")

@@ -171,3 +171,37 @@ def test_a_region_that_reuse_could_not_erase_is_refused(after):
     assert prove(module, sites, 0, values, Context()).reuse == (
         "reuse would save nothing: the attention's result is written to in place and then used"
     )
+
+
+def test_a_region_that_holds_another_attention_is_not_reused():
+    class Twice(BareAttention):
+        def forward(self, x):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            once = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            twice = torch.nn.functional.scaled_dot_product_attention(once, k, v)
+            return x + self.o(twice.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    module, values = graph_of(Twice().eval(), {"x": torch.randn(2, 6, 16)})
+    sites = sites_of(module, values)
+    reasons = [prove(module, sites, index, values, Context()).reuse for index in range(len(sites))]
+    assert "another attention call lies within its region" in reasons
+
+
+def test_proving_does_not_change_the_models_buffers():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = BareAttention()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.inner(x) + self.calls
+
+    torch.manual_seed(0)
+    model = Counting().eval()
+    module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
+    before = model.calls.clone()
+    Capture(module, values, eager)
+    assert torch.equal(model.calls, before)
