@@ -87,6 +87,10 @@ class ModelLoadError(DifaError, ValueError):
     """A model name or folder that cannot be loaded as a diffusers pipeline or model."""
 
 
+class KernelBuildError(DifaError, RuntimeError):
+    """A kernel that has to be compiled on this machine cannot be."""
+
+
 class MissingDependencyError(DifaError, ImportError):
     """An optional package is needed for what was asked; the message names the extra to install."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difa_compile import gradient
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
@@ -20,7 +21,7 @@ from difa_compile.layout import Layout
 LIBRARY = torch.library.Library("difa", "DEF")
 LIBRARY.define(
     "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
-    "float? scale=None, Tensor? mask=None) -> Tensor"
+    "float? scale=None, Tensor? mask=None, int pooled=0) -> Tensor"
 )
 
 
@@ -37,6 +38,12 @@ class LocalCall:
     device: torch.device
     masked: bool = False
     """Whether a mask of the model's own comes on top of the window."""
+    key_heads: int | None = None
+    """Heads of keys and values, which divide those of the query (grouped-query attention); None: as many."""
+    value_dim: int = 0
+    """Channels of a value; 0 stands for head_dim."""
+    pooled: int = 0
+    """Further keys at the end, which only image queries see."""
 
     @property
     def image_only(self) -> bool:
@@ -48,8 +55,8 @@ class LocalCall:
 class LocalKernel:
     """One implementation of ``difa::local_attention``.
 
-    ``why_not`` returns the reason it can't serve a call, or None. ``run`` takes query, key, value (B, H, L, D), the
-    model's own mask or None, and the call, and returns (B, H, L, D).
+    ``why_not`` returns the reason it can't serve a call, or None. ``run`` takes query (B, H, L, D), key and value
+    (B, key heads, S, D), the model's own mask or None, and the call, and returns (B, H, L, value_dim).
     """
 
     name: str
@@ -57,7 +64,7 @@ class LocalKernel:
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, LocalCall], Tensor]
 
 
-KERNEL_MODULES = ("difa_compile.plugins.flex", "difa_compile.plugins.masked_sdpa")
+KERNEL_MODULES = ("difa_compile.plugins.cpu", "difa_compile.plugins.flex", "difa_compile.plugins.masked_sdpa")
 """In order of preference; each module has a ``KERNEL``."""
 
 
@@ -85,23 +92,28 @@ def local_attention(
     window: Window,
     scale: float | None = None,
     mask: Tensor | None = None,
+    pooled: int = 0,
 ) -> Tensor:
     """Attention limited to a window on the token grid, as one op.
 
     The specification is :func:`difa_compile.reference.local_attention`.
 
     Args:
-        query, key, value: (B, H, L, D) of one floating-point dtype, L = ``layout.tokens``; any strides. Queries may be
-            those of the image alone, L = ``layout.image_tokens``.
+        query: (B, H, L, D) of a floating-point dtype, any strides; L = ``layout.tokens``, or ``layout.image_tokens``
+            where the queries are those of the image alone.
+        key, value: (B, K, S, D) and (B, K, S, E) of the same dtype, K a divisor of H, S = ``layout.tokens + pooled``.
         layout: where image and other tokens stand. ``window``: the neighbourhood. ``scale``: default 1 / sqrt(D).
-        mask: on top of the window, broadcast to (B, H, L, L): bool, True = visible, or added to the scores.
+        mask: on top of the window, broadcast to (B, H, L, S): bool, True = visible, or added to the scores.
+        pooled: how many keys at the end stand for the image at a coarser scale (CLEAR, arXiv 2412.16112): image queries
+            see all of them, other queries none.
 
     Returns:
-        (B, H, L, D), laid out in memory as (B, L, H, D).
+        (B, H, L, E), laid out in memory as (B, L, H, E). Gradients for query, key and value follow from the reference
+        formula, in memory linear in tokens (:mod:`difa_compile.gradient`); a mask gets none.
     """
-    return torch.ops.difa.local_attention(  # type: ignore[no-any-return]
-        query, key, value, list(layout.grid), layout.before, layout.after, str(window.shape), window.radius, scale, mask
-    )
+    where = (list(layout.grid), layout.before, layout.after, str(window.shape), window.radius)
+    out: Tensor = torch.ops.difa.local_attention(query, key, value, *where, scale, mask, pooled)
+    return out
 
 
 def _local_attention(
@@ -115,35 +127,36 @@ def _local_attention(
     radius: int,
     scale: float | None = None,
     mask: Tensor | None = None,
+    pooled: int = 0,
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
-    layout.check(key.shape[2], "difa::local_attention")
+    layout.check(key.shape[2] - pooled, "difa::local_attention")
     if not layout.holds(query.shape[2]):
         layout.check(query.shape[2], "difa::local_attention")
-    window, size = Window(WindowShape(shape), radius), tuple(query.shape)
-    call = LocalCall(layout, window, scale, size, query.dtype, query.device, mask is not None)
+    call = LocalCall(
+        layout,
+        Window(WindowShape(shape), radius),
+        scale,
+        tuple(query.shape),
+        query.dtype,
+        query.device,
+        mask is not None,
+        key.shape[1],
+        value.shape[3],
+        pooled,
+    )
     out = choose_kernel(call).run(query, key, value, mask, call)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _local_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid: list[int],
-    before: int,
-    after: int,
-    shape: str,
-    radius: int,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    batch, heads, tokens, _ = query.shape
+def _local_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+    batch, heads, tokens = query.shape[:3]
     return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
 
 
 LIBRARY.impl("local_attention", _local_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("difa::local_attention", _local_attention_fake, lib=LIBRARY)
+torch.library.register_autograd("difa::local_attention", gradient.backward, setup_context=gradient.save, lib=LIBRARY)
 
 LOCAL_ATTENTION = torch.ops.difa.local_attention.default
 """The overload that passes insert."""

@@ -13,42 +13,51 @@ from difa_compile.layout import Layout
 
 
 def visible(layout: Layout, window: Window, device: torch.device | str = "cpu") -> Tensor:
-    """Which keys each query sees: bool (tokens, tokens), True = visible.
+    """Which keys each query sees: bool (tokens, tokens), True = visible. :func:`visible_pairs` of all tokens."""
+    token = torch.arange(layout.tokens, device=device)
+    return visible_pairs(layout, window, token[:, None], token[None, :])
+
+
+def visible_pairs(layout: Layout, window: Window, query: Tensor, key: Tensor) -> Tensor:
+    """Which pairs of tokens see each other: bool, of the shape that the token numbers ``query`` and ``key`` make.
 
     Image tokens see image tokens inside the window (see :class:`~difa_compile.decision.WindowShape` for the three
     forms; arXiv 2406.08552 for the band, arXiv 2412.16112 for the disc). All other tokens see and are seen by
-    everything (arrow attention, arXiv 2503.22796).
+    everything (arrow attention, arXiv 2503.22796). Tokens beyond the layout's are pooled keys, which the image's
+    queries see and others do not.
     """
-    count = layout.image_tokens
-    flat = torch.arange(count, device=device)
+    first, last = layout.before, layout.before + layout.image_tokens
+    pooled = key >= layout.tokens
+    image_query = (query >= first) & (query < last)
+    other = ~image_query | (key < first) | (key >= last)
+    one, two = query - first, key - first
     if window.shape is WindowShape.BAND:
-        near = (flat[:, None] - flat[None, :]).abs() <= window.radius
+        near = (one - two).abs() <= window.radius
     else:
-        near = torch.full((count, count), window.shape is WindowShape.BOX, device=device)
-        squared = torch.zeros((count, count), dtype=torch.int64, device=device)
-        rest = flat
+        near = one == one
+        squared = (one - one) * 0
         for size in reversed(layout.grid):
-            place, rest = rest % size, rest // size
-            distance = (place[:, None] - place[None, :]).abs()
-            squared += distance * distance
-            near &= distance <= window.radius
+            distance = (one % size - two % size).abs()
+            squared = squared + distance * distance
+            near = near & (distance <= window.radius)
+            one, two = one // size, two // size
         if window.shape is WindowShape.DISC:
             near = squared < window.radius * window.radius
-    mask = torch.ones((layout.tokens, layout.tokens), dtype=torch.bool, device=device)
-    image = slice(layout.before, layout.before + count)
-    mask[image, image] = near
-    return mask
+    return ((other | near) & ~pooled) | (image_query & pooled)
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention. query (B, H, L, D), key and value (B, H, S, D); returns (B, H, L, D).
+    """Softmax attention. query (B, H, L, D), key and value (B, K, S, D), K a divisor of H; returns (B, H, L, D).
 
     ``mask`` broadcasts to (B, H, L, S): bool, True = visible, or a number added to each score. A query that sees no key
     gives 0. ``scale`` defaults to 1 / sqrt(D).
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(-2, -1)) * factor
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -64,19 +73,26 @@ def local_attention(
     window: Window,
     scale: float | None = None,
     mask: Tensor | None = None,
+    pooled: int = 0,
 ) -> Tensor:
-    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention` with S = layout.tokens.
+    """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention`, S = layout.tokens + pooled.
 
     Queries are all tokens, or the image's alone (L = layout.image_tokens). A ``mask`` of the model's own hides pairs on
     top of the window.
     """
-    near = visible(layout, window, query.device)
+    queries = torch.arange(query.shape[2], device=query.device)
     if query.shape[2] != layout.tokens:
-        near = near[layout.before : layout.before + layout.image_tokens]
+        queries += layout.before
+    keys = torch.arange(layout.tokens + pooled, device=query.device)
+    near = visible_pairs(layout, window, queries[:, None], keys[None, :])
+    return attention(query, key, value, combined(near, mask), scale)
+
+
+def combined(near: Tensor, mask: Tensor | None) -> Tensor:
+    """What a window leaves visible (bool) and a model's own mask, as one mask."""
     if mask is None:
-        return attention(query, key, value, near, scale)
-    both = near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))
-    return attention(query, key, value, both, scale)
+        return near
+    return near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))
 
 
 def residual(full: Tensor, local: Tensor) -> Tensor:

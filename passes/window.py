@@ -18,7 +18,7 @@ from torch import fx
 from difa_compile import ops
 from difa_compile.decision import Kind, Window
 from difa_compile.passes.find_attention import attention_inputs
-from difa_compile.passes.graph import argument, shape_of
+from difa_compile.passes.graph import argument
 from difa_compile.passes.share_cfg import narrow_to_half
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import Context, Target, Variant, residual_cache
@@ -48,14 +48,11 @@ def insert_local(variant: Variant, target: Target, neighbourhood: Window) -> fx.
     layout = target.site.layout
     assert layout is not None, "why_not_window admits no site without a layout"
     query, key, value = attention_inputs(target.attention)
-    groups = shape_of(query)[1] // shape_of(key)[1]
-    place = target.attention
-    if groups > 1:  # grouped-query attention: each key head serves several query heads
-        key = place = variant.call_after(place, torch.repeat_interleave, (key, groups), {"dim": 1})
-        value = place = variant.call_after(place, torch.repeat_interleave, (value, groups), {"dim": 1})
     where = (list(layout.grid), layout.before, layout.after, str(neighbourhood.shape), neighbourhood.radius)
     mask = argument(target.attention, 3, "attn_mask")
-    return variant.call_after(place, ops.LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask))
+    return variant.call_after(
+        target.attention, ops.LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask)
+    )
 
 
 def unhalved(target: Target, node: fx.Node) -> fx.Node:

@@ -6,15 +6,17 @@ in float32 (in bfloat16 the dense kernel stays ahead); on CUDA from 4096 tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from difa_compile.decision import Window, WindowShape
+from difa_compile.decision import Window
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, LocalKernel
+from difa_compile.reference import visible_pairs
 
 MIN_TOKENS = {"cpu": 16384, "cuda": 4096}
 
@@ -34,35 +36,27 @@ def why_not(call: LocalCall) -> str | None:
     return None
 
 
-def visible_pair(layout: Layout, window: Window, query: Tensor, key: Tensor) -> Tensor:
-    """FlexAttention's mask_mod for token indices: the pointwise form of ``reference.visible``."""
-    first, last = layout.before, layout.before + layout.image_tokens
-    other = (query < first) | (query >= last) | (key < first) | (key >= last)
-    one, two = query - first, key - first
-    if window.shape is WindowShape.BAND:
-        return other | ((one - two).abs() <= window.radius)
-    near = one == one
-    squared = (one - one) * 0
-    for size in reversed(layout.grid):
-        distance = (one % size - two % size).abs()
-        squared = squared + distance * distance
-        near = near & (distance <= window.radius)
-        one, two = one // size, two // size
-    if window.shape is WindowShape.DISC:
-        near = squared < window.radius * window.radius
-    return other | near
+def mask_mod(layout: Layout, window: Window, first: int = 0) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's function of a window, for queries that begin at token ``first``."""
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible_pairs(layout, window, query + first, key)
+
+    return visible
+
+
+compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 @lru_cache(maxsize=16)
-def block_mask(layout: Layout, window: Window, device: torch.device, image_only: bool = False) -> BlockMask:
+def block_mask(
+    layout: Layout, window: Window, device: torch.device, image_only: bool = False, pooled: int = 0
+) -> BlockMask:
     """The block mask of a window, made once per layout and device without an N x N intermediate."""
-    first = layout.before if image_only else 0
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible_pair(layout, window, query + first, key)
-
-    queries = layout.image_tokens if image_only else layout.tokens
-    return create_block_mask(mask_mod, None, None, queries, layout.tokens, device=device, _compile=True)
+    first, queries = (layout.before, layout.image_tokens) if image_only else (0, layout.tokens)
+    return compiled_create_block_mask(
+        mask_mod(layout, window, first), None, None, queries, layout.tokens + pooled, device=device
+    )
 
 
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
@@ -70,8 +64,9 @@ compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
     assert mask is None, "why_not refuses masked calls"
-    blocks = block_mask(call.layout, call.window, call.device, call.image_only)
-    return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale)
+    blocks = block_mask(call.layout, call.window, call.device, call.image_only, call.pooled)
+    grouped = key.shape[1] != query.shape[1]
+    return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale, enable_gqa=grouped)
 
 
 KERNEL = LocalKernel("FlexAttention", why_not, run)

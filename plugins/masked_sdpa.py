@@ -11,7 +11,7 @@ from torch import Tensor
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, LocalKernel
-from difa_compile.reference import visible
+from difa_compile.reference import visible_pairs
 
 MAX_TOKENS = 16384
 """Beyond this the mask alone takes more than 1 GiB in float32."""
@@ -26,23 +26,25 @@ def why_not(call: LocalCall) -> str | None:
 
 @lru_cache(maxsize=8)
 def window_mask(
-    layout: Layout, window: Window, device: torch.device, dtype: torch.dtype, image_only: bool = False
+    layout: Layout, window: Window, device: torch.device, dtype: torch.dtype, image_only: bool = False, pooled: int = 0
 ) -> Tensor:
-    """The mask (queries, tokens) of a window, 0 where visible and -inf elsewhere, kept for the next call.
+    """The mask (queries, keys) of a window, 0 where visible and -inf elsewhere, kept for the next call.
 
     Additive in the query's dtype, because the CPU kernel would convert a boolean one at every call.
     """
-    hidden = ~visible(layout, window, device)
-    if image_only:
-        hidden = hidden[layout.before : layout.before + layout.image_tokens]
+    first, count = (layout.before, layout.image_tokens) if image_only else (0, layout.tokens)
+    queries = torch.arange(first, first + count, device=device)
+    keys = torch.arange(layout.tokens + pooled, device=device)
+    hidden = ~visible_pairs(layout, window, queries[:, None], keys[None, :])
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
-    bias = window_mask(call.layout, call.window, call.device, call.dtype, call.image_only)
+    bias = window_mask(call.layout, call.window, call.device, call.dtype, call.image_only, call.pooled)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale)
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale, enable_gqa=grouped)
 
 
 KERNEL = LocalKernel("masked SDPA", why_not, run)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile import ops, reference
+from difa_compile import gradient, ops, reference
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
@@ -73,7 +73,8 @@ def test_flex_mask_is_the_definition(layout, shape):
     token = torch.arange(layout.tokens)
     for radius in (1, 2, 4):
         window = Window(shape, radius)
-        found = flex.visible_pair(layout, window, token[:, None], token[None, :])
+        nothing = torch.tensor(0)
+        found = flex.mask_mod(layout, window)(nothing, nothing, token[:, None], token[None, :])
         assert torch.equal(found, reference.visible(layout, window)), radius
 
 
@@ -96,7 +97,7 @@ def test_opcheck(strides):
         torch.library.opcheck(
             ops.LOCAL_ATTENTION,
             (query, key, value, [3, 4], 2, 0, "disc", 2, scale, mask),
-            test_utils=("test_schema", "test_faketensor"),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static"),
         )
 
 
@@ -135,6 +136,52 @@ def test_a_mask_comes_on_top_and_a_query_that_sees_nothing_gives_zero(kind):
     assert "mask comes on top" in flex.why_not(
         LocalCall(Layout((256, 256)), window, None, (1, 2, 65536, 64), torch.float32, torch.device("cpu"), masked=True)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["disc:3", "box:1", "band:4"])
+def test_pooled_keys_are_seen_by_the_image_alone_and_key_heads_serve_several_query_heads(form, dtype):
+    layout, window, pooled = Layout((4, 6), before=2, after=1), Window.parse(form), 6
+    query, _, _ = operands(layout, 4, 8, dtype)
+    key, value = torch.randn(2, 2, 2, layout.tokens + pooled, 8, dtype=dtype).unbind(0)
+    found = local_attention(query, key, value, layout, window, pooled=pooled)
+    wanted = reference.local_attention(query, key, value, layout, window, pooled=pooled)
+    torch.testing.assert_close(found, wanted)
+    changed = local_attention(
+        query, key, value.index_fill(2, torch.tensor([layout.tokens + 2]), 9.0), layout, window, pooled=pooled
+    )
+    moved = (changed - found).abs().amax((0, 1, 3)) > 0
+    assert moved.tolist() == [False] * 2 + [True] * 24 + [False]
+
+
+@pytest.mark.parametrize("form", ["disc:3", "box:1", "band:4"])
+@pytest.mark.parametrize("queries", ["all", "image"])
+def test_gradients_are_those_of_the_reference_formula(form, queries, monkeypatch):
+    monkeypatch.setattr(gradient, "PAIRS_AT_ONCE", 100)  # several pieces
+    layout, window, pooled = Layout((4, 6), before=2, after=1), Window.parse(form), 3
+    query, _, _ = operands(layout, 4, 8, torch.float64)
+    key, value = torch.randn(2, 2, 2, layout.tokens + pooled, 8, dtype=torch.float64).unbind(0)
+    query = query[:, :, 2:-1] if queries == "image" else query
+    mask = torch.rand(2, 1, 1, key.shape[2]) > 0.2
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    found, wanted = (
+        attention(*inputs, layout, window, None, mask, pooled)
+        for attention in (local_attention, reference.local_attention)
+    )
+    upstream = torch.randn_like(found)
+    for one, two in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_backward_holds_few_pairs_at_a_time():
+    """Memory linear in tokens: a piece's pairs are bounded, whatever the number of tokens."""
+    device = torch.device("cpu")
+    for form in ("disc:8", "band:64", "box:8"):
+        for side in (32, 64, 128):
+            layout = Layout((side, side), before=77)
+            parts = list(gradient.pieces(layout, Window.parse(form), layout.tokens, 0, device))
+            assert max(len(queries) * len(keys) for queries, keys in parts) <= gradient.PAIRS_AT_ONCE
+            assert torch.cat([queries for queries, _ in parts]).unique().numel() == layout.tokens
 
 
 def test_queries_of_the_image_alone():
@@ -183,10 +230,10 @@ def call_of(side, dtype=torch.float32, dim=64, device="cpu"):
 
 
 def test_the_first_kernel_that_can_serve_is_taken():
-    assert [kernel.name for kernel in local_kernels()] == ["FlexAttention", "masked SDPA"]
-    assert choose_kernel(call_of(16)).name == "masked SDPA"
-    assert choose_kernel(call_of(128)).name == "FlexAttention"
-    assert choose_kernel(call_of(128, torch.bfloat16)).name == "masked SDPA"
+    assert [kernel.name for kernel in local_kernels()] == ["CPU", "FlexAttention", "masked SDPA"]
+    assert choose_kernel(call_of(16)).name == "CPU"
+    assert choose_kernel(call_of(128, torch.bfloat16)).name == "CPU"
+    assert choose_kernel(call_of(16, torch.float64)).name == "masked SDPA"
     assert choose_kernel(call_of(64, device="cuda")).name == "FlexAttention"
 
 
@@ -200,5 +247,5 @@ def test_kernels_give_reasons():
 
 
 def test_no_kernel_names_every_reason():
-    with pytest.raises(LayoutError, match=r"FlexAttention: .*bfloat16.*masked SDPA: 65536 tokens"):
-        choose_kernel(call_of(256, torch.bfloat16))
+    with pytest.raises(LayoutError, match=r"CPU: not for.*FlexAttention: .*float64.*masked SDPA: 65536 tokens"):
+        choose_kernel(call_of(256, torch.float64))

@@ -1,0 +1,53 @@
+"""Local attention on the CPU in C++: only the keys near a tile of queries are touched (``local_attention.h``).
+
+Serves float32, bfloat16 and float16 in any layout, window, mask and stride. It is compiled when first needed
+(:mod:`difa_compile.plugins.cpu.build`), for the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from difa_compile.decision import WindowShape
+from difa_compile.ops import LocalCall, LocalKernel
+from difa_compile.plugins.cpu.build import why_not_built
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 1024
+MAX_PLACE = 2**24
+"""Places along an axis are counted in float32 inside the kernel, which is exact up to here."""
+MAX_RADIUS = 4096
+"""A disc's squared radius is counted in float32 inside the kernel, too."""
+
+
+def why_not(call: LocalCall) -> str | None:
+    if call.device.type != "cpu":
+        return "runs on the CPU"
+    if call.dtype not in DTYPES:
+        return f"not for {call.dtype}"
+    if max(call.shape[-1], call.value_dim) > MAX_HEAD_DIM:
+        return f"head dimension {max(call.shape[-1], call.value_dim)} is over {MAX_HEAD_DIM}"
+    if call.layout.image_tokens > MAX_PLACE:
+        return f"{call.layout.image_tokens} image tokens are over {MAX_PLACE}"
+    if call.window.shape is not WindowShape.BAND and call.window.radius > MAX_RADIUS:
+        return f"radius {call.window.radius} is over {MAX_RADIUS}"
+    return why_not_built()
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall, tile: int = 0) -> Tensor:
+    """``tile``: queries that are worked on together, 16, 32 or 64; 0 lets the kernel choose."""
+    layout, window = call.layout, call.window
+    banded = window.shape is WindowShape.BAND  # on the sequence of image tokens: a box on a grid of one dimension
+    grid = [layout.image_tokens] if banded else list(layout.grid)
+    scale = call.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if mask is not None and mask.dtype not in (torch.bool, *DTYPES):
+        mask = mask.float()
+    disc = window.shape is WindowShape.DISC
+    out: Tensor = torch.ops.difa.local_attention_cpu(
+        query, key, value, grid, layout.before, layout.after, call.pooled, disc, window.radius, scale, mask, tile
+    )
+    return out
+
+
+KERNEL = LocalKernel("CPU", why_not, run)

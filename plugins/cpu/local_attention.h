@@ -1,0 +1,632 @@
+// Local attention on the CPU: softmax attention in which image tokens see image tokens of their neighbourhood only and
+// all other tokens see and are seen by everything. The specification is difa_compile/reference.py.
+//
+// The unit of work is a tile: kTile queries of one head that are neighbours on the grid. The keys that any of them may
+// see are runs of tokens, one run per row of the grid, found from the geometry; what no query of the tile sees is never
+// touched. Runs are worked off in chunks of kChunk keys:
+//
+//   scores (keys x queries) = K Qt      keys from memory as broadcasts, queries as vectors: neither is repacked
+//   mask, running maximum, exponential  vertical: a vector holds one key and kLanes queries
+//   Ot (channels x queries) += Vt P     the same product, with channels in place of keys
+//
+// Pairs inside the tile's keys that are out of a query's own neighbourhood are masked by geometry: no table, no tensor.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+
+namespace difa {
+
+enum class Form { kDisc, kBox };  // a band is a box on a grid of one dimension
+
+enum class MaskType { kNone, kBool, kFloat, kBFloat16, kHalf };
+
+struct Strides {
+  int64_t batch, head, token, channel;
+};
+
+// Sizes in tokens and elements, strides in elements.
+struct Problem {
+  int64_t batch, heads, key_heads, queries;
+  int64_t grid[3];                // time, height, width: 1 where the grid has fewer dimensions
+  int64_t before, after, pooled;  // other tokens around the image; further keys that image queries see
+  bool image_only;                // the queries are those of the image alone
+  int head_dim, value_dim;
+  Form form;
+  int64_t radius;
+  float scale;
+  const void *query, *key, *value;
+  void* out;
+  Strides query_strides, key_strides, value_strides, out_strides;
+  MaskType mask_type;
+  const void* mask;
+  Strides mask_strides;  // batch, head, query (as token), key (as channel); 0 where it is broadcast
+
+  int64_t image() const { return grid[0] * grid[1] * grid[2]; }
+  int64_t tokens() const { return before + image() + after; }
+};
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f;
+
+// Products. Both multiply a broadcast number with a vector of queries; they differ in what a unit of 32 bits holds.
+
+struct FloatUnits {
+  static constexpr int kPerUnit = 1;
+  static Floats multiply_add(Floats sum, const float* unit, Floats x) { return sum + *unit * x; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pairs {  // two neighbours of the summed dimension per unit
+  static constexpr int kPerUnit = 2;
+  static Floats multiply_add(Floats sum, const float* unit, Floats x) {
+    int32_t pair;
+    std::memcpy(&pair, unit, 4);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)(__m512)x);
+  }
+};
+#endif
+
+// A product keeps kRows broadcast numbers times kColumns vectors of queries in registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+template <int Tile>
+constexpr int kColumns = Tile / kLanes < 2 ? 1 : 2;
+
+// out[i * Tile + q] = sum over u of rows[i][u] * x[u * Tile + q], for N rows and kColumns vectors of q.
+template <class Units, int Tile, int N>
+inline void dot_rows(const float* const* rows, const float* x, int units, float* out) {
+  const float* row[N];
+  for (int i = 0; i < N; ++i) row[i] = rows[i];
+  Floats sum[N][kColumns<Tile>];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int c = 0; c < kColumns<Tile>; ++c) sum[i][c] = Floats{};
+  for (int u = 0; u < units; ++u) {
+    Floats column[kColumns<Tile>];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns<Tile>; ++c) column[c] = load(x + u * Tile + c * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns<Tile>; ++c) sum[i][c] = Units::multiply_add(sum[i][c], row[i] + u, column[c]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int c = 0; c < kColumns<Tile>; ++c) store(out + i * Tile + c * kLanes, sum[i][c]);
+}
+
+// out[i * Tile + q] += sum over k of rows[k][i] * x[k * Tile + q], for N columns i of the rows.
+template <class Units, int Tile, int N>
+inline void add_columns(const float* const* rows, int first, const float* x, int count, float* out) {
+  Floats sum[N][kColumns<Tile>];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int c = 0; c < kColumns<Tile>; ++c) sum[i][c] = load(out + i * Tile + c * kLanes);
+  for (int k = 0; k < count; ++k) {
+    const float* row = rows[k] + first;
+    Floats column[kColumns<Tile>];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns<Tile>; ++c) column[c] = load(x + k * Tile + c * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns<Tile>; ++c) sum[i][c] = Units::multiply_add(sum[i][c], row + i, column[c]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int c = 0; c < kColumns<Tile>; ++c) store(out + i * Tile + c * kLanes, sum[i][c]);
+}
+
+template <class Units, int Tile>
+inline void score_product(const float* const* rows, int count, const float* x, int units, float* out) {
+  for (int c = 0; c < Tile; c += kColumns<Tile> * kLanes) {
+    int i = 0;
+    for (; i + kRows <= count; i += kRows) dot_rows<Units, Tile, kRows>(rows + i, x + c, units, out + i * Tile + c);
+    if (i + 4 <= count && kRows > 4) dot_rows<Units, Tile, 4>(rows + i, x + c, units, out + i * Tile + c), i += 4;
+    for (; i < count; ++i) dot_rows<Units, Tile, 1>(rows + i, x + c, units, out + i * Tile + c);
+  }
+}
+
+template <class Units, int Tile>
+inline void value_product(const float* const* rows, int count, const float* x, int channels, float* out) {
+  for (int c = 0; c < Tile; c += kColumns<Tile> * kLanes) {
+    int i = 0;
+    for (; i + kRows <= channels; i += kRows)
+      add_columns<Units, Tile, kRows>(rows, i, x + c, count, out + i * Tile + c);
+    for (; i < channels; ++i) add_columns<Units, Tile, 1>(rows, i, x + c, count, out + i * Tile + c);
+  }
+}
+
+// Floats that begin on a cache line, so that no vector lies across two.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<float*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(float), kLine))) {}
+  ~Buffer() { ::operator delete[](data_, kLine); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  float* data_;
+};
+
+// Geometry.
+
+// Keys first .. first + count - 1, all in one row of the grid (reach >= 0: index among the tile's rows) or seen by all.
+struct Run {
+  int64_t first, count;
+  int row;
+  int64_t x;  // place of the first key in its row
+};
+
+// The patch of the grid that a tile covers.
+struct TileShape {
+  int size[3];  // time, height, width
+};
+
+template <int Tile>
+struct Place {
+  int64_t query[Tile];  // index among the queries; -1: beyond the grid's edge
+};
+
+// What a patch sees of the grid: its rows one after the other as (time, height, first x, last x).
+class Patch {
+ public:
+  Patch(const Problem& p, const int64_t low[3], const TileShape& shape) : p_(p) {
+    for (int i = 0; i < 3; ++i) low_[i] = low[i], high_[i] = std::min(low[i] + shape.size[i], p.grid[i]) - 1;
+  }
+
+  template <class Visit>
+  void rows(Visit visit) const {
+    const bool disc = p_.form == Form::kDisc;
+    const int64_t budget = p_.radius * p_.radius - 1, far = disc ? p_.radius - 1 : p_.radius;
+    for (int64_t t = std::max<int64_t>(0, low_[0] - far); t <= std::min(p_.grid[0] - 1, high_[0] + far); ++t)
+      for (int64_t y = std::max<int64_t>(0, low_[1] - far); y <= std::min(p_.grid[1] - 1, high_[1] + far); ++y) {
+        int64_t wide = p_.radius;
+        if (disc) {
+          const int64_t dt = apart(0, t), dy = apart(1, y), rest = budget - dt * dt - dy * dy;
+          if (rest < 0) continue;
+          wide = static_cast<int64_t>(std::sqrt(static_cast<double>(rest)));
+        }
+        visit(t, y, std::max<int64_t>(0, low_[2] - wide), std::min(p_.grid[2] - 1, high_[2] + wide));
+      }
+  }
+
+  int64_t keys() const {
+    int64_t keys = 0;
+    rows([&](int64_t, int64_t, int64_t first, int64_t last) { keys += last - first + 1; });
+    return keys;
+  }
+
+ private:
+  int64_t apart(int axis, int64_t place) const {
+    return std::max<int64_t>({0, low_[axis] - place, place - high_[axis]});
+  }
+
+  const Problem& p_;
+  int64_t low_[3], high_[3];
+};
+
+// The runs of keys that a tile of the image sees, and for each row how far each query sees in it.
+template <int Tile>
+class Neighbourhood {
+ public:
+  std::vector<Run> runs;
+  std::vector<float> reach;  // per row and query: largest squared (disc) or plain (box) distance along x; -1: none
+  alignas(64) float x[Tile];
+
+  Neighbourhood(const Problem& p, const TileShape& shape) : p_(p), shape_(shape) {
+    for (int q = 0; q < Tile; ++q) {
+      lane_[0][q] = static_cast<float>(q / (shape.size[1] * shape.size[2]));
+      lane_[1][q] = static_cast<float>(q / shape.size[2] % shape.size[1]);
+      lane_[2][q] = static_cast<float>(q % shape.size[2]);
+    }
+  }
+
+  // For the tile whose first token is at `low`; fills `place` too.
+  void move_to(const int64_t low[3], Place<Tile>& place) {
+    runs.clear();
+    reach.clear();
+    if (p_.before) runs.push_back({0, p_.before, -1, 0});
+    const float radius = static_cast<float>(p_.radius), budget = radius * radius - 1;
+    Patch(p_, low, shape_).rows([&](int64_t t, int64_t y, int64_t first, int64_t last) {
+      const int row = static_cast<int>(reach.size() / Tile);
+      runs.push_back({p_.before + (t * p_.grid[1] + y) * p_.grid[2] + first, last - first + 1, row, first});
+      reach.resize(reach.size() + Tile);
+      float* of_row = &reach[static_cast<size_t>(row) * Tile];
+      const float dt = static_cast<float>(t - low[0]), dy = static_cast<float>(y - low[1]);
+      for (int q = 0; q < Tile; ++q) {
+        const float a = std::fabs(dt - lane_[0][q]), b = std::fabs(dy - lane_[1][q]);
+        const float rest = p_.form == Form::kDisc ? budget - a * a - b * b : a <= radius && b <= radius ? radius : -1;
+        of_row[q] = rest < 0 ? -1 : rest;
+      }
+    });
+    if (p_.after + p_.pooled) runs.push_back({p_.before + p_.image(), p_.after + p_.pooled, -1, 0});
+    const int64_t first = (low[0] * p_.grid[1] + low[1]) * p_.grid[2] + low[2] + (p_.image_only ? 0 : p_.before);
+    for (int q = 0; q < Tile; ++q) {
+      const int64_t t = static_cast<int64_t>(lane_[0][q]), y = static_cast<int64_t>(lane_[1][q]);
+      const int64_t along = static_cast<int64_t>(lane_[2][q]);
+      const bool inside = low[0] + t < p_.grid[0] && low[1] + y < p_.grid[1] && low[2] + along < p_.grid[2];
+      place.query[q] = inside ? first + (t * p_.grid[1] + y) * p_.grid[2] + along : -1;
+      x[q] = static_cast<float>(low[2]) + lane_[2][q];
+    }
+  }
+
+ private:
+  const Problem& p_;
+  const TileShape shape_;
+  alignas(64) float lane_[3][Tile];  // where each query of the tile stands in it
+};
+
+// The patch of `tile` queries with the fewest pairs over the whole grid, edges counted, and that number.
+inline std::pair<TileShape, double> best_shape(const Problem& p, int tile) {
+  std::pair<TileShape, double> best{{{1, 1, tile}}, -1};
+  for (int t = 1; t <= tile; t *= 2)
+    for (int y = 1; t * y <= tile; y *= 2) {
+      const TileShape shape{{t, y, tile / (t * y)}};
+      if ((t > 1 && t >= 2 * p.grid[0]) || (y > 1 && y >= 2 * p.grid[1])) continue;
+      double tiles = tile;
+      int64_t low[3];
+      for (int i = 0; i < 3; ++i) {
+        const int64_t count = (p.grid[i] + shape.size[i] - 1) / shape.size[i];
+        tiles *= static_cast<double>(count);
+        low[i] = count / 2 * shape.size[i];  // a tile in the middle stands for all
+      }
+      const double pairs = tiles * static_cast<double>(Patch(p, low, shape).keys() + p.before + p.after + p.pooled);
+      if (best.second < 0 || pairs < best.second) best = {shape, pairs};
+    }
+  return best;
+}
+
+// Queries per tile. A tile of 64 makes more pairs that nobody needs, at a lower price each: by measurement 0.85 of a
+// tile of 32's in float32, 0.75 in bfloat16, where values are repacked once per tile.
+template <class Units>
+inline int best_tile(const Problem& p) {
+  if (p.image() <= 16 && kLanes <= 16) return 16;
+  const double price = Units::kPerUnit == 2 ? 0.75 : 0.85;
+  return price * best_shape(p, 64).second < best_shape(p, 32).second ? 64 : 32;
+}
+
+// One tile.
+
+constexpr int kChunk = 128;
+
+template <class T, class Units, int Tile>
+class Worker {
+ public:
+  explicit Worker(const Problem& problem)
+      : p_(problem),
+        query_units_((p_.head_dim + Units::kPerUnit - 1) / Units::kPerUnit),
+        query_(query_units_ * Tile),
+        staged_(Tile * std::max(p_.head_dim, p_.value_dim) + kLanes * Tile),
+        scores_(kChunk * Tile),
+        out_(p_.value_dim * Tile),
+        keys_(direct_keys() ? 0 : kChunk * (p_.head_dim + 1)),
+        values_(direct_values() ? 0 : kChunk * p_.value_dim) {}
+
+  // `neighbourhood` is null for a tile of other tokens, which see all keys but the pooled ones.
+  void run(int64_t batch, int64_t head, const Place<Tile>& place, const std::vector<Run>& runs,
+           const Neighbourhood<Tile>* neighbourhood) {
+    const int64_t key_head = head / (p_.heads / p_.key_heads);
+    const T* query = at<T>(p_.query, p_.query_strides, batch, head);
+    const T* key = at<T>(p_.key, p_.key_strides, batch, key_head);
+    const T* value = at<T>(p_.value, p_.value_strides, batch, key_head);
+    load_queries(query, place);
+    std::fill_n(out_.data(), p_.value_dim * Tile, 0.0f);
+    for (int c = 0; c < Tile / kLanes; ++c) maximum_[c] = all(-kInfinity), sum_[c] = Floats{};
+    int64_t total = 0;
+    for (const Run& run : runs) total += run.count;
+    const int64_t chunks = (total + kChunk - 1) / kChunk;
+    size_t at_run = 0;
+    int64_t used = 0, done = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int count = static_cast<int>(total * (chunk + 1) / chunks - done);
+      done += count;
+      int filled = 0;
+      while (filled < count) {
+        const Run& run = runs[at_run];
+        const int take = static_cast<int>(std::min<int64_t>(count - filled, run.count - used));
+        for (int i = 0; i < take; ++i) {
+          token_[filled + i] = run.first + used + i;
+          row_[filled + i] = run.row;
+          x_[filled + i] = static_cast<float>(run.x + used + i);
+        }
+        filled += take;
+        used += take;
+        if (used == run.count) ++at_run, used = 0;
+      }
+      attend(batch, head, key, value, count, place, neighbourhood);
+    }
+    write(batch, head, place);
+  }
+
+ private:
+  template <class S>
+  static const S* at(const void* data, const Strides& strides, int64_t batch, int64_t head) {
+    return static_cast<const S*>(data) + batch * strides.batch + head * strides.head;
+  }
+
+  static constexpr bool kPairs = Units::kPerUnit == 2;
+  // Rows of keys are read where they lie if a row is a row of units.
+  bool direct_keys() const {
+    return p_.key_strides.channel == 1 && (kPairs ? p_.head_dim % 2 == 0 : std::is_same<T, float>::value);
+  }
+  bool direct_values() const { return !kPairs && p_.value_strides.channel == 1 && std::is_same<T, float>::value; }
+
+  // Qt: units x queries. Queries beyond the grid's edge are zeros.
+  void load_queries(const T* query, const Place<Tile>& place) {
+    float* rows = staged_.data();
+    for (int q = 0; q < Tile; ++q) {
+      float* row = rows + q * query_units_;
+      if (place.query[q] < 0) {
+        std::memset(row, 0, query_units_ * sizeof(float));
+      } else {
+        stage(query + place.query[q] * p_.query_strides.token, p_.query_strides.channel, p_.head_dim, row);
+      }
+    }
+    transpose(rows, query_units_, Tile, query_units_, query_.data(), Tile);
+  }
+
+  // One row as units.
+  static void stage(const T* from, int64_t step, int count, float* to) {
+    if constexpr (kPairs) {
+      if (step == 1 && count % 2 == 0) {
+        std::memcpy(to, from, count * sizeof(T));
+        return;
+      }
+      T* pairs = reinterpret_cast<T*>(to);
+      for (int i = 0; i < count; ++i) pairs[i] = from[i * step];
+      if (count % 2) pairs[count] = T{};
+    } else if (step == 1) {
+      widen_row(from, count, to);
+    } else {
+      widen(from, step, count, to);
+    }
+  }
+
+  void attend(int64_t batch, int64_t head, const T* key, const T* value, int count, const Place<Tile>& place,
+              const Neighbourhood<Tile>* neighbourhood) {
+    const float* rows[kChunk + 1];
+    for (int j = 0; j < count; ++j) {
+      const T* row = key + token_[j] * p_.key_strides.token;
+      if (direct_keys()) {
+        rows[j] = reinterpret_cast<const float*>(row);
+      } else {
+        float* copy = keys_.data() + j * (p_.head_dim + 1);
+        stage(row, p_.key_strides.channel, p_.head_dim, copy);
+        rows[j] = copy;
+      }
+    }
+    score_product<Units, Tile>(rows, count, query_.data(), query_units_, scores_.data());
+    if (p_.form == Form::kDisc)
+      normalise<true>(count, neighbourhood, batch, head, place);
+    else
+      normalise<false>(count, neighbourhood, batch, head, place);
+    if constexpr (kPairs) {
+      const int pairs = (count + 1) / 2;
+      pack_probabilities(count);
+      for (int j = 0; j < pairs; ++j) {
+        const T* one = value + token_[2 * j] * p_.value_strides.token;
+        const T* two = 2 * j + 1 < count ? value + token_[2 * j + 1] * p_.value_strides.token : nullptr;
+        float* packed = values_.data() + static_cast<int64_t>(j) * p_.value_dim;
+        interleave(one, two, packed);
+        rows[j] = packed;
+      }
+      value_product<Units, Tile>(rows, pairs, scores_.data(), p_.value_dim, out_.data());
+    } else {
+      for (int j = 0; j < count; ++j) {
+        const T* row = value + token_[j] * p_.value_strides.token;
+        if (direct_values()) {
+          rows[j] = reinterpret_cast<const float*>(row);
+        } else {
+          float* copy = values_.data() + static_cast<int64_t>(j) * p_.value_dim;
+          stage(row, p_.value_strides.channel, p_.value_dim, copy);
+          rows[j] = copy;
+        }
+      }
+      value_product<Units, Tile>(rows, count, scores_.data(), p_.value_dim, out_.data());
+    }
+  }
+
+  // Two rows of values as pairs, channel by channel.
+  void interleave(const T* one, const T* two, float* to) const {
+    const int64_t step = p_.value_strides.channel;
+    uint16_t* pairs = reinterpret_cast<uint16_t*>(to);
+    if (step == 1 && two) {
+      const uint16_t *a = reinterpret_cast<const uint16_t*>(one), *b = reinterpret_cast<const uint16_t*>(two);
+      uint32_t* units = reinterpret_cast<uint32_t*>(to);
+      for (int d = 0; d < p_.value_dim; ++d) units[d] = a[d] | static_cast<uint32_t>(b[d]) << 16;
+      return;
+    }
+    for (int d = 0; d < p_.value_dim; ++d) {
+      std::memcpy(pairs + 2 * d, one + d * step, 2);
+      if (two) std::memcpy(pairs + 2 * d + 1, two + d * step, 2);
+      else pairs[2 * d + 1] = 0;
+    }
+  }
+
+  // Probabilities of two keys per unit, in place.
+  void pack_probabilities(int count) {
+    float* p = scores_.data();
+    if (count % 2) std::memset(p + count * Tile, 0, Tile * sizeof(float));
+    const auto rounded = [](Floats value) {
+      const Ints bits = reinterpret_cast<Ints>(value);
+      return bits + 0x7fff + ((bits >> 16) & 1);
+    };
+    for (int j = 0; j < (count + 1) / 2; ++j)
+      for (int c = 0; c < Tile; c += kLanes) {
+        const Ints low = (rounded(load(p + 2 * j * Tile + c)) >> 16) & 0xffff;
+        const Ints high = rounded(load(p + (2 * j + 1) * Tile + c)) & static_cast<int32_t>(0xffff0000);
+        store(p + j * Tile + c, reinterpret_cast<Floats>(low | high));
+      }
+  }
+
+  // Scores to probabilities relative to the running maximum, which may rise; what is summed so far is scaled to it.
+  template <bool Disc>
+  void normalise(int count, const Neighbourhood<Tile>* neighbourhood, int64_t batch, int64_t head,
+                 const Place<Tile>& place) {
+    const float factor = p_.scale * kLog2E;
+    const bool masked = p_.mask_type != MaskType::kNone;
+    if (masked) apply_mask(count, batch, head, place);
+    for (int c = 0; c < Tile / kLanes; ++c) {
+      float* scores = scores_.data() + c * kLanes;
+      Floats top = maximum_[c];
+      if (neighbourhood != nullptr) {
+        const Floats x = load(neighbourhood->x + c * kLanes);
+        for (int j = 0; j < count; ++j) {
+          Floats score = load(scores + j * Tile);
+          if (!masked) score *= factor;
+          if (row_[j] >= 0) {
+            const Floats reach = load(neighbourhood->reach.data() + row_[j] * Tile + c * kLanes);
+            const Floats distance = x_[j] - x;
+            score = (Disc ? distance * distance : larger(distance, -distance)) <= reach ? score : all(-kInfinity);
+          }
+          store(scores + j * Tile, score);
+          top = larger(score, top);
+        }
+      } else {
+        for (int j = 0; j < count; ++j) {
+          Floats score = load(scores + j * Tile);
+          if (!masked) score *= factor;
+          store(scores + j * Tile, score);
+          top = larger(score, top);
+        }
+      }
+      const Floats base = top == -kInfinity ? all(0.0f) : top;
+      const Floats shrink = exp2(maximum_[c] - base);
+      Floats sum = sum_[c] * shrink;
+      for (int j = 0; j < count; ++j) {
+        const Floats p = exp2(load(scores + j * Tile) - base);
+        store(scores + j * Tile, p);
+        sum += p;
+      }
+      sum_[c] = sum;
+      maximum_[c] = top;
+      for (int d = 0; d < p_.value_dim; ++d) {
+        float* out = out_.data() + d * Tile + c * kLanes;
+        store(out, load(out) * shrink);
+      }
+    }
+  }
+
+  // Scales the scores and puts the model's own mask on them.
+  void apply_mask(int count, int64_t batch, int64_t head, const Place<Tile>& place) {
+    const Strides& s = p_.mask_strides;
+    const int64_t start = batch * s.batch + head * s.head;
+    const float factor = p_.scale * kLog2E;
+    for (int j = 0; j < count; ++j) {
+      float* scores = scores_.data() + j * Tile;
+      const int64_t column = start + token_[j] * s.channel;
+      if (s.token == 0) {
+        const float one = bias(column);
+        for (int c = 0; c < Tile; c += kLanes) store(scores + c, load(scores + c) * factor + one);
+      } else {
+        for (int q = 0; q < Tile; ++q)
+          scores[q] = scores[q] * factor + (place.query[q] < 0 ? 0.0f : bias(column + place.query[q] * s.token));
+      }
+    }
+  }
+
+  float bias(int64_t index) const {
+    switch (p_.mask_type) {
+      case MaskType::kBool: return static_cast<const uint8_t*>(p_.mask)[index] ? 0.0f : -kInfinity;
+      case MaskType::kFloat: return static_cast<const float*>(p_.mask)[index] * kLog2E;
+      case MaskType::kBFloat16: return to_float(static_cast<const BFloat16*>(p_.mask)[index]) * kLog2E;
+      case MaskType::kHalf: return to_float(static_cast<const Half*>(p_.mask)[index]) * kLog2E;
+      default: return 0.0f;
+    }
+  }
+
+  // The tile's output; a query that saw no key gives 0.
+  void write(int64_t batch, int64_t head, const Place<Tile>& place) {
+    for (int c = 0; c < Tile / kLanes; ++c) {
+      const Floats factor = maximum_[c] == -kInfinity && sum_[c] == 0.0f ? all(0.0f) : 1.0f / sum_[c];
+      for (int d = 0; d < p_.value_dim; ++d) {
+        float* out = out_.data() + d * Tile + c * kLanes;
+        store(out, load(out) * factor);
+      }
+    }
+    float* rows = staged_.data();
+    const int whole = p_.value_dim / kLanes * kLanes;
+    for (int q = 0; q < Tile; q += kLanes) {
+      for (int d = 0; d < whole; d += kLanes)
+        transpose_square(out_.data() + d * Tile + q, Tile, rows + q * p_.value_dim + d, p_.value_dim);
+      for (int d = whole; d < p_.value_dim; ++d)
+        for (int i = 0; i < kLanes; ++i) rows[(q + i) * p_.value_dim + d] = out_.data()[d * Tile + q + i];
+    }
+    T* out = static_cast<T*>(p_.out) + batch * p_.out_strides.batch + head * p_.out_strides.head;
+    for (int q = 0; q < Tile; ++q)
+      if (place.query[q] >= 0)
+        narrow(rows + q * p_.value_dim, p_.value_dim, out + place.query[q] * p_.out_strides.token);
+  }
+
+  const Problem& p_;
+  const int query_units_;
+  Buffer query_, staged_, scores_, out_, keys_, values_;
+  alignas(64) Floats maximum_[Tile / kLanes], sum_[Tile / kLanes];
+  int64_t token_[kChunk];
+  int row_[kChunk];
+  float x_[kChunk];
+};
+
+// The whole problem.
+
+template <class T, class Units, int Tile>
+class Attention {
+ public:
+  explicit Attention(const Problem& problem)
+      : p_(problem),
+        shape_(best_shape(problem, Tile).first),
+        others_(problem.image_only ? 0 : problem.before + problem.after) {
+    for (int i = 0; i < 3; ++i) tiles_[i] = (p_.grid[i] + shape_.size[i] - 1) / shape_.size[i];
+    image_tiles_ = tiles_[0] * tiles_[1] * tiles_[2];
+    other_tiles_ = (others_ + Tile - 1) / Tile;
+  }
+
+  int64_t tasks() const { return p_.batch * p_.heads * (image_tiles_ + other_tiles_); }
+
+  // Works off tasks until none is left; called by several threads at once.
+  void work(std::atomic<int64_t>& next) const {
+    Worker<T, Units, Tile> worker(p_);
+    Neighbourhood<Tile> neighbourhood(p_, shape_);
+    Place<Tile> place;
+    const int64_t others = p_.batch * p_.heads * other_tiles_;  // these see all keys and come first
+    const std::vector<Run> all_keys{{0, p_.tokens(), -1, 0}};
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks();) {
+      if (task < others) {
+        const int64_t pair = task / other_tiles_, first = task % other_tiles_ * Tile;
+        for (int q = 0; q < Tile; ++q) {
+          const int64_t other = first + q;
+          place.query[q] = other >= others_ ? -1 : other < p_.before ? other : other + p_.image();
+        }
+        worker.run(pair / p_.heads, pair % p_.heads, place, all_keys, nullptr);
+      } else {
+        const int64_t rest = task - others, pair = rest / image_tiles_, tile = rest % image_tiles_;
+        const int64_t low[3] = {tile / (tiles_[1] * tiles_[2]) * shape_.size[0],
+                                tile / tiles_[2] % tiles_[1] * shape_.size[1], tile % tiles_[2] * shape_.size[2]};
+        neighbourhood.move_to(low, place);
+        worker.run(pair / p_.heads, pair % p_.heads, place, neighbourhood.runs, &neighbourhood);
+      }
+    }
+  }
+
+ private:
+  const Problem& p_;
+  TileShape shape_;
+  int64_t others_, tiles_[3], image_tiles_, other_tiles_;
+};
+
+}  // namespace difa
