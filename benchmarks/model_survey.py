@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from benchmarks._common import RESULTS, Row, write_result
 from benchmarks.zoo.check import call, shifted
 from benchmarks.zoo.registry import Example, build, reasons, registered
+from difa_compile.answering import answering
 from difa_compile.backend import eager
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
@@ -199,7 +200,8 @@ def survey(name: str) -> Row:
     try:
         with torch.no_grad():
             call(example)  # some classes fill tables in their first call, in ways that cannot be captured
-            call(example, compiled)
+            with answering():
+                call(example, compiled)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         return row | {"graphs": backend.graphs, "reason": f"not captured: {first}"}

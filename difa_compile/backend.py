@@ -18,6 +18,7 @@ from torch import fx
 from difa_compile.capture import Capture, Compiler
 from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
 from difa_compile.layout import Layout
+from difa_compile.passes.questions import BINDINGS, brings_in_sizes
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
@@ -93,6 +94,7 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
 
     def run_captured(*args: Any) -> list[Any]:
         inputs = list(args)
+        capture.check(inputs)
         run = active_run(capture, inputs)
         return call_without_run(capture, inputs) if run is None else run.call(capture, inputs)
 
@@ -117,8 +119,20 @@ def inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[
         compiled = compile_fx(module, list(example_inputs))
     else:
         with torch.no_grad():
-            compiled = compile_fx(copy_graph(module), list(example_inputs))
+            compiled = compile_fx(copy_graph(module), allowing_open_sizes(module, example_inputs))
     return compiled  # type: ignore[no-any-return]
+
+
+def allowing_open_sizes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs in the form in which inductor takes graphs with sizes that only values determine: as fake tensors of
+    fixed sizes that can tell of others. Where no size is such, the inputs themselves."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    if not any(brings_in_sizes(node) for node in module.graph.nodes):
+        return list(example_inputs)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in example_inputs]
 
 
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -136,6 +150,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in mapping.items():
         if old.op == "placeholder":
             new._dynamo_source = getattr(old, "_dynamo_source", None)
+        new.meta.pop(BINDINGS, None)  # symbols of the capture, which the compiler names anew
     fresh = fx.GraphModule(module, graph)
     fresh.meta = copy.copy(module.meta)
     if hasattr(module, "_param_name_to_source"):

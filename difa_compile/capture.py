@@ -23,6 +23,7 @@ from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention, latent_inputs
 from difa_compile.passes.pipeline import rewrite
+from difa_compile.passes.questions import answer
 from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.specialize import check_sizes, specialize
@@ -91,6 +92,7 @@ class Capture:
         strict: bool = False,
         resize: str | None = None,
     ) -> None:
+        self._questions = answer(module, example_inputs)
         specialize(module)
         self.module = module
         self.plan = plan
@@ -223,6 +225,14 @@ class Capture:
         }
 
     # --- running -----------------------------------------------------------------------------------------------------
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raise :class:`InputValuesError` if the capture does not hold for inputs of these values.
+
+        A model may ask its inputs how many tokens a mask shows, or branch on them; the capture holds for the answers
+        with which it was made.
+        """
+        self._questions.check(args)
 
     def full(self, args: Sequence[Any]) -> list[Any]:
         """The unmodified graph, compiled whole."""

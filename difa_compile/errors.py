@@ -63,6 +63,10 @@ class UnsupportedModelError(DifaError, ValueError):
     """A model that cannot be captured as one graph of fixed sizes."""
 
 
+class InputValuesError(UnsupportedModelError):
+    """A call whose inputs' values lead to other sizes or branches than those of the call that was captured."""
+
+
 class CalibrationError(DifaError):
     """Base of what can stop a calibration."""
 

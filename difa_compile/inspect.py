@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from difa_compile.answering import answering
 from difa_compile.backend import eager
 from difa_compile.capture import Capture, Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
@@ -61,6 +62,8 @@ def inspect_model(
         NoAttentionError: the model has no attention that a plan could act on.
         UnsupportedPipelineError, ModelLoadError: no transformer, or no inputs could be made up for it.
     """
+    from torch._dynamo.exc import Unsupported, UserError
+
     from difa_compile.example_inputs import example_inputs, pipeline_inputs
     from difa_compile.pipeline import find_transformer
 
@@ -88,17 +91,28 @@ def inspect_model(
             failures.append(error)
         return module.forward
 
+    def attempt(**settings: Any) -> None:
+        nonlocal graphs
+        captures.clear()
+        failures.clear()
+        graphs = 0
+        with torch.no_grad():
+            compiled = torch.compile(private_forward(model), backend=collect, dynamic=False, **settings)
+            compiled(*args, **kwargs)
+
     training = model.training
     model.eval()
     try:
         for _ in range(2):  # some models fill tables in their first call, which breaks the graph
-            captures.clear()
-            failures.clear()
-            graphs = 0
-            with torch.no_grad():
-                torch.compile(private_forward(model), backend=collect, dynamic=False)(*args, **kwargs)
+            attempt()
             if graphs == 1:
                 break
+        else:
+            try:
+                with answering():
+                    attempt(fullgraph=True)
+            except (Unsupported, UserError):  # it stays in pieces
+                attempt()
     finally:
         model.train(training)
     sites = tuple(site for capture in captures for site in capture.all_sites)

@@ -23,6 +23,7 @@ LIBRARY.define(
     "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
     "float? scale=None, Tensor? mask=None, int pooled=0) -> Tensor"
 )
+LIBRARY.define("sized(Tensor value, int[] shape) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -160,3 +161,21 @@ torch.library.register_autograd("difa::local_attention", gradient.backward, setu
 
 LOCAL_ATTENTION = torch.ops.difa.local_attention.default
 """The overload that passes insert."""
+
+
+def _sized(value: Tensor, shape: list[int]) -> Tensor:
+    if list(value.shape) != shape:
+        raise RuntimeError(f"a value of shape {list(value.shape)} where {shape} was captured")
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def _sized_fake(value: Tensor, shape: list[int]) -> Tensor:
+    return value.new_empty(shape)
+
+
+LIBRARY.impl("sized", _sized, "CompositeExplicitAutograd")
+torch.library.register_fake("difa::sized", _sized_fake, lib=LIBRARY)
+
+SIZED = torch.ops.difa.sized.default
+"""``sized(value, shape)``: the value itself, laid out row by row, of a size that only its values determine but that is
+known; for the compiler a plain size. Raises ``RuntimeError`` if it is another."""

@@ -27,12 +27,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from difa_compile.errors import DifaError, UnsupportedPipelineError
+from difa_compile.answering import answering
+from difa_compile.errors import DifaError, InputValuesError, UnsupportedPipelineError
 from difa_compile.following import Following
 from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
-"""Compiled graphs (input shapes times wired pipelines) that all models of one class may have; more are an error."""
+"""Compiled graphs (input shapes times wired pipelines) that all models of one class may have; more are an error. Where
+sizes or branches depend on values, each outcome counts like a shape."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,53 @@ class Wiring:
         return call() if following is None else following.model_call(call)
 
 
-def compile_forward(model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]) -> Any:
+class CompiledForward:
     """``torch.compile`` of the model's call, one graph per input shape. The model itself is left as it is.
+
+    Where the model's sizes or branches depend on the values of its inputs (how many tokens a mask shows), also one
+    graph for each outcome, of which the last used is tried first.
 
     Not with ``isolate_recompiles``: torch 2.13 keeps the region of that option in a variable of the process, so calls
     of two compiled functions in two threads end in each other's caches and are captured again and again.
     """
-    settings: dict[str, Any] = {"backend": backend, "options": dict(options), "dynamic": False, "fullgraph": True}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # otherwise torch's own limit, 8 graphs
-        settings["recompile_limit"] = MOST_SHAPES
-    return torch.compile(model._call_impl, **settings)
+
+    def __init__(self, model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]) -> None:
+        self._model = model
+        self._backend = backend
+        self._settings: dict[str, Any] = {"options": dict(options), "dynamic": False, "fullgraph": True}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # otherwise torch's own limit, 8 graphs
+            self._settings["recompile_limit"] = MOST_SHAPES
+        self._forwards: tuple[Callable[..., object], ...] = (self._compile(backend),)
+
+    def _compile(self, backend: Callable[..., object]) -> Callable[..., object]:
+        return torch.compile(self._model._call_impl, backend=backend, **self._settings)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Raises what Dynamo raises."""
+        for forward in self._forwards:
+            try:
+                result = forward(*args, **kwargs)
+            except InputValuesError:
+                continue
+            self._keep(forward)
+            return result
+        forward = self._compile(functools.partial(self._backend))  # Dynamo takes no graph of another backend for it
+        result = forward(*args, **kwargs)
+        self._keep(forward)
+        return result
+
+    def _keep(self, forward: Callable[..., object]) -> None:
+        """Try ``forward`` first from now on."""
+        if self._forwards[0] is not forward:
+            with _lock:
+                self._forwards = (forward, *(other for other in self._forwards if other is not forward))
+
+
+def compile_forward(
+    model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]
+) -> Callable[..., object]:
+    """The model's call, compiled; :class:`CompiledForward`."""
+    return CompiledForward(model, backend, options)
 
 
 def run_compiled(
@@ -175,13 +214,14 @@ def run_compiled(
 ) -> object:
     """Call ``compiled``, made from the call of ``model``.
 
-    Some models fill tables in their first call, in ways that cannot be captured. So a model that cannot be captured is
-    called once as it is, and captured again.
+    Some models fill tables in their first call, in ways that cannot be captured; in others, branches and sizes depend
+    on the values of the inputs. So a model that cannot be captured is called once as it is, and captured again for
+    the values it is called with (:func:`~difa_compile.answering.answering`).
 
     An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
     model cannot be captured as one graph.
     """
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 
     name = type(model).__name__
 
@@ -193,13 +233,15 @@ def run_compiled(
         raise
     except FailOnRecompileLimitHit as failure:
         raise UnsupportedPipelineError(
-            f"{name} was called with more input shapes, over all pipelines with a plan, than are compiled for models "
-            f"of one class ({MOST_SHAPES}); sample fewer sizes, or call torch._dynamo.reset() to start over"
+            f"{name} was called with more input shapes (or texts of other lengths, where its sizes depend on them), "
+            f"over all pipelines with a plan, than are compiled for models of one class ({MOST_SHAPES}); sample fewer "
+            "sizes, or call torch._dynamo.reset() to start over"
         ) from failure
-    except Unsupported as failure:
+    except (Unsupported, UserError) as failure:
         if retry:
             model._call_impl(*args, **kwargs)
-            return run_compiled(compiled, model, args, kwargs, retry=False)
+            with answering():
+                return run_compiled(compiled, model, args, kwargs, retry=False)
         reason = str(failure).strip().splitlines()[0]
         raise UnsupportedPipelineError(
             f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"
