@@ -7,17 +7,20 @@ asks the active run which step it is; Dynamo sees nothing of that, so switching 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from difa_compile.capture import Capture, Compiler
 from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
 from difa_compile.layout import Layout
+from difa_compile.passes.graph import copy_module
 from difa_compile.passes.questions import BINDINGS, brings_in_sizes
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
@@ -111,51 +114,34 @@ def compiler_named(name: str) -> Compiler:
 
 
 def inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a graph with inductor, on a copy that keeps what marks its parameters as static."""
+    """Compile a graph with inductor as if Dynamo did, also when no capture is in progress.
+
+    The tracing context is what tells inductor which inputs are parameters, which stay where they are; and without its
+    ``ShapeEnv`` neither inductor nor AOTAutograd would use their caches on disk.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Any
-    if torch._guards.TracingContext.try_get() is not None:
+    if TracingContext.try_get() is not None:
         compiled = compile_fx(module, list(example_inputs))
     else:
-        with torch.no_grad():
-            compiled = compile_fx(copy_graph(module), allowing_open_sizes(module, example_inputs))
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        copied, _ = copy_module(module)
+        open_sizes = any(brings_in_sizes(node) for node in module.graph.nodes)
+        for node in copied.graph.nodes:
+            node.meta.pop(BINDINGS, None)  # symbols of the capture, which the compiler names anew
+        inputs = list(example_inputs)
+        if open_sizes:  # inductor takes such graphs with fake inputs, of fixed sizes, that can tell of other sizes
+            inputs = [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in inputs]
+        with torch.no_grad(), tracing(TracingContext(mode)):
+            compiled = compile_fx(copied, inputs, ignore_shape_env=not open_sizes)
     return compiled  # type: ignore[no-any-return]
-
-
-def allowing_open_sizes(module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """The inputs in the form in which inductor takes graphs with sizes that only values determine: as fake tensors of
-    fixed sizes that can tell of others. Where no size is such, the inputs themselves."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    if not any(brings_in_sizes(node) for node in module.graph.nodes):
-        return list(example_inputs)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    return [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in example_inputs]
 
 
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph as it is, for debugging and for exact comparisons."""
     del example_inputs
     return module.forward
-
-
-def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that inductor may change; the plain copy of a Dynamo graph would forget which inputs are parameters."""
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, mapping)
-    graph.output(output)
-    for old, new in mapping.items():
-        if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)
-        new.meta.pop(BINDINGS, None)  # symbols of the capture, which the compiler names anew
-    fresh = fx.GraphModule(module, graph)
-    fresh.meta = copy.copy(module.meta)
-    if hasattr(module, "_param_name_to_source"):
-        fresh._param_name_to_source = module._param_name_to_source
-    return fresh
 
 
 def raiser(error: DifaError) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Every front end goes through these: passes ask ``is_attention(node)``, they neve
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from collections.abc import Iterable
@@ -112,6 +113,33 @@ def is_parameter(node: fx.Node) -> bool:
     name = source.name if source is not None else ""
     name = name() if callable(name) else name
     return isinstance(value, torch.nn.Parameter) or "_parameters" in name or "_buffers" in name
+
+
+def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of a captured graph that may be changed, and for each node of the graph its copy."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, mapping)
+    original = next(node for node in module.graph.nodes if node.op == "output")
+    graph.output(output).meta = copy.copy(original.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    fresh = fx.GraphModule(module, graph)
+    keep_origin(fresh, module)
+    return fresh, mapping
+
+
+def keep_origin(fresh: fx.GraphModule, module: fx.GraphModule) -> None:
+    """Let ``fresh``, made from ``module`` or a part of it, count as captured by Dynamo.
+
+    Only of such graphs do AOTAutograd and inductor believe which inputs are parameters and so stay where they are;
+    CUDA graphs copy all others at every call. Each placeholder must have a ``_dynamo_source``, None if it is not an
+    input of the captured graph.
+    """
+    fresh.meta = dict(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        fresh._param_name_to_source = module._param_name_to_source
 
 
 def module_path(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from difa_compile.passes.graph import alias_root, block_path, module_path, mutated_argument, tensor_of
+from difa_compile.passes.graph import alias_root, block_path, keep_origin, module_path, mutated_argument, tensor_of
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import move_site
 
@@ -139,6 +139,7 @@ def build_segment(
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.output(tuple(contiguous(graph, mapping[node]) for node in outputs))
     built = fx.GraphModule(module, graph)
+    keep_origin(built, module)
     for node in outputs:
         number[node] = len(number)
     here = [(i, site) for i, site in enumerate(sites) if site.region.attention in inside]

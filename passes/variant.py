@@ -6,7 +6,6 @@ A variant is a pure function: inputs and caches in, outputs and caches out. Pass
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from difa_compile.passes.graph import tensor_of
+from difa_compile.passes.graph import copy_module, tensor_of
 from difa_compile.passes.site import Region, Site
 from difa_compile.schedule import Role
 
@@ -112,18 +111,7 @@ class Variant:
 
 def start_variant(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role]) -> Variant:
     """Copy a graph and bind each site, in order, to its role."""
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, mapping)
-    original = next(node for node in module.graph.nodes if node.op == "output")
-    graph.output(output).meta = copy.copy(original.meta)
-    for old, new in mapping.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    fresh = fx.GraphModule(module, graph)
-    fresh.meta = dict(module.meta)
-    if hasattr(module, "_param_name_to_source"):
-        fresh._param_name_to_source = module._param_name_to_source
+    fresh, mapping = copy_module(module)
     targets = []
     for site, role in zip(sites, roles, strict=True):
         moved = move_site(site, mapping)
