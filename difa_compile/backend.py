@@ -7,6 +7,7 @@ asks the active run which step it is; Dynamo sees nothing of that, so switching 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def difa(
 
 def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     plan = options["plan"]
+    file = None
     if isinstance(plan, (str, Path)):
+        file = PlanFile(Path(plan))
         plan = Plan.load(plan)
     if plan is not None and not isinstance(plan, Plan):
         raise DecisionError(f"option plan is a {type(plan).__name__}; give a Plan, the path of one, or None")
@@ -98,10 +101,43 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
     def run_captured(*args: Any) -> list[Any]:
         inputs = list(args)
         capture.check(inputs)
+        if file is not None:
+            file.warn_if_changed()
         run = active_run(capture, inputs)
         return call_without_run(capture, inputs) if run is None else run.call(capture, inputs)
 
     return run_captured
+
+
+class PlanFile:
+    """A plan file as it was when it was read.
+
+    Dynamo takes equal options for equal, so a model that is compiled again with the path of a plan runs what was
+    compiled for it before, whatever is in the file by then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state = self._state()
+
+    def _state(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
+    def warn_if_changed(self) -> None:
+        """Say, once for every time it was written, that the file is not what runs. A file that is gone is none."""
+        state = self._state()
+        if state not in (None, self.state):
+            self.state = state
+            warnings.warn(
+                f"{self.path} was written again after a model was compiled with it; the plan that was read then is "
+                "followed. Call torch._dynamo.reset() and compile the model again to follow the new one, or give "
+                "Plan.load(path) instead of the path",
+                stacklevel=3,
+            )
 
 
 def compiler_named(name: str) -> Compiler:

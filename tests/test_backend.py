@@ -1,6 +1,7 @@
 """The torch.compile backend: its options, its errors, and that plans survive inductor."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -118,6 +119,33 @@ def test_a_plan_may_be_a_path(tmp_path):
             outputs.append(fast(**at_step(inputs, 1)))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
+
+
+def test_a_plan_file_that_changed_is_said(tmp_path):
+    """Dynamo keeps what it compiled for the path; the old plan is followed, not silently."""
+    model, inputs, _, _ = captured_plain()
+    path = tmp_path / "plan.json"
+    plain_plan([FULL, REUSE]).save(path)
+
+    def sample():
+        fast = compiled(model, path)
+        with torch.no_grad(), sampling(fast, 2) as run:
+            fast(**inputs)
+            run.step(1)
+            return fast(**at_step(inputs, 1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = sample()
+        assert torch.equal(sample(), before)
+    plain_plan([FULL, D("window(band:2)")]).save(path)
+    with pytest.warns(UserWarning, match=r"plan\.json was written again .* torch\._dynamo\.reset"):
+        assert torch.equal(sample(), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample()  # said once
+        path.unlink()
+        assert torch.equal(sample(), before)
 
 
 @pytest.mark.parametrize(
