@@ -31,8 +31,8 @@ from torch import fx, nn
 
 import difa_compile
 from difa_compile import FULL, Decision, Plan
-from difa_compile.backend import inductor
 from difa_compile.capture import Capture
+from difa_compile.inductor import inductor
 from difa_compile.schedule import FULL_ROLE
 from difa_compile.stitch import Row as Stitched
 

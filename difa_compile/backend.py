@@ -7,6 +7,7 @@ asks the active run which step it is; Dynamo sees nothing of that, so switching 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from difa_compile.capture import Capture, Compiler
 from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
+from difa_compile.inductor import Config, inductor, inductor_config, uses_cuda_graphs
 from difa_compile.layout import Layout
-from difa_compile.passes.graph import copy_module
-from difa_compile.passes.questions import BINDINGS, brings_in_sizes
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
-OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize")
+OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options")
 
 
 def difa(
@@ -47,23 +44,30 @@ def difa(
         resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
             errors otherwise.
         inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
+        mode: of ``torch.compile``, for instance ``"reduce-overhead"`` (CUDA graphs). ``torch.compile`` takes no
+            ``mode`` of its own beside options.
+        inductor_options: values of ``torch._inductor.config``, for instance ``{"max_autotune": True}``.
 
     Errors of this package that show at compile time are raised by the call that triggered it, as themselves.
     """
     chosen = dict(options or {})
     try:
         unknown = sorted(set(chosen) - set(OPTIONS))
-        if unknown or mode is not None:
-            what = f"option {unknown[0]!r}" if unknown else f"mode={mode!r}"
-            raise DecisionError(f"backend difa does not know {what}; its options are {', '.join(OPTIONS)}")
+        if unknown:
+            raise DecisionError(
+                f"backend difa does not know option {unknown[0]!r}; its options are {', '.join(OPTIONS)}"
+            )
+        config = inductor_config(chosen.get("mode", mode), chosen.get("inductor_options"))
         if "plan" not in chosen:
-            return inductor(module, example_inputs)
-        return planned(module, example_inputs, chosen)
+            return inductor(module, example_inputs, config)
+        return planned(module, example_inputs, chosen, config)
     except DifaError as error:
         return raiser(error)
 
 
-def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def planned(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any], config: Config
+) -> Callable[..., Any]:
     plan = options["plan"]
     file = None
     if isinstance(plan, (str, Path)):
@@ -86,7 +90,7 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
         raise DecisionError(f"conditional_half is {half!r}; give 0 (first half) or 1 (second half)")
     if options.get("resize") not in (None, *RESIZES):
         raise DecisionError(f"option resize is {options['resize']!r}; choose one of {', '.join(RESIZES)}")
-    compiler = compiler_named(options.get("inner", "inductor"))
+    compiler = compiler_named(options.get("inner", "inductor"), config)
     capture = Capture(
         module,
         example_inputs,
@@ -96,6 +100,7 @@ def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapp
         conditional_half=half,
         strict=bool(options.get("strict", False)),
         resize=options.get("resize"),
+        overwrites=uses_cuda_graphs(config),
     )
 
     def run_captured(*args: Any) -> list[Any]:
@@ -140,38 +145,18 @@ class PlanFile:
             )
 
 
-def compiler_named(name: str) -> Compiler:
-    """The inner compiler by name. Raises :class:`DecisionError`."""
+def compiler_named(name: str, config: Config | None = None) -> Compiler:
+    """The inner compiler by name, with inductor's ``config``. Raises :class:`DecisionError`."""
     if name == "inductor":
-        return inductor
+        return functools.partial(inductor, config=config)
     if name == "eager":
+        if config:
+            names = ", ".join(config)
+            raise DecisionError(
+                f"inner='eager' compiles nothing, so it takes no {names}; leave mode and inductor_options out"
+            )
         return eager
     raise DecisionError(f"inner compiler {name!r} is unknown; choose inductor or eager")
-
-
-def inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a graph with inductor as if Dynamo did, also when no capture is in progress.
-
-    The tracing context is what tells inductor which inputs are parameters, which stay where they are; and without its
-    ``ShapeEnv`` neither inductor nor AOTAutograd would use their caches on disk.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    compiled: Any
-    if TracingContext.try_get() is not None:
-        compiled = compile_fx(module, list(example_inputs))
-    else:
-        mode = FakeTensorMode(shape_env=ShapeEnv())
-        copied, _ = copy_module(module)
-        open_sizes = any(brings_in_sizes(node) for node in module.graph.nodes)
-        for node in copied.graph.nodes:
-            node.meta.pop(BINDINGS, None)  # symbols of the capture, which the compiler names anew
-        inputs = list(example_inputs)
-        if open_sizes:  # inductor takes such graphs with fake inputs, of fixed sizes, that can tell of other sizes
-            inputs = [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in inputs]
-        with torch.no_grad(), tracing(TracingContext(mode)):
-            compiled = compile_fx(copied, inputs, ignore_shape_env=not open_sizes)
-    return compiled  # type: ignore[no-any-return]
 
 
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -73,6 +73,9 @@ class Compiled:
 class Capture:
     """One captured graph of a model.
 
+    ``overwrites``: what ``compiler`` makes returns memory that is overwritten in the next call of the model, as CUDA
+    graphs do. Outputs and caches, which are still read then, are copied out of it.
+
     Attributes:
         sites: the sites a plan can act on (self- and joint attention), in execution order.
         all_sites: these and the cross-attention sites.
@@ -91,6 +94,7 @@ class Capture:
         conditional_half: int | None = None,
         strict: bool = False,
         resize: str | None = None,
+        overwrites: bool = False,
     ) -> None:
         self._questions = answer(module, example_inputs)
         specialize(module)
@@ -98,6 +102,7 @@ class Capture:
         self.plan = plan
         self.compiled_variants = 0
         self._compiler = compiler
+        self._overwrites = overwrites
         self._context = Context(conditional_half)
         self._compiled: dict[tuple[str, tuple[Role, ...]], Compiled] = {}
         self._rows: dict[tuple[Role, ...], Row] = {}
@@ -236,6 +241,9 @@ class Capture:
 
     def full(self, args: Sequence[Any]) -> list[Any]:
         """The unmodified graph, compiled whole."""
+        return self.execute(args, [FULL_ROLE] * len(self.sites), {})[0]
+
+    def _run_whole(self, args: Sequence[Any]) -> list[Any]:
         if self._whole is None:
             with self._lock:
                 if self._whole is None:
@@ -280,12 +288,20 @@ class Capture:
         self, args: Sequence[Any], roles: Sequence[Role], caches: Mapping[str, Tensor]
     ) -> tuple[list[Any], Mapping[str, Tensor]]:
         """Outputs and written caches of one call with one role per site."""
-        roles = tuple(roles)
+        if not self._overwrites:
+            return self._execute(args, tuple(roles), caches)
+        torch.compiler.cudagraph_mark_step_begin()  # the results of the call before may go
+        outputs, written = self._execute(args, tuple(roles), caches)
+        return [copied(value) for value in outputs], written
+
+    def _execute(
+        self, args: Sequence[Any], roles: tuple[Role, ...], caches: Mapping[str, Tensor]
+    ) -> tuple[list[Any], Mapping[str, Tensor]]:
         row = self._rows.get(roles)
         if row is not None:
             return row(args, caches)
         if all(role == FULL_ROLE for role in roles):
-            return self.full(args), {}
+            return self._run_whole(args), {}
         state = self.advance(self.begin(args), roles, caches)  # compiles what the row needs
         self._rows[roles] = self.stitched(roles)
         return self.outputs(state), state.caches_out
@@ -342,6 +358,8 @@ class Capture:
         reads = tuple(relative(name) for name in rewritten.cache_inputs)
         read = [caches[f"cache.{paths[i]}.{rest}"] for i, rest in reads]
         run = self._compiler(rewritten.module, [*inputs, *read])
+        if self._overwrites and rewritten.cache_outputs:
+            run = copying_from(len(segment.outputs), run)
         self.compiled_variants += 1
         return Compiled(run, reads, tuple(relative(name) for name in rewritten.cache_outputs))
 
@@ -351,6 +369,21 @@ class Capture:
         Dynamo shares one capture among models of a class, whose parameters are inputs of the graph.
         """
         return None if self._parameter is None else args[self._parameter]
+
+
+def copying_from(first: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with its results from ``first`` on copied."""
+
+    def run_and_copy(*args: Any) -> list[Any]:
+        results = run(*args)
+        return [*results[:first], *(copied(value) for value in results[first:])]
+
+    return run_and_copy
+
+
+def copied(value: Any) -> Any:
+    """A tensor in memory of its own; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def first_parameter(inputs: Sequence[Any]) -> int | None:

@@ -21,7 +21,8 @@ from difa_compile.layout import Layout
 LIBRARY = torch.library.Library("difa", "DEF")
 LIBRARY.define(
     "local_attention(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, str shape, int radius, "
-    "float? scale=None, Tensor? mask=None, int pooled=0) -> Tensor"
+    "float? scale=None, Tensor? mask=None, int pooled=0) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # kernels keep masks for the next call and may compile themselves
 )
 LIBRARY.define("sized(Tensor value, int[] shape) -> Tensor")
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from difa_compile.backend import difa
+from difa_compile.backend import compiler_named, difa
 from difa_compile.decision import Kind
 from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following, RunStats
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.inductor import inductor_config
 from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import Run
@@ -115,6 +116,8 @@ def apply(
     layout: Layout | None = None,
     inner: str = "inductor",
     resize: str | None = None,
+    mode: str | None = None,
+    inductor_options: Mapping[str, Any] | None = None,
 ) -> AppliedPlan:
     """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
 
@@ -122,17 +125,20 @@ def apply(
     carried out is a :class:`~difa_compile.errors.SiteSkippedError` instead of a record. ``layout``: where the image
     stands in the attention sequence, for models whose graph does not show it. ``inner``: what compiles the rewritten
     graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
-    onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors.
+    onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors. ``mode``: of
+    ``torch.compile``, for instance ``"reduce-overhead"``; ``inductor_options``: values of ``torch._inductor.config``.
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
-    :class:`PlanMismatchError` if the plan was made for another model, and what :meth:`Plan.load` raises.
+    :class:`PlanMismatchError` if the plan was made for another model, :class:`DecisionError` for options that inductor
+    does not know, and what :meth:`Plan.load` raises.
     """
     _, model = find_transformer(pipe)
     check_transformer(pipe, model)
     check_scheduler(pipe)
     if resize not in (None, *RESIZES):
         raise DecisionError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}, or leave it out")
+    compiler_named(inner, inductor_config(mode, inductor_options))
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} already carries a plan; call remove(pipe) first")
     if not isinstance(plan, Plan):
@@ -141,6 +147,10 @@ def apply(
     half = _conditional_half(pipe, plan)
     applied = AppliedPlan(plan)
     options: dict[str, object] = {"plan": plan, "strict": strict, "layout": layout, "inner": inner, "resize": resize}
+    if mode is not None:
+        options["mode"] = mode
+    if inductor_options:
+        options["inductor_options"] = dict(inductor_options)
     if half is not None:
         options["cfg"] = {"conditional_half": half}
     decisions = {decision for row in plan.decisions for decision in row}

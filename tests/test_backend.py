@@ -156,6 +156,19 @@ def test_a_plan_file_that_changed_is_said(tmp_path):
         ({"plan": None, "layout": (4, 6)}, LayoutError, "option layout is"),
         ({"plan": None, "inner": "onnx"}, DecisionError, "inner compiler 'onnx' is unknown"),
         ({"plan": None, "cfg": {"conditional_half": 2}}, DecisionError, "conditional_half is 2"),
+        ({"plan": None, "mode": "fastest"}, DecisionError, "mode is 'fastest'; choose one of .*reduce-overhead"),
+        (
+            {"plan": None, "inductor_options": {"max_autotun": True}},
+            DecisionError,
+            "'max_autotun', which inductor",
+        ),
+        (
+            {"plan": None, "inductor_options": {"max_autotune": "yes"}},
+            DecisionError,
+            "as 'yes'; give a bool",
+        ),
+        ({"plan": None, "inductor_options": "max_autotune"}, DecisionError, "inductor_options is a str; give a dict"),
+        ({"plan": None, "inner": "eager", "mode": "reduce-overhead"}, DecisionError, "inner='eager' compiles nothing"),
         ({"plan": "/nowhere/plan.json"}, PlanFormatError, "/nowhere/plan.json"),
     ],
 )
@@ -171,10 +184,12 @@ def test_a_misspelt_resize_is_refused_at_once():
         compiled(model, plain_plan([FULL]), resize="fractoin")(**inputs)
 
 
-def test_a_mode_is_refused():
-    found = difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode="max-autotune")
-    with pytest.raises(DecisionError, match="mode='max-autotune'"):
-        found()
+@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_without_a_plan_a_mode_is_inductors(monkeypatch, mode):
+    given = []
+    monkeypatch.setattr("difa_compile.backend.inductor", lambda module, inputs, config: given.append(dict(config)))
+    difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode=mode)
+    assert given == [torch._inductor.list_mode_options(mode)]
 
 
 def test_a_model_without_attention_is_refused_as_itself():
@@ -313,7 +328,8 @@ def test_nothing_is_stored_on_the_model():
     plan = plain_plan([FULL, D("window(band:2)+residual"), REUSE])
 
     def everything():
-        return {name: sorted(vars(module)) for name, module in model.named_modules()}
+        parts = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
+        return {(name, type(part)): sorted(vars(part)) for name, part in parts}
 
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

@@ -52,6 +52,10 @@ PINNED = {
         ),
         "nothing hangs on modules": ("test_backend.py", "test_nothing_is_stored_on_the_model"),
         "runs at the same time": ("test_run.py", "test_threads_do_not_share_runs"),
+        "nothing lies in memory that CUDA graphs reuse": (
+            "test_inductor.py",
+            "test_what_outlives_a_call_is_not_in_memory_that_cuda_graphs_reuse",
+        ),
         "an exception poisons nothing": ("test_run.py", "test_an_exception_inside_a_step_leaves_the_next_run_clean"),
     },
     "3. Full means full": {

@@ -1,5 +1,6 @@
 """What inductor is told about a variant, and what it keeps for the next process."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,13 +12,18 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._inductor import compile_fx
 
-from difa_compile.backend import inductor
+from difa_compile.backend import difa
 from difa_compile.capture import Capture
-from difa_compile.decision import Decision
+from difa_compile.decision import FULL, Decision
+from difa_compile.inductor import inductor, inductor_config, uses_cuda_graphs
+from difa_compile.ops import LOCAL_ATTENTION
+from difa_compile.run import sampling
 from difa_compile.schedule import FULL_ROLE, assign_roles
-from tests.tiny_models import captured
+from tests.tiny_models import at_step, captured, captured_plain, plain_plan
 
 pytest.importorskip("diffusers")
+
+D = Decision.parse
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def test_parameters_are_static_inputs_of_every_compiled_graph(family, told):
 
     capture = Capture(module, values, compiler, conditional_half=0)
     caches = {}
-    rows = [[Decision.parse(text)] * len(capture.sites) for text in ("full", "window(box:1)+residual+cfg", "reuse")]
+    rows = [[D(text)] * len(capture.sites) for text in ("full", "window(box:1)+residual+cfg", "reuse")]
     for roles in assign_roles(rows):
         _, written = capture.execute(values, roles, caches)
         caches.update(written)
@@ -67,6 +73,113 @@ def test_parameters_are_static_inputs_of_every_compiled_graph(family, told):
     assert all(positions for positions in told), "every segment of these models has weights"
     capture.execute(values, [FULL_ROLE] * len(capture.sites), {})
     assert told[-1] == plain, "the whole graph is told of as torch.compile does"
+
+
+def test_inductors_options_hold_for_every_graph_and_only_there(monkeypatch):
+    found = []
+
+    def inner_compile(module, example_inputs, **_):
+        found.append(torch._inductor.config.max_autotune)
+        return make_boxed_func(module.forward)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=inner_compile))
+    model, inputs, _, _ = captured_plain()
+    plan = plain_plan([FULL, FULL, D("reuse")])
+    with torch.compiler.config.patch(force_disable_caches=True):
+        for given in ({}, {"inductor_options": {"max_autotune": True}}):
+            torch._dynamo.reset()
+            fast = torch.compile(model, backend=difa, options={"plan": plan, **given})
+            with torch.no_grad(), sampling(fast, 3) as run:
+                for step in range(3):
+                    run.step(step)
+                    fast(**inputs)
+    graphs = 1 + 3 + 1  # the whole; around the blocks and the block that writes its cache; the block that is reused
+    assert found == [False] * graphs + [True] * graphs
+    assert torch._inductor.config.max_autotune is False
+
+
+class Replayed:
+    """A compiler whose functions return memory that is no longer theirs once the next step is marked.
+
+    As CUDA graphs do: they write every replay's results to the same addresses.
+    """
+
+    def __init__(self):
+        self.handed_out = []
+
+    def __call__(self, module, example_inputs, config=None):
+        def run(*args):
+            results = list(module(*args))
+            self.handed_out += [value for value in results if isinstance(value, torch.Tensor)]
+            return results
+
+        return run
+
+    def mark_step(self):
+        for value in self.handed_out:
+            value.fill_(torch.nan)
+        self.handed_out.clear()
+
+
+ROWS = ["full", "window(band:2)+residual", "reuse", "full+cfg", "window(band:2)+residual+cfg", "reuse"]
+
+
+@pytest.mark.parametrize("guidance", ["batched", "two-call"])
+def test_what_outlives_a_call_is_not_in_memory_that_cuda_graphs_reuse(monkeypatch, guidance):
+    """All outputs of a run are kept to its end, all caches as long as the plan wants them, and none is spoiled."""
+    model, inputs, _, _ = captured_plain()
+    plan = plain_plan([D(text) for text in ROWS], guidance=guidance, conditional_half=0)
+
+    def sample(**options):
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend=difa, options={"plan": plan, "strict": True, **options})
+        outputs = []
+        with torch.no_grad(), sampling(fast, len(ROWS)) as run:
+            for step in range(len(ROWS)):
+                run.step(step)
+                for branch in ("cond", "uncond") if guidance == "two-call" else (None,):
+                    run.branch(branch)
+                    outputs.append(fast(**at_step(inputs, step)))
+            assert run.peak_cache_bytes > 0
+        return outputs
+
+    wanted = sample(inner="eager")
+    replayed = Replayed()
+    monkeypatch.setattr("difa_compile.backend.inductor", replayed)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replayed.mark_step)
+    found = sample(mode="reduce-overhead")
+    assert replayed.handed_out, "nothing was compiled"
+    replayed.mark_step()
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_full_calls_outside_of_a_plan_are_copied_too(monkeypatch):
+    """Calibration and calls without a run: the whole graph, by way of ``Capture.full``."""
+    _, _, module, values = captured_plain()
+    replayed = Replayed()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replayed.mark_step)
+    capture = Capture(module, values, replayed, overwrites=True)
+    first = capture.full(values)[0]
+    kept = first.clone()
+    assert torch.equal(capture.full(values)[0], kept)
+    replayed.mark_step()
+    assert torch.equal(first, kept)
+
+
+def test_cuda_graphs_can_be_asked_for_in_every_way_inductor_knows():
+    assert not uses_cuda_graphs(inductor_config())
+    assert not uses_cuda_graphs(inductor_config("max-autotune-no-cudagraphs"))
+    assert uses_cuda_graphs(inductor_config("reduce-overhead"))
+    assert uses_cuda_graphs(inductor_config("max-autotune"))
+    assert uses_cuda_graphs(inductor_config(options={"triton.cudagraphs": True}))
+    assert not uses_cuda_graphs(inductor_config("max-autotune", {"triton.cudagraphs": False}))
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert uses_cuda_graphs(inductor_config())
+
+
+def test_local_attention_is_kept_out_of_cuda_graphs():
+    """Its kernels keep masks for the next call, which must not lie in a CUDA graph's memory."""
+    assert torch.Tag.cudagraph_unsafe in LOCAL_ATTENTION.tags
 
 
 TWICE = """

@@ -10,8 +10,10 @@ from diffusers import DiTPipeline, HeunDiscreteScheduler
 from torch import nn
 
 import difa_compile
+from difa_compile.backend import eager
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
+    DecisionError,
     LayoutError,
     NotAppliedError,
     PlanFormatError,
@@ -388,6 +390,24 @@ def test_strict_and_layout_reach_the_backend(pipe):
     apply(pipe, plan, strict=True, inner="eager")
     with pytest.raises(SiteSkippedError, match=r"transformer_blocks\.0\.attn1"):
         pipe()
+
+
+def test_what_inductor_is_asked_reaches_the_backend_or_is_refused_at_once(pipe, monkeypatch):
+    given = []
+
+    def watched(module, inputs, config):
+        given.append(dict(config))
+        return eager(module, inputs)
+
+    monkeypatch.setattr("difa_compile.backend.inductor", watched)
+    plan = plan_of(pipe, [(FULL, FULL)])
+    for wrong in ({"mode": "fastest"}, {"inductor_options": {"fast": 1}}, {"inner": "eager", "mode": "max-autotune"}):
+        with pytest.raises(DecisionError, match=r"fastest|'fast'|inner='eager'"):
+            apply(pipe, plan, **wrong)
+        assert type(pipe) is DiTPipeline
+    apply(pipe, plan, mode="max-autotune", inductor_options={"triton.cudagraphs": False})
+    sample(pipe, steps=1)
+    assert given == [{"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False}]
 
 
 def test_gradients_are_refused(pipe):
