@@ -40,12 +40,21 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
     ``progress``: the normalised timestep of each step, falling from 1 to 0, by which a plan made for another schedule
     is resolved; by default the plan's own spacing. ``model``: the module or what ``torch.compile`` made of it.
 
-    Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress.
+    Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress. Warns if steps were taken and no
+    call of the model came to this run: it computed what it does without a plan.
     """
     run = Run(model, steps, progress=progress)
     token = run.activate()
     try:
         yield run
+        if run.stepped and not run.called:
+            warnings.warn(
+                f"{steps} steps of a sampling run went by, and no call of {type(run.model).__name__} followed a plan. "
+                "Was it compiled with backend='difa'? Beyond torch._dynamo.config.recompile_limit input shapes (8 by "
+                "default) Dynamo runs a model as it is: raise the limit, or compile with fullgraph=True to make that "
+                "an error",
+                stacklevel=3,
+            )
     finally:
         run.deactivate(token)
         run.reset()
@@ -69,6 +78,7 @@ class Run:
     """One pass through a schedule.
 
     ``index`` is the current step, ``current_branch`` the CFG branch ("cond", "uncond", None in a batched call).
+    ``stepped``, ``called``: whether a step was taken, and whether compiled code has asked this run, ever.
     ``promotions``: decisions made full because the step that would fill their cache is not in this schedule.
     """
 
@@ -81,6 +91,8 @@ class Run:
             raise ScheduleError(f"{steps} steps were announced, but progress has {len(self.progress)} values")
         self.index = 0
         self.current_branch: str | None = None
+        self.stepped = False
+        self.called = False
         self.peak_cache_bytes = 0
         self.promotions: tuple[Promotion, ...] = ()
         self._parameters = {id(parameter) for parameter in self.model.parameters()}
@@ -93,6 +105,7 @@ class Run:
         """
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.steps:
             raise ScheduleError(f"step {index!r} is outside the {self.steps} steps of this run (0 to {self.steps - 1})")
+        self.stepped = True
         if index < self.index:
             self.reset()
         elif self._capture_runs and index > self.index + 1:
@@ -135,6 +148,7 @@ class Run:
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         """Execute one model call at the current step; what compiled code calls."""
+        self.called = True
         if capture.plan is None:
             return capture.full(args)
         if id(capture) not in self._capture_runs:

@@ -67,6 +67,10 @@ PINNED = {
         "skips have reasons, strict raises": ("test_capture.py", "test_records_say_what_became_of_every_decision"),
         "inspect shows them": ("test_inspect.py", "test_causal_attention_shows_in_the_records"),
         "the report shows them": ("report/test_report.py", "test_skip_is_listed_once_with_its_reason"),
+        "what Dynamo no longer compiles is said": (
+            "test_run.py",
+            "test_more_batch_sizes_than_dynamo_compiles_are_not_silent",
+        ),
         "kernels give reasons": ("test_ops.py", "test_kernels_give_reasons"),
         "a plan file that changed is said": ("test_backend.py", "test_a_plan_file_that_changed_is_said"),
     },

@@ -388,6 +388,26 @@ def test_other_batch_sizes_have_captures_of_their_own():
     assert inputs["x"].shape[0] == 2
 
 
+def test_more_batch_sizes_than_dynamo_compiles_are_not_silent():
+    """Beyond its limit Dynamo runs the model as it is; the run notices that nobody asked it."""
+    model, _, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+
+    def sample(batch):
+        with sampling(fast, 2) as run:
+            for step in range(2):
+                run.step(step)
+                call(fast, {"x": torch.randn(batch, 3, 8, 12)})
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sample(2)
+            sample(3)
+        with pytest.warns(UserWarning, match=r"no call of PlainTransformer followed a plan.*recompile_limit"):
+            sample(4)
+
+
 def test_another_image_size_is_refused_with_the_remedy():
     model, inputs, _, _ = captured_plain()
     fast = compiled(model, plain_plan([FULL, REUSE]))
