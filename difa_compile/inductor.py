@@ -22,9 +22,8 @@ Config = Mapping[str, Any]
 def inductor(module: fx.GraphModule, example_inputs: Sequence[Any], config: Config | None = None) -> Callable[..., Any]:
     """Compile a graph with inductor as if Dynamo did, also when no capture is in progress.
 
-    The tracing context is what tells inductor which inputs are parameters, which stay where they are; and without its
-    ``ShapeEnv`` neither inductor nor AOTAutograd would use their caches on disk. ``config``: values that hold while
-    compiling, from :func:`inductor_config`.
+    Without the ``ShapeEnv`` of a tracing context neither inductor nor AOTAutograd would use their caches on disk.
+    ``config``: values that hold while compiling, from :func:`inductor_config`.
     """
     from torch._inductor.compile_fx import compile_fx
 

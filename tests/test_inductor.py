@@ -106,6 +106,7 @@ class Replayed:
 
     def __init__(self):
         self.handed_out = []
+        self.steps = 0
 
     def __call__(self, module, example_inputs, config=None):
         def run(*args):
@@ -116,6 +117,7 @@ class Replayed:
         return run
 
     def mark_step(self):
+        self.steps += 1
         for value in self.handed_out:
             value.fill_(torch.nan)
         self.handed_out.clear()
@@ -149,6 +151,7 @@ def test_what_outlives_a_call_is_not_in_memory_that_cuda_graphs_reuse(monkeypatc
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replayed.mark_step)
     found = sample(mode="reduce-overhead")
     assert replayed.handed_out, "nothing was compiled"
+    assert replayed.steps == len(found), "every call of the model is a step of its own"
     replayed.mark_step()
     assert all(map(torch.equal, found, wanted))
 
