@@ -2,7 +2,8 @@
 
 Recognised, besides that function itself:
 
-1. *explicit*: ``softmax(q @ k^T * scale [+ mask]) @ v``, by matmul, bmm, baddbmm or einsum, casts and dropout between;
+1. *explicit*: ``softmax(q @ k^T * scale [+ mask]) @ v``, by matmul, bmm, baddbmm, or einsum with its dimensions in any
+   order (``bqhd,bkhd->bhqk``), casts and dropout between;
 2. ``F.multi_head_attention_forward`` (``nn.MultiheadAttention``), which becomes projections around the attention;
 3. ``flash_attn_func`` and the op behind it, on (B, L, H, D);
 4. FlexAttention without a score or mask function.
@@ -76,12 +77,38 @@ class Writer:
 # --- explicit ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product of two values in einsum's notation: a letter per dimension, contracted ones missing in ``out``."""
+
+    left: fx.Node
+    right: fx.Node
+    left_letters: str
+    right_letters: str
+    out: str
+
+    @property
+    def consistent(self) -> bool:
+        """Whether no letter stands twice in a factor and each has one size, so that nothing is broadcast."""
+        sizes: dict[str, int] = {}
+        for letters, node in ((self.left_letters, self.left), (self.right_letters, self.right)):
+            shape = shape_of(node)
+            if len(set(letters)) != len(letters) or len(shape) != len(letters):
+                return False
+            if any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)):
+                return False
+        return len(set(self.out)) == len(self.out) and set(self.out) <= set(sizes)
+
+    @property
+    def swapped(self) -> Product:
+        return Product(self.right, self.left, self.right_letters, self.left_letters, self.out)
+
+
 @dataclass
 class Scores:
-    """What the softmax is taken of: ``query @ transposed_key * scale + mask``."""
+    """What the softmax is taken of: ``product * scale + mask``, the product being of queries and keys in some order."""
 
-    query: fx.Node
-    transposed_key: fx.Node
+    product: Product
     scale: float
     mask: fx.Node | None
     fill: float | None
@@ -89,40 +116,119 @@ class Scores:
     chain: list[fx.Node]
 
 
+@dataclass(frozen=True)
+class Roles:
+    """Letters of a product, by what their dimensions are to the attention."""
+
+    batch: str
+    kept: str
+    """Of the left factor, alone in it."""
+    added: str
+    """Of the right factor, alone in it."""
+    contracted: str
+
+
 CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "dropout", "clone"}
 PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm"}
 
 
+def roles_of(product: Product) -> Roles | None:
+    """The letters of a product with one kept, one added and one contracted dimension, or None if it has others."""
+    left, right, out = (set(letters) for letters in (product.left_letters, product.right_letters, product.out))
+    kept, added, contracted = (left & out) - right, (right & out) - left, (left & right) - out
+    if not len(kept) == len(added) == len(contracted) == 1 or (left ^ right) - out:
+        return None
+    batch = "".join(letter for letter in product.left_letters if letter in right & out)
+    return Roles(batch, *kept, *added, *contracted)
+
+
 def explicit(node: fx.Node) -> bool:
-    weights, value = product_operands(node)
-    if weights is None or value is None or op_name(node) == "baddbmm":
+    product = product_of(node)
+    if product is None or op_name(node) == "baddbmm" or not product.consistent:
         return False
-    chain = [node]
+    return any(attended(node, each) for each in (product, product.swapped))
+
+
+def attended(node: fx.Node, product: Product) -> bool:
+    """Rewrite the product of attention weights, on the left, with values, if that is what it is."""
+    roles = roles_of(product)
+    if roles is None or len(roles.batch) not in (1, 2):
+        return False
+    chain, weights = [node], product.left
     while op_name(weights) in CASTS and isinstance(weights.args[0], fx.Node):
         chain.append(weights)
         weights = weights.args[0]
-    if op_name(weights) not in ("softmax", "_softmax") or not is_over_last(weights):
+    if op_name(weights) not in ("softmax", "_softmax"):
+        return False
+    if softmax_dim(weights) != product.left_letters.index(roles.contracted):
         return False
     chain.append(weights)
     scores = read_scores(argument(weights, 0, "input"), chain)
-    if scores is None:
+    if scores is None or len(scores.product.out) != len(product.left_letters):
         return False
     inner = set(scores.chain)
     if any(user not in inner for each in scores.chain if each is not node for user in each.users):
         return False  # the weights are used elsewhere
-    query, key = shape_of(scores.query), shape_of(scores.transposed_key)
-    values, out = shape_of(value), shape_of(node)
-    if len(query) not in (3, 4) or not len(query) == len(key) == len(values) == len(out):
-        return False
-    if not (query[-1] == key[-2] and key[-1] == values[-2] and out == (*query[:-1], values[-1])):
-        return False
-    if query[:-2] != key[:-2] or query[:-2] != values[:-2]:
+    named = dict(zip(product.left_letters, scores.product.out, strict=True))
+    order = [named[letter] for letter in roles.batch]
+    streams = queries_and_keys(scores.product, named[roles.kept], named[roles.contracted], order)
+    if streams is None:
         return False
     write = Writer(node)
-    keys = write("transpose", scores.transposed_key, -2, -1)
-    streams = [scores.query, keys, value]
-    mask = scores.mask
-    dtype = dtype_of(streams[0])
+    query, key = (arranged(write, stream, letters, wanted) for stream, letters, wanted in streams)
+    value = arranged(write, product.right, product.right_letters, roles.batch + roles.contracted + roles.added)
+    mask = arranged_mask(write, scores.mask, product.left_letters, roles.batch + roles.kept + roles.contracted)
+    result = attention_of(write, query, key, value, mask, scores)
+    result = arranged(write, result, roles.batch + roles.kept + roles.added, product.out)
+    result = converted(write, result, dtype_of(node))
+    node.replace_all_uses_with(result)
+    for each in scores.chain:
+        if not each.users:
+            node.graph.erase_node(each)
+    return True
+
+
+def queries_and_keys(product: Product, query: str, key: str, batch: list[str]) -> list[tuple[fx.Node, str, str]] | None:
+    """The factors of scores as (value, its letters, those wanted), queries first; None if it is another product."""
+    if not product.consistent:
+        return None
+    if query not in product.left_letters:
+        product = product.swapped
+    roles = roles_of(product)
+    if roles is None or (roles.kept, roles.added, set(roles.batch)) != (query, key, set(batch)):
+        return None
+    leading = "".join(batch)
+    return [
+        (product.left, product.left_letters, leading + query + roles.contracted),
+        (product.right, product.right_letters, leading + key + roles.contracted),
+    ]
+
+
+def arranged(write: Writer, node: fx.Node, letters: str, wanted: str) -> fx.Node:
+    """A value whose dimensions are named by letters, in another order."""
+    if letters == wanted:
+        return node
+    order = [letters.index(letter) for letter in wanted]
+    if order[:-2] == list(range(len(order) - 2)):
+        return write("transpose", node, -2, -1)
+    return write("permute", node, *order)
+
+
+def arranged_mask(write: Writer, mask: fx.Node | None, letters: str, wanted: str) -> fx.Node | None:
+    """A mask that broadcasts to scores of these letters, for scores of another order."""
+    if mask is None or letters == wanted:
+        return mask
+    while len(shape_of(mask)) < len(letters):
+        mask = write("unsqueeze", mask, 0)
+    return arranged(write, mask, letters, wanted)
+
+
+def attention_of(
+    write: Writer, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, scores: Scores
+) -> fx.Node:
+    """The attention call on (B, H, L, D), or on (B, L, D) as one head."""
+    dtype = dtype_of(query)
+    streams = [query, key, value]
     if mask is not None and scores.fill == -math.inf:
         mask = write(torch.logical_not, mask)
     elif mask is not None:  # a finite fill still counts where every pair is hidden
@@ -130,21 +236,14 @@ def explicit(node: fx.Node) -> bool:
         mask = mask if scores.fill is None else write(torch.mul, mask, scores.fill)
     if mask is not None and len(shape_of(mask)) < 2:
         mask = write("unsqueeze", mask, 0)
-    flat = len(query) == 3
+    flat = len(shape_of(query)) == 3
     if flat:
         streams = [write("unsqueeze", stream, 1) for stream in streams]
         if mask is not None and len(shape_of(mask)) == 3:
             mask = write("unsqueeze", mask, 1)
     streams = [converted(write, stream, dtype) for stream in streams]
     result = write(SDPA, *streams, attn_mask=mask, scale=scores.scale)
-    if flat:
-        result = write("squeeze", result, 1)
-    result = converted(write, result, dtype_of(node))
-    node.replace_all_uses_with(result)
-    for each in scores.chain:
-        if not each.users:
-            node.graph.erase_node(each)
-    return True
+    return write("squeeze", result, 1) if flat else result
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:
@@ -157,50 +256,37 @@ def converted(write: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return node if dtype_of(node) == dtype else write("to", node, dtype)
 
 
-def product_operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """Left and right factor of a batched matrix product over the last two dimensions; einsum is read for two forms.
-
-    For ``...qd,...kd->...qk`` the right factor is not transposed yet; :func:`read_scores` handles it.
-    """
+def product_of(node: fx.Node) -> Product | None:
+    """A batched matrix product, or an einsum of two values with a written-out result and no ellipsis."""
     name = op_name(node)
     if name not in PRODUCTS:
-        return None, None
+        return None
     if name == "einsum":
-        equation, operands = node.args[0], node.args[1:]
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1:]
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = tuple(operands[0])
-        form = einsum_form(str(equation))
-        if form != "qk,kd->qd" or len(operands) != 2:
-            return None, None
-        return operands  # type: ignore[return-value]
-    if name == "baddbmm":
-        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+        if "->" not in equation or "." in equation or equation.count(",") != 1 or len(operands) != 2:
+            return None
+        left, right = operands
+        letters, out = equation.split("->")
+        one, two = letters.split(",")
     else:
-        left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "bmm" else "other")
+        if name == "baddbmm":
+            left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+        else:
+            left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "bmm" else "other")
+        rank = len(shape_of(node))
+        batch = "abcdefgh"[: rank - 2]
+        one, two, out = batch + "xy", batch + "yz", batch + "xz"
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        return None, None
-    return left, right
+        return None
+    return Product(left, right, one, two, out)
 
 
-def einsum_form(equation: str) -> str:
-    """``qd,kd->qk`` or ``qk,kd->qd`` for a product of that form with equal leading dimensions, else ""."""
-    plain = equation.replace(" ", "")
-    if "->" not in plain or plain.count(",") != 1 or "." in plain:
-        return ""
-    one, two = plain.split("->")[0].split(",")
-    out = plain.split("->")[1]
-    if not len(one) == len(two) == len(out) >= 3 or not one[:-2] == two[:-2] == out[:-2]:
-        return ""
-    if one[-1] == two[-1] and out[-2:] == one[-2] + two[-2]:
-        return "qd,kd->qk"
-    if one[-1] == two[-2] and out[-2:] == one[-2] + two[-1]:
-        return "qk,kd->qd"
-    return ""
-
-
-def is_over_last(softmax: fx.Node) -> bool:
+def softmax_dim(softmax: fx.Node) -> int | None:
+    """Which dimension a softmax is over, counted from the front."""
     dim = argument(softmax, 1, "dim")
-    return isinstance(dim, int) and dim in (-1, len(shape_of(softmax)) - 1)
+    return dim % len(shape_of(softmax)) if isinstance(dim, int) else None
 
 
 def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
@@ -258,27 +344,14 @@ def is_lesser(mask: fx.Node, scores: fx.Node) -> bool:
 def product_of_streams(
     node: fx.Node, scale: float, mask: fx.Node | None, fill: float | None, chain: list[fx.Node]
 ) -> Scores | None:
-    name = op_name(node)
-    if name == "einsum":
-        operands = node.args[1:] if not isinstance(node.args[1], (list, tuple)) else tuple(node.args[1])
-        form = einsum_form(str(node.args[0]))
-        if form not in ("qd,kd->qk", "qk,kd->qd") or not all(isinstance(each, fx.Node) for each in operands):
-            return None
-        query, key = operands
-        assert isinstance(query, fx.Node)
-        assert isinstance(key, fx.Node)
-        if form == "qd,kd->qk":
-            key = Writer(node)("transpose", key, -2, -1)
-    elif name == "baddbmm":
+    product = product_of(node)
+    if product is None or is_parameter(product.left) or is_parameter(product.right):
+        return None
+    if op_name(node) == "baddbmm":
         if argument(node, 3, "beta", 1) != 0:
             return None
-        query, key = product_operands(node)
         scale *= float(argument(node, 4, "alpha", 1))
-    else:
-        query, key = product_operands(node)
-    if not isinstance(query, fx.Node) or not isinstance(key, fx.Node) or is_parameter(query) or is_parameter(key):
-        return None
-    return Scores(query, key, scale, mask, fill, chain)
+    return Scores(product, scale, mask, fill, chain)
 
 
 # --- nn.MultiheadAttention --------------------------------------------------------------------------------------------

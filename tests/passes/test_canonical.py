@@ -11,7 +11,7 @@ from difa_compile.backend import eager
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.layout import Layout
-from difa_compile.passes.canonical import canonical, einsum_form
+from difa_compile.passes.canonical import canonical
 from difa_compile.passes.graph import is_attention, op_name
 from difa_compile.passes.verify import computes_the_same
 from difa_compile.schedule import Role
@@ -313,12 +313,64 @@ def test_flex_attention_over_listed_blocks_is_planned_but_not_windowed():
     assert torch.equal(reused[0], outputs[0])
 
 
-def test_einsum_forms():
-    assert einsum_form("bhqd,bhkd->bhqk") == "qd,kd->qk"
-    assert einsum_form("b i d, b j d -> b i j") == "qd,kd->qk"
-    assert einsum_form("bhij,bhjd->bhid") == "qk,kd->qd"
-    for equation in ("bqhd,bkhd->bhqk", "ij,jk->ik", "...qd,...kd->...qk", "bij,bjk", "bhqd,bhkd->bhkq"):
-        assert einsum_form(equation) == "", equation
+def heads_between(q, k, v):
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def keys_first(q, k, v):
+    weights = F.softmax(torch.einsum("bkhd,bhqd->bkqh", k.transpose(1, 2), q) / math.sqrt(8), dim=1)
+    return torch.einsum("bhkd,bkqh->bhqd", v, weights)
+
+
+def one_sequence_of_heads(q, k, v):
+    """Three dimensions, the products' results transposed."""
+    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    weights = (torch.einsum("nqd,nkd->nkq", q, k) * 8**-0.5).softmax(1)
+    return torch.einsum("nkq,nkd->ndq", weights, v).mT.unflatten(0, (-1, 2))
+
+
+def masked_between(q, k, v):
+    """A mask of keys and queries, on scores whose heads stand last."""
+    hidden = torch.arange(6)[:, None, None] > torch.arange(6)[None, :, None] + 2
+    scores = torch.einsum("bhqd,bhkd->bkqh", q, k).masked_fill(hidden, -torch.inf)
+    return torch.einsum("bkqh,bhkd->bhqd", scores.softmax(1), v)
+
+
+@pytest.mark.parametrize("attend", [heads_between, keys_first, one_sequence_of_heads, masked_between])
+def test_einsums_whose_dimensions_stand_in_any_order(attend):
+    module, values = captured(Written(attend))
+    rewritten = canonical(module)
+    (found,) = attentions(rewritten)
+    assert not [n for n in rewritten.graph.nodes if op_name(n) in ("softmax", "einsum")]
+    assert (found.kwargs["attn_mask"] is not None) == (attend is masked_between)
+    assert computes_the_same(module, rewritten, values)
+    capture = Capture(module, values, eager, layout=None if attend is one_sequence_of_heads else LAYOUT)
+    place = next(i for i, value in enumerate(values) if not isinstance(value, nn.Parameter))
+    full, caches = capture.execute(values, [Role(FULL, emit_output=True)], {})
+    later = [value + 1 if i == place else value for i, value in enumerate(values)]
+    reused, _ = capture.execute(later, [Role(REUSE)], caches)
+    torch.testing.assert_close(reused[0], later[place] + (full[0] - values[place]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "result", "over"),
+    [
+        ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd", 2),  # a softmax over queries
+        ("bhqd,bhkd->bhqk", "bhkq,bhkd->bhqd", -1),  # weights of keys for queries
+        ("bhqd,bgkd->bhqk", "bhqk,bhkd->bhqd", -1),  # heads of the keys summed
+        ("bqdh,bkdh->bqk", "bqk,bkdh->bhqd", -1),  # two contracted dimensions
+    ],
+)
+def test_einsums_that_are_no_attention_stay(scores, result, over):
+    def attend(q, k, v):
+        if scores == "bqdh,bkdh->bqk":
+            q, k, v = (part.permute(0, 2, 3, 1) for part in (q, k, v))
+        return torch.einsum(result, F.softmax(torch.einsum(scores, q, k), over), v)
+
+    module, _ = captured(Written(attend))
+    assert canonical(module) is module
 
 
 @pytest.mark.parametrize("fill", [-1e9, -torch.inf])
