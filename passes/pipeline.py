@@ -25,11 +25,12 @@ PASSES = (reuse, share_cfg, window, emit_caches)
 @dataclass(frozen=True)
 class Rewritten:
     """A finished variant: its graph takes the original inputs, then ``cache_inputs``; it returns the original outputs,
-    then ``cache_outputs`` (names, in order)."""
+    then ``cache_outputs`` (names, in order). ``sites``: those of the copied graph, as they were before the passes."""
 
     module: fx.GraphModule
     cache_inputs: tuple[str, ...]
     cache_outputs: tuple[str, ...]
+    sites: tuple[Site, ...]
 
 
 def rewrite(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role], context: Context) -> Rewritten:
@@ -38,4 +39,5 @@ def rewrite(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role]
     for each in PASSES:
         each(variant, context)
     finished = variant.finish()
-    return Rewritten(finished, tuple(variant.cache_inputs), tuple(variant.cache_outputs))
+    moved = tuple(target.site for target in variant.targets)
+    return Rewritten(finished, tuple(variant.cache_inputs), tuple(variant.cache_outputs), moved)

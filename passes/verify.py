@@ -3,8 +3,11 @@
 1. *Reuse of its own output* must give what full attention gives, to the bit: the region is not too narrow.
 2. *Reuse of another input's output* must give what the graph gives with that input's attention in place of its own, to
    the bit: the region is not too wide, nothing of the present input (a gate, a norm) is cached with the attention.
-3. *Sharing of CFG halves* on a batch whose halves are equal must give what not sharing gives, up to what another batch
-   size does to rounding.
+3. *Sharing of CFG halves* where the halves of what goes into the region are equal must give what not sharing gives, up
+   to what another batch size does to rounding.
+
+A cache is contiguous, and what reads it may round otherwise than where it read the same numbers with other strides:
+where 1 or 2 hold up to rounding only, they must hold to the bit with the region's outputs made contiguous.
 
 A site that fails 1 or 2 is not reused and not shared; one that fails 3 is not shared. Windows leave the region as it
 is and need none of this.
@@ -12,8 +15,9 @@ is and need none of this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor, fx
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument
-from difa_compile.passes.pipeline import rewrite
+from difa_compile.passes.pipeline import Rewritten, rewrite
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import Context
@@ -78,18 +82,21 @@ def why_not_reused(
         found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context)
         attended = Replay(module)
         attended.run(*fresh(module, inputs))
-        swapped = Replay(module, {region.attention: attended.values[region.attention]})
-        foreign = swapped.run(*fresh(module, other))
+        stored = dict.fromkeys(region.outputs, contiguous)
+        packed = Replay(module, changed=stored).run(*fresh(module, inputs))
+        given = {region.attention: attended.values[region.attention]}
+        foreign = Replay(module, given).run(*fresh(module, other))
+        foreign_packed = Replay(module, given, stored).run(*fresh(module, other))
         taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context)
         row = [Role(REUSE) if i == index else FULL_ROLE for i in range(len(sites))]
         left = rewrite(module, sites, row, context).module
     except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
-    if not all(same(a, b) for a, b in zip(expected, found, strict=True)):
+    if not agree(found, expected, packed):
         return "reusing the region's own output does not reproduce the full output"
     if sum(map(is_attention, left.graph.nodes)) >= sum(map(is_attention, module.graph.nodes)):
         return "reuse would save nothing: the attention's result is written to in place and then used"
-    if not all(same(a, b) for a, b in zip(foreign, taken, strict=True)):
+    if not agree(taken, foreign, foreign_packed):
         return "the region holds more than its attention: what is reused depends on other values of its step"
     return None
 
@@ -100,18 +107,38 @@ def why_not_halved(
     shared = Role(Decision(Kind.FULL, cfg_shared=True))
     if context.conditional_half is None or why_not_shared(module, sites[index], shared, context) is not None:
         return None  # said when sharing is asked for
-    equal_halves = [
-        double_half(value, node.meta.get("batch_dim")) if not is_parameter(node) else value
-        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    ]
+    roles = [shared if i == index else FULL_ROLE for i in range(len(sites))]
     try:
-        expected, _ = run_with(module, sites, index, FULL_ROLE, equal_halves, {}, context)
-        found, _ = run_with(module, sites, index, shared, equal_halves, {}, context)
+        expected = with_equal_halves(rewrite(module, sites, [FULL_ROLE] * len(sites), context), index, inputs)
+        found = with_equal_halves(rewrite(module, sites, roles, context), index, inputs)
     except Exception as error:  # as above
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
     if not all(close(a, b) for a, b in zip(expected, found, strict=True)):
         return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     return None
+
+
+def with_equal_halves(variant: Rewritten, index: int, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Outputs where what goes into a site's region has its first half of the batch in both halves."""
+    into = [node for node in variant.sites[index].region.inputs if not is_parameter(node)]
+    doubled = {node: partial(double_half, dim=node.meta.get("batch_dim")) for node in into}
+    result: Sequence[Any] = Replay(variant.module, changed=doubled).run(*fresh(variant.module, inputs))
+    return result
+
+
+def agree(found: Sequence[Any], expected: Sequence[Any], packed: Sequence[Any]) -> bool:
+    """Whether results are those expected: to the bit, or up to the rounding that contiguous outputs bring about.
+
+    ``packed``: the results with the region's outputs made contiguous.
+    """
+    if all(same(a, b) for a, b in zip(found, expected, strict=True)):
+        return True
+    exact = all(same(a, b) for a, b in zip(found, packed, strict=True))
+    return exact and all(close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -122,15 +149,26 @@ def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequen
 
 
 class Replay(fx.Interpreter):
-    """Runs a graph node by node, keeping the attentions' values; those in ``given`` are taken instead of computed."""
+    """Runs a graph node by node, keeping the attentions' values.
 
-    def __init__(self, module: fx.GraphModule, given: Mapping[fx.Node, Any] | None = None) -> None:
+    Values of nodes in ``given`` are taken instead of computed; those of nodes in ``changed`` go through its function.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        given: Mapping[fx.Node, Any] | None = None,
+        changed: Mapping[fx.Node, Callable[[Any], Any]] | None = None,
+    ) -> None:
         super().__init__(module)
         self.given = given or {}
+        self.changed = changed or {}
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = self.given[n] if n in self.given else super().run_node(n)
+        if n in self.changed:
+            value = self.changed[n](value)
         if is_attention(n):
             self.values[n] = value
         return value
@@ -140,7 +178,7 @@ def elsewhere(value: Any) -> Any:
     """Another input of the same shape: floating-point values are moved, by an amount that differs from row to row."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    moves = torch.linspace(-0.5, 0.5, max(1, value.numel()), dtype=torch.float32, device=value.device)
+    moves = torch.linspace(-0.5, 0.5, value.numel(), dtype=torch.float32, device=value.device)
     return (value.float() + moves.reshape(value.shape)).to(value.dtype)
 
 

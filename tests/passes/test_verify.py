@@ -12,8 +12,8 @@ from difa_compile.passes import verify
 from difa_compile.passes.graph import op_name
 from difa_compile.passes.site import Region
 from difa_compile.passes.variant import Context
-from difa_compile.passes.verify import Proof, double_half, elsewhere, fresh, prove, same
-from tests.tiny_models import BareAttention, captured, captured_plain, graph_of, sites_of
+from difa_compile.passes.verify import Proof, agree, double_half, elsewhere, fresh, prove, same
+from tests.tiny_models import Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
 
@@ -205,3 +205,30 @@ def test_proving_does_not_change_the_models_buffers():
     before = model.calls.clone()
     Capture(module, values, eager)
     assert torch.equal(model.calls, before)
+
+
+class Listed(torch.nn.Module):
+    """Takes its batch as a list of samples, as some models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(32, 2)
+
+    def forward(self, x):
+        return self.attention(torch.stack(x))
+
+
+def test_halves_of_a_list_are_made_equal_where_they_enter_the_region():
+    """The samples are inputs of their own, none of which has two halves."""
+    module, values = graph_of(Listed().eval(), {"x": [torch.randn(6, 32), torch.randn(6, 32)]})
+    capture = Capture(module, values, eager, conditional_half=1)
+    assert capture.why_not(0, Decision.parse("full+cfg")) is None
+
+
+def test_rounding_counts_as_agreement_only_if_contiguous_outputs_explain_it():
+    one = torch.randn(4, 8)
+    rounded, wrong = one * (1 + 1e-6), one + 1
+    assert agree([one], [one], [rounded])
+    assert agree([rounded], [one], [rounded])
+    assert not agree([rounded], [one], [one])
+    assert not agree([wrong], [one], [wrong])
