@@ -114,6 +114,11 @@ def dimension_links(node: fx.Node) -> Iterator[tuple[int, fx.Node, int]]:
         yield from ((i, first, i) for i in range(len(shape_of(first)) - normalised))
     elif name == "einsum":
         yield from einsum_links(node)
+    elif name in ("index_copy", "index_copy_", "index_add", "index_add_"):
+        rank = len(shape_of(node))
+        axis = argument(node, 1, "dim") % rank
+        yield from ((i, node.args[0], i) for i in range(rank))  # type: ignore[misc]
+        yield from ((i, argument(node, 3, "source"), i) for i in range(rank) if i != axis)
     elif name == "setitem" or mutated_argument(node) is not None:
         yield from written_links(node)
     elif name in CONVERSIONS and first is not None:

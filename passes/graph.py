@@ -26,7 +26,8 @@ ELEMENTWISE = {
     "dropout", "masked_fill", "iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "masked_fill_",
     "copy_", "empty_like", "zeros_like", "ones_like", "radd", "rsub", "rmul", "lt", "le", "gt", "ge", "eq", "ne",
     "logical_not", "logical_and", "logical_or", "softmax", "log_softmax", "fill_", "zero_", "softplus", "leaky_relu",
-    "mish", "hardswish", "elu", "identity", "alias",
+    "mish", "hardswish", "elu", "identity", "alias", "int", "long", "bool", "short", "invert", "and_", "or_", "xor",
+    "bitwise_and", "bitwise_or", "bitwise_not", "logical_xor", "isnan", "isfinite", "isinf",
 }  # fmt: skip
 """Ops whose output dimensions line up with their operands' by broadcasting (softmax: all dimensions but its own)."""
 
@@ -39,7 +40,7 @@ LAYOUT = {
 
 CONVERSIONS = {
     "to", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "empty_like",
-    "zeros_like", "ones_like", "dropout", "alias",
+    "zeros_like", "ones_like", "dropout", "alias", "int", "long", "bool", "short",
 }  # fmt: skip
 """Ops of one value; another operand (``x.type_as(y)``) lends its dtype or device, nothing of its positions."""
 

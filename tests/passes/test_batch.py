@@ -7,7 +7,7 @@ from torch import nn
 from difa_compile.passes.batch import annotate_batch, indexed, regrouped
 from difa_compile.passes.find_attention import attention_inputs, latent_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
-from tests.tiny_models import FAMILIES, BareAttention, captured, captured_plain, graph_of, sites_of
+from tests.tiny_models import FAMILIES, Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
 
@@ -119,3 +119,23 @@ def test_a_mask_without_a_batch_dimension_is_the_same_for_all_samples():
         n for n in module.graph.nodes if n.op == "placeholder" and "bias_" in n.name and shape_of(n) == (2, 6, 6)
     )
     assert "batch_dim" not in bias.meta
+
+
+def test_the_batch_is_followed_into_a_sequence_that_is_put_together_by_index():
+    class Together(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(16, 2)
+
+        def forward(self, x, text, places, mask):
+            y = text.new_zeros(2, 9, 16).index_copy(1, torch.arange(3), text).index_copy(1, places, x)
+            seen = (mask.bool() & ~(mask == 2)).int()
+            return self.attention(y) * seen[..., None]
+
+    inputs = {"x": torch.randn(2, 6, 16), "text": torch.randn(2, 3, 16), "places": torch.arange(3, 9)}
+    module, _ = graph_of(Together().eval(), {**inputs, "mask": torch.ones(2, 9, dtype=torch.long)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    carried = {node.name: node.meta.get("batch_dim") for node in module.graph.find_nodes(op="placeholder")}
+    assert {name.strip("_"): dim for name, dim in carried.items() if "self" not in name} == {
+        "l_x": 0, "l_text": 0, "l_places": None, "l_mask": 0
+    }  # fmt: skip
