@@ -182,8 +182,8 @@ def windowed(
     groups = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     mask, near = options.get("attn_mask"), visible(layout, window)
-    if query.shape[2] != key.shape[2]:
-        near = near[layout.before : layout.before + layout.image_tokens]  # the image's queries alone
+    if query.shape[2] < key.shape[2]:  # the tokens before the image are keys only, those after it may be
+        near = near[layout.before : layout.before + query.shape[2]]
     if mask is not None:
         near = near & mask if mask.dtype == torch.bool else mask.masked_fill(~near, float("-inf"))
     return attention(query, key, value, near, options.get("scale"))

@@ -44,9 +44,9 @@ class Flops:
 def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> int:
     """Number of (query, key) pairs that may attend: ``sum(mask)``. Exact, without building the mask.
 
-    ``tokens`` queries: all of the layout's, or the image's alone. Without window they see every key. With one, text
-    sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with the
-    grid's height (times its length in time), not with the number of pairs.
+    ``tokens`` queries: all of the layout's or those of ``layout.rows``. Without window they see every key. With one,
+    text sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with
+    the grid's height (times its length in time), not with the number of pairs.
     Raises :class:`LayoutError` if a window meets no layout, or a layout of another number of tokens.
     """
     if window is None:

@@ -36,7 +36,7 @@ def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     layout, window = ctx.layout, ctx.window
     wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     gradients = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value)]
-    first_token = 0 if query.shape[2] == layout.tokens else layout.before
+    first_token = layout.rows(query.shape[2]).start
     if mask is not None:
         mask = mask.detach().expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     for queries, keys in pieces(layout, window, query.shape[2], ctx.pooled, query.device):
@@ -63,14 +63,14 @@ def pieces(
     layout: Layout, window: Window, queries: int, pooled: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices of a few queries and of all keys that any of them may see, until every query had its turn."""
-    image_only = queries != layout.tokens
-    start = 0 if image_only else layout.before
+    rows = layout.rows(queries)
+    start = layout.before - rows.start
     everything = torch.arange(layout.tokens, device=device)
     outside = torch.cat([everything[: layout.before], everything[layout.before + layout.image_tokens :]])
     extra = torch.arange(layout.tokens, layout.tokens + pooled, device=device)
-    if not image_only:
-        for part in outside.split(max(1, PAIRS_AT_ONCE // layout.tokens)):
-            yield part, everything
+    others = outside[(outside >= rows.start) & (outside < rows.stop)] - rows.start
+    for part in others.split(max(1, PAIRS_AT_ONCE // layout.tokens)):
+        yield part, everything
     line = 1 if window.shape is WindowShape.BAND else math.prod(layout.grid[1:])  # tokens per place on the first axis
     lines = layout.image_tokens // line
     many = PAIRS_AT_ONCE

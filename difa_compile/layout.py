@@ -36,8 +36,23 @@ class Layout:
         return self.before + self.image_tokens + self.after
 
     def holds(self, queries: int) -> bool:
-        """Whether ``queries`` may attend in this layout: all its tokens, or the image's alone."""
-        return queries in (self.tokens, self.image_tokens)
+        """Whether ``queries`` may attend in this layout: as many as :meth:`rows` finds the place of."""
+        return queries in (self.tokens, self.image_tokens, self.image_tokens + self.after)
+
+    def rows(self, queries: int) -> slice:
+        """Which tokens so many queries are: all, the image's alone, or the image's and those after it.
+
+        The others are keys only: text that is not computed on, or a history of earlier frames. Raises
+        :class:`LayoutError` for another number.
+        """
+        if not self.holds(queries):
+            raise LayoutError(
+                f"{queries} queries are neither all tokens of the layout {self} ({self.tokens}), nor the image's "
+                f"({self.image_tokens}), nor these and the tokens after them ({self.image_tokens + self.after}); give "
+                "the grid and the numbers of other tokens that add up to it"
+            )
+        start = 0 if queries == self.tokens else self.before
+        return slice(start, start + queries)
 
     def check(self, tokens: int, where: str) -> None:
         """Raise :class:`LayoutError` unless this layout has ``tokens`` tokens; ``where`` names the site."""

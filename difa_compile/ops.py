@@ -48,9 +48,9 @@ class LocalCall:
     """Further keys at the end, which only image queries see."""
 
     @property
-    def image_only(self) -> bool:
-        """Whether the queries are the image's tokens, while other tokens stand among the keys."""
-        return self.shape[2] != self.layout.tokens
+    def rows(self) -> slice:
+        """Which tokens of the layout the queries are."""
+        return self.layout.rows(self.shape[2])
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def local_attention(
     The specification is :func:`difa_compile.reference.local_attention`.
 
     Args:
-        query: (B, H, L, D) of a floating-point dtype, any strides; L = ``layout.tokens``, or ``layout.image_tokens``
-            where the queries are those of the image alone.
+        query: (B, H, L, D) of a floating-point dtype, any strides; L = ``layout.tokens``, or fewer, those of
+            ``layout.rows``: the image's, with or without the tokens after it.
         key, value: (B, K, S, D) and (B, K, S, E) of the same dtype, K a divisor of H, S = ``layout.tokens + pooled``.
         layout: where image and other tokens stand. ``window``: the neighbourhood. ``scale``: default 1 / sqrt(D).
         mask: on top of the window, broadcast to (B, H, L, S): bool, True = visible, or added to the scores.
@@ -133,8 +133,7 @@ def _local_attention(
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
     layout.check(key.shape[2] - pooled, "difa::local_attention")
-    if not layout.holds(query.shape[2]):
-        layout.check(query.shape[2], "difa::local_attention")
+    layout.rows(query.shape[2])  # raises for another number of queries
     call = LocalCall(
         layout,
         Window(WindowShape(shape), radius),

@@ -28,7 +28,7 @@ class SiteInfo:
     """One self- or joint-attention call, named by its module path.
 
     ``tokens`` is the number of queries, ``width`` the input width of the q, k and v projections, ``layout`` where the
-    image stands among the keys (``None``: unknown, no window possible). Queries are all of these, or the image's alone.
+    image stands among the keys (``None``: unknown, no window possible). Queries are all of these, or ``layout.rows``.
     """
 
     path: str

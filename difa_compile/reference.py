@@ -77,12 +77,11 @@ def local_attention(
 ) -> Tensor:
     """Attention limited to ``window`` on ``layout``'s grid. Shapes as :func:`attention`, S = layout.tokens + pooled.
 
-    Queries are all tokens, or the image's alone (L = layout.image_tokens). A ``mask`` of the model's own hides pairs on
-    top of the window.
+    Queries are all tokens or those of ``layout.rows(L)``. A ``mask`` of the model's own hides pairs on top of the
+    window.
     """
-    queries = torch.arange(query.shape[2], device=query.device)
-    if query.shape[2] != layout.tokens:
-        queries += layout.before
+    rows = layout.rows(query.shape[2])
+    queries = torch.arange(rows.start, rows.stop, device=query.device)
     keys = torch.arange(layout.tokens + pooled, device=query.device)
     near = visible_pairs(layout, window, queries[:, None], keys[None, :])
     return attention(query, key, value, combined(near, mask), scale)

@@ -6,6 +6,9 @@ convolution keeps the order along an axis; permutes move axes, concatenations pu
 attention the dimension of the tokens reads, say, ``7 others, then H x W``, and where spatial and temporal attention
 alternate, ``H x W`` at one site and ``T`` at the next, with the rest in the batch.
 
+The same is done from position ids, meshes of coordinates and tables of angles (:mod:`difa_compile.passes.positions`),
+whose rows enumerate a grid: where they meet the tokens, they tell what grid those are.
+
 Only what an op is known to do to positions is followed. Behind any other op a dimension is *other*: of known length, of
 unknown order. Nothing is concluded from sizes alone.
 """
@@ -13,7 +16,7 @@ unknown order. Nothing is concluded from sizes alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +44,13 @@ from difa_compile.passes.graph import (
 class Axis:
     """``size`` positions along dimension ``index`` of the noisy sample, in order; None where it is not known.
 
-    ``within``: offsets inside a patch rather than patches.
+    ``within``: offsets inside a patch rather than patches. ``first``: where a stretch cut out of the dimension begins.
     """
 
     index: int | None
     size: int
     within: bool = False
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Part:
     def known(self) -> bool:
         return bool(self.axes) and all(axis.index is not None for axis in self.axes)
 
+    @property
+    def partly_known(self) -> bool:
+        return any(axis.index is not None for axis in self.axes)
+
 
 Extent = tuple[Part, ...]
 """What a dimension enumerates: one part, or several where tokens of other origin were put beside the sample's."""
@@ -76,27 +84,42 @@ def other(size: int) -> Extent:
     return (Part((Axis(None, size),) if size != 1 else ()),)
 
 
-def follow_axes(graph: fx.Graph, latents: Sequence[fx.Node]) -> dict[fx.Node, Extents]:
-    """Extents of every value that shows an axis of the noisy sample; other values are left out.
+def sample_axes(latents: Sequence[fx.Node]) -> dict[fx.Node, Extents]:
+    """What the noisy sample's own placeholders enumerate: their dimensions. Several where a model takes a list."""
+    return {
+        latent: tuple((Part((Axis(i, size),) if size != 1 else ()),) for i, size in enumerate(shape_of(latent)))
+        for latent in latents
+    }
 
-    ``latents``: the placeholders of the noisy sample, several where a model takes a list.
+
+def follow_axes(
+    graph: fx.Graph,
+    sources: Mapping[fx.Node, Extents | tuple[Extents, ...]],
+    ranges: Mapping[fx.Node, range] | None = None,
+) -> dict[fx.Node, Extents]:
+    """Extents of every value that shows an axis of ``sources``; other values are left out.
+
+    ``sources``: nodes with the extents of their values, of a tuple-valued node one per element. ``ranges``: nodes
+    that are known to hold the numbers of a range, so that indexing with them is a slice.
     """
     known: dict[fx.Node, Extents] = {}
     several: dict[fx.Node, tuple[Extents, ...]] = {}
     """Of tuple-valued nodes: extents per element."""
-    for latent in latents:
-        shape = shape_of(latent)
-        known[latent] = tuple((Part((Axis(i, size),) if size != 1 else ()),) for i, size in enumerate(shape))
+    for source, extents in sources.items():
+        if tensor_of(source) is None:
+            several[source] = extents  # type: ignore[assignment]
+        else:
+            known[source] = extents  # type: ignore[assignment]
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or node in sources:
             continue
         if op_name(node) == "setitem":
-            _written(node, known)
+            _written(node, known, ranges or {})
             continue
         if not any(source in known or source in several for source in node.all_input_nodes):
             continue
         try:
-            found = _of(node, known, several)
+            found = _of(node, known, several, ranges or {})
         except (IndexError, TypeError, ValueError, KeyError, AttributeError):
             continue  # an op form that is not read here: its value is other
         if isinstance(found, list):
@@ -108,17 +131,29 @@ def follow_axes(graph: fx.Graph, latents: Sequence[fx.Node]) -> dict[fx.Node, Ex
     return known
 
 
-def _written(node: fx.Node, known: dict[fx.Node, Extents]) -> None:
+def _as_slices(items: Sequence[Any], ranges: Mapping[fx.Node, range]) -> list[Any]:
+    """Items of an index, with slices in place of tensors that hold the numbers of a range.
+
+    Only where there is one such tensor: several index together, not each its own dimension.
+    """
+    tensors = [item for item in items if isinstance(item, fx.Node)]
+    if len(tensors) != 1 or tensors[0] not in ranges:
+        return list(items)
+    numbers = ranges[tensors[0]]
+    return [slice(numbers.start, numbers.stop, numbers.step) if item is tensors[0] else item for item in items]
+
+
+def _written(node: fx.Node, known: dict[fx.Node, Extents], ranges: Mapping[fx.Node, range]) -> None:
     """Take note of ``target[index] = value``: what the target enumerates after it.
 
-    Dimensions that the index leaves whole are the value's; a target that was something else before, or is written by
-    an index that is not a slice, is other from then on.
+    Dimensions that the index leaves whole are the value's; along one that it cuts, the value stands in its place; a
+    target that was something else before, or is written by an index that is not a slice, is other from then on.
     """
     target, index, value = node.args[:3]
     if not isinstance(target, fx.Node):
         return
     root = alias_root(target)
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = _as_slices(index if isinstance(index, tuple) else [index], ranges)
     rank = len(shape_of(target))
     if any(not isinstance(item, slice) and item is not Ellipsis for item in items):
         known.pop(target, None)
@@ -126,22 +161,21 @@ def _written(node: fx.Node, known: dict[fx.Node, Extents]) -> None:
         return
     place = items.index(Ellipsis) if Ellipsis in items else len(items)
     slices = [item for item in items if item is not Ellipsis]
-    whole = [slice(None)] * (rank - len(slices))
-    slices = [*slices[:place], *whole, *slices[place:]]
+    slices = [*slices[:place], *[slice(None)] * (rank - len(slices)), *slices[place:]]
     theirs = known.get(value) if isinstance(value, fx.Node) else None
     mine = known.get(target)
     sizes = shape_of(target)
+    covers = [range(size)[item] for item, size in zip(slices, sizes, strict=True)]
+    cut = [i for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)) if len(covered) != size]
     found = []
-    for i, (item, size) in enumerate(zip(slices, sizes, strict=True)):
+    for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)):
         position = i - rank + len(theirs) if theirs is not None else -1
         given = theirs[position] if theirs is not None and position >= 0 else None
         before = mine[i] if mine is not None else None
-        assert isinstance(item, slice)
-        covered = range(size)[item]
-        if len(covered) == size:
+        if i not in cut:
             found.append(given if given is not None and before in (None, given, other(size)) else other(size))
-        elif before is not None and covered.step == 1 and given == _cut(before, covered.start, covered.stop):
-            found.append(before)
+        elif cut == [i] and covered.step == 1:
+            found.append(_placed(before or other(size), given or other(len(covered)), covered.start))
         else:
             found.append(other(size))
     if tuple(found) != mine:
@@ -150,16 +184,27 @@ def _written(node: fx.Node, known: dict[fx.Node, Extents]) -> None:
             known.pop(root, None)
 
 
+def _placed(whole: Extent, part: Extent, start: int) -> Extent:
+    """An extent with ``part`` in place of what stood from ``start`` on."""
+    stop = start + _length(part)
+    if part == _cut(whole, start, stop):
+        return whole
+    return _joined([*_cut(whole, 0, start), *part, *_cut(whole, stop, _length(whole))])
+
+
 def _length(extent: Extent) -> int:
     return sum(part.length for part in extent)
 
 
 def _informed(extent: Extent) -> bool:
-    return any(part.known for part in extent)
+    return any(part.partly_known for part in extent)
 
 
 def _of(
-    node: fx.Node, known: dict[fx.Node, Extents], several: dict[fx.Node, tuple[Extents, ...]]
+    node: fx.Node,
+    known: Mapping[fx.Node, Extents],
+    several: Mapping[fx.Node, tuple[Extents, ...]],
+    ranges: Mapping[fx.Node, range],
 ) -> Extents | list[Extents] | None:
     name = op_name(node)
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -176,8 +221,12 @@ def _of(
     if is_linear(node) and first is not None:
         return (*of(first)[:-1], other(shape_of(node)[-1]))
     if name in ("matmul", "__matmul__", "bmm", "baddbmm"):
-        left = of(node.args[1] if name == "baddbmm" else first)  # type: ignore[arg-type]
-        return (*left[:-1], other(shape_of(node)[-1])) if len(left) == len(shape_of(node)) else None
+        left, right = (of(each) for each in (node.args[-2:] if name == "baddbmm" else node.args[:2]))  # type: ignore[arg-type]
+        if len(left) < 2 or len(right) < 2:
+            return None
+        return (*_broadcast([left[:-2], right[:-2]], shape_of(node)[:-2]), left[-2], right[-1])
+    if name == "outer":
+        return (of(first)[0], of(argument(node, 1, "vec2"))[0])  # type: ignore[arg-type]
     if name == "einsum":
         return _einsum(node, of)
     if name in ("conv1d", "conv2d", "conv3d") and first is not None:
@@ -220,7 +269,7 @@ def _of(
     if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unbind"):
         return _taken_apart(node, name, of(first))
     if name == "getitem":
-        return _indexed(node, of(first))
+        return _indexed(node, of(first), ranges)
     if name == "view_as_complex":
         return of(first)[:-1]
     if name == "view_as_real":
@@ -232,6 +281,10 @@ def _of(
         return tuple(_cut(e, start, start + length) if i == axis else e for i, e in enumerate(of(first)))
     if name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile"):
         return _broadcast([of(first)], shape_of(node))
+    if name in ("index_copy", "index_copy_"):
+        return _index_copied(node, of, ranges)
+    if name in ("scatter_add", "scatter_add_"):
+        return of(first)  # what is added elsewhere comes from elsewhere; the first operand's positions stay
     if name in SHUFFLING:
         return None
     if name in CONVERSIONS:
@@ -245,8 +298,9 @@ def _of(
 
 
 def _best(extents: Sequence[Extent]) -> Extent:
-    """Of extents that enumerate the same thing, the one that is known."""
-    return next((extent for extent in extents if _informed(extent)), extents[0])
+    """Of extents that enumerate the same thing, the one that is known, or else known in part."""
+    known = [extent for extent in extents if any(part.known for part in extent)]
+    return next(iter([*known, *(extent for extent in extents if _informed(extent))]), extents[0])
 
 
 def _common(extents: Sequence[Extent]) -> Extent:
@@ -329,14 +383,26 @@ def _concatenated(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents:
 
 
 def _joined(parts: Sequence[Part]) -> Extent:
-    """Parts one after the other, neighbouring unknown ones as one."""
+    """Parts one after the other; neighbouring unknown ones as one, and stretches of an axis that follow each other."""
     found: list[Part] = []
     for part in parts:
-        if found and not part.known and not found[-1].known:
+        if found and not part.partly_known and not found[-1].partly_known:
             found[-1] = Part((Axis(None, found[-1].length + part.length),))
+        elif found and _continues(found[-1], part):
+            (one,), (two,) = found[-1].axes, part.axes
+            found[-1] = Part((Axis(one.index, one.size + two.size, one.within, one.first),))
         else:
             found.append(part)
     return tuple(found)
+
+
+def _continues(one: Part, two: Part) -> bool:
+    """Whether a part is the stretch of an axis that comes after another part, a stretch of the same axis."""
+    if len(one.axes) != 1 or len(two.axes) != 1:
+        return False
+    (before,), (after,) = one.axes, two.axes
+    same = before.index == after.index is not None and before.within == after.within
+    return same and before.first + before.size == after.first
 
 
 def _padded(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents | None:
@@ -352,7 +418,7 @@ def _padded(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents | None:
 
 
 def _cut(extent: Extent, start: int, stop: int) -> Extent:
-    """Positions ``start`` to ``stop`` of an extent: known where the cuts fall between parts."""
+    """Positions ``start`` to ``stop`` of an extent: known where the cuts fall between parts or along a single axis."""
     total = _length(extent)
     start, stop = (min(max(i + total if i < 0 else i, 0), total) for i in (start, stop))
     position = 0
@@ -363,8 +429,16 @@ def _cut(extent: Extent, start: int, stop: int) -> Extent:
         if start <= first and last <= stop:
             kept.append(part)
         elif (overlap := min(last, stop) - max(first, start)) > 0:
-            kept.append(Part((Axis(None, overlap),)))
+            kept.append(_stretch(part, max(start - first, 0), overlap))
     return _joined(kept)
+
+
+def _stretch(part: Part, start: int, length: int) -> Part:
+    """``length`` positions of a part, from ``start`` on."""
+    if len(part.axes) != 1 or not part.known:
+        return Part((Axis(None, length),))
+    (axis,) = part.axes
+    return Part((Axis(axis.index, length, axis.within, axis.first + start),) if length != 1 else ())
 
 
 def _moved(node: fx.Node, extents: Extents) -> Extents:
@@ -393,10 +467,23 @@ def _taken_apart(node: fx.Node, name: str, extents: Extents) -> list[Extents]:
     return found
 
 
-def _indexed(node: fx.Node, extents: Extents) -> Extents | None:
-    """Basic indexing: integers, slices of step one, None and Ellipsis."""
+def _index_copied(node: fx.Node, of: Callable[[fx.Node], Extents], ranges: Mapping[fx.Node, range]) -> Extents | None:
+    """``whole.index_copy(dim, index, part)`` where the index is a range: the part stands in its place."""
+    whole, part = of(node.args[0]), of(argument(node, 3, "source"))  # type: ignore[arg-type]
+    numbers = ranges.get(argument(node, 2, "index"))
+    if numbers is None or numbers.step != 1:
+        return None
+    axis = argument(node, 1, "dim") % len(whole)
+    return tuple(
+        _placed(one, two, numbers.start) if i == axis else _best([one, two])
+        for i, (one, two) in enumerate(zip(whole, part, strict=True))
+    )
+
+
+def _indexed(node: fx.Node, extents: Extents, ranges: Mapping[fx.Node, range]) -> Extents | None:
+    """Basic indexing: integers, slices, None and Ellipsis."""
     index = node.args[1]
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = _as_slices(index if isinstance(index, tuple) else [index], ranges)
     named = sum(1 for item in items if item is not None and item is not Ellipsis)
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)

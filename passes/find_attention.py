@@ -18,7 +18,6 @@ Nothing is changed. Attention without linears before it (an average pool, say) i
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ from difa_compile.passes.graph import (
     shape_of,
     tensor_of,
 )
-from difa_compile.passes.layouts import LayoutFinder
+from difa_compile.passes.layouts import LayoutFinder, argument_name
 from difa_compile.passes.site import Region, Site, SiteKind
 
 
@@ -91,7 +90,7 @@ def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
         and value.is_floating_point()
         and value.ndim >= 2
     ]
-    named = {node: input_name(node) for node in inputs}
+    named = {node: argument_name(node) for node in inputs}
     for wanted in ("hidden_states", "sample", "latents", "latent", "x"):
         found = tuple(node for node in inputs if named[node] == wanted)
         if found:
@@ -100,14 +99,11 @@ def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
         for node in inputs:
             if named[node].startswith(wanted):
                 return (node,)
+    for node in inputs:
+        if named[node].endswith("latents"):
+            return (node,)
     largest = max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
     return () if largest is None else tuple(node for node in inputs if named[node] == named[largest])
-
-
-def input_name(node: fx.Node) -> str:
-    """The argument a placeholder stands for, without the number of an element of a list."""
-    name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
-    return re.sub(r"_\d+$", "", name)
 
 
 def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[fx.Node]) -> Site:
@@ -125,7 +121,7 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
         found, reason = layouts.of(key, key_shape[2])
         if found is not None:
             own, reason = layouts.of(query, query_shape[2])
-            if own is not None and own not in (found, Layout(found.grid)):
+            if own is not None and own not in (found, Layout(found.grid), Layout(found.grid, after=found.after)):
                 own, reason = None, f"queries stand as {own}, keys as {found}"
             found = None if own is None else found
     first = next(iter(roots[query]), None)

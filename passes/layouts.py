@@ -4,9 +4,15 @@ What a site's sequence enumerates comes from following the axes of the noisy sam
 Where the sample comes in packed, as (batch, tokens, channels), its tokens are one axis, and what grid they are is
 looked for, in this order, in
 
-1. position ids among the inputs that enumerate a grid row by row (:func:`packed_grid`);
-2. the sizes that the graph itself lays positions out with (:func:`grids_built`): a mesh of coordinates, or tables of
-   angles whose leading dimensions are merged into as many rows as there are tokens.
+1. positions that meet the tokens (:mod:`difa_compile.passes.positions`), for all of them or for some: text or further
+   images may be packed with them;
+2. position ids among the inputs that enumerate a grid row by row (:func:`packed_grid`);
+3. the sizes that the graph itself lays positions out with (:func:`grids_built`): a mesh of coordinates, or tables of
+   angles whose leading dimensions are merged into as many rows as there are tokens;
+4. numbers in a row that meet just these tokens, as the angles of a one-dimensional rotary embedding do.
+
+Where several grids stand in a sequence (a reference beside the noisy image), the layout is that of the largest, of
+equal ones the first; the others are other tokens, which see everything and are seen by everything.
 
 Where these contradict each other or show nothing there is no layout, and the reason says so; windows are then refused
 at that site, or the user tells the layout.
@@ -15,15 +21,18 @@ at that site, or the user tells the layout.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.axes import Extent, Part, follow_axes
+from difa_compile.passes.axes import Axis, Extent, Extents, Part, follow_axes, sample_axes
 from difa_compile.passes.graph import influenced_by, is_parameter, op_name, shape_of
+from difa_compile.passes.positions import LINE, follow_lines, follow_positions, inputs_of, ranges_known, tables_of
 
 
 class LayoutFinder:
@@ -43,7 +52,9 @@ class LayoutFinder:
         self.told = told
         self.graph = graph
         self.latents = latents
-        self.extents = follow_axes(graph, latents)
+        self.ranges = ranges_known(graph, values)
+        self.extents = follow_axes(graph, sample_axes(latents), self.ranges)
+        self.positions = follow_positions(graph, latents, values, self.ranges)
         self.tables = position_tables(graph, values)
         given = [node for node in graph.find_nodes(op="placeholder") if not is_of_model(node)]
         self.unrelated = set(graph.nodes) - influenced_by(given)
@@ -55,32 +66,81 @@ class LayoutFinder:
                 return self.told, ""
             if self.told.image_tokens == tokens:
                 return Layout(self.told.grid), ""
+            if self.told.holds(tokens):
+                return Layout(self.told.grid, after=self.told.after), ""
             return None, f"the given layout {self.told} has {self.told.tokens} tokens, the sequence has {tokens}"
         extents = self.extents.get(sequence)
-        if extents is None or not any(part.known for part in extents[2]):
-            return None, "the graph does not show how the tokens follow from the noisy sample; give layout="
-        return self.read(extents[2], extents[0])
+        if extents is None or not any(part.known or repeated(part) for part in extents[2]):
+            return None, self.why_not_followed(sequence)
+        return self.read(sequence, extents[2], extents[0])
 
-    def read(self, extent: Extent, batch: Extent) -> tuple[Layout | None, str]:
-        """The layout of a dimension of tokens; ``batch``: what the dimension of the samples enumerates."""
-        images = [i for i, part in enumerate(extent) if part.known]
-        if len(images) > 1:
-            lengths = [extent[i].length for i in images]
-            return None, f"{len(images)} parts of the sequence ({lengths} tokens) come from the noisy sample"
-        before = sum(part.length for part in extent[: images[0]])
-        after = sum(part.length for part in extent[images[0] + 1 :])
-        grid, reason = self.grid_of(extent[images[0]], before, batch)
-        return (None, reason) if grid is None else (Layout(grid, before, after), "")
+    def why_not_followed(self, sequence: fx.Node) -> str:
+        """The reason where a sequence shows no axis of the noisy sample."""
+        given = [node for node in self.graph.find_nodes(op="placeholder") if not is_of_model(node)]
+        others = [node for node in given if node not in self.latents and len(shape_of(node)) >= 3]
+        for node in sorted(others, key=lambda each: -math.prod(shape_of(each))):
+            extents = follow_axes(self.graph, sample_axes([node]), self.ranges).get(sequence)
+            if extents is not None and any(axis.index not in (0, None) for part in extents[2] for axis in part.axes):
+                return f"the tokens are those of the input {argument_name(node)}, not of the noisy sample; give layout="
+        return "the graph does not show how the tokens follow from the noisy sample; give layout="
+
+    @cached_property
+    def lines(self) -> dict[fx.Node, Extents]:
+        return follow_lines(self.graph, self.ranges)
+
+    def read(self, sequence: fx.Node, extent: Extent, batch: Extent) -> tuple[Layout | None, str]:
+        """The layout of the tokens of a sequence.
+
+        ``extent``: what they enumerate. ``batch``: what the dimension of the samples does.
+        """
+        total = sum(part.length for part in extent)
+        found: list[Layout] = []
+        reasons: list[str] = []
+        start = 0
+        for part in extent:
+            if part.known:
+                grids, reason = self.grids_of(sequence, part, start, batch)
+                found += [Layout(grid, at, total - at - math.prod(grid)) for at, grid in grids]
+                reasons.append(reason)
+            else:
+                found += [Layout(grid, start + at, total - start - at - math.prod(grid)) for at, grid in repeated(part)]
+            start += part.length
+        if found:
+            return max(found, key=lambda layout: layout.image_tokens), ""  # the first of the largest
+        return None, reasons[0] if reasons else "no grid is repeated"
+
+    def grids_of(
+        self, sequence: fx.Node, part: Part, start: int, batch: Extent
+    ) -> tuple[list[tuple[int, tuple[int, ...]]], str]:
+        """The grids that stand in a part of the sequence: where in the sequence each begins; or the reason.
+
+        ``start``: where the part begins.
+        """
+        packed = self.is_packed(part, batch)
+        if packed and sequence in self.positions:
+            met = grids_within(self.positions[sequence][2])
+            met = [(at, grid) for at, grid in met if start <= at < start + part.length]
+            if met:
+                return met, ""
+        grid, reason = self.grid_of(part, start, batch)
+        if packed and grid is None and is_line(self.lines.get(sequence, ((),) * 4)[2], start, part.length):
+            return [(start, (part.length,))], ""
+        return ([] if grid is None else [(start, grid)]), reason
+
+    @staticmethod
+    def is_packed(part: Part, batch: Extent) -> bool:
+        """Whether a part is the second axis of the sample, which may be all tokens of an image or video."""
+        folded = any(axis.index not in (0, None) for each in batch for axis in each.axes)
+        return len(part.axes) == 1 and part.axes[0].index == 1 and not folded
 
     def grid_of(self, part: Part, before: int, batch: Extent) -> tuple[tuple[int, ...] | None, str]:
         """The grid of the image tokens; ``before`` other tokens stand in front of them."""
         axes = part.axes
         if any(axis.within and axis.index != 0 for axis in axes):  # in the batch's own axis: frames of a sample
-            return None, "the tokens are offsets within patches"
+            return None, f"the tokens stand tile by tile ({tiles(axes)}), not row by row"
         if any(axis.index == 0 and not axis.within for axis in axes) and len(self.latents) == 1:
             return None, "the tokens are samples of the batch"
-        folded = any(axis.index not in (0, None) for each in batch for axis in each.axes)
-        if len(axes) == 1 and axes[0].index == 1 and not folded:
+        if self.is_packed(part, batch):
             return self.packed(axes[0].size, before)
         if len(axes) > 3:
             return None, f"the tokens have {len(axes)} axes"
@@ -99,27 +159,67 @@ class LayoutFinder:
         return None, f"the graph does not show which grid the {tokens} packed tokens are; give layout="
 
 
+def argument_name(node: fx.Node) -> str:
+    """The argument a placeholder stands for, without the number of an element of a list."""
+    name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
+    return re.sub(r"_\d+$", "", name)
+
+
 def is_of_model(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter, a buffer or a tensor attribute of the model."""
     return is_parameter(node) or node.name.strip("_").startswith("l_self_")
 
 
+def repeated(part: Part) -> list[tuple[int, tuple[int, ...]]]:
+    """Grids of two and more axes that come again and again along axes of unknown order, as (begin, grid).
+
+    Frames in an order that was not followed are an image each.
+    """
+    unknown = 0
+    while unknown < len(part.axes) and part.axes[unknown].index is None:
+        unknown += 1
+    inner = Part(part.axes[unknown:])
+    if not unknown or len(inner.axes) not in (2, 3) or not inner.known or any(axis.within for axis in inner.axes):
+        return []
+    if any(axis.index == 0 for axis in inner.axes):
+        return []
+    grid = tuple(axis.size for axis in inner.axes)
+    return [(start, grid) for start in range(0, part.length, inner.length)]
+
+
+def grids_within(extent: Extent) -> list[tuple[int, tuple[int, ...]]]:
+    """Grids of two and three axes among what a dimension enumerates, as (begin, grid)."""
+    found, start = [], 0
+    for part in extent:
+        grid = tuple(axis.size for axis in part.axes)
+        if part.known and 2 <= len(grid) <= 3 and not any(axis.within for axis in part.axes):
+            found.append((start, grid))
+        start += part.length
+    return found
+
+
+def is_line(extent: Extent, start: int, length: int) -> bool:
+    """Whether just these positions of a dimension count along one line."""
+    at = 0
+    for part in extent:
+        if at == start and part.length == length:
+            return len(part.axes) == 1 and part.axes[0].index == LINE and not part.axes[0].within
+        at += part.length
+    return False
+
+
+def tiles(axes: Sequence[Axis]) -> str:
+    """Sizes of a tiled dimension, those within tiles in brackets."""
+    return " x ".join(f"[{axis.size}]" if axis.within else str(axis.size) for axis in axes)
+
+
 def position_tables(graph: fx.Graph, values: Sequence[Any] | None) -> list[Tensor]:
     """Inputs that may hold position ids: tables (rows, 1 to 4 columns) in float64, one sample's if all agree."""
-    if values is None:
-        return []
-    tables = []
-    for node, value in zip(graph.find_nodes(op="placeholder"), values, strict=True):
-        if not isinstance(value, Tensor) or is_parameter(node) or value.is_complex():
-            continue
-        if value.ndim == 4 and value.shape[-1] == 2:
-            value = value[..., 0]  # where each token begins, of (begin, end)
-        table = value[0] if value.ndim == 3 and (value.shape[0] == 1 or bool((value == value[:1]).all())) else value
-        if table.ndim == 2 and table.shape[0] <= 4 < table.shape[1]:
-            table = table.T  # one row per column of coordinates
-        if table.ndim == 2 and 1 <= table.shape[1] <= 4 < table.shape[0]:
-            tables.append(table.detach().to("cpu", torch.float64))
-    return tables
+    found = []
+    for _, value in inputs_of(graph, values):
+        if isinstance(value, Tensor):
+            found += [table for _, table in tables_of(value)][:1]
+    return found
 
 
 def packed_grid(table: Tensor, tokens: int, before: int = 0) -> tuple[int, ...] | None:

@@ -43,8 +43,8 @@ class Site:
     ``query_shape`` and ``key_shape`` are (batch, heads, tokens, head_dim). ``mask`` says whether the call carries an
     attention mask (``"none"``, ``"mask"``, ``"causal"``, or ``"function"``: FlexAttention's). ``width`` is the input
     width of the query projection.
-    ``layout`` is that of the keys; queries are all of them or the image's alone. It is None where the graph does not
-    show it; ``layout_reason`` then says why.
+    ``layout`` is that of the keys; queries are all of them or those of ``layout.rows``. It is None where the graph does
+    not show it; ``layout_reason`` then says why.
     """
 
     path: str

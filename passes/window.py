@@ -68,10 +68,10 @@ def unhalved(target: Target, node: fx.Node) -> fx.Node:
 
 def why_not_window(site: Site) -> str | None:
     """The reason why a site's attention can't be windowed, or None."""
-    if site.layout is None:
-        return f"no token layout: {site.layout_reason}"
     if site.mask == "causal":
         return "the attention is causal"
+    if site.layout is None:
+        return f"no token layout: {site.layout_reason}"
     if site.mask == "function":
         return "the attention is FlexAttention with a score or mask function of its own"
     return None

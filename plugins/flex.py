@@ -50,13 +50,12 @@ compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 @lru_cache(maxsize=16)
 def block_mask(
-    layout: Layout, window: Window, device: torch.device, image_only: bool = False, pooled: int = 0
+    layout: Layout, window: Window, device: torch.device, queries: int | None = None, pooled: int = 0
 ) -> BlockMask:
     """The block mask of a window, made once per layout and device without an N x N intermediate."""
-    first, queries = (layout.before, layout.image_tokens) if image_only else (0, layout.tokens)
-    return compiled_create_block_mask(
-        mask_mod(layout, window, first), None, None, queries, layout.tokens + pooled, device=device
-    )
+    queries = layout.tokens if queries is None else queries
+    visible = mask_mod(layout, window, layout.rows(queries).start)
+    return compiled_create_block_mask(visible, None, None, queries, layout.tokens + pooled, device=device)
 
 
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
@@ -64,7 +63,7 @@ compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
     assert mask is None, "why_not refuses masked calls"
-    blocks = block_mask(call.layout, call.window, call.device, call.image_only, call.pooled)
+    blocks = block_mask(call.layout, call.window, call.device, call.shape[2], call.pooled)
     grouped = key.shape[1] != query.shape[1]
     return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale, enable_gqa=grouped)
 

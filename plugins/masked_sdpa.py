@@ -26,21 +26,21 @@ def why_not(call: LocalCall) -> str | None:
 
 @lru_cache(maxsize=8)
 def window_mask(
-    layout: Layout, window: Window, device: torch.device, dtype: torch.dtype, image_only: bool = False, pooled: int = 0
+    layout: Layout, window: Window, device: torch.device, dtype: torch.dtype, count: int | None = None, pooled: int = 0
 ) -> Tensor:
     """The mask (queries, keys) of a window, 0 where visible and -inf elsewhere, kept for the next call.
 
     Additive in the query's dtype, because the CPU kernel would convert a boolean one at every call.
     """
-    first, count = (layout.before, layout.image_tokens) if image_only else (0, layout.tokens)
-    queries = torch.arange(first, first + count, device=device)
+    rows = layout.rows(layout.tokens if count is None else count)
+    queries = torch.arange(rows.start, rows.stop, device=device)
     keys = torch.arange(layout.tokens + pooled, device=device)
     hidden = ~visible_pairs(layout, window, queries[:, None], keys[None, :])
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
-    bias = window_mask(call.layout, call.window, call.device, call.dtype, call.image_only, call.pooled)
+    bias = window_mask(call.layout, call.window, call.device, call.dtype, call.shape[2], call.pooled)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     grouped = key.shape[1] != query.shape[1]

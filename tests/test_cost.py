@@ -56,6 +56,14 @@ def test_visible_pairs_match_brute_force(layout: Layout, window: Window) -> None
     assert visible_pairs(layout, window, layout.tokens) == brute_force_pairs(layout, window)
 
 
+@given(layouts, windows)
+def test_keys_that_are_no_queries_ask_for_nothing(layout: Layout, window: Window) -> None:
+    """Without the tokens before the image as queries, their rows of the mask are missing, which are full."""
+    whole = visible_pairs(layout, window, layout.tokens)
+    fewer = visible_pairs(layout, window, layout.image_tokens + layout.after)
+    assert fewer == whole - layout.before * layout.tokens
+
+
 @given(layouts)
 def test_a_window_over_everything_sees_everything(layout: Layout) -> None:
     for shape in WindowShape:

@@ -46,3 +46,11 @@ def test_check_names_site_and_both_counts() -> None:
 def test_grid_becomes_a_tuple_of_ints() -> None:
     """So that layouts made from lists, as JSON gives them, are equal and hashable."""
     assert hash(Layout([4, 4])) == hash(Layout((4, 4)))  # type: ignore[arg-type]
+
+
+def test_queries_are_all_tokens_the_image_or_the_image_and_what_follows() -> None:
+    layout = Layout((4, 5), before=3, after=2)
+    assert [layout.rows(count) for count in (25, 20, 22)] == [slice(0, 25), slice(3, 23), slice(3, 25)]
+    assert not layout.holds(23)
+    with pytest.raises(LayoutError, match=r"23 queries .* give the grid"):
+        layout.rows(23)

@@ -155,13 +155,13 @@ def test_pooled_keys_are_seen_by_the_image_alone_and_key_heads_serve_several_que
 
 
 @pytest.mark.parametrize("form", ["disc:3", "box:1", "band:4"])
-@pytest.mark.parametrize("queries", ["all", "image"])
+@pytest.mark.parametrize("queries", ["all", "image", "image and after"])
 def test_gradients_are_those_of_the_reference_formula(form, queries, monkeypatch):
     monkeypatch.setattr(gradient, "PAIRS_AT_ONCE", 100)  # several pieces
     layout, window, pooled = Layout((4, 6), before=2, after=1), Window.parse(form), 3
     query, _, _ = operands(layout, 4, 8, torch.float64)
     key, value = torch.randn(2, 2, 2, layout.tokens + pooled, 8, dtype=torch.float64).unbind(0)
-    query = query[:, :, 2:-1] if queries == "image" else query
+    query = query[:, :, {"all": slice(None), "image": slice(2, -1), "image and after": slice(2, None)}[queries]]
     mask = torch.rand(2, 1, 1, key.shape[2]) > 0.2
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
     found, wanted = (
@@ -193,7 +193,11 @@ def test_queries_of_the_image_alone():
         torch.testing.assert_close(found, whole[:, :, 3:23], atol=1e-6, rtol=0)
         wanted = reference.local_attention(query[:, :, 3:23], key, value, layout, window)
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
-    with pytest.raises(LayoutError):
+        behind = local_attention(query[:, :, 3:], key, value, layout, window)  # and the tokens after it
+        torch.testing.assert_close(behind, whole[:, :, 3:], atol=1e-6, rtol=0)
+        wanted = reference.local_attention(query[:, :, 3:], key, value, layout, window)
+        torch.testing.assert_close(behind, wanted, atol=1e-6, rtol=0)
+    with pytest.raises(LayoutError, match=r"7 queries are neither all tokens of the layout 3\+4x5\+2 \(25\)"):
         local_attention(query[:, :, :7], key, value, layout, window)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from difa_compile.layout import Layout
 from difa_compile.passes.find_attention import find_attention, latent_inputs
 from difa_compile.passes.graph import is_linear, module_path, op_name, shape_of
+from difa_compile.passes.layouts import argument_name
 from difa_compile.passes.site import SiteKind
 from tests.tiny_models import TEXT, BareAttention, captured, captured_plain, counts, graph_of, in_place, plain, sites_of
 
@@ -194,3 +195,12 @@ def test_low_rank_projections_and_adapters_are_projections():
     (site,) = sites_of(module, values)
     assert site.kind is SiteKind.SELF
     assert sum(is_linear(node) for node in site.region.interior) == 7
+
+
+def test_the_noisy_sample_goes_before_larger_conditions():
+    class Conditioned(nn.Module):
+        def forward(self, condition, local_latents):
+            return local_latents + condition.mean()
+
+    module, _ = graph_of(Conditioned(), {"condition": torch.randn(2, 6, 64), "local_latents": torch.randn(2, 6, 4)})
+    assert [argument_name(node) for node in latent_inputs(module.graph)] == ["local_latents"]
