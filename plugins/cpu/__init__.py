@@ -28,8 +28,6 @@ def why_not(call: LocalCall) -> str | None:
         return f"not for {call.dtype}"
     if max(call.shape[-1], call.value_dim) > MAX_HEAD_DIM:
         return f"head dimension {max(call.shape[-1], call.value_dim)} is over {MAX_HEAD_DIM}"
-    if call.shape[2] not in (call.layout.tokens, call.layout.image_tokens):
-        return "the queries are neither all tokens nor the image's alone"
     if call.layout.image_tokens > MAX_PLACE:
         return f"{call.layout.image_tokens} image tokens are over {MAX_PLACE}"
     if call.window.shape is not WindowShape.BAND and call.window.radius > MAX_RADIUS:

@@ -50,8 +50,9 @@ Tensor local_attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
               "key and value do not fit the query");
   TORCH_CHECK(p.key_heads > 0 && p.heads % p.key_heads == 0, "the key heads must divide the query heads");
   TORCH_CHECK(key.size(2) == p.tokens() + pooled, "the keys do not fit the grid");
-  p.image_only = p.queries != p.tokens();
-  TORCH_CHECK(!p.image_only || p.queries == p.image(), "the queries fit neither the sequence nor the image");
+  p.first = p.queries == p.tokens() ? 0 : before;
+  TORCH_CHECK(p.first == 0 || p.queries == p.image() || p.queries == p.image() + after,
+              "the queries are neither all tokens, nor the image's, nor these and those after them");
   p.form = disc ? difa::Form::kDisc : difa::Form::kBox;
   p.radius = radius, p.scale = static_cast<float>(scale);
   p.query = query.const_data_ptr(), p.key = key.const_data_ptr(), p.value = value.const_data_ptr();

@@ -37,7 +37,7 @@ struct Problem {
   int64_t batch, heads, key_heads, queries;
   int64_t grid[3];                // time, height, width: 1 where the grid has fewer dimensions
   int64_t before, after, pooled;  // other tokens around the image; further keys that image queries see
-  bool image_only;                // the queries are those of the image alone
+  int64_t first;                  // the token that the first query is: 0, or `before`
   int head_dim, value_dim;
   Form form;
   int64_t radius;
@@ -255,7 +255,7 @@ class Neighbourhood {
       }
     });
     if (p_.after + p_.pooled) runs.push_back({p_.before + p_.image(), p_.after + p_.pooled, -1, 0});
-    const int64_t first = (low[0] * p_.grid[1] + low[1]) * p_.grid[2] + low[2] + (p_.image_only ? 0 : p_.before);
+    const int64_t first = (low[0] * p_.grid[1] + low[1]) * p_.grid[2] + low[2] + p_.before - p_.first;
     for (int q = 0; q < Tile; ++q) {
       const int64_t t = static_cast<int64_t>(lane_[0][q]), y = static_cast<int64_t>(lane_[1][q]);
       const int64_t along = static_cast<int64_t>(lane_[2][q]);
@@ -590,7 +590,8 @@ class Attention {
   explicit Attention(const Problem& problem)
       : p_(problem),
         shape_(best_shape(problem, Tile).first),
-        others_(problem.image_only ? 0 : problem.before + problem.after) {
+        before_(problem.before - problem.first),
+        others_(problem.queries - problem.image()) {
     for (int i = 0; i < 3; ++i) tiles_[i] = (p_.grid[i] + shape_.size[i] - 1) / shape_.size[i];
     image_tiles_ = tiles_[0] * tiles_[1] * tiles_[2];
     other_tiles_ = (others_ + Tile - 1) / Tile;
@@ -610,7 +611,7 @@ class Attention {
         const int64_t pair = task / other_tiles_, first = task % other_tiles_ * Tile;
         for (int q = 0; q < Tile; ++q) {
           const int64_t other = first + q;
-          place.query[q] = other >= others_ ? -1 : other < p_.before ? other : other + p_.image();
+          place.query[q] = other >= others_ ? -1 : other < before_ ? other : other + p_.image();
         }
         worker.run(pair / p_.heads, pair % p_.heads, place, all_keys, nullptr);
       } else {
@@ -626,7 +627,8 @@ class Attention {
  private:
   const Problem& p_;
   TileShape shape_;
-  int64_t others_, tiles_[3], image_tiles_, other_tiles_;
+  int64_t before_, others_;  // queries of other tokens: those before the image, all
+  int64_t tiles_[3], image_tiles_, other_tiles_;
 };
 
 }  // namespace difa

@@ -85,7 +85,7 @@ cases = st.fixed_dictionaries(
         "memory": st.sampled_from(["BHLD", "BLHD", "BHDL", "LBHD"]),
         "pooled": st.sampled_from([0, 0, 5]),
         "mask": st.sampled_from([None, None, "keys", "pairs", "bias", "row bias"]),
-        "image_only": st.booleans(),
+        "queries": st.sampled_from(["all", "image", "image and after"]),
         "tile": st.sampled_from([0, 16, 32, 64]),
         "scale": st.sampled_from([None, 0.3]),
         "seed": st.integers(0, 1000),
@@ -100,8 +100,9 @@ def run_case(case):
     query, key, value = operands(
         layout, 4, case["dim"], dtype, 4 // case["groups"], pooled, 2, case["memory"], case["seed"]
     )
-    if case["image_only"]:
-        query = query[:, :, layout.before : layout.before + layout.image_tokens]
+    if case["queries"] != "all":
+        end = layout.tokens - (layout.after if case["queries"] == "image" else 0)
+        query = query[:, :, layout.before : end]
     generator = torch.Generator().manual_seed(case["seed"])
     rows, keys = query.shape[2], key.shape[2]
     mask = {
@@ -131,7 +132,7 @@ import itertools, torch
 from tests.plugins import test_cpu as t
 assert torch.backends.cpu.get_cpu_capability() == "AVX2", torch.backends.cpu.get_cpu_capability()
 assert "-mavx512f" not in t.build.instruction_flags()
-common = dict(before=3, after=2, radius=3, groups=2, memory="BLHD", pooled=4, mask="bias", image_only=False)
+common = dict(before=3, after=2, radius=3, groups=2, memory="BLHD", pooled=4, mask="bias", queries="all")
 common |= dict(scale=None, seed=1)
 for grid, shape, dtype, dim, tile in itertools.product(
     [(50,), (9, 14), (3, 5, 6)], ["band", "disc", "box"], list(t.UNIT), [7, 64], [0, 16, 32, 64]
