@@ -478,9 +478,12 @@ class Worker {
   template <bool Disc>
   void normalise(int count, const Neighbourhood<Tile>* neighbourhood, int64_t batch, int64_t head,
                  const Place<Tile>& place) {
-    const float factor = p_.scale * kLog2E;
     const bool masked = p_.mask_type != MaskType::kNone;
     if (masked) apply_mask(count, batch, head, place);
+    // Scores stay as they are until the exponential, where product and difference are rounded once. A factor of nothing
+    // is replaced by next to nothing, for hidden pairs are infinities.
+    const float factor = masked ? 1.0f : p_.scale == 0 ? 1e-30f : p_.scale * kLog2E;
+    const Floats hidden = all(factor > 0 ? -kInfinity : kInfinity);
     for (int c = 0; c < Tile / kLanes; ++c) {
       float* scores = scores_.data() + c * kLanes;
       Floats top = maximum_[c];
@@ -488,28 +491,22 @@ class Worker {
         const Floats x = load(neighbourhood->x + c * kLanes);
         for (int j = 0; j < count; ++j) {
           Floats score = load(scores + j * Tile);
-          if (!masked) score *= factor;
           if (row_[j] >= 0) {
             const Floats reach = load(neighbourhood->reach.data() + row_[j] * Tile + c * kLanes);
             const Floats distance = x_[j] - x;
-            score = (Disc ? distance * distance : larger(distance, -distance)) <= reach ? score : all(-kInfinity);
+            score = (Disc ? distance * distance : larger(distance, -distance)) <= reach ? score : hidden;
+            store(scores + j * Tile, score);
           }
-          store(scores + j * Tile, score);
-          top = larger(score, top);
+          top = larger(score * factor, top);
         }
       } else {
-        for (int j = 0; j < count; ++j) {
-          Floats score = load(scores + j * Tile);
-          if (!masked) score *= factor;
-          store(scores + j * Tile, score);
-          top = larger(score, top);
-        }
+        for (int j = 0; j < count; ++j) top = larger(load(scores + j * Tile) * factor, top);
       }
       const Floats base = top == -kInfinity ? all(0.0f) : top;
       const Floats shrink = exp2(maximum_[c] - base);
       Floats sum = sum_[c] * shrink;
       for (int j = 0; j < count; ++j) {
-        const Floats p = exp2(load(scores + j * Tile) - base);
+        const Floats p = exp2(load(scores + j * Tile) * factor - base);
         store(scores + j * Tile, p);
         sum += p;
       }
