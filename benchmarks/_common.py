@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+K = TypeVar("K")
 Value = str | int | float | bool | None
 Row = dict[str, Value]
 
@@ -50,13 +52,13 @@ class Timing:
         }
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+def interleave(cases: Mapping[K, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[K, Timing]:
     """Time each case ``repeats`` times: every round runs all cases once, starting with another one each round.
 
     ``warmup`` untimed rounds come first and take compilation with them. On CUDA the device is waited for.
     """
     names = list(cases)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[K, list[float]] = {name: [] for name in names}
     for round_ in range(-warmup, repeats):
         start = round_ % len(names)
         for name in names[start:] + names[:start]:

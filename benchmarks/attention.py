@@ -1,6 +1,6 @@
 """How fast is local attention, against dense attention and every other way to compute it?
 
-    python -m benchmarks.attention            # about twenty minutes on two cores
+    python -m benchmarks.attention            # about a quarter of an hour on two cores
     python -m benchmarks.attention --quick    # a few small cases, a minute
 
 All implementations of a case run in one process, interleaved, on the same tensors: (1, H, L, D) as views of
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -44,10 +43,12 @@ compiled_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 @dataclass(frozen=True)
-class Case:
+class Setting:
+    """One sequence of tokens, and the windows that are tried on it."""
+
     side: int
     heads: int
-    window: Window
+    windows: tuple[Window, ...]
     dtype: torch.dtype
     head_dim: int = 64
     text: int = 0
@@ -56,41 +57,37 @@ class Case:
     def layout(self) -> Layout:
         return Layout((self.side, self.side), before=self.text)
 
-    @property
-    def flops(self) -> int:
+    def flops(self, window: Window) -> int:
         """Operations of q k^T and p v over the visible pairs."""
-        pairs = visible_pairs(self.layout, self.window, self.layout.tokens)
-        return 4 * pairs * self.heads * self.head_dim
+        return 4 * visible_pairs(self.layout, window, self.layout.tokens) * self.heads * self.head_dim
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def settings(quick: bool) -> Iterator[Setting]:
+    discs = tuple(Window("disc", radius) for radius in (8, 16, 32))
     if quick:
-        yield Case(32, 2, Window("disc", 8), torch.float32)
-        yield Case(32, 2, Window("band", 128), torch.bfloat16, text=64)
+        yield Setting(32, 2, discs[:1], torch.float32)
+        yield Setting(32, 2, (Window("band", 128),), torch.bfloat16, text=64)
         return
     for dtype in (torch.float32, torch.bfloat16):
         for side in (32, 64, 128, 256, 512):  # 1 Ki to 256 Ki tokens
-            heads = 4 if side <= 128 else 1
-            for radius in (8, 16, 32):
-                yield Case(side, heads, Window("disc", radius), dtype)
-            if side <= 128:
-                yield Case(side, heads, Window("band", side * side // 8), dtype)
-        for side, text in ((64, 512), (128, 512)):  # FLUX's heads at 1024 and 2048 pixels, a few of them
-            yield Case(side, 2, Window("disc", 16), dtype, 128, text)
+            band = (Window("band", side * side // 8),) if side <= 128 else ()
+            yield Setting(side, 4 if side <= 128 else 1, (*discs, *band), dtype)
+        for side in (64, 128):  # FLUX's heads at 1024 and 2048 pixels, two of them
+            yield Setting(side, 2, discs[1:2], dtype, 128, text=512)
 
 
-def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def operands(case: Setting) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, case.layout.tokens, case.heads, case.head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(case.dtype).transpose(1, 2) for _ in range(3))
     return q, k, v
 
 
-def implementations(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
-    """What can run the case, by name; dense attention computes something else and is there for the time."""
-    layout, window = case.layout, case.window
+def implementations(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    """What can compute a window here, by name."""
+    layout = case.layout
     call = LocalCall(layout, window, None, tuple(q.shape), q.dtype, q.device)
-    found: dict[str, Call] = {DENSE: lambda: F.scaled_dot_product_attention(q, k, v)}
+    found: dict[str, Call] = {}
     if cpu.why_not(call) is None:
         found[OURS] = lambda: cpu.run(q, k, v, None, call)
     if layout.tokens <= 16384 + 512:
@@ -99,10 +96,9 @@ def implementations(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Ca
         blocks = flex.block_mask(layout, window, q.device)
         found["FlexAttention, row-major"] = lambda: compiled_flex(q, k, v, block_mask=blocks)
     if window.shape is not WindowShape.BAND and case.text == 0 and layout.tokens <= 65536:
-        if not any(size % tile for size, tile in zip(layout.grid, TILE, strict=True)):
-            found["FlexAttention, tiles"] = flex_in_tiles(case, q, k, v)
+        found["FlexAttention, tiles"] = flex_in_tiles(case, window, q, k, v)
         if layout.tokens <= 16384:
-            found["gathered tiles, SDPA"] = gathered(case, q, k, v)
+            found["gathered tiles, SDPA"] = gathered(case, window, q, k, v)
     return found
 
 
@@ -113,10 +109,10 @@ def tile_order(side: int) -> Tensor:
     return token.permute(0, 2, 1, 3).reshape(-1)
 
 
-def flex_in_tiles(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def flex_in_tiles(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor) -> Call:
     order = tile_order(case.side)
     back = order.argsort()
-    layout, window = case.layout, case.window
+    layout = case.layout
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return reference.visible_pairs(layout, window, order[query], order[key])
@@ -132,9 +128,9 @@ def flex_in_tiles(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return run
 
 
-def gathered(case: Case, q: Tensor, k: Tensor, v: Tensor, tile: int = 8) -> Call:
+def gathered(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor, tile: int = 8) -> Call:
     """Plain PyTorch: the keys around each tile of queries gathered, tiles as a batch, a mask per distinct tile."""
-    side, window = case.side, case.window
+    side = case.side
     reach = window.radius - 1 if window.shape is WindowShape.DISC else window.radius
     span = min(side, tile + 2 * reach)
     order = torch.arange(side * side).view(side // tile, tile, side // tile, tile).permute(0, 2, 1, 3)
@@ -160,33 +156,33 @@ def gathered(case: Case, q: Tensor, k: Tensor, v: Tensor, tile: int = 8) -> Call
     return run
 
 
-def error(case: Case, out: Tensor, q: Tensor, k: Tensor, v: Tensor, picks: int = 64) -> float:
+def error(case: Setting, window: Window, out: Tensor, q: Tensor, k: Tensor, v: Tensor, picks: int = 64) -> float:
     """Largest difference to masked dense attention in float64, over the largest value, at some queries."""
     layout = case.layout
     at = torch.linspace(0, layout.tokens - 1, picks).long()
-    seen = reference.visible_pairs(layout, case.window, at[:, None], torch.arange(layout.tokens)[None])
+    seen = reference.visible_pairs(layout, window, at[:, None], torch.arange(layout.tokens)[None])
     exact = reference.attention(q[:, :, at].double(), k.double(), v.double(), seen)
     return ((out[:, :, at].double() - exact).abs().max() / exact.abs().max()).item()
 
 
-def measure(case: Case, repeats: int) -> list[Row]:
+def measure(case: Setting, repeats: int) -> list[Row]:
     q, k, v = operands(case)
+    dense: dict[tuple[Window | None, str], Call] = {(None, DENSE): lambda: F.scaled_dot_product_attention(q, k, v)}
+    calls: dict[tuple[Window | None, str], Call] = {}
+    errors: dict[tuple[Window | None, str], float] = {}
     with torch.no_grad():
-        calls = implementations(case, q, k, v)
-        errors: dict[str, float | None] = {DENSE: None}
-        for name, run in calls.items():
-            if name != DENSE:
-                out = run()
-                back = getattr(run, "back", None)
-                errors[name] = error(case, out if back is None else out.index_select(2, back), q, k, v)
-                del out
-        dense_seconds = 4 * case.layout.tokens**2 * case.heads * case.head_dim / 1.5e11
-        slow = dense_seconds > SLOW
-        if slow:  # the dense side, minutes long at the most tokens, once; the others as often as ever
-            dense = interleave({DENSE: calls.pop(DENSE)}, 1, warmup=0)
-            timings = dense | interleave(calls, repeats)
+        for window in case.windows:
+            for name, run in implementations(case, window, q, k, v).items():
+                out, back = run(), getattr(run, "back", None)
+                calls[window, name] = run
+                out = out if back is None else out.index_select(2, back)
+                errors[window, name] = error(case, window, out, q, k, v)
+        slow = 4 * case.layout.tokens**2 * case.heads * case.head_dim / 1.5e11 > SLOW
+        if slow:  # the dense side, up to minutes, once; the others as often as ever
+            timings = interleave(dense, 1, warmup=0) | interleave(calls, repeats)
         else:
-            timings = interleave(calls, repeats)
+            timings = interleave(dense | calls, repeats)
+    base = timings[None, DENSE]
     common: Row = {
         "device": "cpu",
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -195,20 +191,20 @@ def measure(case: Case, repeats: int) -> list[Row]:
         "grid": f"{case.side}x{case.side}",
         "tokens": case.layout.tokens,
         "text_tokens": case.text,
-        "window": str(case.window),
     }
     rows: list[Row] = []
-    for name, timing in timings.items():
+    for (window_, name), timing in timings.items():
         seconds = timing.median
-        speedup = timings[DENSE].median / seconds if slow or name == DENSE else 1 / timing.ratio_to(timings[DENSE])
+        speedup = base.median / seconds if slow or name == DENSE else 1 / timing.ratio_to(base)
         rows.append(
             common
             | {
+                "window": None if window_ is None else str(window_),
                 "implementation": name,
                 "seconds": float(f"{seconds:.4g}"),
                 "speedup_over_dense": round(speedup, 3),
-                "visible_gflops": round(case.flops / seconds / 1e9, 1) if name != DENSE else None,
-                "forward_error": None if errors[name] is None else float(f"{errors[name]:.2g}"),
+                "visible_gflops": None if window_ is None else round(case.flops(window_) / seconds / 1e9, 1),
+                "forward_error": float(f"{errors[window_, name]:.2g}") if window_ is not None else None,
                 "repeats": len(timing.seconds),
             }
         )
@@ -255,12 +251,11 @@ def main() -> None:
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
     args = parser.parse_args()
     rows = gemm_rates()
-    for case in cases(args.quick):
-        print(f"{case.dtype}, {case.layout}, {case.heads} heads, {case.window}", flush=True)
+    for case in settings(args.quick):
+        print(f"{case.dtype}, {case.layout}, {case.heads} heads", flush=True)
         rows += measure(case, args.repeats)
     write_result("attention", rows, folder=args.output)
     print("\n".join(linearity(rows)))
-    assert math.isfinite(sum(float(row["seconds"] or 0) for row in rows))
 
 
 if __name__ == "__main__":

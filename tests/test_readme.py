@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
 
     pipelines = {"demo": tiny_pipeline()}
     monkeypatch.setattr(difa_compile, "load_pipeline", pipelines.__getitem__)
-    monkeypatch.setattr(backend, "inductor", backend.eager)
+    monkeypatch.setattr(backend, "inductor", lambda module, inputs, config: backend.eager(module, inputs))
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks("README.md")
     assert len(blocks) == 3
