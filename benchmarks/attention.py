@@ -250,9 +250,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
     args = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64
     rows = gemm_rates()
     for case in settings(args.quick):
         print(f"{case.dtype}, {case.layout}, {case.heads} heads", flush=True)
+        torch._dynamo.reset()  # FlexAttention is compiled per window and shape, and Dynamo counts
         rows += measure(case, args.repeats)
     write_result("attention", rows, folder=args.output)
     print("\n".join(linearity(rows)))

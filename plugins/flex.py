@@ -45,7 +45,11 @@ def mask_mod(layout: Layout, window: Window, first: int = 0) -> Callable[[Tensor
     return visible
 
 
+MOST_GRAPHS = 1024
+"""Graphs of FlexAttention per process: one for each layout, window, shape and dtype. Beyond Dynamo's own limit it would
+run uncompiled, with all scores in memory."""
 compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=16)
@@ -55,17 +59,16 @@ def block_mask(
     """The block mask of a window, made once per layout and device without an N x N intermediate."""
     queries = layout.tokens if queries is None else queries
     visible = mask_mod(layout, window, layout.rows(queries).start)
-    return compiled_create_block_mask(visible, None, None, queries, layout.tokens + pooled, device=device)
-
-
-compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        return compiled_create_block_mask(visible, None, None, queries, layout.tokens + pooled, device=device)
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
     assert mask is None, "why_not refuses masked calls"
     blocks = block_mask(call.layout, call.window, call.device, call.shape[2], call.pooled)
     grouped = key.shape[1] != query.shape[1]
-    return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale, enable_gqa=grouped)
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        return compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale, enable_gqa=grouped)
 
 
 KERNEL = LocalKernel("FlexAttention", why_not, run)
