@@ -19,6 +19,7 @@ from difa_compile import metrics
 from difa_compile.cost import plan_flops
 from difa_compile.decision import FULL
 from difa_compile.errors import ComparisonError, MissingDependencyError, ScheduleError, UnsupportedPipelineError
+from difa_compile.hooks import call_in_hook, uncompiled_call
 from difa_compile.pipeline import apply, find_transformer, remove
 from difa_compile.plan import Plan
 from difa_compile.schedule import Role
@@ -295,11 +296,11 @@ def _compiled(transformer: Any, backend: str) -> Iterator[None]:
     kept = transformer._compiled_call_impl
     # dynamic=False: batch sizes seen earlier in this process must not slow this side down.
     # fullgraph=True: past the recompile limit there is an error, not an eager run that passes for a compiled one.
-    transformer.compile(backend=backend, dynamic=False, fullgraph=True)
+    compiled = torch.compile(uncompiled_call(transformer), backend=backend, dynamic=False, fullgraph=True)
+    transformer._compiled_call_impl = lambda *args, **kwargs: call_in_hook(transformer, compiled, args, kwargs)
     try:
         yield
     finally:
-        # nn.Module.compile has no public way back.
         transformer._compiled_call_impl = kept
 
 

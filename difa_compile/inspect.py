@@ -17,6 +17,7 @@ from difa_compile.backend import eager
 from difa_compile.capture import Capture, Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError, NoAttentionError
+from difa_compile.hooks import call_in_hook, check_hooks, inner_forward
 from difa_compile.layout import Layout
 from difa_compile.passes.site import Site
 from difa_compile.plan_data import SiteInfo
@@ -60,7 +61,8 @@ def inspect_model(
 
     Raises:
         NoAttentionError: the model has no attention that a plan could act on.
-        UnsupportedPipelineError, ModelLoadError: no transformer, or no inputs could be made up for it.
+        UnsupportedPipelineError, ModelLoadError: no transformer, or hooks between its layers
+            (:func:`difa_compile.hooks.check_hooks`), or no inputs could be made up for it.
     """
     from torch._dynamo.exc import Unsupported, UserError
 
@@ -75,7 +77,8 @@ def inspect_model(
         )
     else:
         kwargs = dict(inputs) if inputs is not None else example_inputs(model)
-    parameters = signatures.signature(model.forward).parameters
+    check_hooks(model)
+    parameters = signatures.signature(inner_forward(model)).parameters
     if "return_dict" in parameters:
         kwargs = {**kwargs, "return_dict": False}
     captures: list[Capture] = []
@@ -98,7 +101,7 @@ def inspect_model(
         graphs = 0
         with torch.no_grad():
             compiled = torch.compile(private_forward(model), backend=collect, dynamic=False, **settings)
-            compiled(*args, **kwargs)
+            call_in_hook(model, compiled, args, kwargs)
 
     training = model.training
     model.eval()
@@ -115,6 +118,8 @@ def inspect_model(
                 attempt()
     finally:
         model.train(training)
+        if name and hasattr(model_or_pipe, "maybe_free_model_hooks"):
+            model_or_pipe.maybe_free_model_hooks()  # the call was stopped before it came to that
     sites = tuple(site for capture in captures for site in capture.all_sites)
     if not captures:
         detail = f": {failures[0]}" if failures else ""
@@ -132,8 +137,8 @@ def inspect_model(
 
 def private_forward(model: nn.Module) -> Callable[..., Any]:
     """The model's forward on a code object of its own: what Dynamo caches for it neither counts against the model's
-    recompile limit nor outlives the inspection."""
-    forward = model.forward
+    recompile limit nor outlives the inspection. Without a hook that accelerate put around it."""
+    forward = inner_forward(model)
     plain = getattr(forward, "__func__", None)
     if plain is None:
         return forward

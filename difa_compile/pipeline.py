@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from difa_compile.backend import compiler_named, difa
@@ -21,6 +22,7 @@ from difa_compile.decision import Kind
 from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following, RunStats
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.hooks import check_hooks
 from difa_compile.inductor import inductor_config
 from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
@@ -88,12 +90,14 @@ def find_transformer(pipe_or_model: Any) -> tuple[str, nn.Module]:
 
 
 def check_transformer(pipe: Any, model: nn.Module) -> None:
-    """Raise :class:`UnsupportedPipelineError` for a transformer that ``torch.compile`` wrapped: it bypasses plans."""
+    """Raise :class:`UnsupportedPipelineError` for a transformer that ``torch.compile`` wrapped, which bypasses plans,
+    and for one with hooks that cannot be part of one graph (:func:`difa_compile.hooks.check_hooks`)."""
     if hasattr(model, "_orig_mod"):
         raise UnsupportedPipelineError(
             f"the transformer of this {type(pipe).__name__} is wrapped by torch.compile, which a plan replaces; put "
             "the module itself back first: pipe.transformer = pipe.transformer._orig_mod"
         )
+    check_hooks(model)
 
 
 def check_scheduler(pipe: Any) -> None:
@@ -166,7 +170,9 @@ def apply(
                 )
             return _AppliedRun(model, progress, applied)
 
-        device = next((parameter.device for parameter in model.parameters()), None)
+        device = getattr(pipe, "_execution_device", None)  # where offloaded weights are not
+        if not isinstance(device, torch.device):
+            device = next((parameter.device for parameter in model.parameters()), None)
         return Following(
             scheduler,
             open_run,

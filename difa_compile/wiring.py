@@ -30,6 +30,7 @@ from torch import nn
 from difa_compile.answering import answering
 from difa_compile.errors import DifaError, InputValuesError, UnsupportedPipelineError
 from difa_compile.following import Following
+from difa_compile.hooks import call_in_hook, check_hooks, uncompiled_call
 from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
@@ -136,6 +137,7 @@ class Wiring:
     @contextmanager
     def call(self, pipe: Any, arguments: Mapping[str, object]) -> Iterator[None]:
         """The time of one call of the pipeline; the run inside it ends however the call ends."""
+        check_hooks(self.model)  # the user may have enabled some since
         with _lock:
             self._use_scheduler(pipe.scheduler)  # the user may have put in another one
         following = self._start(pipe, pipe.scheduler, arguments)
@@ -156,7 +158,8 @@ class Wiring:
 
 
 class CompiledForward:
-    """``torch.compile`` of the model's call, one graph per input shape. The model itself is left as it is.
+    """``torch.compile`` of the model's call, one graph per input shape. The model itself is left as it is. What is
+    compiled lies within the hook that accelerate may have put around the model (:func:`run_compiled` calls it there).
 
     Where the model's sizes or branches depend on the values of its inputs (how many tokens a mask shows), also one
     graph for each outcome, of which the last used is tried first.
@@ -171,13 +174,22 @@ class CompiledForward:
         self._settings: dict[str, Any] = {"options": dict(options), "dynamic": False, "fullgraph": True}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # otherwise torch's own limit, 8 graphs
             self._settings["recompile_limit"] = MOST_SHAPES
-        self._forwards: tuple[Callable[..., object], ...] = (self._compile(backend),)
+        self._start(uncompiled_call(model))
+
+    def _start(self, function: Callable[..., object]) -> None:
+        self._function = function
+        self._forwards: tuple[Callable[..., object], ...] = (self._compile(self._backend),)
 
     def _compile(self, backend: Callable[..., object]) -> Callable[..., object]:
-        return torch.compile(self._model._call_impl, backend=backend, **self._settings)
+        compiled: Callable[..., object] = torch.compile(self._function, backend=backend, **self._settings)
+        return compiled
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises what Dynamo raises."""
+        function = uncompiled_call(self._model)
+        if function != self._function:  # a hook has come or gone
+            with _lock:
+                self._start(function)
         for forward in self._forwards:
             try:
                 result = forward(*args, **kwargs)
@@ -209,10 +221,8 @@ def run_compiled(
     model: nn.Module,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
-    *,
-    retry: bool = True,
 ) -> object:
-    """Call ``compiled``, made from the call of ``model``.
+    """Call ``compiled``, made from the call of ``model``, within the hook that accelerate may have put around it.
 
     Some models fill tables in their first call, in ways that cannot be captured; in others, branches and sizes depend
     on the values of the inputs. So a model that cannot be captured is called once as it is, and captured again for
@@ -221,6 +231,17 @@ def run_compiled(
     An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
     model cannot be captured as one graph.
     """
+    return call_in_hook(model, lambda *a, **k: _run_inside(compiled, model, a, k), args, kwargs)
+
+
+def _run_inside(
+    compiled: Callable[..., object],
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    *,
+    retry: bool = True,
+) -> object:
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 
     name = type(model).__name__
@@ -233,15 +254,15 @@ def run_compiled(
         raise
     except FailOnRecompileLimitHit as failure:
         raise UnsupportedPipelineError(
-            f"{name} was called with more input shapes (or texts of other lengths, where its sizes depend on them), "
-            f"over all pipelines with a plan, than are compiled for models of one class ({MOST_SHAPES}); sample fewer "
-            "sizes, or call torch._dynamo.reset() to start over"
+            f"{name} was called with more input shapes (scales of a LoRA, texts of other lengths, where its sizes "
+            f"depend on them), over all pipelines with a plan, than are compiled for models of one class "
+            f"({MOST_SHAPES}); sample fewer, or call torch._dynamo.reset() to start over"
         ) from failure
     except (Unsupported, UserError) as failure:
         if retry:
-            model._call_impl(*args, **kwargs)
+            uncompiled_call(model)(*args, **kwargs)
             with answering():
-                return run_compiled(compiled, model, args, kwargs, retry=False)
+                return _run_inside(compiled, model, args, kwargs, retry=False)
         reason = str(failure).strip().splitlines()[0]
         raise UnsupportedPipelineError(
             f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"
