@@ -53,6 +53,7 @@ class Following:
     """Position of one pipeline call in its schedule, and the run that belongs to it.
 
     ``open_run(progress)`` makes the run for the steps that lie ahead; it is called at the transformer's first call.
+    ``check`` is called before every call of the transformer, and may raise.
     ``one_call_each``: whether two calls of one step and branch would disturb each other (the plan keeps caches).
     ``finished`` is told what a run took when it ends.
     """
@@ -63,12 +64,14 @@ class Following:
         open_run: Callable[[tuple[float, ...]], Run],
         *,
         one_call_each: bool,
+        check: Callable[[], None] | None = None,
         finished: Callable[[RunStats], None] | None = None,
         timed: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._open_run = open_run
+        self._check = check
         self._finished = finished
         self._one_call_each = one_call_each
         self._device = device if timed and device is not None and device.type != "cpu" else None
@@ -131,6 +134,8 @@ class Following:
 
     def model_call(self, call: Callable[[], T]) -> T:
         """Make one transformer call in the run, at the current step and branch."""
+        if self._check is not None:
+            self._check()
         if self._run is None:
             self._open()
         assert self._run is not None

@@ -125,15 +125,41 @@ def conditional_half_of(pipe: object) -> int:
 
 
 def guidance_is_on(pipe: object, arguments: Mapping[str, object]) -> bool | None:
-    """Whether this call of ``pipe`` uses guidance; ``None`` if that cannot be told.
+    """Whether this call of ``pipe`` uses classifier-free guidance; ``None`` if that cannot be told.
 
     ``arguments``: the call's arguments by name, defaults filled in. Pipelines with a ``do_classifier_free_guidance``
-    property are asked (valid once the call has set its guidance scale), the others guide if ``guidance_scale > 1``.
+    property are asked (valid once the call has set its guidance scale). Of the others, those with a ``true_cfg_scale``
+    guide if it is above 1 and there is something negative; their ``guidance_scale`` is an input of the transformer, as
+    it is in pipelines that make two calls but take nothing negative for the second; the rest guide if
+    ``guidance_scale > 1``.
     """
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if isinstance(told, bool):
         return told
+    true_scale = arguments.get("true_cfg_scale")
+    if isinstance(true_scale, (int, float)):
+        return true_scale > 1 and any(arguments.get(name) is not None for name in _NEGATIVE)
     scale = arguments.get("guidance_scale")
-    if isinstance(scale, (int, float)):
-        return scale > 1
-    return None
+    if not isinstance(scale, (int, float)):
+        return None
+    return scale > 1 and not _is_embedded(pipe, arguments)
+
+
+def how_to_guide(pipe: object, arguments: Mapping[str, object]) -> str:
+    """What to do about a call of ``pipe`` that does not guide, where a plan shares the halves of guidance."""
+    if "true_cfg_scale" in arguments:
+        return (
+            "call it with true_cfg_scale > 1 and a negative_prompt (guidance_scale is an input of its transformer and "
+            "makes no halves), or use a plan without +cfg"
+        )
+    if _is_embedded(pipe, arguments):
+        return "its guidance_scale is an input of its transformer and makes no halves; use a plan without +cfg"
+    return "call it with guidance_scale > 1, or use a plan without +cfg"
+
+
+_NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
+
+
+def _is_embedded(pipe: object, arguments: Mapping[str, object]) -> bool:
+    """Whether the guidance scale of ``pipe`` can only be an input: a second call would have nothing to be made with."""
+    return guidance_of(pipe).form == "two-call" and not any(name.startswith("negative") for name in arguments)

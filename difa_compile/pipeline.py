@@ -21,7 +21,7 @@ from difa_compile.backend import compiler_named, difa
 from difa_compile.decision import Kind
 from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following, RunStats
-from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of, how_to_guide
 from difa_compile.hooks import check_hooks
 from difa_compile.inductor import inductor_config
 from difa_compile.layout import Layout
@@ -162,12 +162,14 @@ def apply(
     caches = any(decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) for decision in decisions)
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
-        def open_run(progress: tuple[float, ...]) -> Run:
+        def check_guidance() -> None:  # at every call: a callback may switch guidance off
             if shares and guidance_is_on(pipe, arguments) is False:
                 raise PlanMismatchError(
-                    f"the plan shares the halves of a guided batch, but this call of {type(pipe).__name__} has "
-                    "guidance off, so its batch has none; call it with guidance_scale > 1, or use a plan without +cfg"
+                    f"the plan shares the two halves of classifier-free guidance, but this call of "
+                    f"{type(pipe).__name__} has guidance off, so it has no CFG half; {how_to_guide(pipe, arguments)}"
                 )
+
+        def open_run(progress: tuple[float, ...]) -> Run:
             return _AppliedRun(model, progress, applied)
 
         device = getattr(pipe, "_execution_device", None)  # where offloaded weights are not
@@ -176,6 +178,7 @@ def apply(
         return Following(
             scheduler,
             open_run,
+            check=check_guidance,
             one_call_each=caches or shares,
             finished=applied._note,
             timed=applied.time_steps,

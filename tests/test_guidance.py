@@ -14,6 +14,7 @@ from difa_compile.guidance import (
     conditional_half_of,
     guidance_is_on,
     guidance_of,
+    how_to_guide,
 )
 
 diffusers = pytest.importorskip("diffusers")
@@ -72,3 +73,21 @@ def test_guidance_switched_off():
     assert guidance_is_on(object(), {"guidance_scale": 4.0}) is True
     assert guidance_is_on(object(), {"guidance_scale": 1.0}) is False
     assert guidance_is_on(object(), {}) is None
+
+
+def test_true_guidance_needs_something_negative():
+    pipe, scales = bare(diffusers.FluxPipeline), {"guidance_scale": 3.5, "true_cfg_scale": 4.0}
+    assert guidance_is_on(pipe, {**scales, "negative_prompt": "grey"}) is True
+    assert guidance_is_on(pipe, {**scales, "negative_prompt": None, "negative_prompt_embeds": object()}) is True
+    assert guidance_is_on(pipe, {**scales, "negative_prompt": None}) is False
+    assert guidance_is_on(pipe, {**scales, "negative_prompt": "grey", "true_cfg_scale": 1.0}) is False
+    assert "true_cfg_scale > 1 and a negative_prompt" in how_to_guide(pipe, scales)
+
+
+def test_a_scale_that_is_an_input_of_the_transformer_is_no_guidance():
+    """No pipeline makes a second call without something negative to make it with."""
+    fill = bare(diffusers.FluxFillPipeline)
+    assert guidance_is_on(fill, {"guidance_scale": 30.0}) is False
+    assert "input of its transformer" in how_to_guide(fill, {"guidance_scale": 30.0})
+    assert guidance_is_on(bare(diffusers.Kandinsky5T2VPipeline), {"guidance_scale": 5.0, "negative_prompt": None})
+    assert guidance_is_on(bare(diffusers.DiTPipeline), {"guidance_scale": 4.0}) is True
