@@ -31,6 +31,18 @@ class Column:
         return "–" if value is None else format(value, "" if isinstance(value, str) else self.form).replace("|", "\\|")
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """A table of those rows only whose values are among the ones wanted."""
+
+    columns: tuple[Column, ...]
+    wanted: dict[str, tuple[Any, ...]]
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        return all(row.get(key) in values for key, values in self.wanted.items())
+
+
+Table = tuple[Column, ...] | Excerpt
 CASE = Column("case", "case")
 SECONDS = Column("seconds", "s", ".2f")
 TO_INDUCTOR = Column("ratio_to_inductor", "× inductor", ".3f")
@@ -38,34 +50,80 @@ SHARES = (
     Column("attention_flops_share", "attention FLOPs", ".1%"),
     Column("attention_flops_share_with_projections", "with projections", ".1%"),
 )
-README = {
-    "demo_end_to_end": (
-        CASE,
-        SECONDS,
-        TO_INDUCTOR,
-        *SHARES,
-        Column("psnr_db", "PSNR (dB)", ".1f"),
-        Column("ssim", "SSIM", ".3f"),
-        Column("frechet_to_real", "Fréchet to real", ".2f"),
-        Column("judged_right", "judged right", ".1%"),
+ATTENTION = (
+    Column("dtype", "dtype"),
+    Column("tokens", "tokens", ",d"),
+    Column("window", "window"),
+    Column("implementation", "computed by"),
+    Column("seconds", "s", ".4g"),
+    Column("speedup_over_dense", "× faster than dense", ".2f"),
+    Column("visible_gflops", "GFLOP/s, visible pairs", ".0f"),
+)
+STEP = (
+    Column("model", "shaped like"),
+    Column("size", "size"),
+    Column("tokens", "tokens", ",d"),
+    CASE,
+    Column("seconds", "s per step", ".3f"),
+    Column("speedup", "× faster", ".2f"),
+)
+DEMO = (
+    CASE,
+    SECONDS,
+    TO_INDUCTOR,
+    *SHARES,
+    Column("psnr_db", "PSNR (dB)", ".1f"),
+    Column("ssim", "SSIM", ".3f"),
+    Column("frechet_to_real", "Fréchet to real", ".2f"),
+    Column("judged_right", "judged right", ".1%"),
+)
+PUBLISHED = (
+    CASE,
+    Column("batch", "images"),
+    SECONDS,
+    Column("ratio_to_processors", "× processors", ".3f"),
+    TO_INDUCTOR,
+)
+COMPILE = (
+    CASE,
+    Column("distinct_rows", "distinct rows"),
+    Column("compile_seconds", "compile s", ".1f"),
+    TO_INDUCTOR,
+)
+README: dict[str, Table] = {
+    "attention": Excerpt(
+        ATTENTION[:6],
+        {
+            "implementation": ("SDPA, dense", "FlexAttention, row-major", "FlexAttention, tiles", "difa CPU kernel"),
+            "dtype": ("float32",),
+            "tokens": (4096, 16384),
+            "window": ("disc:8", "disc:16", None),
+            "head_dim": (64,),
+        },
     ),
-    "published_form": (
-        CASE,
-        Column("batch", "images"),
-        SECONDS,
-        Column("ratio_to_processors", "× processors", ".3f"),
-        TO_INDUCTOR,
-    ),
-    "compile_time": (
-        CASE,
-        Column("distinct_rows", "distinct rows"),
-        Column("compile_seconds", "compile s", ".1f"),
-        TO_INDUCTOR,
-    ),
+    "end_to_end": STEP,
+    "demo_end_to_end": DEMO,
+    "published_form": PUBLISHED,
+    "compile_time": COMPILE,
 }
-DETAILS = {
+DETAILS: dict[str, Table] = {
+    "attention": (
+        *ATTENTION,
+        Column("heads", "heads"),
+        Column("head_dim", "head dim"),
+        Column("text_tokens", "text"),
+        Column("forward_error", "error", ".0e"),
+        Column("repeats", "repeats"),
+    ),
+    "end_to_end": (
+        *STEP,
+        Column("dtype", "dtype"),
+        Column("steps", "steps"),
+        Column("attention_flops_share", "attention FLOPs", ".1%"),
+        Column("repeats", "repeats"),
+    ),
     "demo_end_to_end": (
-        *README["demo_end_to_end"],
+        *DEMO,
         Column("frechet_to_full", "Fréchet to full", ".2f"),
         Column("judge_agrees_with_full", "judge agrees", ".1%"),
         Column("distinct_rows", "distinct rows"),
@@ -74,14 +132,14 @@ DETAILS = {
         Column("seconds_max", "max s", ".2f"),
     ),
     "published_form": (
-        *README["published_form"],
+        *PUBLISHED,
         *SHARES,
         Column("least_psnr_between_planned_db", "PSNR between (dB)", ".0f"),
         Column("seconds_min", "min s", ".2f"),
         Column("seconds_max", "max s", ".2f"),
     ),
     "compile_time": (
-        *README["compile_time"],
+        *COMPILE,
         Column("compile_seconds_min", "min s", ".1f"),
         Column("compile_seconds_max", "max s", ".1f"),
     ),
@@ -112,20 +170,22 @@ DETAILS = {
 DOCUMENTS = {ROOT / "README.md": README, ROOT / "benchmarks" / "README.md": DETAILS}
 
 
-def render(result: dict[str, Any], columns: tuple[Column, ...]) -> str:
+def render(result: dict[str, Any], table: Table) -> str:
     """The rows as a Markdown table, and a line that says where and when they were measured."""
+    columns = table.columns if isinstance(table, Excerpt) else table
+    rows = [row for row in result["rows"] if not isinstance(table, Excerpt) or table.keeps(row)]
     lines = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[column.cell(row) for column in columns] for row in result["rows"]]
+    lines += [[column.cell(row) for column in columns] for row in rows]
     machine = result["machine"]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     source = (
         f"`{result['command']}`, {result['date'][:10]}, commit {result['commit'][:12]}, torch "
         f"{result['versions']['torch']}, {machine['cores']} cores of {machine['cpu']}."
     )
-    return f"{table}\n\n{source}\n"
+    return f"{text}\n\n{source}\n"
 
 
-def filled(document: str, tables: dict[str, tuple[Column, ...]], results: Path = RESULTS) -> str:
+def filled(document: str, tables: dict[str, Table], results: Path = RESULTS) -> str:
     """``document`` with each marked section made from its result file; one without a result says so."""
 
     def section(match: re.Match[str]) -> str:
