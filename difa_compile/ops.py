@@ -66,7 +66,12 @@ class LocalKernel:
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, LocalCall], Tensor]
 
 
-KERNEL_MODULES = ("difa_compile.plugins.cpu", "difa_compile.plugins.flex", "difa_compile.plugins.masked_sdpa")
+KERNEL_MODULES = (
+    "difa_compile.plugins.triton.local_attention",
+    "difa_compile.plugins.cpu",
+    "difa_compile.plugins.flex",
+    "difa_compile.plugins.masked_sdpa",
+)
 """In order of preference; each module has a ``KERNEL``."""
 
 

@@ -1,0 +1,118 @@
+"""Which patch of the grid one program takes, and in which patches it visits keys."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from difa_compile.decision import Window, WindowShape
+from difa_compile.layout import Layout
+
+Sizes = tuple[int, int, int]
+"""Along (frames, height, width)."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A window on a grid in the terms of the kernel: three axes, of which the last ``rank`` are in use.
+
+    A band is a box on a grid of one axis, and so is a disc there; a window that covers the whole grid is a band that
+    covers it. Axes of one token are left out.
+    """
+
+    sizes: Sizes
+    rank: int
+    disc: bool
+    radius: int
+
+    @classmethod
+    def of(cls, layout: Layout, window: Window) -> Geometry:
+        """The geometry of ``window`` on the image of ``layout``."""
+        grid = tuple(size for size in layout.grid if size > 1) or (1,)
+        radius, disc = window.radius, window.shape is WindowShape.DISC
+        if window.shape is WindowShape.BAND or _covers(grid, window):
+            grid = (math.prod(grid),)
+            radius, disc = (radius if window.shape is WindowShape.BAND else grid[0]), False
+        if len(grid) == 1 and disc:
+            radius, disc = radius - 1, False
+        padded = (1, 1, *grid)[-3:]
+        return cls((padded[0], padded[1], padded[2]), len(grid), disc, min(radius, max(grid)) if not disc else radius)
+
+    @property
+    def reach(self) -> int:
+        """The largest offset along one axis."""
+        return self.radius - 1 if self.disc else self.radius
+
+
+def _covers(grid: tuple[int, ...], window: Window) -> bool:
+    """Whether the two farthest tokens of the grid see each other."""
+    if window.shape is WindowShape.DISC:
+        return sum((size - 1) ** 2 for size in grid) < window.radius**2
+    return window.shape is WindowShape.BOX and max(grid) - 1 <= window.radius
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``tile``: the patch of queries of one program. ``patch``: the keys it takes at a time. Powers of two."""
+
+    tile: Sizes
+    patch: Sizes
+
+    def rows(self, geometry: Geometry) -> tuple[int, int]:
+        """The most slabs (along frames) and rows (along height) of patches that any tile visits."""
+        slabs, rows = (
+            math.ceil(min(size, tile + 2 * geometry.reach) / patch)
+            for size, tile, patch in zip(geometry.sizes[:2], self.tile[:2], self.patch[:2], strict=True)
+        )
+        return slabs, rows
+
+    def tiles(self, geometry: Geometry) -> int:
+        """Programs that the grid takes per head."""
+        return math.prod(math.ceil(size / side) for size, side in zip(geometry.sizes, self.tile, strict=True))
+
+    def span(self, geometry: Geometry) -> int:
+        """Tokens between the first and the last key of a patch, both counted."""
+        _, height, width = geometry.sizes
+        frames, rows, columns = (side - 1 for side in self.patch)
+        return (frames * height + rows) * width + columns + 1
+
+
+@lru_cache(maxsize=1024)
+def choose(geometry: Geometry, block_m: int, block_n: int) -> Tiling:
+    """The tiling with the fewest visited patches, a disc being counted as its box; among equals the squarest.
+
+    ``block_m`` queries and ``block_n`` keys, powers of two.
+    """
+    best: tuple[tuple[int, int, int], Tiling] | None = None
+    for tile in _shapes(block_m, geometry.rank):
+        for patch in _shapes(block_n, geometry.rank):
+            visits = math.prod(
+                _visits(size, part, step, geometry.reach)
+                for size, part, step in zip(geometry.sizes, tile, patch, strict=True)
+            )
+            # Of equal tilings a square patch cuts the fewest windows; of equal squares the wider reads longer rows.
+            spread = sum(max(shape[3 - geometry.rank :]) - min(shape[3 - geometry.rank :]) for shape in (tile, patch))
+            key = (visits, spread, -tile[2] - patch[2])
+            if best is None or key < best[0]:
+                best = key, Tiling(tile, patch)
+    assert best is not None
+    return best[1]
+
+
+def _shapes(count: int, rank: int) -> list[Sizes]:
+    """All shapes of ``count`` tokens (a power of two) with powers of two as sides, over the last ``rank`` axes."""
+    powers = [1 << bit for bit in range(count.bit_length())]
+    sides = [powers if axis >= 3 - rank else [1] for axis in range(3)]
+    return [(t, y, x) for t, y, x in itertools.product(*sides) if t * y * x == count]
+
+
+@lru_cache(maxsize=4096)
+def _visits(size: int, tile: int, patch: int, reach: int) -> int:
+    """Patches visited along one axis, summed over the tiles of that axis."""
+    total = 0
+    for corner in range(0, size, tile):
+        first, end = max(corner - reach, 0), min(corner + tile + reach, size)
+        total += math.ceil((end - first) / patch)
+    return total

@@ -1,0 +1,260 @@
+"""The Triton kernel of local attention: numbers from the interpreter, code for GPUs that are not here, and dispatch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difa_compile import reference
+from difa_compile.decision import Window
+from difa_compile.errors import LayoutError
+from difa_compile.layout import Layout
+from difa_compile.ops import LocalCall
+from difa_compile.plugins.triton import configs
+from difa_compile.plugins.triton import local_attention as kernel
+from difa_compile.plugins.triton.configs import Config
+from difa_compile.plugins.triton.tiling import Geometry, choose
+from tests.plugins.triton_cases import CASES, operands
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""About two units in the last place of values near one."""
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.plugins.triton_cases"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_is_the_reference(interpreted, name):
+    """At most twice the error of the reference in the same precision, weights being rounded where it rounds scores."""
+    found, case = interpreted["cases"][name], CASES[name]
+    assert found["shapes"] == found["wanted"]
+    assert found["dtype"] == str(case.dtype)
+    assert found["tokens_first"]
+    for error, own in zip(found["errors"], found["own"], strict=True):
+        assert error <= 2 * own + FLOOR[case.dtype], f"error {error}, the reference itself has {own}"
+
+
+@pytest.mark.slow
+def test_a_nan_reaches_those_who_see_it_or_share_a_tile_and_nobody_else(interpreted):
+    """A tile reads the token if its rectangle of keys holds it; the others never touch it."""
+    layout, window, side, token = Layout((16, 16), 2), Window("disc", 2), 16, 2 + 5 * 16 + 5
+    geometry = Geometry.of(layout, window)
+    sees = set(reference.visible(layout, window)[:, token].nonzero().flatten().tolist())
+    sizes = choose(geometry, 16, 16).tile[1:]
+    may = {0, 1}
+    for query in range(side * side):
+        corner = [place // size * size for place, size in zip(divmod(query, side), sizes, strict=True)]
+        gaps = [max(5 - (first + size - 1), first - 5, 0) for first, size in zip(corner, sizes, strict=True)]
+        if max(gaps) <= geometry.reach:
+            may.add(2 + query)
+    poisoned = set(interpreted["poisoned"])
+    assert sees <= poisoned <= may
+    assert len(may) < 100
+
+
+grids = st.one_of(
+    st.tuples(st.integers(1, 200)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
+)
+windows = st.builds(Window, st.sampled_from(["band", "disc", "box"]), st.integers(1, 30))
+
+
+@given(grids, windows)
+@settings(max_examples=200, deadline=None)
+def test_geometry_keeps_the_window(grid, window):
+    """The kernel's terms describe the same neighbourhoods, whatever axes were merged or left out."""
+    layout = Layout(grid)
+    geometry = Geometry.of(layout, window)
+    assert math.prod(geometry.sizes) == layout.image_tokens
+    assert all(size == 1 for size in geometry.sizes[: 3 - geometry.rank])
+    flat = torch.arange(layout.image_tokens)
+    squared, most, rest = 0, 0, flat
+    for size in reversed(geometry.sizes):
+        distance = (rest % size)[:, None] - (rest % size)[None, :]
+        squared, most = squared + distance**2, torch.maximum(torch.as_tensor(most), distance.abs())
+        rest = rest // size
+    near = squared < geometry.radius**2 if geometry.disc else most <= geometry.radius
+    assert torch.equal(near, reference.visible(layout, window))
+
+
+@given(grids, windows, st.sampled_from([(16, 16), (64, 32), (128, 64)]))
+@settings(max_examples=100, deadline=None)
+def test_tilings_have_the_block_sizes_asked_for_and_keep_to_axes_in_use(grid, window, blocks):
+    geometry = Geometry.of(Layout(grid), window)
+    tiling = choose(geometry, *blocks)
+    assert (math.prod(tiling.tile), math.prod(tiling.patch)) == blocks
+    for side, size in zip(tiling.tile + tiling.patch, geometry.sizes * 2, strict=True):
+        assert side & (side - 1) == 0
+        assert side == 1 or size > 1 or geometry.rank == 1
+    # No tile spans more rows of patches than the kernel is told.
+    slabs, rows = tiling.rows(geometry)
+    for axis, bound in ((0, slabs), (1, rows)):
+        size, tile, patch = geometry.sizes[axis], tiling.tile[axis], tiling.patch[axis]
+        for corner in range(0, size, tile):
+            first = max(corner - geometry.reach, 0)
+            end = min(min(corner + tile, size) - 1 + geometry.reach + 1, size)
+            assert math.ceil((end - first) / patch) <= bound
+
+
+def test_flux_tiles_are_square_patches_and_bands_are_runs():
+    square = choose(Geometry.of(Layout((64, 64), 512), Window("disc", 8)), 128, 64)
+    assert (square.tile, square.patch) == ((1, 8, 16), (1, 8, 8))
+    run = choose(Geometry.of(Layout((64, 64), 512), Window("band", 512)), 128, 64)
+    assert (run.tile, run.patch) == ((1, 1, 128), (1, 1, 64))
+
+
+def call_of(device=CUDA, dtype=torch.bfloat16, dim=128, grid=(64, 64), window="disc:8", scale=None, masked=False):
+    layout = Layout(grid, 512)
+    shape = (1, 24, layout.tokens, dim)
+    return LocalCall(layout, Window.parse(window), scale, shape, dtype, device, masked)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (call_of(CPU), "serves CUDA devices, not cpu"),
+        (call_of(masked=True), "the model's own mask"),
+        (call_of(dtype=torch.float64), "float64 is not"),
+        (call_of(dim=264), "head dimension 264 is over 256"),
+        (call_of(scale=0.0), "scale 0.0 is not positive"),
+        (call_of(scale=-1.0), "scale -1.0 is not positive"),
+        (call_of(grid=(4097, 4096)), "masks are exact below"),
+        (call_of(grid=(4000, 4000), window="disc:2400"), "a disc of radius 2400"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons(call, reason):
+    assert reason in kernel.why_not(call)
+
+
+def test_a_missing_toolchain_and_an_old_device_are_reasons(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
+    assert kernel.why_not(call_of()) == "triton is not installed"
+    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: object())
+    assert kernel.why_not(call_of()) == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernel.why_not(call_of()) == "compute capability 7.5, at least 8.0 is needed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernel.why_not(call_of()) is None
+
+
+def test_operands_that_do_not_go_together_are_refused():
+    layout, window = Layout((4, 4), 1), Window("disc", 2)
+    query = torch.zeros(1, 3, 17, 16)
+    with pytest.raises(LayoutError, match="H a multiple of G"):
+        kernel._check(query, torch.zeros(1, 2, 17, 16), torch.zeros(1, 2, 17, 16), layout)
+    with pytest.raises(LayoutError, match="H a multiple of G"):
+        kernel._check(query, query, torch.zeros(1, 3, 18, 16), layout)
+    with pytest.raises(LayoutError, match="the attention sequence has 15"):
+        kernel._check(query, query[:, :, :15], query[:, :, :15], layout)
+    with pytest.raises(LayoutError, match="the attention sequence has 15"):
+        kernel._check(query[:, :, :15], query, query, layout)
+    with pytest.raises(LayoutError, match="full attention beside"):
+        kernel.local_and_full(query, torch.zeros(1, 3, 20, 16), torch.zeros(1, 3, 20, 16), layout, window)
+
+
+def test_every_architecture_dtype_and_head_dimension_has_a_configuration():
+    for arch, dtype, dim in itertools.product((80, 86, 89, 90, 100, 120), kernel.DTYPES, (16, 32, 64, 128, 256)):
+        found = configs.config(arch, dtype, dim)
+        assert found.block_m >= 16 <= found.block_n
+    assert configs.config(89, torch.float16, 128) == configs.config(80, torch.bfloat16, 128)
+    assert configs.config(90, torch.bfloat16, 80) == configs.config(90, torch.bfloat16, 128)
+    assert configs.config(90, torch.bfloat16, 128) != configs.config(80, torch.bfloat16, 128)
+    with pytest.raises(KeyError, match="no configuration for sm90/bfloat16/512"):
+        configs.config(90, torch.bfloat16, 512)
+
+
+def test_importing_the_kernel_module_does_not_import_triton():
+    code = "import sys, difa_compile.plugins.triton.local_attention; assert 'triton' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "dim"), [(90, torch.bfloat16, 128), (90, torch.float16, 64)])
+def test_compiled_ahead_for_hopper_nothing_is_spilled(arch, dtype, dim):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from difa_compile.plugins.triton.ahead import compile_ahead, resources
+
+    geometry = Geometry.of(Layout((64, 64), 512), Window("disc", 16))
+    config = configs.config(arch, dtype, dim)
+    compiled = compile_ahead(arch, dtype, dim, geometry, config)
+    used = resources(compiled)
+    assert used.local_bytes == 0
+    assert used.registers <= 65536 // (32 * config.warps)
+    assert used.shared_bytes <= 232448 - 1024
+    # Tensor cores of this architecture; loads that run ahead of them; a branch, not arithmetic, around the masks.
+    text = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in text
+    assert "cp.async.cg.shared.global" in text
+
+
+@pytest.mark.parametrize("arch", [80, 89, 100, 120])
+def test_compiled_ahead_for_other_architectures(arch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from difa_compile.plugins.triton.ahead import compile_ahead, resources
+
+    geometry = Geometry.of(Layout((64, 64), 512), Window("disc", 16))
+    config = configs.config(arch, torch.bfloat16, 64)
+    compiled = compile_ahead(arch, torch.bfloat16, 64, geometry, config)
+    assert len(compiled.asm["cubin"]) > 1000
+    assert 0 < resources(compiled).shared_bytes <= {80: 163, 89: 99, 100: 227, 120: 99}[arch] * 1024
+
+
+@pytest.mark.parametrize("window", ["disc", "box"])
+def test_launch_arguments_of_one_compile(window):
+    """A launch turns every whole number that is 1 into a constant; a launcher without floats fixes the scale."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from difa_compile.plugins.triton.ahead import compile_ahead
+
+    ones = ("batch", "heads", "group", "before", "others", "pooled", "text_queries", "radius", "slabs", "rows")
+    geometry = Geometry.of(Layout((3, 16, 16), 1), Window(window, 2))
+    config = Config(16, 16, 1, 1)
+    fixed = {**dict.fromkeys(ones, 1), "scale": 0.25}
+    compiled = compile_ahead(90, torch.float16, 16, geometry, config, with_full=True, fixed=fixed)
+    assert ".param .f32" not in compiled.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.mode != "wide"])
+def test_on_a_gpu_the_kernel_is_the_reference(name):
+    """The interpreter's cases with the table's configuration, on the device."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from tests.plugins.triton_cases import expected, largest
+
+    case = CASES[name]
+    made = operands(case)
+    exact = expected(case, *(each.double() for each in made))
+    own = expected(case, *made)
+    settings_ = (case.layout, Window.parse(case.window), case.scale)
+    on_device = [each.to(CUDA) for each in made]
+    if case.mode == "attend":
+        found = [kernel.attend(*on_device, *settings_)]
+    else:
+        found = list(kernel.local_and_full(*on_device, *settings_, residual=case.mode == "residual"))
+    for one, right, reference_ in zip(found, exact, own, strict=True):
+        assert largest(one.cpu(), right) <= 2 * largest(reference_, right) + FLOOR[case.dtype]

@@ -1,0 +1,190 @@
+"""Runs the Triton kernel in Triton's interpreter and prints what it found as JSON; ``test_triton.py`` reads it.
+
+The interpreter has to be switched on before triton is imported, hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+
+from difa_compile import reference
+from difa_compile.decision import Window
+from difa_compile.layout import Layout
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; ``heads`` and ``groups``: of queries and of keys. ``mode``: what is called (see ``run``)."""
+
+    grid: tuple[int, ...]
+    window: str
+    before: int = 0
+    after: int = 0
+    dtype: torch.dtype = torch.float32
+    dim: int = 16
+    value_dim: int = 16
+    batch: int = 1
+    heads: int = 1
+    groups: int = 1
+    pooled: int = 0
+    image_only: bool = False
+    strides: str = "heads first"
+    scale: float | None = None
+    mode: str = "attend"
+    blocks: tuple[int, int] = (16, 16)
+    add_mask: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.grid, self.before, self.after)
+
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+CASES = {
+    "disc, odd grid": Case((7, 9), "disc:3", 2, 3),
+    "disc, mask added": Case((7, 9), "disc:3", 2, 3, add_mask=True),
+    "disc of radius 1": Case((5, 6), "disc:1"),
+    "disc, larger than any row's rest": Case((11, 13), "disc:6", blocks=(32, 16)),
+    "box": Case((7, 9), "box:2", 2, 3),
+    "box, mask added": Case((7, 9), "box:2", 2, 3, add_mask=True),
+    "box, patches larger than tiles": Case((9, 10), "box:2", blocks=(16, 32)),
+    "band on an image": Case((7, 9), "band:10", 2, 3),
+    "band of radius 1, mask added": Case((41,), "band:1", 1, 0, add_mask=True),
+    "disc on a sequence": Case((37,), "disc:4", 1, 2),
+    "box on a sequence": Case((37,), "box:4", 0, 2),
+    "disc on a video": Case((3, 5, 6), "disc:3", 2, 1),
+    "box on a video": Case((4, 5, 3), "box:1", 1),
+    "disc on one frame": Case((1, 6, 7), "disc:3"),
+    "a column of tokens": Case((19, 1), "disc:3"),
+    "one token": Case((1, 1), "disc:2", 1),
+    "window larger than the grid, disc": Case((5, 6), "disc:40", 3),
+    "window larger than the grid, box": Case((5, 6), "box:9", 0, 3),
+    "window larger than the grid, band": Case((5, 6), "band:99"),
+    "box as high as the grid, not as wide": Case((4, 12), "box:5"),
+    "more text than one block": Case((4, 5), "box:1", 21, 18),
+    "no text": Case((8, 8), "disc:2"),
+    "grouped queries": Case((5, 6), "disc:2", 3, dtype=F16, heads=4, groups=2, batch=2),
+    "one key head": Case((5, 6), "disc:2", 3, heads=3, groups=1),
+    "bfloat16": Case((6, 6), "disc:3", 3, dtype=BF16, dim=32, value_dim=32),
+    "bfloat16, head dimension 72": Case((5, 5), "box:1", 3, dtype=BF16, dim=72, value_dim=72),
+    "float16, head dimension 20": Case((5, 5), "box:1", 3, dtype=F16, dim=20, value_dim=20),
+    "values of another dimension": Case((5, 5), "box:1", 3, dim=24, value_dim=40),
+    "scale given": Case((5, 5), "box:1", 3, scale=0.9),
+    "tokens first": Case((5, 6), "disc:2", 3, strides="tokens first", heads=2, batch=2),
+    "cut out of one projection": Case((5, 6), "disc:2", 3, strides="fused", heads=2, batch=2),
+    "last axis not contiguous": Case((5, 6), "disc:2", 3, strides="channels first", heads=2),
+    "queries of the image alone": Case((5, 6), "disc:2", 3, 4, image_only=True),
+    "pooled keys": Case((6, 6), "disc:2", 3, 2, pooled=9, heads=2),
+    "pooled keys, queries of the image alone": Case((6, 6), "disc:2", 3, 2, pooled=9, image_only=True),
+    "pooled keys, no text": Case((6, 6), "disc:2", pooled=9),
+    "with full, disc": Case((7, 9), "disc:3", 2, 3, mode="with full"),
+    "with full, disc, mask added": Case((7, 9), "disc:3", 2, 3, mode="with full", add_mask=True),
+    "with full, box on a video": Case((3, 5, 4), "box:1", 2, 3, mode="with full"),
+    "with full, band": Case((7, 9), "band:5", 2, 3, mode="with full", heads=2, groups=1),
+    "with full, window larger than the grid": Case((4, 5), "disc:9", 2, mode="with full"),
+    "with full, queries of the image alone": Case((4, 5), "disc:2", 2, mode="with full", image_only=True),
+    "residual, float16": Case((7, 6), "disc:3", 2, mode="residual", dtype=F16),
+    "residual, float32": Case((7, 6), "disc:3", 2, mode="residual"),
+    "64-bit offsets": Case((5, 6), "disc:2", 3, strides="tokens first", mode="wide"),
+}
+
+
+def operands(case: Case) -> list[torch.Tensor]:
+    """Query, key and value (B, H, L, D) in the memory order asked for."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = case.layout.tokens
+    if case.strides == "fused":
+        fused = torch.randn(case.batch, tokens, 3, case.heads, case.dim, generator=generator)
+        return [(each * 1.5).to(case.dtype) for each in fused.permute(2, 0, 3, 1, 4).unbind(0)]
+    made = []
+    for heads, count, dim in (
+        (case.heads, tokens, case.dim),
+        (case.groups, tokens + case.pooled, case.dim),
+        (case.groups, tokens + case.pooled, case.value_dim),
+    ):
+        order = {"heads first": (0, 1, 2, 3), "tokens first": (0, 2, 1, 3), "channels first": (0, 1, 3, 2)}[
+            case.strides
+        ]
+        sizes = (case.batch, heads, count, dim)
+        tensor = torch.randn([sizes[axis] for axis in order], generator=generator) * 1.5
+        made.append(tensor.to(case.dtype).permute(*order))  # each of these orders is its own inverse
+    if case.image_only:
+        made[0] = made[0][:, :, case.before : case.before + case.layout.image_tokens]
+    return made
+
+
+def expected(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """What the reference gives in the operands' precision."""
+    key, value = (each.repeat_interleave(case.heads // each.shape[1], 1) for each in (key, value))
+    layout, window = case.layout, Window.parse(case.window)
+    if case.pooled:
+        image = slice(case.before, case.before + layout.image_tokens)
+        seen = torch.zeros(layout.tokens, layout.tokens + case.pooled, dtype=torch.bool)
+        seen[:, : layout.tokens] = reference.visible(layout, window)
+        seen[image, layout.tokens :] = True
+        local = reference.attention(query, key, value, seen[image] if case.image_only else seen, case.scale)
+    else:
+        local = reference.local_attention(query, key, value, layout, window, case.scale)
+    if case.mode not in ("with full", "residual"):
+        return [local]
+    full = reference.attention(query, key, value, None, case.scale)
+    return [reference.residual(full, local) if case.mode == "residual" else local, full]
+
+
+def run(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    from difa_compile.plugins.triton import local_attention as kernel
+    from difa_compile.plugins.triton.configs import Config
+
+    config = Config(*case.blocks, warps=1, stages=1, add_mask=case.add_mask)
+    settings = (case.layout, Window.parse(case.window), case.scale)
+    if case.mode in ("with full", "residual"):
+        residual = case.mode == "residual"
+        return list(kernel.local_and_full(query, key, value, *settings, residual=residual, config=config))
+    kernel.WIDE_FROM = 0 if case.mode == "wide" else 2**31
+    return [kernel.attend(query, key, value, *settings, config=config)]
+
+
+def largest(one: torch.Tensor, two: torch.Tensor) -> float:
+    return (one.double() - two.double()).abs().max().item()
+
+
+def compare(case: Case) -> dict[str, object]:
+    """Largest errors against float64, of the kernel and of the reference in the same precision, for each output."""
+    made = operands(case)
+    exact = expected(case, *(each.double() for each in made))
+    own = expected(case, *made)
+    found = run(case, *made)
+    return {
+        "errors": [largest(one, two) for one, two in zip(found, exact, strict=True)],
+        "own": [largest(one, two) for one, two in zip(own, exact, strict=True)],
+        "shapes": [list(each.shape) for each in found],
+        "wanted": [list(each.shape) for each in own],
+        "tokens_first": all(each.transpose(1, 2).is_contiguous() for each in found),
+        "dtype": str(found[0].dtype),
+    }
+
+
+def reached(layout: Layout, window: str, token: int, blocks: tuple[int, int]) -> list[int]:
+    """Queries whose output is NaN when the key and value of ``token`` are."""
+    case = Case(layout.grid, window, layout.before, layout.after, blocks=blocks)
+    query, key, value = operands(case)
+    key[:, :, token] = float("nan")
+    value[:, :, token] = float("nan")
+    return run(case, query, key, value)[0].isnan().any(-1)[0, 0].nonzero().flatten().tolist()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = {name: compare(case) for name, case in CASES.items()}
+    poisoned = reached(Layout((16, 16), 2), "disc:2", 2 + 5 * 16 + 5, (16, 16))
+    print(json.dumps({"cases": results, "poisoned": poisoned}))
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
+    main()
