@@ -100,7 +100,7 @@ def _lines(path: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("diffusers", "difa-compile", "numpy"):
+    for name in ("diffusers", "difa-compile", "numpy", "triton"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
