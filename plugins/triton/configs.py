@@ -45,7 +45,7 @@ def name(arch: int, dtype: torch.dtype, head_dim: int) -> str:
 def config(arch: int, dtype: torch.dtype, head_dim: int) -> Config:
     """The entry of the newest architecture that is not newer than ``arch``, for the next head dimension listed.
 
-    float16 goes by the entries of bfloat16 where it has none.
+    An architecture older than all goes by the oldest, float16 goes by the entries of bfloat16 where it has none.
     """
     entries = table()
     archs = sorted({int(entry.split("/")[0].removeprefix("sm")) for entry in entries}, reverse=True)
