@@ -42,7 +42,6 @@ from difa_compile import reference
 from difa_compile.cost import visible_pairs
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.plugins.flex import visible_pair
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config
 from difa_compile.plugins.triton.local_attention import architecture, attend, local_and_full, padded
@@ -152,7 +151,6 @@ def check(case: Check, device: str) -> Row:
         found = list(local_and_full(query, key, value, case.layout, window, config=case.config))
     else:
         found = [attend(query, key, value, case.layout, window, config=case.config)]
-    key, value = (each.repeat_interleave(case.heads // case.groups, 1) for each in (key, value))
     exact = _references((query.double(), key.double(), value.double()), case, window)
     own = _references((query, key, value), case, window)
     error = max(_largest(one, right) for one, right in zip(found, exact, strict=True))
@@ -182,7 +180,7 @@ def sampled_error(found: Tensor, made: Operands, layout: Layout, window: Window 
     scores = query[places] @ key.T * query.shape[-1] ** -0.5
     if window is not None:
         everything = torch.arange(layout.tokens, device=query.device)
-        seen = visible_pair(layout, window, places[:, None], everything[None, :])
+        seen = reference.visible_pairs(layout, window, places[:, None], everything[None, :])
         scores = scores.masked_fill(~seen, -math.inf)
     return float((found[0, 0][places].float() - scores.softmax(-1) @ value).abs().max())
 

@@ -197,6 +197,7 @@ def local_attention_kernel(
     before,
     others,
     pooled,
+    text_before,
     text_queries,
     radius,
     slabs,
@@ -224,8 +225,8 @@ def local_attention_kernel(
 
     q (B, H, Q, D), k (B, H / group, S, D), v (B, H / group, S, DV), out and full (B, H, Q, DV), given by the strides of
     batch, head and token; the last axis is contiguous. Keys: ``before`` others, the image of frames * height * width,
-    ``others - before`` others, ``pooled`` keys that only image queries see. ``text_queries`` is ``others``, or 0 where
-    the queries are the image's alone. ``scale`` > 0 has log2(e) in it.
+    ``others - before`` others, ``pooled`` keys that only image queries see. Queries: ``text_before`` of
+    text, the image's, ``text_queries - text_before`` of text. ``scale`` > 0 has log2(e) in it.
 
     ``slabs`` x ``rows`` bounds how many rows of key patches a tile visits, at most ``ROWS``. ``WIDE``: offsets inside a
     patch need 64 bits. ``full``: full attention, stored with ``WITH_FULL``; ``RESIDUAL`` then turns ``out`` into
@@ -263,10 +264,8 @@ def local_attention_kernel(
     m_y = (m // TILE_X) % TILE_Y
     m_t = m // (TILE_X * TILE_Y)
     text = tile * BLOCK_M + m
-    text_token = text + tl.where(text >= before, image, 0)
-    # Queries of the image alone start with the image.
-    skipped = tl.where(text_queries > 0, before, 0)
-    image_token = ((corner_t + m_t) * height + corner_y + m_y) * width + corner_x + m_x + skipped
+    text_token = text + tl.where(text >= text_before, image, 0)
+    image_token = ((corner_t + m_t) * height + corner_y + m_y) * width + corner_x + m_x + text_before
     in_grid = (m_x <= last_x - corner_x) & (m_y <= last_y - corner_y) & (m_t <= last_t - corner_t)
     query_token = tl.where(is_text, text_token, image_token).to(tl.int64)
     query_there = tl.where(is_text, text < text_queries, in_grid)

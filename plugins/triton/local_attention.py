@@ -44,8 +44,8 @@ def _unserved(call: LocalCall) -> str | None:
         return "the model's own mask comes on top of the window"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not float16, bfloat16 or float32"
-    if call.shape[-1] > MAX_HEAD_DIM:
-        return f"head dimension {call.shape[-1]} is over {MAX_HEAD_DIM}"
+    if max(call.shape[-1], call.value_dim) > MAX_HEAD_DIM:
+        return f"head dimension {max(call.shape[-1], call.value_dim)} is over {MAX_HEAD_DIM}"
     if call.scale is not None and call.scale <= 0:
         return f"scale {call.scale} is not positive"
     if call.layout.image_tokens >= MAX_TOKENS:
@@ -86,7 +86,8 @@ def attend(
     """Local attention, specified by :func:`difa_compile.reference.local_attention`.
 
     Args:
-        query: (B, H, L, D), L = ``layout.tokens``, or ``layout.image_tokens`` for queries of the image alone.
+        query: (B, H, L, D), L = ``layout.tokens``, or fewer, those of ``layout.rows``: the image's, with or without the
+            tokens after it.
         key, value: (B, G, S, D) and (B, G, S, DV), H a multiple of G: consecutive heads share keys. Keys beyond
             ``layout.tokens`` are pooled ones: every image query sees them, no other query does.
         config: instead of the table's.
@@ -180,6 +181,7 @@ def _launch(
             layout.before,
             layout.tokens - layout.image_tokens,
             key.shape[2] - layout.tokens,
+            layout.before - layout.rows(tokens).start,
             text,
             geometry.radius,
             *tiling.rows(geometry),
@@ -198,8 +200,7 @@ def _launch(
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
     if key.shape[2] < layout.tokens:
         layout.check(key.shape[2], "local attention")
-    if not layout.holds(query.shape[2]):
-        layout.check(query.shape[2], "local attention")
+    layout.rows(query.shape[2])  # raises for another number of queries
     same = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[3] == query.shape[3]
     if not same or query.shape[1] % key.shape[1]:
         raise LayoutError(

@@ -172,7 +172,7 @@ def test_operands_that_do_not_go_together_are_refused():
         kernel._check(query, query, torch.zeros(1, 3, 18, 16), layout)
     with pytest.raises(LayoutError, match="the attention sequence has 15"):
         kernel._check(query, query[:, :, :15], query[:, :, :15], layout)
-    with pytest.raises(LayoutError, match="the attention sequence has 15"):
+    with pytest.raises(LayoutError, match="15 queries are neither"):
         kernel._check(query[:, :, :15], query, query, layout)
     with pytest.raises(LayoutError, match="full attention beside"):
         kernel.local_and_full(query, torch.zeros(1, 3, 20, 16), torch.zeros(1, 3, 20, 16), layout, window)
@@ -247,7 +247,19 @@ def test_launch_arguments_of_one_compile(window):
     pytest.importorskip("triton", reason="triton is not installed")
     from difa_compile.plugins.triton.ahead import compile_ahead
 
-    ones = ("batch", "heads", "group", "before", "others", "pooled", "text_queries", "radius", "slabs", "rows")
+    ones = (
+        "batch",
+        "heads",
+        "group",
+        "before",
+        "others",
+        "pooled",
+        "text_before",
+        "text_queries",
+        "radius",
+        "slabs",
+        "rows",
+    )
     geometry = Geometry.of(Layout((3, 16, 16), 1), Window(window, 2))
     config = Config(16, 16, 1, 1)
     fixed = {**dict.fromkeys(ones, 1), "scale": 0.25}

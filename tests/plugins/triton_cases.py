@@ -31,7 +31,7 @@ class Case:
     heads: int = 1
     groups: int = 1
     pooled: int = 0
-    image_only: bool = False
+    queries: str = "all"
     strides: str = "heads first"
     scale: float | None = None
     mode: str = "attend"
@@ -78,16 +78,18 @@ CASES = {
     "tokens first": Case((5, 6), "disc:2", 3, strides="tokens first", heads=2, batch=2),
     "cut out of one projection": Case((5, 6), "disc:2", 3, strides="fused", heads=2, batch=2),
     "last axis not contiguous": Case((5, 6), "disc:2", 3, strides="channels first", heads=2),
-    "queries of the image alone": Case((5, 6), "disc:2", 3, 4, image_only=True),
+    "queries of the image alone": Case((5, 6), "disc:2", 3, 4, queries="image"),
+    "queries of the image and the text after it": Case((5, 6), "disc:2", 3, 20, queries="image and after", pooled=2),
+    "history before the image, queries of the rest": Case((2, 4, 4), "box:1", 32, 4, queries="image and after"),
     "pooled keys": Case((6, 6), "disc:2", 3, 2, pooled=9, heads=2),
-    "pooled keys, queries of the image alone": Case((6, 6), "disc:2", 3, 2, pooled=9, image_only=True),
+    "pooled keys, queries of the image alone": Case((6, 6), "disc:2", 3, 2, pooled=9, queries="image"),
     "pooled keys, no text": Case((6, 6), "disc:2", pooled=9),
     "with full, disc": Case((7, 9), "disc:3", 2, 3, mode="with full"),
     "with full, disc, mask added": Case((7, 9), "disc:3", 2, 3, mode="with full", add_mask=True),
     "with full, box on a video": Case((3, 5, 4), "box:1", 2, 3, mode="with full"),
     "with full, band": Case((7, 9), "band:5", 2, 3, mode="with full", heads=2, groups=1),
     "with full, window larger than the grid": Case((4, 5), "disc:9", 2, mode="with full"),
-    "with full, queries of the image alone": Case((4, 5), "disc:2", 2, mode="with full", image_only=True),
+    "with full, queries of the image alone": Case((4, 5), "disc:2", 2, mode="with full", queries="image"),
     "residual, float16": Case((7, 6), "disc:3", 2, mode="residual", dtype=F16),
     "residual, float32": Case((7, 6), "disc:3", 2, mode="residual"),
     "64-bit offsets": Case((5, 6), "disc:2", 3, strides="tokens first", mode="wide"),
@@ -113,23 +115,16 @@ def operands(case: Case) -> list[torch.Tensor]:
         sizes = (case.batch, heads, count, dim)
         tensor = torch.randn([sizes[axis] for axis in order], generator=generator) * 1.5
         made.append(tensor.to(case.dtype).permute(*order))  # each of these orders is its own inverse
-    if case.image_only:
-        made[0] = made[0][:, :, case.before : case.before + case.layout.image_tokens]
+    if case.queries != "all":
+        end = case.before + case.layout.image_tokens + (case.after if case.queries == "image and after" else 0)
+        made[0] = made[0][:, :, case.before : end]
     return made
 
 
 def expected(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """What the reference gives in the operands' precision."""
-    key, value = (each.repeat_interleave(case.heads // each.shape[1], 1) for each in (key, value))
-    layout, window = case.layout, Window.parse(case.window)
-    if case.pooled:
-        image = slice(case.before, case.before + layout.image_tokens)
-        seen = torch.zeros(layout.tokens, layout.tokens + case.pooled, dtype=torch.bool)
-        seen[:, : layout.tokens] = reference.visible(layout, window)
-        seen[image, layout.tokens :] = True
-        local = reference.attention(query, key, value, seen[image] if case.image_only else seen, case.scale)
-    else:
-        local = reference.local_attention(query, key, value, layout, window, case.scale)
+    settings = (case.layout, Window.parse(case.window), case.scale)
+    local = reference.local_attention(query, key, value, *settings, pooled=case.pooled)
     if case.mode not in ("with full", "residual"):
         return [local]
     full = reference.attention(query, key, value, None, case.scale)
