@@ -39,7 +39,7 @@ def select(rows: Rows, **wanted: object) -> Rows:
 
 def time_over_tokens(rows: Rows) -> Figure:
     """Milliseconds per head over the number of tokens, disc of radius 8."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         for name, colour in COLOURS.items():
             window = None if name == DENSE else "disc:8"
@@ -50,13 +50,12 @@ def time_over_tokens(rows: Rows) -> Figure:
         finish(panel, dtype, "tokens", "ms per head" if dtype == "float32" else "")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-    panels[0].legend(fontsize=7, frameon=False)
-    return figure
+    return with_legend(figure)
 
 
 def speedup_over_radius(rows: Rows) -> Figure:
     """Speed-up over dense attention for r = 8, 16, 32 at 4096 and 16384 tokens."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         for tokens, style in ((4096, "o--"), (16384, "o-")):
             for name, colour in COLOURS.items():
@@ -67,19 +66,18 @@ def speedup_over_radius(rows: Rows) -> Figure:
                     if (row["window"] or "").startswith("disc")
                 ]
                 if points:
-                    label = f"{name}, {tokens}" if name == OURS or tokens == 16384 else None
+                    label = name if style == "o-" or name == "SDPA, masked" else None
                     panel.plot(*zip(*sorted(points), strict=True), style, color=colour, label=label, markersize=3.5)
         panel.axhline(1, color="#444444", linewidth=0.8)
         finish(panel, dtype, "radius of the disc", "× dense SDPA" if dtype == "float32" else "")
         panel.set_yscale("log")
         panel.set_xticks([8, 16, 32], ["8", "16", "32"])
-    panels[0].legend(fontsize=6.5, frameon=False)
-    return figure
+    return with_legend(figure, "solid: 16384 tokens, dashed: 4096")
 
 
 def rate_over_neighbourhood(rows: Rows) -> Figure:
     """Operations per second on visible pairs over the number of visible keys per query, under the matrix product's."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         for name, colour in COLOURS.items():
             points = sorted(
@@ -97,7 +95,22 @@ def rate_over_neighbourhood(rows: Rows) -> Figure:
         finish(panel, dtype, "visible keys per query", "GFLOP/s on visible pairs" if dtype == "float32" else "")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-    panels[0].legend(fontsize=7, frameon=False)
+    return with_legend(figure)
+
+
+def with_legend(figure: Figure, title: str = "") -> Figure:
+    """One legend for all panels, below them."""
+    found = {
+        label: line
+        for panel in figure.axes
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        if not label.startswith("_")
+    }
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.legend(
+        found.values(), found.keys(), loc="lower center", ncol=3, fontsize=7, frameon=False, title=title,
+        title_fontsize=7,
+    )  # fmt: skip
     return figure
 
 
@@ -126,7 +139,6 @@ def draw(folder: Path = RESULTS) -> list[Path]:
             continue
         with mpl.rc_context({"svg.hashsalt": "difa", "svg.fonttype": "none", "font.family": "sans-serif"}):
             figure = plot(json.loads(source.read_text())["rows"])
-            figure.tight_layout()
             fresh = folder / f"{name}.svg.new"
             figure.savefig(fresh, format="svg", metadata={"Date": None})
             plt.close(figure)
