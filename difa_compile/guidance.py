@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from difa_compile.errors import UnsupportedPipelineError
+from difa_compile.errors import DecisionError, UnsupportedPipelineError
 
 _FOLDERS = "diffusers.pipelines."
 
@@ -101,6 +101,40 @@ def guidance_of(pipe: object) -> Guidance:
         if folder in TWO_CALLS:
             return Guidance("two-call")
     return Guidance("unknown")
+
+
+def stated_guidance(pipe: object, form: str | None, conditional_half: int | None) -> Guidance:
+    """What is stated of guidance, completed by what is known of ``pipe``; of form ``none`` where nothing is.
+
+    ``form``: ``batched``, ``two-call``, ``none`` or, if nothing is stated, ``None``. Raises :class:`DecisionError` for
+    other words, and where the statements contradict each other or the pipeline.
+    """
+    if form not in (None, "batched", "two-call", "none"):
+        raise DecisionError(f"guidance is {form!r}; choose batched, two-call or none, or leave it out")
+    if conditional_half not in (None, 0, 1):
+        raise DecisionError(
+            f"conditional_half is {conditional_half!r}; give 0 (conditional half first) or 1 (second), or leave it out"
+        )
+    if conditional_half is not None and form not in (None, "batched"):
+        raise DecisionError(
+            f"conditional_half={conditional_half} says where half a batch stands, but guidance={form!r} has no halves "
+            "of a batch; leave one of them out"
+        )
+    known = guidance_of(pipe)
+    name = type(pipe).__name__
+    if form is None:
+        form = "batched" if conditional_half is not None else "none" if known.form == "unknown" else known.form
+    if form != "none" and known.form not in ("unknown", form):
+        stated = f"conditional_half={conditional_half}" if conditional_half is not None else f"guidance={form!r}"
+        raise DecisionError(f"{stated} contradicts {name}, whose guidance is {known.form}; leave it out")
+    if conditional_half is not None and known.conditional_half not in (None, conditional_half):
+        raise DecisionError(
+            f"conditional_half={conditional_half} contradicts {name}, which puts the conditional half at "
+            f"{known.conditional_half}; leave it out"
+        )
+    if form == "batched" and conditional_half is None:
+        conditional_half = known.conditional_half
+    return Guidance(form, conditional_half)
 
 
 def conditional_half_of(pipe: object) -> int:

@@ -17,6 +17,7 @@ from difa_compile import plan_json, plan_text
 from difa_compile.cost import flops_saved
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError
+from difa_compile.guidance import stated_guidance
 from difa_compile.plan_data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
 from difa_compile.plan_json import SCHEMA_VERSION
 from difa_compile.schedule import (
@@ -192,26 +193,25 @@ class Plan:
         *,
         inputs: dict[str, object] | None = None,
         conditional_half: int | None = None,
+        guidance: str | None = None,
     ) -> Plan:
         """Write a plan by hand: ``rule(step, site)`` is asked for every step and every site, steps outer.
 
         ``inputs``: keyword arguments of one call, as for :func:`difa_compile.inspect.inspect_model`.
-        ``conditional_half``: which half of a batched CFG call is conditional, for rules that share it. Such a plan has
-        seen no schedule: its progress is uniform, and :meth:`resolve` goes by the position in the run. Raises
+        ``conditional_half`` and ``guidance`` are for rules that share guidance halves, where the pipeline's way is not
+        known: which half of a batched call is conditional (0 or 1), or ``"two-call"``. Such a plan has seen no
+        schedule: its progress is uniform, and :meth:`resolve` goes by the position in the run. Raises
         :class:`ScheduleError` for a reader without filler or a wrong number of steps, :class:`DecisionError` if the
-        rule returns no decision, and what inspecting raises.
+        rule returns no decision or what is said of guidance contradicts the pipeline, and what inspecting raises.
         """
         from difa_compile.inspect import inspect_model
 
         check_steps(steps)
+        cfg = stated_guidance(model_or_pipe, guidance, conditional_half)
         inspection = inspect_model(model_or_pipe, inputs)
         sites = tuple(inspection.site_infos)
         rows = tuple(tuple(_cell(rule(step, site), step, site) for site in sites) for step in range(steps))
-        settings = Settings(
-            method="rule",
-            guidance="none" if conditional_half is None else "batched",
-            conditional_half=conditional_half,
-        )
+        settings = Settings(method="rule", guidance=cfg.form, conditional_half=cfg.conditional_half)
         return cls(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 
     # --- other sizes and schedules -----------------------------------------------------------------------------------

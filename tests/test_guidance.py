@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from difa_compile.errors import UnsupportedPipelineError
+from difa_compile.errors import DecisionError, UnsupportedPipelineError
 from difa_compile.guidance import (
     CONDITIONAL_FIRST,
     TWO_CALLS,
@@ -15,6 +15,7 @@ from difa_compile.guidance import (
     guidance_is_on,
     guidance_of,
     how_to_guide,
+    stated_guidance,
 )
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,3 +92,30 @@ def test_a_scale_that_is_an_input_of_the_transformer_is_no_guidance():
     assert "input of its transformer" in how_to_guide(fill, {"guidance_scale": 30.0})
     assert guidance_is_on(bare(diffusers.Kandinsky5T2VPipeline), {"guidance_scale": 5.0, "negative_prompt": None})
     assert guidance_is_on(bare(diffusers.DiTPipeline), {"guidance_scale": 4.0}) is True
+
+
+def test_what_is_stated_of_guidance_completes_what_is_known():
+    dit, wan, other = bare(diffusers.DiTPipeline), bare(diffusers.WanPipeline), object()
+    assert stated_guidance(dit, None, None) == Guidance("batched", 0)
+    assert stated_guidance(dit, "batched", None) == Guidance("batched", 0)
+    assert stated_guidance(wan, None, None) == stated_guidance(wan, "two-call", None) == Guidance("two-call")
+    assert stated_guidance(wan, "none", None) == stated_guidance(other, None, None) == Guidance("none")
+    assert stated_guidance(other, "two-call", None) == Guidance("two-call")
+    assert stated_guidance(other, None, 1) == Guidance("batched", 1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "form", "half", "words"),
+    [
+        (diffusers.WanPipeline, "batched", None, "guidance='batched' contradicts WanPipeline, whose guidance is two"),
+        (diffusers.WanPipeline, None, 0, "conditional_half=0 contradicts WanPipeline, whose guidance is two-call"),
+        (diffusers.DiTPipeline, None, 1, "contradicts DiTPipeline, which puts the conditional half at 0"),
+        (diffusers.DiTPipeline, "two-call", None, "whose guidance is batched"),
+        (object, "two-call", 0, "has no halves of a batch"),
+        (object, "double", None, "choose batched, two-call or none"),
+        (object, None, 2, "conditional_half is 2"),
+    ],
+)
+def test_contradictions_about_guidance(cls, form, half, words):
+    with pytest.raises(DecisionError, match=words):
+        stated_guidance(bare(cls), form, half)

@@ -1,5 +1,6 @@
 """Plans applied to pipelines, against the same decisions written out plainly."""
 
+import dataclasses
 import json
 import threading
 
@@ -316,13 +317,25 @@ def test_guidance_off_is_fine_for_other_plans(pipe):
     assert close(sample(pipe, steps=2, guidance_scale=1.0), wanted)
 
 
-def test_conditional_half_that_contradicts_the_pipeline(pipe):
+def says_of_guidance(plan, guidance, conditional_half=None):
+    """The same plan with other words about guidance."""
+    settings = dataclasses.replace(plan.settings, guidance=guidance, conditional_half=conditional_half)
+    return dataclasses.replace(plan, settings=settings)
+
+
+def test_guidance_that_contradicts_the_pipeline(pipe, plan):
     with pytest.raises(PlanMismatchError, match="conditional half at position 1"):
-        apply(pipe, plan_of(pipe, ROWS, conditional_half=1))
+        apply(pipe, says_of_guidance(plan, "batched", 1))
+    with pytest.raises(PlanMismatchError, match="as two-call calls have them, but DiTPipeline makes batched ones"):
+        apply(pipe, says_of_guidance(plan, "two-call"))
+    with pytest.raises(DecisionError, match="contradicts DiTPipeline"):
+        plan_of(pipe, ROWS, conditional_half=1)
 
 
 def test_conditional_half_is_taken_from_the_pipeline(pipe, monkeypatch):
     plan = plan_of(pipe, ROWS, conditional_half=None)
+    assert (plan.settings.guidance, plan.settings.conditional_half) == ("batched", 0)
+    plan = says_of_guidance(plan, "none")
     wanted = sample_plainly(pipe, ROWS, residual_window=WINDOW)
     apply(pipe, plan, inner="eager")
     assert close(sample(pipe, steps=6), wanted)
