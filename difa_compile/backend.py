@@ -40,7 +40,8 @@ def difa(
             calibration drive it.
         strict: a decision that can't be carried out is a :class:`SiteSkippedError` instead of a record.
         layout: the :class:`Layout` of the attention sequence, for models whose graph does not show it.
-        cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional; the plan's own by default.
+        cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional, or ``{"two_call": True}``, the
+            halves are two calls per step; what the plan says by default.
         resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
             errors otherwise.
         inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
@@ -83,9 +84,11 @@ def planned(
             "a model compiled with a plan was called with gradients enabled; plans are for inference: call it under "
             "torch.no_grad()"
         )
-    half = (options.get("cfg") or {}).get("conditional_half")
-    if half is None and plan is not None:
-        half = plan.settings.conditional_half
+    cfg = options.get("cfg") or {}
+    half, two_call = cfg.get("conditional_half"), cfg.get("two_call")
+    if plan is not None:
+        half = plan.settings.conditional_half if half is None else half
+        two_call = plan.settings.guidance == "two-call" if two_call is None else two_call
     if half not in (None, 0, 1):
         raise DecisionError(f"conditional_half is {half!r}; give 0 (first half) or 1 (second half)")
     if options.get("resize") not in (None, *RESIZES):
@@ -98,6 +101,7 @@ def planned(
         plan=plan,
         layout=layout,
         conditional_half=half,
+        two_call=bool(two_call),
         strict=bool(options.get("strict", False)),
         resize=options.get("resize"),
         overwrites=uses_cuda_graphs(config),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from difa_compile.backend import difa
 from difa_compile.calibration_state import (
@@ -30,7 +29,7 @@ from difa_compile.errors import (
 )
 from difa_compile.following import Following
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
-from difa_compile.pipeline import check_scheduler, check_transformer, find_transformer
+from difa_compile.pipeline import check_scheduler, find_transformers
 from difa_compile.plan import Plan, model_digest
 from difa_compile.run import Run
 from difa_compile.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
@@ -84,8 +83,13 @@ def calibrate(
     if isinstance(window, str):
         window = Window.parse(window)
     names = _check_candidates(candidates)
-    _, model = find_transformer(pipe)
-    check_transformer(pipe, model)
+    models = find_transformers(pipe)
+    digests = [model_digest(model) for model in models]
+    if any(digest != digests[0] for digest in digests):
+        raise UnsupportedPipelineError(
+            f"the transformers of this {type(pipe).__name__} are not of one class and configuration, so one plan does "
+            "not fit them all; calibrate them in pipelines of their own"
+        )
     check_scheduler(pipe)
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
@@ -93,8 +97,8 @@ def calibrate(
     call = _call_arguments(pipe, inputs, steps)
     settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason)
     identity = {
-        **{f"model {key}": str(value) for key, value in asdict(model_digest(model)).items()},
-        "weights": weights_digest(model),
+        **{f"model {key}": str(value) for key, value in asdict(digests[0]).items()},
+        "weights": digest_of([weights_digest(model) for model in models]),
         "scheduler": digest_of(
             {"class": type(pipe.scheduler).__name__, "config": _plain(getattr(pipe.scheduler, "config", None))}
         ),
@@ -102,14 +106,14 @@ def calibrate(
         "settings": digest_of({**settings.identity(), "steps": steps, "torch": torch.__version__}),
     }
     saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
-    search = Search(model, settings, saved, _bar if progress else None)
-    _sample(pipe, model, call, search, inner)
+    search = Search(models, settings, saved, _bar if progress else None)
+    _sample(pipe, call, search, inner)
     plan = search.plan()
     saved.remove()
     return plan
 
 
-def _sample(pipe: Any, model: nn.Module, call: dict[str, Any], search: Search, inner: str) -> None:
+def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None:
     """Call the pipeline once with the search in place of a plan."""
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
@@ -120,14 +124,14 @@ def _sample(pipe: Any, model: nn.Module, call: dict[str, Any], search: Search, i
                 search.cfg_reason = search.cfg_reason or "guidance is off in this call, so its batch has no halves"
             elif form == "two-call" or batched:
                 search.guidance = "two-call" if form == "two-call" else "batched"
-            return search.open(model, progress)
+            return search.open(progress)
 
         return Following(scheduler, open_run, one_call_each=True)
 
     options: dict[str, object] = {"plan": None, "inner": inner}
     if search.settings.conditional_half is not None:
         options["cfg"] = {"conditional_half": search.settings.conditional_half}
-    wiring = Wiring(pipe, model, compile_forward(model, difa, options), start)
+    wiring = Wiring(pipe, {model: compile_forward(model, difa, options) for model in search.models}, start)
     generators = [(generator, generator.get_state()) for generator in generators_in(call)]
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     quiet = hasattr(pipe, "set_progress_bar_config")

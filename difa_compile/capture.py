@@ -30,7 +30,7 @@ from difa_compile.passes.specialize import check_sizes, specialize
 from difa_compile.passes.variant import Context
 from difa_compile.passes.verify import Proof, computes_the_same, fresh, prove
 from difa_compile.passes.window import why_not_window
-from difa_compile.plan import Plan
+from difa_compile.plan import Plan, same_but_for_text
 from difa_compile.schedule import FULL_ROLE, Role
 from difa_compile.stitch import Link, Row, stitch
 
@@ -79,7 +79,9 @@ class Capture:
     Attributes:
         sites: the sites a plan can act on (self- and joint attention), in execution order.
         all_sites: these and the cross-attention sites.
-        plan: the plan it was compiled for, carried onto this image size if ``resize`` says how, or None.
+        plan: the plan it was compiled for, carried onto this length of text, and this image size if ``resize`` says
+            how, or None.
+        two_call: whether the CFG halves are two calls per step, so that sharing them is reuse within the step.
         compiled_variants: how many segment variants have been compiled so far.
     """
 
@@ -92,6 +94,7 @@ class Capture:
         plan: Plan | None = None,
         layout: Layout | None = None,
         conditional_half: int | None = None,
+        two_call: bool = False,
         strict: bool = False,
         resize: str | None = None,
         overwrites: bool = False,
@@ -100,6 +103,7 @@ class Capture:
         specialize(module)
         self.module = module
         self.plan = plan
+        self.two_call = two_call
         self.compiled_variants = 0
         self._compiler = compiler
         self._overwrites = overwrites
@@ -129,8 +133,8 @@ class Capture:
         self.records: tuple[Record, ...] = ()
         if plan is not None:
             infos = [site.info for site in self.sites]
-            if resize is not None and infos != list(plan.sites):
-                self.plan = plan = plan.resized(infos, resize)
+            if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites)):
+                self.plan = plan = plan.resized(infos, resize or "tokens")
             plan.validate(sites=infos)
             self.records = self._record(plan)
             skipped = [record for record in self.records if record.outcome == "skipped"]
@@ -173,21 +177,17 @@ class Capture:
         proof = self._proofs[site_index]
         reason = proof.reuse if decision.kind is Kind.REUSE else None
         if decision.cfg_shared and reason is None:
-            reason = proof.reuse if self._two_call else proof.sharing
+            reason = proof.reuse if self.two_call else proof.sharing
         if reason is not None:
             return reason
         if decision.window is not None:
             reason = why_not_window(site)
             if reason is not None:
                 return reason
-        if decision.cfg_shared and not self._two_call:
+        if decision.cfg_shared and not self.two_call:
             role = Role(FULL)
             return why_not_shared(segment.module, site, role, self._context)
         return None
-
-    @property
-    def _two_call(self) -> bool:
-        return self.plan is not None and self.plan.settings.guidance == "two-call"
 
     def effective(self, site_index: int, decision: Decision) -> Decision:
         """The decision itself, or full where it can't be carried out."""

@@ -20,7 +20,7 @@ from difa_compile.cost import plan_flops
 from difa_compile.decision import FULL
 from difa_compile.errors import ComparisonError, MissingDependencyError, ScheduleError, UnsupportedPipelineError
 from difa_compile.hooks import call_in_hook, uncompiled_call
-from difa_compile.pipeline import apply, find_transformer, remove
+from difa_compile.pipeline import apply, find_transformers, remove
 from difa_compile.plan import Plan
 from difa_compile.schedule import Role
 
@@ -355,13 +355,14 @@ def compare(
     _check_arguments(inputs, steps, seeds, repeats, backend_full)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     seeds = tuple(seeds)
-    _, transformer = find_transformer(pipe)
+    transformers = find_transformers(pipe)
     rounds = max(repeats, len(seeds) - 1)
 
     calls: dict[str, list[_Call]] = {"full": [], "planned": []}
     with ExitStack() as stack:
         stack.enter_context(_quiet(pipe))
-        stack.enter_context(_compiled(transformer, backend_full))
+        for transformer in transformers:
+            stack.enter_context(_compiled(transformer, backend_full))
         advance = stack.enter_context(_bar(2 * (rounds + 1), progress))
         # The copy shares all components; only `pipe` is wired, and calls of the copy run the transformer as it was.
         sides = [("full", _Caller(copy.copy(pipe), inputs, steps)), ("planned", _Caller(pipe, inputs, steps))]
@@ -385,7 +386,7 @@ def compare(
         plan_digest=plan.digest,
         pipeline=type(pipe).__name__,
         device=str(pipe.device),
-        dtype=str(transformer.dtype).removeprefix("torch."),
+        dtype=str(transformers[0].dtype).removeprefix("torch."),
         backend_full=backend_full,
         steps=steps,
         seeds=seeds,

@@ -32,7 +32,10 @@ from difa_compile.wiring import Wiring, compile_forward, wiring_of
 if TYPE_CHECKING:
     from difa_compile.capture import Capture, Record
 
-__all__ = ["AppliedPlan", "RunStats", "apply", "find_transformer", "remove"]
+__all__ = ["AppliedPlan", "RunStats", "apply", "find_transformer", "find_transformers", "remove"]
+
+_FIRST, _SECOND = "transformer", "transformer_2"
+"""Components that denoise; a pipeline has one of them or both, which then share the steps."""
 
 
 class AppliedPlan:
@@ -61,8 +64,8 @@ class AppliedPlan:
 class _AppliedRun(Run):
     """A run that notes which graphs it calls."""
 
-    def __init__(self, model: nn.Module, progress: tuple[float, ...], applied: AppliedPlan) -> None:
-        super().__init__(model, len(progress), progress=progress)
+    def __init__(self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan) -> None:
+        super().__init__(models[0], len(progress), progress=progress, experts=models[1:])
         self._applied = applied
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
@@ -74,19 +77,34 @@ class _AppliedRun(Run):
 def find_transformer(pipe_or_model: Any) -> tuple[str, nn.Module]:
     """The denoising transformer and its component name in the pipeline; a bare module is returned with the name ``""``.
 
-    Raises :class:`UnsupportedPipelineError` if the pipeline has none.
+    Of two (:func:`find_transformers`) the first. Raises :class:`UnsupportedPipelineError` if the pipeline has none.
     """
     if isinstance(pipe_or_model, nn.Module):
         return "", pipe_or_model
-    model = getattr(pipe_or_model, "transformer", None)
-    if isinstance(model, nn.Module):
-        return "transformer", model
+    for name in (_FIRST, _SECOND):
+        model = getattr(pipe_or_model, name, None)
+        if isinstance(model, nn.Module):
+            return name, model
     components = getattr(pipe_or_model, "components", None)
     names = ", ".join(sorted(components)) if isinstance(components, Mapping) else "none"
     raise UnsupportedPipelineError(
         f"{type(pipe_or_model).__name__} has no transformer (components: {names}); plans work on pipelines that "
         "denoise with a diffusion transformer, or on such a transformer itself"
     )
+
+
+def find_transformers(pipe: Any) -> tuple[nn.Module, ...]:
+    """All denoising transformers of a pipeline: of Wan 2.2 and the like two, one for the early steps, one for the late.
+
+    Raises as :func:`find_transformer`; :class:`UnsupportedPipelineError` also for one that ``torch.compile`` wrapped,
+    which bypasses plans.
+    """
+    _, first = find_transformer(pipe)
+    models = dict.fromkeys([first, getattr(pipe, _SECOND, None)])
+    found = tuple(model for model in models if isinstance(model, nn.Module))
+    for model in found:
+        check_transformer(pipe, model)
+    return found
 
 
 def check_transformer(pipe: Any, model: nn.Module) -> None:
@@ -125,7 +143,9 @@ def apply(
 ) -> AppliedPlan:
     """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
 
-    The model is captured and compiled at the first call, once per input shape. ``strict``: a decision that cannot be
+    The model is captured and compiled at the first call, once per input shape. A pipeline with two transformers (Wan
+    2.2's, for the early and the late steps) follows the plan with both, the second starting with empty caches: what
+    it cannot read yet is computed in full, as noted in ``last_run.promotions``. ``strict``: a decision that cannot be
     carried out is a :class:`~difa_compile.errors.SiteSkippedError` instead of a record. ``layout``: where the image
     stands in the attention sequence, for models whose graph does not show it. ``inner``: what compiles the rewritten
     graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
@@ -134,11 +154,10 @@ def apply(
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
-    :class:`PlanMismatchError` if the plan was made for another model, :class:`DecisionError` for options that inductor
-    does not know, and what :meth:`Plan.load` raises.
+    :class:`PlanMismatchError` if the plan was made for another model than its transformers,
+    :class:`DecisionError` for options that inductor does not know, and what :meth:`Plan.load` raises.
     """
-    _, model = find_transformer(pipe)
-    check_transformer(pipe, model)
+    models = find_transformers(pipe)
     check_scheduler(pipe)
     if resize not in (None, *RESIZES):
         raise DecisionError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}, or leave it out")
@@ -147,16 +166,15 @@ def apply(
         raise NotAppliedError(f"this {type(pipe).__name__} already carries a plan; call remove(pipe) first")
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    plan.validate(model=model)
-    half = _conditional_half(pipe, plan)
+    for model in models:
+        plan.validate(model=model)
     applied = AppliedPlan(plan)
     options: dict[str, object] = {"plan": plan, "strict": strict, "layout": layout, "inner": inner, "resize": resize}
     if mode is not None:
         options["mode"] = mode
     if inductor_options:
         options["inductor_options"] = dict(inductor_options)
-    if half is not None:
-        options["cfg"] = {"conditional_half": half}
+    options["cfg"] = _cfg_option(pipe, plan)
     decisions = {decision for row in plan.decisions for decision in row}
     shares = any(decision.cfg_shared for decision in decisions)
     caches = any(decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) for decision in decisions)
@@ -170,11 +188,11 @@ def apply(
                 )
 
         def open_run(progress: tuple[float, ...]) -> Run:
-            return _AppliedRun(model, progress, applied)
+            return _AppliedRun(models, progress, applied)
 
         device = getattr(pipe, "_execution_device", None)  # where offloaded weights are not
         if not isinstance(device, torch.device):
-            device = next((parameter.device for parameter in model.parameters()), None)
+            device = next((parameter.device for parameter in models[0].parameters()), None)
         return Following(
             scheduler,
             open_run,
@@ -185,7 +203,7 @@ def apply(
             device=device,
         )
 
-    Wiring(pipe, model, compile_forward(model, difa, options), start).connect()
+    Wiring(pipe, {model: compile_forward(model, difa, options) for model in models}, start).connect()
     return applied
 
 
@@ -200,24 +218,25 @@ def remove(pipe: Any) -> None:
     wiring.disconnect()
 
 
-def _conditional_half(pipe: Any, plan: Plan) -> int | None:
-    """Half of the batch that is conditional, from the plan and the pipeline, which must not contradict each other."""
+def _cfg_option(pipe: Any, plan: Plan) -> dict[str, object]:
+    """How the halves of guidance are told apart: by the plan and the pipeline, which must not contradict each other."""
     guidance = guidance_of(pipe)
     told, known = plan.settings.conditional_half, guidance.conditional_half
     shares = any(decision.cfg_shared for row in plan.decisions for decision in row)
-    if not shares:
-        return told if told is not None else known
-    if told is not None and known is not None and told != known:
+    if shares and told is not None and known is not None and told != known:
         raise PlanMismatchError(
             f"the plan was made with the conditional half at position {told}, but {type(pipe).__name__} puts it at "
             f"{known}; calibrate a plan with this pipeline"
         )
     made_for = plan.settings.guidance
-    if {made_for, guidance.form} == {"batched", "two-call"}:
+    if shares and {made_for, guidance.form} == {"batched", "two-call"}:
         raise PlanMismatchError(
             f"the plan shares guidance halves as {made_for} calls have them, but {type(pipe).__name__} makes "
             f"{guidance.form} ones; calibrate a plan with this pipeline"
         )
-    if guidance.form == "two-call" or told is not None:
-        return told
-    return conditional_half_of(pipe)
+    if "two-call" in (made_for, guidance.form):
+        return {"two_call": True}
+    half = told if told is not None else known
+    if half is None and shares:
+        half = conditional_half_of(pipe)
+    return {} if half is None else {"conditional_half": half}

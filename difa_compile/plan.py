@@ -394,5 +394,17 @@ def _site_differences(plan: Sequence[SiteInfo], here: Sequence[SiteInfo]) -> lis
     ]
 
 
+def same_but_for_text(one: Sequence[SiteInfo], other: Sequence[SiteInfo]) -> bool:
+    """Whether two models have the same sites over the same image, whatever the number of text tokens beside it."""
+
+    def image(site: SiteInfo) -> SiteInfo | tuple[object, ...]:
+        if site.layout is None:
+            return site
+        whole = site.tokens == site.keys
+        return site.path, site.kind, site.heads, site.head_dim, site.width, site.layout.grid, whole
+
+    return [image(site) for site in one] == [image(site) for site in other]
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -22,7 +22,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from difa_compile.decision import Decision, Kind
-from difa_compile.errors import RunError, ScheduleError
+from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
 from difa_compile.schedule import FULL_ROLE, Promotion, Role, assign_roles, check_progress, check_steps, take_rows
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
         yield run
         if run.stepped and not run.called:
             warnings.warn(
-                f"{steps} steps of a sampling run went by, and no call of {type(run.model).__name__} followed a plan. "
-                "Was it compiled with backend='difa'? Beyond torch._dynamo.config.recompile_limit input shapes (8 by "
-                "default) Dynamo runs a model as it is: raise the limit, or compile with fullgraph=True to make that "
-                "an error",
+                f"{steps} steps of a sampling run went by, and no call of {type(run.models[0]).__name__} followed a "
+                "plan. Was it compiled with backend='difa'? Beyond torch._dynamo.config.recompile_limit input shapes "
+                "(8 by default) Dynamo runs a model as it is: raise the limit, or compile with fullgraph=True to make "
+                "that an error",
                 stacklevel=3,
             )
     finally:
@@ -71,7 +71,7 @@ def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
 
 def is_sampled(model: nn.Module) -> bool:
     """Whether a run of ``model`` is active in this thread."""
-    return any(run.model is model for run in _active.get())
+    return any(model in run.models for run in _active.get())
 
 
 class Run:
@@ -79,12 +79,19 @@ class Run:
 
     ``index`` is the current step, ``current_branch`` the CFG branch ("cond", "uncond", None in a batched call).
     ``stepped``, ``called``: whether a step was taken, and whether compiled code has asked this run, ever.
-    ``promotions``: decisions made full because the step that would fill their cache is not in this schedule.
+    ``experts``: further models that take over some of the steps; each has caches of its own.
     """
 
-    def __init__(self, model: nn.Module, steps: int, *, progress: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int,
+        *,
+        progress: Sequence[float] | None = None,
+        experts: Sequence[nn.Module] = (),
+    ) -> None:
         check_steps(steps)
-        self.model = getattr(model, "_orig_mod", model)
+        self.models = tuple(getattr(each, "_orig_mod", each) for each in (model, *experts))
         self.steps = steps
         self.progress = None if progress is None else check_progress(progress)
         if self.progress is not None and len(self.progress) != steps:
@@ -94,9 +101,17 @@ class Run:
         self.stepped = False
         self.called = False
         self.peak_cache_bytes = 0
-        self.promotions: tuple[Promotion, ...] = ()
-        self._parameters = {id(parameter) for parameter in self.model.parameters()}
-        self._capture_runs: dict[int, tuple[Capture, CaptureRun]] = {}
+        self._promotions: dict[Promotion, None] = {}
+        self._parameters = {id(parameter) for each in self.models for parameter in each.parameters()}
+        self._capture_runs: dict[tuple[int, int], CaptureRun] = {}
+        """By capture and model: models of one class may share a capture."""
+        self._conditional: dict[int, CaptureRun] = {}
+        """By model: which capture the latest conditional call came from."""
+
+    @property
+    def promotions(self) -> tuple[Promotion, ...]:
+        """Decisions made full because the step that would fill their cache is not in this schedule, by step."""
+        return tuple(sorted(self._promotions, key=lambda promotion: (promotion.step, promotion.site)))
 
     def step(self, index: int) -> None:
         """Go to step ``index`` (from 0). Steps are taken in order; going back starts over with empty caches.
@@ -114,6 +129,8 @@ class Run:
                 "would have cached is missing; announce the steps you take, or start a new run"
             )
         self.index = index
+        for current in self._capture_runs.values():
+            current.drop_left(index)
 
     def branch(self, name: str | None) -> None:
         """Say which CFG branch the next calls compute, where it is two calls per step; None for a batched call."""
@@ -122,6 +139,7 @@ class Run:
     def reset(self) -> None:
         """Forget all caches and go back to the start."""
         self._capture_runs.clear()
+        self._conditional.clear()
         self.index = 0
         self.current_branch = None
 
@@ -133,14 +151,14 @@ class Run:
         _active.reset(token)
 
     def owns(self, parameter: Tensor) -> bool:
-        """Whether ``parameter`` is one of this run's model."""
+        """Whether ``parameter`` is one of this run's models."""
         return id(parameter) in self._parameters
 
     def cache_bytes(self) -> int:
         """Bytes of all caches held now, each tensor counted once."""
         held = {
             tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for _, current in self._capture_runs.values()
+            for current in self._capture_runs.values()
             for caches in current.caches.values()
             for tensor in caches.values()
         }
@@ -151,46 +169,56 @@ class Run:
         self.called = True
         if capture.plan is None:
             return capture.full(args)
-        if id(capture) not in self._capture_runs:
-            current = CaptureRun(capture, self.steps, self.progress, self.index)
-            self._capture_runs[id(capture)] = (capture, current)
-            self.promotions = current.promotions
-        current = self._capture_runs[id(capture)][1]
-        outputs = current.call(args, self.index, self.current_branch)
+        model = id(capture.model_parameter(args))
+        current = self._capture_runs.get((id(capture), model))
+        if current is None:
+            current = CaptureRun(capture, self.steps, self.progress, self.index, self._promotions)
+            self._capture_runs[id(capture), model] = current
+        outputs = current.call(args, self.index, self.current_branch, self._conditional.get(model))
+        if self.current_branch == "cond":
+            self._conditional[model] = current
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
         return outputs
 
 
 class CaptureRun:
-    """The part of a run that belongs to one capture: the plan resolved onto the schedule, and the caches per branch."""
+    """The part of a run that belongs to one capture: the plan resolved onto the schedule, and the caches per branch.
 
-    def __init__(self, capture: Capture, steps: int, progress: Sequence[float] | None, first: int) -> None:
+    ``first``: the step of the run at which the capture is first called. ``promotions`` is added to.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        steps: int,
+        progress: Sequence[float] | None,
+        first: int,
+        promotions: dict[Promotion, None],
+    ) -> None:
         plan = capture.plan
         assert plan is not None
         self.capture = capture
         self.first = first
-        self.two_call = plan.settings.guidance == "two-call"
+        self._promotions = promotions
         resolved = plan.resolve(steps, progress=progress)
-        self.promotions = resolved.promotions
         self._source_steps = resolved.source_steps
-        self.roles = self._roles_of(resolved.rows) if not first else self._roles_from(0)
+        self.roles = self._roles_from(0)
         self._branch_roles: dict[str | None, dict[int, tuple[Role, ...]]] = {}
         """Roles by step of a branch that has left steps out, and so was entered anew."""
         self.caches: dict[str | None, dict[str, Tensor]] = {}
         self._last: dict[str | None, int] = {}
+        self._shareable: set[CaptureRun] = set()
         self._sites = {site.path: index for index, site in enumerate(capture.sites)}
-
-    def _roles_of(self, rows: Sequence[Sequence[Decision]]) -> Roles:
-        effective = self.capture.effective
-        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
 
     def _roles_from(self, step: int) -> Roles:
         """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
         plan = self.capture.plan
         assert plan is not None
-        rows, promotions = take_rows(plan.decisions, self._source_steps[self.first + step :])
-        self.promotions = promotions if step == 0 else (*self.promotions, *promotions)
-        return self._roles_of(rows)
+        start = self.first + step
+        rows, promotions = take_rows(plan.decisions, self._source_steps[start:])
+        self._promotions.update((replace(promotion, step=start + promotion.step), None) for promotion in promotions)
+        effective = self.capture.effective
+        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
 
     def _roles_now(self, step: int, branch: str | None) -> tuple[Role, ...]:
         """The roles of a step, unless the branch has left steps out: then it is entered anew, with empty caches.
@@ -211,59 +239,77 @@ class CaptureRun:
             known = self._branch_roles[branch] = dict(enumerate(self._roles_from(step), start=step))
         return self.roles[step] if known is None else known[step]
 
-    def call(self, args: list[Any], index: int, branch: str | None) -> list[Any]:
+    def drop_left(self, index: int) -> None:
+        """The run goes to step ``index``: let go of the caches of branches that have left out the step before."""
+        for branch, last in self._last.items():
+            if self.first + last < index - 1:
+                self.caches[branch] = {}
+
+    def call(self, args: list[Any], index: int, branch: str | None, conditional: CaptureRun | None = None) -> list[Any]:
+        """One call of the model. ``conditional``: the part of the run that made the latest conditional call; it is
+        another one than this if the texts of the two calls have other shapes."""
         step = index - self.first
         roles = self._roles_now(step, branch)
         caches = self.caches.setdefault(branch, {})
-        shared = [role.decision.cfg_shared for role in roles]
-        if branch == "uncond" and self.two_call and "cond" in self.caches:
-            theirs = self._branch_roles.get("cond", {}).get(step, self.roles[step])
-            if self._last.get("cond") == step:  # share what the conditional call of this step has shared
-                shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
-                roles = tuple(role if s else unshared(role) for role, s in zip(roles, shared, strict=True))
-        if self.two_call and any(shared):
-            if branch is None:
-                raise RunError(
-                    f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
-                    'is; call run.branch("cond") or run.branch("uncond") before the model'
-                )
-            outputs, written = self._call_shared(args, step, branch, roles, shared, caches)
+        if branch == "uncond" and conditional is not None:
+            self._check_shareable(conditional)
+        shared = [self.capture.two_call and role.decision.cfg_shared for role in roles]
+        if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
+            theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
+            shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
+            roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
+        if any(shared):
+            outputs, written = self._call_shared(args, index, branch, roles, shared, caches, conditional)
         else:
             outputs, written = self.capture.execute(args, roles, caches)
         outputs, written = apart(outputs, {**caches, **written})
         caches.update(written)
-        self._drop_unread(step, branch, caches, keep_outputs=shared if self.two_call and branch == "cond" else ())
+        self._drop_unread(step, branch, caches, keep_outputs=shared if branch == "cond" else ())
         self._last[branch] = step
         return outputs
+
+    def is_at(self, index: int) -> bool:
+        """Whether step ``index`` of the run was the latest conditional call's."""
+        return self._last.get("cond") == index - self.first
+
+    def roles_at(self, index: int) -> tuple[Role, ...]:
+        """The roles of the conditional branch at step ``index`` of the run."""
+        step = index - self.first
+        return self._branch_roles.get("cond", {}).get(step, self.roles[step])
 
     def _call_shared(
         self,
         args: list[Any],
-        step: int,
-        branch: str,
+        index: int,
+        branch: str | None,
         roles: Sequence[Role],
         shared: Sequence[bool],
         caches: dict[str, Tensor],
+        conditional: CaptureRun | None,
     ) -> tuple[list[Any], Mapping[str, Tensor]]:
         """One of the two calls of a step in which some sites share: "cond" computes, the other takes its outputs."""
+        if branch is None:
+            raise RunError(
+                f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
+                'is; call run.branch("cond") or run.branch("uncond") before the model'
+            )
         if branch == "cond":
             row = [across(role) if share else role for role, share in zip(roles, shared, strict=True)]
             return self.capture.execute(args, row, caches)
-        if self._last.get("cond") != step:
+        if conditional is None or not conditional.is_at(index):
             raise RunError(
-                f"step {self.first + step} shares the conditional call's attention with the {branch} call, but the "
+                f"step {index} shares the conditional call's attention with the {branch} call, but the "
                 "conditional call of this step has not been made; call the conditional branch first, or use a plan "
                 "without +cfg"
             )
-        conditional = self.caches["cond"]
-        sites = self.capture.sites
+        theirs = conditional.caches["cond"]
         row = [Role(Decision(Kind.REUSE)) if share else role for role, share in zip(roles, shared, strict=True)]
         read = dict(caches)
         taken: dict[str, Tensor] = {}
-        for site, role, share in zip(sites, roles, shared, strict=True):
+        for site, role, share in zip(self.capture.sites, roles, shared, strict=True):
             if share:
                 prefix = f"cache.{site.path}."
-                for name, value in conditional.items():
+                for name, value in theirs.items():
                     kind = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
                     if kind == "output":
                         read[name] = value
@@ -271,6 +317,25 @@ class CaptureRun:
                         taken[name] = value
         outputs, written = self.capture.execute(args, row, read)
         return outputs, {**taken, **written}
+
+    def _check_shareable(self, conditional: CaptureRun) -> None:
+        """Raise :class:`PlanMismatchError` if a site that shares has caches of other shapes in the conditional call.
+
+        Said at the first step, not at the first that shares. Image tokens are as many in both calls; text tokens need
+        not be, and where they are in the attention their outputs cannot be taken over.
+        """
+        if conditional.capture is self.capture or conditional in self._shareable or not self.capture.two_call:
+            return
+        sites = zip(self.capture.sites, conditional.capture.sites, strict=True)
+        for index, (mine, theirs) in enumerate(sites):
+            if mine.cache_shapes != theirs.cache_shapes and any(row[index].decision.cfg_shared for row in self.roles):
+                raise PlanMismatchError(
+                    f"{mine.path}: the plan shares the conditional call's attention with the unconditional one, but it "
+                    f"is over {theirs.tokens} tokens (batch {theirs.query_shape[0]}) in the conditional call and "
+                    f"{mine.tokens} (batch {mine.query_shape[0]}) in the other; give prompt and negative prompt texts "
+                    "of equal length (padded), or use a plan without +cfg"
+                )
+        self._shareable.add(conditional)
 
     def _drop_unread(
         self, step: int, branch: str | None, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()

@@ -21,7 +21,7 @@ again for each candidate, and candidates run compiled variants that are built on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from difa_compile.calibration_state import CalibrationState
 from difa_compile.cost import flops_saved
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
 from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
-from difa_compile.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest
+from difa_compile.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest, same_but_for_text
 from difa_compile.run import Run
 from difa_compile.schedule import Role
 
@@ -118,12 +118,12 @@ class Search:
 
     def __init__(
         self,
-        model: nn.Module,
+        models: Sequence[nn.Module],
         settings: SearchSettings,
         saved: CalibrationState,
         make_bar: Callable[[int, int], Any] | None,
     ) -> None:
-        self.model = model
+        self.models = tuple(models)
         self.settings = settings
         self.saved = saved
         self.guidance = "none"
@@ -133,10 +133,14 @@ class Search:
         """The row of the step in progress, if it was searched now."""
         self._sites: tuple[SiteInfo, ...] = ()
         self._candidates: list[list[tuple[Decision, str | None]]] = []
-        self._caches: dict[str | None, dict[str, Tensor]] = {}
+        self._captures: list[Capture] = []
+        self._streams: dict[tuple[int, int, str | None], _Stream] = {}
+        """By capture, model and branch: calls that keep caches for each other."""
         self._step = -1
         self._branches: tuple[str | None, ...] = ()
         """The calls made in this step so far."""
+        self._conditional: dict[str, Tensor] = {}
+        """Caches of the conditional call of this step, for the other call."""
         self._two_calls = False
         self._shares = False
         """Whether an unconditional call has followed a conditional one."""
@@ -148,7 +152,7 @@ class Search:
         """Number of steps that are decided and saved."""
         return len(self.saved.rows)
 
-    def open(self, model: nn.Module, progress: tuple[float, ...]) -> Run:
+    def open(self, progress: tuple[float, ...]) -> Run:
         """The run for one pass through the schedule."""
         if self.progress:
             raise UnsupportedPipelineError(
@@ -161,7 +165,7 @@ class Search:
                 f"{self.saved.path} to start from the beginning"
             )
         self.progress = progress
-        return SearchRun(model, progress, self)
+        return SearchRun(progress, self)
 
     def plan(self) -> Plan:
         """The plan found. Raises :class:`CalibrationError` if the pipeline stopped early."""
@@ -182,11 +186,12 @@ class Search:
             guidance="none" if self.guidance == "two-call" and not self._two_calls else self.guidance,
             conditional_half=self.settings.conditional_half if self.guidance == "batched" else None,
         )
-        return Plan(model_digest(self.model), settings, self._sites, self.progress, tuple(self.saved.rows))
+        return Plan(model_digest(self.models[0]), settings, self._sites, self.progress, tuple(self.saved.rows))
 
     def close(self) -> None:
         """Stop showing progress and let the caches go."""
-        self._caches.clear()
+        self._streams.clear()
+        self._conditional = {}
         if self._bar is not None:
             self._bar.close()
 
@@ -196,13 +201,19 @@ class Search:
         if step > self.done:
             self._finish_row()
         if step != self._step:
-            self._step, self._branches = step, ()
+            self._step, self._branches, self._conditional = step, (), {}
+            for place, left in list(self._streams.items()):
+                if left.last < step - 1:  # it has left out a step: what it holds is of another time
+                    del self._streams[place]
         second = self.guidance == "two-call" and branch == "uncond" and self._branches == ("cond",)
         self._branches += (branch,)
         self._two_calls = self._two_calls or len(self._branches) == 2
         self._shares = self._shares or second
         start = capture.begin(args)
-        caches = self._caches.setdefault(branch, {})
+        place = (id(capture), id(capture.model_parameter(args)), branch)
+        stream = self._streams.setdefault(place, _Stream())
+        stream.last = step
+        caches = stream.caches
         if step == self.done and self._row is None:
             self._row, state = self._search_step(capture, start, caches, step)
             written = state.caches_out
@@ -214,6 +225,8 @@ class Search:
             decisions = [cell.decision for cell in cells]
             state, written = self._carry_out(capture, start, caches, decisions, second=second)
         caches.update(written)
+        if branch == "cond":
+            self._conditional = caches
         return capture.outputs(state)
 
     def _finish_row(self) -> None:
@@ -234,7 +247,10 @@ class Search:
         return replace(cell, trials=(*cell.trials, *(Trial(d, None, self._limit(index), reason) for d in shared)))
 
     def _meet(self, capture: Capture) -> None:
-        """Note the sites of the first graph; later graphs must have the same."""
+        """Note the sites of the first graph, and what cannot be done in any; later graphs must have the same sites."""
+        if any(known is capture for known in self._captures):
+            return
+        self._captures.append(capture)
         sites = tuple(site.info for site in capture.sites)
         if not self._sites:
             self._sites = sites
@@ -243,11 +259,16 @@ class Search:
                 self._candidates.append([(decision, self._why_not(capture, index, decision)) for decision in wanted])
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
-        elif sites != self._sites:
+        elif not same_but_for_text(sites, self._sites):
             raise CalibrationError(
                 "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
                 "changed; calibrate with inputs of one size"
             )
+        else:
+            self._candidates = [
+                [(decision, reason or self._why_not(capture, index, decision)) for decision, reason in known]
+                for index, known in enumerate(self._candidates)
+            ]
 
     def _why_not(self, capture: Capture, index: int, decision: Decision) -> str | None:
         if not decision.cfg_shared:
@@ -257,6 +278,8 @@ class Search:
         if self.guidance != "two-call":
             return capture.why_not(index, decision)
         # Across calls sharing is reuse of the output that the other call of this step has computed.
+        if capture.sites[index].cache_shapes != self._captures[0].sites[index].cache_shapes:
+            return "the two calls have texts of different lengths, so the output of one does not fit the other"
         alone = replace(decision, cfg_shared=False)
         return capture.why_not(index, alone) or capture.why_not(index, Decision(Kind.REUSE))
 
@@ -287,20 +310,22 @@ class Search:
 
         Across calls (``second``: the unconditional one) shared sites take the conditional call's caches of this step.
         """
+        paths = [site.path for site in self._sites]
         if self.guidance != "two-call":
-            roles = [self._role(site, decision) for site, decision in enumerate(decisions)]
+            found = [d if readable(d, path, caches) else FULL for d, path in zip(decisions, paths, strict=True)]
+            roles = [self._role(site, decision) for site, decision in enumerate(found)]
             state = capture.advance(start, roles, caches, stop=stop)
             return state, state.caches_out
         roles = []
         read = dict(caches)
         taken: dict[str, Tensor] = {}
         for index, decision in enumerate(decisions):
-            alone = replace(decision, cfg_shared=False)
             if not (second and decision.cfg_shared):
-                roles.append(self._role(index, alone))
+                alone = replace(decision, cfg_shared=False)
+                roles.append(self._role(index, alone if readable(alone, paths[index], caches) else FULL))
                 continue
-            prefix = f"cache.{self._sites[index].path}."
-            theirs = {name: value for name, value in self._caches["cond"].items() if name.startswith(prefix)}
+            prefix = f"cache.{paths[index]}."
+            theirs = {name: value for name, value in self._conditional.items() if name.startswith(prefix)}
             read |= {name: value for name, value in theirs.items() if name.startswith(f"{prefix}output")}
             taken |= {n: v for n, v in theirs.items() if n.startswith(f"{prefix}output") or decision.is_full}
             roles.append(Role(Decision(Kind.REUSE)))
@@ -333,6 +358,9 @@ class Search:
                     continue
                 if decision.cfg_shared and self.guidance == "two-call":
                     continue  # tried on the other call
+                if not readable(decision, site.path, caches):
+                    trials.append(Trial(decision, None, limit, "nothing is cached yet: these calls begin at this step"))
+                    continue
                 tried = self._role(index, decision)
                 row = [*roles, tried, *rest]
                 beyond = capture.advance(state, row, caches, stop=index + 1) if rest else state
@@ -398,11 +426,26 @@ class Search:
         return loss_of(self.settings.loss, reference, outputs)
 
 
+@dataclass
+class _Stream:
+    """The caches of one branch of one model in one capture, and the latest step in which it was called."""
+
+    caches: dict[str, Tensor] = field(default_factory=dict)
+    last: int = -1
+
+
+def readable(decision: Decision, path: str, caches: Mapping[str, Tensor]) -> bool:
+    """Whether the caches hold what ``decision`` reads at the site called ``path``."""
+    if decision.kind is Kind.REUSE:
+        return any(name.startswith(f"cache.{path}.output.") for name in caches)
+    return decision.kind is not Kind.WINDOW_RESIDUAL or f"cache.{path}.residual" in caches
+
+
 class SearchRun(Run):
     """A run in which the search decides what each call of the model does."""
 
-    def __init__(self, model: nn.Module, progress: tuple[float, ...], search: Search) -> None:
-        super().__init__(model, len(progress), progress=progress)
+    def __init__(self, progress: tuple[float, ...], search: Search) -> None:
+        super().__init__(search.models[0], len(progress), progress=progress, experts=search.models[1:])
         self._search = search
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ Three objects are touched, each on the instance only:
 1. the pipeline and its scheduler get a subclass of their class with the same name, which opens a
    :class:`~difa_compile.following.Following` around ``__call__`` and tells it of the scheduler's methods. Copies and
    pickles are of the original class;
-2. the transformer's compiled call becomes a dispatcher: within a call of a wired pipeline it runs that pipeline's
+2. each transformer's compiled call becomes a dispatcher: within a call of a wired pipeline it runs that pipeline's
    compiled forward, otherwise the forward as it was. So pipelines may share a transformer or a scheduler;
 3. the transformer's ``cache_context``, if it has one, also names the branch of the run.
 
@@ -74,24 +74,27 @@ def unwired() -> Iterator[None]:
 
 
 class Wiring:
-    """One pipeline connected to one transformer through a compiled forward of its own.
+    """One pipeline connected to its transformers, each through a compiled forward of its own.
 
-    ``compiled`` is called with the transformer's arguments. ``start`` makes the :class:`Following` for a call, given
-    the pipeline, its scheduler and the call's arguments by name (defaults filled in).
+    ``compiled``: by transformer, what is called with its arguments. ``start`` makes the :class:`Following` for a call,
+    given the pipeline, its scheduler and the call's arguments by name (defaults filled in).
     """
 
     def __init__(
         self,
         pipe: Any,
-        model: nn.Module,
-        compiled: Callable[..., object],
+        compiled: Mapping[nn.Module, Callable[..., object]],
         start: Callable[[Any, Any, Mapping[str, object]], Following],
     ) -> None:
-        self.model = model
         self._pipe = weakref.ref(pipe)
-        self._compiled = compiled
+        self._compiled = dict(compiled)
         self._start = start
         self._scheduler: weakref.ref[Any] | None = None
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The transformers."""
+        return tuple(self._compiled)
 
     @property
     def is_alive(self) -> bool:
@@ -99,13 +102,14 @@ class Wiring:
         return self._pipe() is not None
 
     def connect(self) -> None:
-        """Attach to the pipeline, its scheduler and the transformer."""
+        """Attach to the pipeline, its scheduler and the transformers."""
         pipe: Any = self._pipe()
         with _lock:
             _wirings[pipe] = self
             pipe.__class__ = _wired_class(type(pipe), {"__call__": _follow_call})
             self._use_scheduler(pipe.scheduler)
-            _Dispatch.attach(self)
+            for model in self.models:
+                _Dispatch.attach(model, self)
 
     def disconnect(self) -> None:
         """Put everything back as it was; objects shared with other wired pipelines stay wired for those."""
@@ -115,7 +119,8 @@ class Wiring:
                 _wirings.pop(pipe, None)
                 pipe.__class__ = _base_class(type(pipe))
             self._use_scheduler(None)
-            _Dispatch.detach(self)
+            for model in self.models:
+                _Dispatch.detach(model, self)
 
     def _use_scheduler(self, scheduler: Any) -> None:
         """Wire ``scheduler`` in place of the one wired so far."""
@@ -137,7 +142,8 @@ class Wiring:
     @contextmanager
     def call(self, pipe: Any, arguments: Mapping[str, object]) -> Iterator[None]:
         """The time of one call of the pipeline; the run inside it ends however the call ends."""
-        check_hooks(self.model)  # the user may have enabled some since
+        for model in self.models:
+            check_hooks(model)  # the user may have enabled some since
         with _lock:
             self._use_scheduler(pipe.scheduler)  # the user may have put in another one
         following = self._start(pipe, pipe.scheduler, arguments)
@@ -148,11 +154,13 @@ class Wiring:
             _call.reset(token)
             following.close()
 
-    def forward(self, following: Following | None, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """One transformer call in the run of ``following``, or in the run that the caller has opened."""
+    def forward(
+        self, model: nn.Module, following: Following | None, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """One call of ``model`` in the run of ``following``, or in the run that the caller has opened."""
 
         def call() -> object:
-            return run_compiled(self._compiled, self.model, args, kwargs)
+            return run_compiled(self._compiled[model], model, args, kwargs)
 
         return call() if following is None else following.model_call(call)
 
@@ -280,6 +288,7 @@ class _Dispatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.users: list[Wiring] = []
         self.before: Callable[..., object] | None = model._compiled_call_impl
         self.plain: Callable[..., object] = self.before or model._call_impl
@@ -287,11 +296,11 @@ class _Dispatch:
     def __call__(self, *args: object, **kwargs: object) -> object:
         if _unwired.get():
             return self.plain(*args, **kwargs)
-        model = self.users[0].model
+        model = self.model
         self.users = [user for user in self.users if user.is_alive] or self.users[:1]
         call = _call_of_model(model)
         if call is not None:
-            return call.wiring.forward(call.following, args, kwargs)
+            return call.wiring.forward(model, call.following, args, kwargs)
         if not is_sampled(model):
             return self.plain(*args, **kwargs)
         if len(self.users) > 1:
@@ -299,11 +308,10 @@ class _Dispatch:
                 f"{type(model).__name__} was called in a sampling run, but {len(self.users)} pipelines have a plan "
                 "for it; call one of the pipelines, or remove the plan from all but one"
             )
-        return self.users[0].forward(None, args, kwargs)
+        return self.users[0].forward(model, None, args, kwargs)
 
     @staticmethod
-    def attach(wiring: Wiring) -> None:
-        model = wiring.model
+    def attach(model: nn.Module, wiring: Wiring) -> None:
         dispatch = model._compiled_call_impl
         if not isinstance(dispatch, _Dispatch):
             dispatch = _Dispatch(model)
@@ -313,8 +321,7 @@ class _Dispatch:
         dispatch.users = [user for user in dispatch.users if user.is_alive] + [wiring]
 
     @staticmethod
-    def detach(wiring: Wiring) -> None:
-        model = wiring.model
+    def detach(model: nn.Module, wiring: Wiring) -> None:
         dispatch = model._compiled_call_impl
         if not isinstance(dispatch, _Dispatch) or wiring not in dispatch.users:
             return
@@ -359,7 +366,7 @@ class _CacheContext:
 def _call_of_model(model: nn.Module | None) -> _Call | None:
     """The innermost pipeline call of this thread that is wired to ``model``."""
     call = _call.get()
-    while call is not None and call.wiring.model is not model:
+    while call is not None and model not in call.wiring.models:
         call = call.outer
     return call
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from torch import fx
 
 from difa_compile.layout import Layout
+from difa_compile.passes.graph import shape_of
 from difa_compile.plan_data import SiteInfo
 
 
@@ -67,6 +68,11 @@ class Site:
         """What a plan records about this site."""
         _, heads, tokens, head_dim = self.query_shape
         return SiteInfo(self.path, str(self.kind), heads, head_dim, tokens, self.width, self.layout)
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what may be cached: the residual of the attention, and what leaves the region."""
+        return self.query_shape, *(shape_of(output) for output in self.region.outputs)
 
     @property
     def rewritable(self) -> bool:

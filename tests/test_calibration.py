@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline, HeunDiscreteScheduler
+from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from difa_compile.calibration import calibrate
 from difa_compile.capture import Capture
@@ -28,6 +28,7 @@ from difa_compile.layout import Layout
 from difa_compile.pipeline import apply, remove
 from difa_compile.plan import Plan, SiteInfo
 from difa_compile.search import CANDIDATES, PUBLISHED_CANDIDATES, default_window, loss_of
+from tests.tiny_models import sd3
 from tests.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
 
 STEPS = 6
@@ -371,6 +372,11 @@ def test_order_of_halves_that_is_not_known(pipe, whole, monkeypatch):
 class TwoCalls(DiTPipeline):
     """Guidance in two calls per step, each named by ``cache_context``."""
 
+    @staticmethod
+    @contextmanager
+    def named(model, name):
+        yield
+
     @torch.no_grad()
     def __call__(self, class_labels, generator=None, num_inference_steps=STEPS, order=("cond", "uncond")):
         latents = torch.randn(len(class_labels), 1, 8, 8, generator=generator)
@@ -392,13 +398,9 @@ class TwoCalls(DiTPipeline):
 
 @pytest.fixture
 def two_calls(monkeypatch):
-    @contextmanager
-    def cache_context(self, name):
-        yield
-
     pipe = tiny_pipeline(layers=LAYERS)
     pipe.__class__ = TwoCalls
-    monkeypatch.setattr(type(pipe.transformer), "cache_context", cache_context, raising=False)
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", TwoCalls.named, raising=False)
     pretend(monkeypatch, Guidance("two-call"))
     return pipe
 
@@ -516,6 +518,55 @@ def test_two_calls_without_a_second_one_say_so(two_calls, order):
     assert not any(decision.cfg_shared for row in plan.decisions for decision in row)
     apply(two_calls, plan, inner="eager")
     assert torch.isfinite(two_calls(**inputs(), order=order)).all()
+
+
+class TwoTexts(DiTPipeline):
+    """Joint attention to texts of two lengths, one per guidance call."""
+
+    @torch.no_grad()
+    def __call__(self, lengths, generator=None, num_inference_steps=STEPS):
+        latents = torch.randn(1, 4, 8, 12, generator=generator)
+        texts = {
+            name: torch.randn(1, length, 24, generator=generator)
+            for name, length in zip(("cond", "uncond"), lengths, strict=True)
+        }
+        pooled = torch.randn(1, 20, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            noise = {}
+            for name, text in texts.items():
+                with self.transformer.cache_context(name):
+                    noise[name] = self.transformer(
+                        hidden_states=latents,
+                        encoder_hidden_states=text,
+                        pooled_projections=pooled,
+                        timestep=t.expand(1),
+                    ).sample
+            guided = noise["uncond"] + 2 * (noise["cond"] - noise["uncond"])
+            latents = self.scheduler.step(guided, t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("lengths", [(7, 5), (6, 6)])
+def test_two_calls_with_joint_attention_to_texts_share_if_their_lengths_agree(monkeypatch, lengths):
+    pipe = tiny_pipeline(transformer=sd3(batch=1)[0], scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.__class__ = TwoTexts
+    pretend(monkeypatch, Guidance("two-call"))
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", TwoCalls.named, raising=False)
+    given = {"lengths": lengths, "generator": torch.Generator().manual_seed(2)}
+    names = ["window+residual+cfg", "window+residual", "full+cfg"]
+    plan = quick(pipe, given, steps=3, threshold=10.0, candidates=names)
+    assert plan.settings.guidance == "two-call"
+    shared = [t for row in plan.rows[1:] for cell in row for t in cell.trials if t.decision.cfg_shared]
+    assert shared
+    if lengths[0] == lengths[1]:
+        assert any(decision.cfg_shared for row in plan.decisions for decision in row)
+    else:
+        assert all("different lengths" in trial.reason for trial in shared)
+        assert Kind.WINDOW_RESIDUAL in {decision.kind for row in plan.decisions for decision in row}
+    applied = apply(pipe, plan, inner="eager")
+    assert torch.isfinite(pipe(**given, num_inference_steps=3)).all()
+    assert [record for record in applied.records if record.outcome == "skipped"] == []
 
 
 # What goes wrong

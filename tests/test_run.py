@@ -198,7 +198,7 @@ def test_entering_in_the_middle_promotes_readers_to_full():
     with sampling(fast, 5) as run:
         run.step(2)
         found = call(fast, at_step(inputs, 2))
-        assert [(p.step, p.site, p.wanted) for p in run.promotions] == [(0, 0, REUSE), (0, 1, REUSE)]
+        assert [(p.step, p.site, p.wanted) for p in run.promotions] == [(2, 0, REUSE), (2, 1, REUSE)]
         run.step(3)
         call(fast, at_step(inputs, 3))
         run.step(4)
@@ -415,6 +415,93 @@ def test_another_image_size_is_refused_with_the_remedy():
         call(fast, inputs)
         with pytest.raises(PlanMismatchError, match="calibrate a plan at this image size"):
             call(fast, {"x": torch.randn(2, 3, 12, 12)})
+
+
+def with_text(inputs, tokens, step):
+    """The inputs of a step, with a text of as many tokens."""
+    now = at_step(inputs, step)
+    generator = torch.Generator().manual_seed(100 * tokens + step)
+    text = now["encoder_hidden_states"]
+    return now | {"encoder_hidden_states": torch.randn(len(text), tokens, text.shape[-1], generator=generator)}
+
+
+def joint_by_hand(model, tokens):
+    paths = [name for name, _ in model.named_modules() if ATTENTIONS["sd3"](name)]
+    return Altered(model, paths, [Layout((4, 6), after=tokens)] * len(paths), 0, Window.parse("band:3"))
+
+
+def test_a_plan_serves_texts_of_any_length_beside_the_image():
+    """Made for 7 tokens of text; in joint attention other lengths make other sizes, but the image is the same."""
+    model, inputs, _, _ = captured("sd3")
+    rows = [D(text) for text in ("full", "window(band:3)+residual", "reuse", "window(band:3)")]
+    fast = compiled(model, family_plan("sd3", rows))
+    for tokens in (7, 4, 11):
+        expected = joint_by_hand(model, tokens)
+        with sampling(fast, len(rows)) as run:
+            for step, decision in enumerate(rows):
+                run.step(step)
+                now = with_text(inputs, tokens, step)
+                assert_near(call(fast, now), expected([decision] * len(expected.modules), now))
+
+
+@pytest.mark.parametrize("shorter", ["cond", "uncond"])
+def test_joint_attention_to_texts_of_two_lengths_is_not_shared_across_the_calls(shorter):
+    model, inputs, _, _ = captured("sd3")
+    lengths = {name: 4 if name == shorter else 7 for name in ("cond", "uncond")}
+    rows = [D(text) for text in ("full", "window(band:3)+residual", "full")]
+    fast = compiled(model, family_plan("sd3", rows, guidance="two-call"))
+    expected = {name: joint_by_hand(model, tokens) for name, tokens in lengths.items()}
+    with sampling(fast, len(rows)) as run:
+        for step, decision in enumerate(rows):
+            run.step(step)
+            for name, tokens in lengths.items():
+                run.branch(name)
+                now = with_text(inputs, tokens, step)
+                assert_near(call(fast, now), expected[name]([decision] * len(expected[name].modules), now))
+    shares = compiled(model, family_plan("sd3", [FULL, FULL, D("full+cfg")], guidance="two-call"))
+    with sampling(shares, 3) as run:
+        run.branch("cond")
+        call(shares, with_text(inputs, lengths["cond"], 0))
+        run.branch("uncond")
+        with pytest.raises(PlanMismatchError, match=r"attn: the plan shares .* texts of equal length"):
+            call(shares, with_text(inputs, lengths["uncond"], 0))
+
+
+def test_models_that_share_a_capture_and_a_run_keep_their_caches_apart():
+    """Two experts of one class: the second takes over at the third step, with nothing cached."""
+    models = [plain()[0] for _ in range(2)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(1.2)
+    _, inputs = plain()
+    rows = [FULL, REUSE, REUSE, REUSE, D("window(band:2)+residual")]
+    fast = [compiled(model, plain_plan(rows)) for model in models]
+    captures = []
+
+    class Noting(Run):
+        def call(self, capture, args):
+            captures.append(capture)
+            return super().call(capture, args)
+
+    run = Noting(models[0], len(rows), experts=models[1:])
+    token = run.activate()
+    assert is_sampled(models[1])
+    expected = [by_hand(model) for model in models]
+    try:
+        held = []
+        for step, decision in enumerate((FULL, REUSE, FULL, REUSE, D("window(band:2)+residual"))):
+            run.step(step)
+            expert = int(step >= 2)
+            now = at_step(inputs, step)
+            found = call(fast[expert], now)
+            assert_near(found, plain_output(expected[expert], [decision] * 2, now))
+            held.append(run.cache_bytes())
+    finally:
+        run.deactivate(token)
+    assert len({id(capture) for capture in captures}) == 1
+    assert [(p.step, p.site) for p in run.promotions] == [(2, 0), (2, 1)]
+    assert held[2] > held[1]  # for the length of a step both are held
+    assert held[3] < held[2]
 
 
 def test_two_unlabelled_calls_of_a_step_are_refused():

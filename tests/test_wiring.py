@@ -28,7 +28,7 @@ class Watched:
         self.runs = []
         self.calls = []
         self.offset = offset
-        self.wiring = Wiring(pipe, self.model, self.forward, self.start)
+        self.wiring = Wiring(pipe, {self.model: self.forward}, self.start)
         self.wiring.connect()
 
     def start(self, pipe, scheduler, arguments):
@@ -110,7 +110,7 @@ def test_copies_of_a_transformer_have_a_plain_cache_context():
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, ffn_dim=8, num_layers=1
     )
-    wiring = Wiring(pipe, model, model._call_impl, lambda *arguments: None)
+    wiring = Wiring(pipe, {model: model._call_impl}, lambda *arguments: None)
     wiring.connect()
     assert "cache_context" in vars(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -201,12 +201,12 @@ def test_a_call_that_raises_ends_its_run(error):
             raise error
         return plain(*args, **kwargs)
 
-    watched.wiring._compiled = breaking
+    watched.wiring._compiled = {watched.model: breaking}
     with pytest.raises(error):
         sample(pipe)
     assert watched.runs[0].resets == 1
     assert not watched.runs[0].active
-    watched.wiring._compiled = plain
+    watched.wiring._compiled = {watched.model: plain}
     assert np.array_equal(sample(pipe), before)
     assert watched.runs[1].steps == [0, 1, 2, 3]
 
@@ -267,7 +267,7 @@ def test_threads_do_not_see_each_other():
                 barrier.wait()  # both are in mid-run at the same step
             return plain(*args, **kwargs)
 
-        watch.wiring._compiled = meeting
+        watch.wiring._compiled = {watch.model: meeting}
     images = [None, None]
 
     def work(index, steps):
