@@ -6,6 +6,7 @@ It has not run on a GPU yet: numerics are tested in Triton's interpreter, code g
 from __future__ import annotations
 
 import importlib.util
+import os
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +36,7 @@ MAX_TOKENS = 2**24
 def why_not(call: LocalCall) -> str | None:
     if call.device.type != "cuda" or torch.version.hip:
         return f"serves CUDA devices, not {'AMD' if call.device.type == 'cuda' else call.device.type}"
-    return _unserved(call) or _missing(call.device)
+    return _unserved(call) or _missing(call.device) or _unasked()
 
 
 def _unserved(call: LocalCall) -> str | None:
@@ -65,6 +66,13 @@ def _missing(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+    return None
+
+
+def _unasked() -> str | None:
+    """The kernel has not run on a GPU yet, so it serves those only who ask for it."""
+    if os.environ.get("DIFA_TRITON") != "1":
+        return "not measured on a GPU yet; set DIFA_TRITON=1 to use it"
     return None
 
 

@@ -160,6 +160,9 @@ def test_a_missing_toolchain_and_an_old_device_are_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert kernel.why_not(call_of()) == "compute capability 7.5, at least 8.0 is needed"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("DIFA_TRITON", raising=False)
+    assert kernel.why_not(call_of()) == "not measured on a GPU yet; set DIFA_TRITON=1 to use it"
+    monkeypatch.setenv("DIFA_TRITON", "1")
     assert kernel.why_not(call_of()) is None
 
 
