@@ -1,9 +1,9 @@
 """How much faster is a denoising step with local attention, on shapes of real models from 1024 to 4096 pixels?
 
-    python -m benchmarks.end_to_end             # about half an hour on two cores
+    python -m benchmarks.end_to_end             # about twenty minutes on two cores
     python -m benchmarks.end_to_end --quick     # the smallest size only, two repeats
 
-Random weights, a few blocks of FLUX, PixArt and Wan with their head sizes and four heads, a batch of one: speed, not
+Random weights, two blocks of FLUX, PixArt and Wan with their head sizes and four heads, a batch of one: speed, not
 quality. A case is a schedule of four steps (one at 65536 tokens, where dense attention takes minutes);
 ``seconds`` is per step, the median over interleaved rounds, compilation outside. Plans:
 
@@ -50,7 +50,7 @@ def flux(side: int, dtype: torch.dtype) -> Shaped:
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=128,
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
         num_attention_heads=HEADS, joint_attention_dim=256, pooled_projection_dim=64, axes_dims_rope=(16, 56, 56),
         guidance_embeds=True,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def pixart(side: int, dtype: torch.dtype) -> Shaped:
     from diffusers import PixArtTransformer2DModel
 
     model = PixArtTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=3,
+        num_attention_heads=HEADS, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=72 * HEADS, sample_size=2 * side, patch_size=2, caption_channels=256,
         use_additional_conditions=False,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def wan(side: int, dtype: torch.dtype) -> Shaped:
     frames, height, width = {64: (4, 32, 32), 128: (4, 64, 64), 256: (16, 64, 64)}[side]
     model = WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=256, freq_dim=256,
-        ffn_dim=2048, num_layers=3,
+        ffn_dim=2048, num_layers=2,
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width, dtype=dtype),
@@ -136,7 +136,7 @@ def measure(name: str, side: int, dtype: torch.dtype, repeats: int) -> list[Row]
     shares: dict[str, float | None] = {PLAIN: None}
     with torch.no_grad():
         made = plans(shaped, steps)
-        if steps > 1:
+        if side == SIDES[0]:
             made = {"difa, full plan": Plan.from_rule(shaped.model, steps, lambda *_: FULL, inputs=shaped.inputs)} | {
                 f"difa, {key}": plan for key, plan in made.items()
             }

@@ -6,8 +6,8 @@ It has not run on a GPU yet: numerics are tested in Triton's interpreter, code g
 from __future__ import annotations
 
 import importlib.util
-import os
 import math
+import os
 from contextlib import nullcontext
 from typing import Any
 
