@@ -23,6 +23,7 @@ from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention, latent_inputs
 from difa_compile.passes.pipeline import rewrite
+from difa_compile.passes.positions import HeldPositions
 from difa_compile.passes.questions import answer
 from difa_compile.passes.segments import Segment, split_at_blocks
 from difa_compile.passes.share_cfg import why_not_shared
@@ -117,6 +118,11 @@ class Capture:
         module = self._canonical(module, example_inputs)
         annotate_batch(module.graph, latent_inputs(module.graph))
         self.all_sites = find_attention(module, layout=layout, values=example_inputs)
+        self._positions = HeldPositions(
+            module.graph,
+            example_inputs,
+            lambda values: [site.layout for site in find_attention(module, layout=layout, values=values)],
+        )
         self.sites = tuple(site for site in self.all_sites if site.rewritable)
         if not self.sites:
             raise NoAttentionError(
@@ -235,9 +241,10 @@ class Capture:
         """Raise :class:`InputValuesError` if the capture does not hold for inputs of these values.
 
         A model may ask its inputs how many tokens a mask shows, or branch on them; the capture holds for the answers
-        with which it was made.
+        with which it was made, and for the positions of tokens that it was given.
         """
         self._questions.check(args)
+        self._positions.check(args)
 
     def full(self, args: Sequence[Any]) -> list[Any]:
         """The unmodified graph, compiled whole."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from difa_compile.decision import Decision, Kind
 from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
-from difa_compile.schedule import FULL_ROLE, Promotion, Role, assign_roles, check_progress, check_steps, take_rows
+from difa_compile.schedule import Promotion, Role, assign_roles, check_progress, check_steps, take_rows
 
 if TYPE_CHECKING:
     from difa_compile.capture import Capture
@@ -227,7 +227,7 @@ class CaptureRun:
         """
         last = self._last.get(branch)
         known = self._branch_roles.get(branch)
-        if last == step and any(role != FULL_ROLE for role in self.roles[step]):
+        if last == step and any(role.depends_on_calls for role in self.roles[step]):
             where = f"in branch {branch!r}" if branch else "without a branch"
             raise RunError(
                 f"step {self.first + step}: the model was called twice {where}, and the plan keeps caches, which such "

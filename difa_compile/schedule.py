@@ -46,6 +46,12 @@ class Role:
             )
 
     @property
+    def depends_on_calls(self) -> bool:
+        """Whether what it computes depends on other calls of the model, through caches or a shared CFG half."""
+        reads = self.decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) or self.decision.cfg_shared
+        return reads or self.emit_output or self.emit_residual
+
+    @property
     def reads_output(self) -> bool:
         """Whether ``cache.<site>.output`` is an input of the variant."""
         return self.decision.kind is Kind.REUSE

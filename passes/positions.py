@@ -10,19 +10,22 @@ Three things in a graph enumerate positions:
 Each is followed to where it meets the tokens, as the noisy sample's own axes are (:mod:`difa_compile.passes.axes`).
 So it is known for which tokens a grid holds, also where those of several images and texts stand in one sequence.
 
-The values of the example inputs are read; a call with other positions in tensors of equal shapes is not told apart.
+The values of the example inputs are read. So a layout holds for these values: :class:`HeldPositions` tells a later call
+that has others in tensors of equal shapes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from difa_compile.errors import InputValuesError
 from difa_compile.passes.axes import Axis, Extents, Part, follow_axes, other
 from difa_compile.passes.graph import is_parameter, op_name, shape_of
 
@@ -63,6 +66,54 @@ def inputs_of(graph: fx.Graph, values: Sequence[Any] | None) -> Iterator[tuple[f
     for node, value in zip(graph.find_nodes(op="placeholder"), values or (), strict=values is not None):
         if not is_parameter(node):
             yield node, value
+
+
+class HeldPositions:
+    """Inputs of a graph whose values tell where tokens stand, as they were when the graph was captured.
+
+    ``layouts(values)`` finds the layouts with the values of some inputs unknown (None). Held are only inputs without
+    which they are not found, a smallest set of them: a mask or a timestep may look like positions and be none.
+
+    A tensor that was found equal is not compared again as long as nobody writes to it, so the steps of a run, which
+    pass the same ids, cost nothing and a device is not waited for.
+    """
+
+    def __init__(self, graph: fx.Graph, values: Sequence[Any], layouts: Callable[[Sequence[Any]], object]) -> None:
+        known = list(values)
+        where = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+        may_tell = [where[node] for node, value in inputs_of(graph, values) if may_tell_positions(value)]
+        found = layouts(known) if may_tell else None
+        self._held: dict[int, Tensor] = {}
+        for i in may_tell:
+            value, known[i] = known[i], None
+            if layouts(known) != found:
+                known[i] = value
+                self._held[i] = value.detach().clone()
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raise :class:`InputValuesError` if inputs hold other positions than those the graph was captured with."""
+        for i, held in self._held.items():
+            value: Tensor = args[i]
+            seen, version = self._seen.get(i, (None, -1))
+            if seen is not None and seen() is value and value._version == version:
+                continue
+            if not torch.equal(held, value):
+                raise InputValuesError(
+                    "the positions of the tokens among the inputs (such as img_ids) differ from those the model was "
+                    "captured with, in tensors of equal shapes: an image of another form with as many tokens. Use "
+                    "difa_compile.apply, which captures the model anew, or call torch._dynamo.reset() first"
+                )
+            if not value.is_inference():  # such tensors count no versions
+                self._seen[i] = weakref.ref(value), value._version
+
+
+def may_tell_positions(value: object) -> bool:
+    """Whether an input's values can be read as positions: as ids, as angles, or as the numbers of a range."""
+    if not isinstance(value, Tensor):
+        return False
+    line = value.ndim == 1 and value.dtype in (torch.int32, torch.int64)
+    return line or next(tables_of(value), None) is not None or positions_given(value) is not None
 
 
 def coordinates(sizes: Sequence[int]) -> Extents:

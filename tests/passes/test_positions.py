@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend import eager
+from difa_compile.backend import difa, eager
 from difa_compile.capture import Capture
 from difa_compile.decision import Decision
+from difa_compile.errors import InputValuesError
+from difa_compile.inspect import inspect_model
 from difa_compile.layout import Layout
 from difa_compile.passes.positions import grid_of_table, grids_among
+from difa_compile.run import sampling
 from difa_compile.schedule import Role
-from tests.tiny_models import graph_of
+from difa_compile.wiring import compile_forward, run_compiled
+from tests import tiny_models
+from tests.altered import Altered
+from tests.tiny_models import flux, graph_of, plan_of
 
 TEXT, NOISY, REFERENCE = 3, (3, 5), (2, 4)
 
@@ -305,3 +311,39 @@ def test_tokens_of_another_input_say_whose_they_are():
     (site,) = Capture(module, values, eager).sites
     assert site.layout is None
     assert site.layout_reason == "the tokens are those of the input sound, not of the noisy sample; give layout="
+
+
+def test_images_of_another_form_with_as_many_tokens_are_captured_anew():
+    """Equal shapes, other position ids: the windows must follow them, and a timestep is no position."""
+    model, _ = flux()
+    grids = [(4, 6), (6, 4), (3, 8)]
+    calls = {grid: flux(grid=grid)[1] for grid in grids}
+    decision = Decision.parse("window(disc:2)")
+    captures = []
+
+    def backend(module, example_inputs, *, options=None):
+        captures.append(module)
+        return difa(module, example_inputs, options=options)
+
+    torch._dynamo.reset()
+    first = calls[4, 6]
+    infos = inspect_model(model, first).site_infos
+    plan = plan_of(model, infos, [decision])
+    torch._dynamo.reset()
+    options = {"plan": plan, "inner": "eager", "resize": "tokens"}
+    forward = compile_forward(model, backend, options)
+    paths = [info.path for info in infos]
+    with torch.no_grad(), sampling(model, 1):
+        for count, grid in [(1, (4, 6)), (2, (6, 4)), (3, (3, 8)), (3, (6, 4)), (3, (4, 6))]:
+            inputs = calls[grid] | {"timestep": torch.rand(2)}
+            found = run_compiled(forward, model, (), inputs)[0]
+            layouts = [Layout(grid, before=tiny_models.TEXT)] * len(paths)
+            wanted = Altered(model, paths, layouts, None, None)([decision] * len(paths), inputs)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+            assert len(captures) == count
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="difa", options=options, dynamic=False)
+    with torch.no_grad(), sampling(compiled, 1):
+        compiled(**first)
+        with pytest.raises(InputValuesError, match="positions of the tokens"):
+            compiled(**calls[6, 4])
