@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from difa_compile import reference
-from difa_compile.cost import visible_pairs
 from difa_compile.decision import Window, WindowShape
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall
+from difa_compile.pairs import visible_pairs
 from difa_compile.plugins import cpu, flex, masked_sdpa
 
 from ._common import RESULTS, Row, interleave, write_result

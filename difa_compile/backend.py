@@ -23,7 +23,7 @@ from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
-OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options")
+OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower")
 
 
 def difa(
@@ -45,6 +45,8 @@ def difa(
         resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
             errors otherwise.
         inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
+        allow_slower: carry out windows that this machine's profile predicts to be slower than full attention too. By
+            default they are left full and recorded as skipped, which ``strict`` does not mind.
         mode: of ``torch.compile``, for instance ``"reduce-overhead"`` (CUDA graphs). ``torch.compile`` takes no
             ``mode`` of its own beside options.
         inductor_options: values of ``torch._inductor.config``, for instance ``{"max_autotune": True}``.
@@ -105,6 +107,7 @@ def planned(
         strict=bool(options.get("strict", False)),
         resize=options.get("resize"),
         overwrites=uses_cuda_graphs(config),
+        allow_slower=bool(options.get("allow_slower", False)),
     )
 
     def run_captured(*args: Any) -> list[Any]:

@@ -23,12 +23,14 @@ from difa_compile.errors import (
     DecisionError,
     MissingDependencyError,
     NotAppliedError,
+    ProfileError,
     ScheduleError,
     ThresholdError,
     UnsupportedPipelineError,
 )
 from difa_compile.following import Following
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.machine_profile import current
 from difa_compile.pipeline import check_scheduler, find_transformers
 from difa_compile.plan import Plan, model_digest
 from difa_compile.run import Run
@@ -36,6 +38,9 @@ from difa_compile.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES,
 from difa_compile.wiring import Wiring, compile_forward, wiring_of
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
+
+RANKS = ("auto", "published", "time")
+"""In which order candidates are tried: see :func:`calibrate`."""
 
 
 def calibrate(
@@ -51,6 +56,7 @@ def calibrate(
     progress: bool = True,
     conditional_half: int | None = None,
     inner: str = "inductor",
+    rank: str = "auto",
 ) -> Plan:
     """Search a plan for ``pipe`` by sampling once with ``inputs`` (keyword arguments of its call).
 
@@ -58,17 +64,21 @@ def calibrate(
     ``threshold``: DiTFastAttn's delta, in (0, 10]; the published settings are 0.025 to 0.15. ``window``: for instance
     ``"band:32"`` or ``Window("disc", 8)``; by default a band of an eighth of the image tokens on each side.
     ``candidates``: names from :data:`CANDIDATES` in the order tried, by default the published four; one that cannot be
-    carried out at a site is noted with the reason in the plan. ``loss``: see :func:`loss_of`. ``conditional_half``: 0
-    or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles the candidates,
-    ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in ``inputs`` is put back
-    to its state afterwards; without one, sampling is seeded with 0.
+    carried out at a site is noted with the reason in the plan. ``rank``: ``"time"`` tries the candidates that this
+    machine's profile (``difa tune``) predicts to be quickest first and leaves out, noted with both times, windows that
+    it predicts to be no faster than full attention; ``"published"`` tries all in DiTFastAttn's order, or yours;
+    ``"auto"`` is ``"time"`` where there is a profile and ``candidates`` are not given. ``loss``: see :func:`loss_of`.
+    ``conditional_half``: 0 or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles
+    the candidates, ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in
+    ``inputs`` is put back to its state afterwards; without one, sampling is seeded with 0.
 
     After every step the decisions so far are saved in ``state`` (by default a file of its own in the user's cache
     folder), so a calibration that was interrupted goes on where it was when started again with the same arguments:
     the steps decided are sampled again, which takes one call of the model each, and the search continues. The file
     is deleted at the end.
 
-    Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates),
+    Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates, rank),
+    :class:`ProfileError` (``rank="time"`` without a profile),
     :class:`UnsupportedPipelineError`, :class:`NotAppliedError` (the pipeline carries a plan), :class:`NonFiniteError`,
     :class:`CalibrationStateError`, :class:`OutputError` and what capturing the model raises.
     """
@@ -78,6 +88,8 @@ def calibrate(
         raise ThresholdError(
             f"threshold is {threshold!r}; give a number above 0, at most {MAX_THRESHOLD:g} (published: 0.025 to 0.15)"
         )
+    if rank not in RANKS:
+        raise DecisionError(f"rank is {rank!r}; choose one of {', '.join(RANKS)}")
     if loss not in ("paper", "code"):
         raise DecisionError(f"loss {loss!r} is unknown; choose paper or code")
     if isinstance(window, str):
@@ -95,7 +107,8 @@ def calibrate(
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
     half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
     call = _call_arguments(pipe, inputs, steps)
-    settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason)
+    by_time = _profile_digest(models[0], rank, given=candidates is not None)
+    settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, by_time)
     identity = {
         **{f"model {key}": str(value) for key, value in asdict(digests[0]).items()},
         "weights": digest_of([weights_digest(model) for model in models]),
@@ -179,6 +192,20 @@ def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
         if name not in CANDIDATES:
             raise DecisionError(f"candidate {name!r} is unknown; choose from {', '.join(CANDIDATES)}")
     return names
+
+
+def _profile_digest(model: nn.Module, rank: str, *, given: bool) -> str | None:
+    """Digest of the profile to rank candidates by, or None to try them in their order."""
+    if rank == "published" or (rank == "auto" and given):
+        return None
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    profile = current(device)
+    if profile is None and rank == "time":
+        raise ProfileError(
+            f'rank="time" needs a profile of this machine for {device.type}, and there is none; run difa tune --device '
+            f"{device.type}, or choose auto or published"
+        )
+    return None if profile is None else profile.digest
 
 
 def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[str, ...]) -> tuple[int | None, str]:

@@ -11,14 +11,17 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from difa_compile.cost import Setting, seconds_text, site_seconds, without_window
 from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
+from difa_compile.machine_profile import Profile, current
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention, latent_inputs
@@ -32,7 +35,7 @@ from difa_compile.passes.variant import Context
 from difa_compile.passes.verify import Proof, computes_the_same, fresh, prove
 from difa_compile.passes.window import why_not_window
 from difa_compile.plan import Plan, same_but_for_text
-from difa_compile.schedule import FULL_ROLE, Role
+from difa_compile.schedule import FULL_ROLE, Role, assign_roles
 from difa_compile.stitch import Link, Row, stitch
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -41,7 +44,10 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a decision at a site: ``outcome`` is ``"rewritten"``, ``"full"`` (as decided) or ``"skipped"``."""
+    """What became of a decision at a site: ``outcome`` is ``"rewritten"``, ``"full"`` (as decided) or ``"skipped"``.
+
+    Skipped are decisions that cannot be carried out and windows that are predicted slower than full attention.
+    """
 
     site: str
     decision: str
@@ -77,6 +83,9 @@ class Capture:
     ``overwrites``: what ``compiler`` makes returns memory that is overwritten in the next call of the model, as CUDA
     graphs do. Outputs and caches, which are still read then, are copied out of it.
 
+    ``allow_slower``: windows of the plan are carried out even where the machine's profile says that they take longer
+    than full attention.
+
     Attributes:
         sites: the sites a plan can act on (self- and joint attention), in execution order.
         all_sites: these and the cross-attention sites.
@@ -99,6 +108,7 @@ class Capture:
         strict: bool = False,
         resize: str | None = None,
         overwrites: bool = False,
+        allow_slower: bool = False,
     ) -> None:
         self._questions = answer(module, example_inputs)
         specialize(module)
@@ -112,6 +122,8 @@ class Capture:
         self._compiled: dict[tuple[str, tuple[Role, ...]], Compiled] = {}
         self._rows: dict[tuple[Role, ...], Row] = {}
         self._reasons: dict[tuple[int, Decision], str | None] = {}
+        self._slower: dict[tuple[int, Decision], str] = {}
+        self._seconds: dict[tuple[int, Role | Decision], float | None] = {}
         self._whole: Callable[..., Any] | None = None
         self._lock = threading.RLock()
         self._parameter = first_parameter(example_inputs)
@@ -142,15 +154,22 @@ class Capture:
             if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites)):
                 self.plan = plan = plan.resized(infos, resize or "tokens")
             plan.validate(sites=infos)
-            self.records = self._record(plan)
-            skipped = [record for record in self.records if record.outcome == "skipped"]
-            if strict and skipped:
-                first = skipped[0]
+            impossible = [
+                (site.path, decision, reason)
+                for index, site in enumerate(self.sites)
+                for decision in dict.fromkeys(row[index] for row in plan.decisions)
+                if (reason := self.why_not(index, decision)) is not None
+            ]
+            if strict and impossible:
+                path, decision, reason = impossible[0]
                 raise SiteSkippedError(
-                    f"{first.site}: {first.decision} can't be carried out: {first.reason} ({len(skipped)} such "
+                    f"{path}: {decision} can't be carried out: {reason} ({len(impossible)} such "
                     "decisions in all). Take the decision out of the plan, or compile with strict=False to leave these "
                     "sites full"
                 )
+            if not allow_slower:
+                self._slower = self._predicted_slower(plan)
+            self.records = self._record(plan)
 
     @staticmethod
     def _canonical(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -196,14 +215,99 @@ class Capture:
         return None
 
     def effective(self, site_index: int, decision: Decision) -> Decision:
-        """The decision itself, or full where it can't be carried out."""
-        return decision if self.why_not(site_index, decision) is None else FULL
+        """The decision itself, or full: where it can't be carried out, and for a window that is predicted slower.
+
+        In place of such a window full attention shares the CFG halves as the decision says.
+        """
+        if self.why_not(site_index, decision) is not None:
+            return FULL
+        return without_window(decision) if (site_index, decision) in self._slower else decision
+
+    # --- what it would take ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The profile of this machine, read once, so that all calls of a capture decide alike."""
+        return current(self._setting(0).device)
+
+    def _setting(self, site_index: int) -> Setting:
+        site = self.sites[site_index]
+        query, _, value = (node.meta["example_value"] for node in attention_inputs(site.region.attention))
+        return Setting(
+            site.query_shape[0], query.dtype, query.device, site.key_shape[1], value.shape[-1], site.mask != "none"
+        )
+
+    def seconds(self, site_index: int, role: Role | Decision) -> float | None:
+        """Predicted seconds of a site at one step of one call; None without a profile that can tell."""
+        if self.profile is None:
+            return None
+        key = (site_index, role)
+        if key not in self._seconds:
+            info = self.sites[site_index].info
+            self._seconds[key] = site_seconds(role, info, self._setting(site_index), self.profile)
+        return self._seconds[key]
+
+    def why_slower(self, site_index: int, decision: Decision) -> str | None:
+        """Both figures in words if a window is predicted to take no less than full attention, which shares as it does.
+
+        Judged by itself, without the step that takes its residual. None also where nothing can be predicted.
+        """
+        window, full = (self.seconds(site_index, one) for one in (decision, without_window(decision)))
+        if decision.window is None or window is None or full is None or window < full:
+            return None
+        return self._figures(site_index, window, full, than="no faster than")
+
+    def _figures(self, site_index: int, window: float, full: float, note: str = "", than: str = "slower than") -> str:
+        setting, site = self._setting(site_index), self.sites[site_index]
+        assert self.profile is not None
+        most = self.profile.extrapolates(site.info.keys, setting.dtype)
+        return (
+            f"predicted {than} full: {seconds_text(window)}{note} against {seconds_text(full)} on this machine"
+            f"{', extrapolated from fewer tokens' if most else ''}"
+        )
+
+    def _predicted_slower(self, plan: Plan) -> dict[tuple[int, Decision], str]:
+        """The windows of a plan that are predicted to cost more than they save over the plan's own schedule.
+
+        What taking a residual costs is set against what all its readers save. In place of a window comes full
+        attention, which shares the CFG halves as the window did.
+        """
+        found: dict[tuple[int, Decision], str] = {}
+        for index in range(len(self.sites)):
+            column = [self.effective(index, row[index]) for row in plan.decisions]
+            windows = [decision for decision in dict.fromkeys(column) if decision.window is not None]
+            again = bool(windows)
+            while again:  # a window left out may leave the cost of a residual to the others
+                again = False
+                for decision in windows:
+                    without = [without_window(one) if one == decision else one for one in column]
+                    now, then = self._column_seconds(index, column), self._column_seconds(index, without)
+                    if now is None or then is None or then >= now:
+                        continue
+                    full = self.seconds(index, without_window(decision))
+                    assert full is not None
+                    each = full + (now - then) / column.count(decision)
+                    note = " (with its residual)" if decision.kind is Kind.WINDOW_RESIDUAL else ""
+                    figures = self._figures(index, each, full, note)
+                    found[index, decision] = f"{figures}; allow_slower=True takes it anyway"
+                    column, again = without, True
+        return found
+
+    def _column_seconds(self, site_index: int, column: Sequence[Decision]) -> float | None:
+        """Predicted seconds of one site over a schedule."""
+        total = 0.0
+        for (role,) in assign_roles([[decision] for decision in column]):
+            seconds = self.seconds(site_index, role)
+            if seconds is None:
+                return None
+            total += seconds
+        return total
 
     def _record(self, plan: Plan) -> tuple[Record, ...]:
         records = []
         for index, site in enumerate(self.sites):
             for decision in dict.fromkeys(row[index] for row in plan.decisions):
-                reason = self.why_not(index, decision)
+                reason = self.why_not(index, decision) or self._slower.get((index, decision))
                 outcome = "skipped" if reason else "full" if decision == FULL else "rewritten"
                 records.append(Record(site.path, str(decision), outcome, reason or ""))
         return tuple(records)

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from difa_compile import metrics
 from difa_compile.cost import plan_flops
-from difa_compile.decision import FULL
 from difa_compile.errors import ComparisonError, MissingDependencyError, ScheduleError, UnsupportedPipelineError
 from difa_compile.hooks import call_in_hook, uncompiled_call
 from difa_compile.pipeline import apply, find_transformers, remove
 from difa_compile.plan import Plan
-from difa_compile.schedule import Role
+from difa_compile.schedule import Role, assign_roles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difa_compile.capture import Record
+    from difa_compile.capture import Capture, Record
+    from difa_compile.decision import Decision
     from difa_compile.plan_data import SiteInfo
 
 _OURS = ("generator", "num_inference_steps", "output_type", "return_dict")
@@ -373,6 +373,7 @@ def compare(
                 calls[name].append(caller(seeds[index % len(seeds)]))
                 advance(name)
         records = tuple(applied.records)
+        capture = applied.captures[-1]
         stats = applied.last_run
         assert stats is not None
         resolved = plan.resolve(steps, pipe.scheduler)
@@ -380,7 +381,7 @@ def compare(
     full_images, planned_images = (
         torch.cat([call.images for call in calls[name][: len(seeds)]]) for name in ("full", "planned")
     )
-    roles = _carried_out(resolved.sites, resolved.roles, records)
+    roles = _carried_out(capture, resolved.rows)
     attention, with_projections = (_operations(resolved.sites, roles, counted) for counted in (False, True))
     return Comparison(
         plan_digest=plan.digest,
@@ -435,18 +436,9 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def _carried_out(
-    sites: Sequence[SiteInfo], roles: Sequence[Sequence[Role]], records: Sequence[Record]
-) -> tuple[tuple[Role, ...], ...]:
-    """The roles with every skipped decision replaced by full."""
-    skipped = {(record.site, str(record.decision)) for record in records if record.outcome == "skipped"}
-    return tuple(
-        tuple(
-            Role(FULL) if (site.path, str(role.decision)) in skipped else role
-            for site, role in zip(sites, row, strict=True)
-        )
-        for row in roles
-    )
+def _carried_out(capture: Capture, rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
+    """The roles with every skipped decision replaced by what was done instead."""
+    return assign_roles([[capture.effective(i, decision) for i, decision in enumerate(row)] for row in rows])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cost model: floating-point operations of attention, counted from the decisions alone.
+"""Cost model: operations of attention, counted from the decisions alone, and seconds, predicted from a machine profile.
 
 Two conventions are in use and both are given everywhere:
 
@@ -8,18 +8,23 @@ Two conventions are in use and both are given everywhere:
 
 ``inner`` is heads x head_dim; one multiply-add is two operations; softmax, norms and copies are not counted. All counts
 are whole numbers for ONE element of the batch. Where the CFG halves share one computation, an element costs half.
+
+Seconds (:func:`site_seconds`) are of a whole batch on one machine, and need its profile
+(:mod:`difa_compile.machine_profile`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
-from difa_compile.decision import Decision, Kind, Window, WindowShape
-from difa_compile.errors import LayoutError
+import torch
+
+from difa_compile.decision import FULL, Decision, Kind, Window
 from difa_compile.layout import Layout
+from difa_compile.machine_profile import ELEMENTWISE, LINEAR, FullCall, Profile, elementwise_work, linear_work
+from difa_compile.ops import LocalCall
+from difa_compile.pairs import visible_pairs
 from difa_compile.plan_data import SiteInfo
 from difa_compile.schedule import Role
 
@@ -39,75 +44,6 @@ class Flops:
     def count(self, with_projections: bool) -> int:
         """Operations in one of the two conventions."""
         return self.total if with_projections else self.attention
-
-
-def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> int:
-    """Number of (query, key) pairs that may attend: ``sum(mask)``. Exact, without building the mask.
-
-    ``tokens`` queries: all of the layout's or those of ``layout.rows``. Without window they see every key. With one,
-    text sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with
-    the grid's height (times its length in time), not with the number of pairs.
-    Raises :class:`LayoutError` if a window meets no layout, or a layout of another number of tokens.
-    """
-    if window is None:
-        return tokens * (tokens if layout is None else layout.tokens)
-    if layout is None:
-        raise LayoutError(f"the window {window} needs a token layout, but none is known; give the grid of the image")
-    if not layout.holds(tokens):
-        layout.check(tokens, f"window {window}")
-    image = layout.image_tokens
-    other = layout.tokens - image
-    return (tokens - image) * layout.tokens + image * other + _image_pairs(layout.grid, window)
-
-
-@lru_cache(maxsize=1024)
-def _image_pairs(grid: tuple[int, ...], window: Window) -> int:
-    """Pairs of image tokens that see each other."""
-    radius = window.radius
-    if window.shape is WindowShape.BAND:
-        return _axis_pairs(math.prod(grid), radius)
-    if window.shape is WindowShape.BOX:
-        return math.prod(_axis_pairs(size, radius) for size in grid)
-    return _disc_pairs(grid, radius * radius - 1)
-
-
-def _axis_pairs(size: int, reach: int) -> int:
-    """Pairs (i, j) in ``range(size)`` with ``|i - j| <= reach``: sum over offsets o of ``size - |o|``."""
-    reach = min(reach, size - 1)
-    return size * (2 * reach + 1) - reach * (reach + 1)
-
-
-def _disc_pairs(grid: tuple[int, ...], budget: int) -> int:
-    """Pairs of grid tokens whose squared offsets add up to at most ``budget`` (>= 0); the last axis in closed form."""
-    reach = math.isqrt(budget)
-    if len(grid) == 1:
-        return _axis_pairs(grid[0], reach)
-    size, rest = grid[0], grid[1:]
-    pairs = size * _disc_pairs(rest, budget)
-    for offset in range(1, min(reach, size - 1) + 1):
-        pairs += 2 * (size - offset) * _disc_pairs(rest, budget - offset * offset)
-    return pairs
-
-
-def window_keys(window: Window, dims: int = 2) -> int:
-    """Image keys that an interior token sees on an unbounded grid of ``dims`` dimensions, itself included.
-
-    A disc of radius 8, 16, 32 on an image has 193, 793, 3205. A band is 1-D whatever the grid.
-    """
-    side = 2 * window.radius + 1
-    if window.shape is WindowShape.BAND:
-        return side
-    if window.shape is WindowShape.BOX:
-        return int(side**dims)
-    return _ball(dims, window.radius * window.radius - 1)
-
-
-def _ball(dims: int, budget: int) -> int:
-    """Whole-number points of a ``dims``-dimensional ball of squared radius ``budget``."""
-    reach = math.isqrt(budget)
-    if dims == 1:
-        return 2 * reach + 1
-    return sum(_ball(dims - 1, budget - offset * offset) for offset in range(-reach, reach + 1))
 
 
 def attention_flops(
@@ -141,11 +77,7 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
 
     Where the layout is unknown no window can be carried out, so a windowed site counts as the full one that will run.
     """
-    decision, residual_window = (role.decision, role.residual_window) if isinstance(role, Role) else (role, None)
-    if site.layout is None and decision.window is not None:
-        decision = Decision(Kind.FULL, None, decision.cfg_shared)
-    if site.layout is None:
-        residual_window = None
+    decision, residual_window = _carried_out(role, site)
     return attention_flops(
         decision,
         tokens=site.tokens,
@@ -157,6 +89,19 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
     )
 
 
+def _carried_out(role: Role | Decision, site: SiteInfo) -> tuple[Decision, Window | None]:
+    """The decision that will run and the window its residual is taken against: none where the layout is unknown."""
+    decision, residual_window = (role.decision, role.residual_window) if isinstance(role, Role) else (role, None)
+    if site.layout is not None:
+        return decision, residual_window
+    return without_window(decision), None
+
+
+def without_window(decision: Decision) -> Decision:
+    """Full attention in place of a window, sharing the CFG halves as before; any other decision as it is."""
+    return decision if decision.window is None else Decision(Kind.FULL, None, decision.cfg_shared)
+
+
 def full_flops(site: SiteInfo) -> Flops:
     """Operations of ``site`` as the model computes it."""
     return Flops(4 * site.tokens * site.keys * site.inner, 8 * site.tokens * site.width * site.inner)
@@ -165,6 +110,64 @@ def full_flops(site: SiteInfo) -> Flops:
 def flops_saved(decision: Decision, site: SiteInfo) -> float:
     """Share of the site's operations, projections included, that ``decision`` does not compute; in [0, 1]."""
     return 1.0 - site_flops(decision, site).total / full_flops(site).total
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a prediction needs to know beside the site: ``batch`` elements (both CFG halves), dtype, device.
+
+    ``key_heads``, ``value_dim``: as in :class:`~difa_compile.ops.LocalCall`. ``masked``: the attention has a mask of
+    its own.
+    """
+
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    key_heads: int | None = None
+    value_dim: int = 0
+    masked: bool = False
+
+
+def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profile: Profile) -> float | None:
+    """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
+
+    A role that takes a residual computes its window as well. Reuse takes no time; CFG sharing that of half the batch
+    and a copy. None where the profile cannot tell: a dtype or kernel that was not measured, attention under a mask.
+    """
+    decision, residual_window = _carried_out(role, site)
+    if decision.kind is Kind.REUSE:
+        return 0.0
+    if setting.masked:
+        return None
+    batch = max(1, setting.batch // 2) if decision.cfg_shared else setting.batch
+    dtype, device = setting.dtype, setting.device
+
+    def attention(window: Window | None) -> float | None:
+        if window is None:
+            call = FullCall(
+                batch, site.heads, site.tokens, site.keys, site.head_dim, setting.value_dim, setting.key_heads
+            )
+            return profile.full_seconds(call, dtype)
+        assert site.layout is not None
+        shape = (batch, site.heads, site.tokens, site.head_dim)
+        return profile.local_seconds(
+            LocalCall(site.layout, window, None, shape, dtype, device, False, setting.key_heads, setting.value_dim)
+        )
+
+    def passes(elements: int, reads: float) -> float | None:
+        return profile.seconds(ELEMENTWISE, dtype, elementwise_work(elements, dtype, device, reads))
+
+    into = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.width, site.inner))
+    out = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.inner, site.width))
+    parts = [into, into, into, out, attention(decision.window)]
+    if decision.kind is Kind.WINDOW_RESIDUAL:
+        parts.append(passes(batch * site.tokens * site.inner, 2))
+    if residual_window is not None:
+        parts += [attention(residual_window), passes(batch * site.tokens * site.inner, 2)]
+    if decision.cfg_shared:
+        parts.append(passes(setting.batch * site.tokens * site.width, 0.5))
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 class Costed(Protocol):
@@ -255,15 +258,47 @@ def plan_flops(plan: Costed, with_projections: bool) -> PlanCost:
 
 
 @dataclass(frozen=True)
+class PlanSeconds:
+    """Predicted seconds of a whole run's attention sites on one machine, with projections, for ``batch`` elements."""
+
+    dtype: torch.dtype
+    batch: int
+    full: float
+    planned: float
+    extrapolated: bool
+    """Whether a site has more tokens than were measured."""
+
+
+def plan_seconds(plan: Costed, profile: Profile, dtype: torch.dtype, batch: int) -> PlanSeconds | None:
+    """Predicted seconds of a plan over its schedule; None where the profile cannot tell. Masks are not known here."""
+    setting = Setting(batch, dtype, torch.device(profile.machine.device))
+    known: dict[tuple[SiteInfo, Role | Decision], float | None] = {}
+
+    def seconds(role: Role | Decision, site: SiteInfo) -> float | None:
+        if (site, role) not in known:
+            known[site, role] = site_seconds(role, site, setting, profile)
+        return known[site, role]
+
+    planned = [seconds(role, site) for row in plan.roles for role, site in zip(row, plan.sites, strict=True)]
+    full = [seconds(FULL, site) for site in plan.sites]
+    totals = [sum(part for part in parts if part is not None) for parts in (full, planned)]
+    if None in planned or None in full:
+        return None
+    extrapolated = any(profile.extrapolates(site.keys, dtype) for site in plan.sites)
+    return PlanSeconds(dtype, batch, totals[0] * len(plan.roles), totals[1], extrapolated)
+
+
+@dataclass(frozen=True)
 class CostBreakdown:
-    """The cost of a plan in both conventions."""
+    """The cost of a plan in both conventions, and in predicted seconds per dtype measured, if there is a profile."""
 
     attention: PlanCost
     with_projections: PlanCost
+    seconds: tuple[PlanSeconds, ...] = ()
 
     def lines(self) -> tuple[str, ...]:
-        """Two lines of text: share of full and operations of a run, for one image of a batch."""
-        return tuple(
+        """Lines of text: share of full and operations of a run, for one image of a batch; then predicted seconds."""
+        counted = tuple(
             f"{name:<32} {100 * cost.share:5.1f} % of full  ({_scaled(cost.total_planned)} of "
             f"{_scaled(cost.total_full)}, {_scaled(cost.total_residuals)} of it for residuals)"
             for name, cost in (
@@ -271,11 +306,31 @@ class CostBreakdown:
                 ("attention FLOPs with projections", self.with_projections),
             )
         )
+        predicted = tuple(
+            f"{'predicted time, ' + str(one.dtype).removeprefix('torch.'):<32} {100 * one.planned / one.full:5.1f} % "
+            f"of full  ({seconds_text(one.planned)} of {seconds_text(one.full)} on this machine, batch of {one.batch}"
+            f"{', extrapolated' if one.extrapolated else ''})"
+            for one in self.seconds
+        )
+        return counted + predicted
 
 
-def cost_breakdown(plan: Costed) -> CostBreakdown:
-    """The cost of a plan or resolved plan in both conventions, per step and per site."""
-    return CostBreakdown(plan_flops(plan, False), plan_flops(plan, True))
+def cost_breakdown(plan: Costed, profile: Profile | None = None, batch: int = 1) -> CostBreakdown:
+    """The cost of a plan or resolved plan in both conventions, per step and per site.
+
+    With a ``profile`` also the predicted seconds for a batch of ``batch`` in each dtype that it covers.
+    """
+    found = [plan_seconds(plan, profile, dtype, batch) for dtype in profile.dtypes] if profile is not None else []
+    seconds = tuple(one for one in found if one is not None)
+    return CostBreakdown(plan_flops(plan, False), plan_flops(plan, True), seconds)
+
+
+def seconds_text(seconds: float) -> str:
+    """``seconds`` with a unit: ``3.1 ms``."""
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _scaled(flops: int) -> str:

@@ -95,6 +95,10 @@ class KernelBuildError(DifaError, RuntimeError):
     """A kernel that has to be compiled on this machine cannot be."""
 
 
+class ProfileError(DifaError, ValueError):
+    """A machine profile that is missing where one is asked for, damaged, or cannot be measured."""
+
+
 class MissingDependencyError(DifaError, ImportError):
     """An optional package is needed for what was asked; the message names the extra to install."""
 

@@ -64,6 +64,9 @@ class LocalKernel:
     name: str
     why_not: Callable[[LocalCall], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, LocalCall], Tensor]
+    work: Callable[[LocalCall], tuple[int, int]] | None = None
+    """Per head, how many (query, key) pairs the kernel goes through, hidden ones in its tiles included, and how many
+    keys, counted anew for each tile. None: about the visible pairs, and each key once."""
 
 
 KERNEL_MODULES = (

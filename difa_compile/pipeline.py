@@ -140,6 +140,7 @@ def apply(
     resize: str | None = None,
     mode: str | None = None,
     inductor_options: Mapping[str, Any] | None = None,
+    allow_slower: bool = False,
 ) -> AppliedPlan:
     """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
 
@@ -151,6 +152,8 @@ def apply(
     graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
     onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors. ``mode``: of
     ``torch.compile``, for instance ``"reduce-overhead"``; ``inductor_options``: values of ``torch._inductor.config``.
+    ``allow_slower``: windows that are predicted slower than full attention on this machine, by a profile that
+    ``difa tune`` measured, are carried out all the same; by default they are left full and recorded as skipped.
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
@@ -174,6 +177,8 @@ def apply(
         options["mode"] = mode
     if inductor_options:
         options["inductor_options"] = dict(inductor_options)
+    if allow_slower:
+        options["allow_slower"] = True
     options["cfg"] = _cfg_option(pipe, plan)
     decisions = {decision for row in plan.decisions for decision in row}
     shares = any(decision.cfg_shared for decision in decisions)

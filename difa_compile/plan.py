@@ -17,6 +17,7 @@ from difa_compile import plan_json, plan_text
 from difa_compile.cost import flops_saved
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError
+from difa_compile.folders import write_whole
 from difa_compile.guidance import stated_guidance
 from difa_compile.plan_data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
 from difa_compile.plan_json import SCHEMA_VERSION
@@ -36,6 +37,8 @@ from difa_compile.schedule import (
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from difa_compile.machine_profile import Profile
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -145,7 +148,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan file, whole or not at all. Raises :class:`OutputError`."""
-        plan_json.write_whole(Path(path), self.to_json())
+        write_whole(Path(path), self.to_json(), "the plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -307,9 +310,12 @@ class Plan:
         """What differs from ``other``, to read: settings, cost, which decisions became which, and where."""
         return plan_text.difference(self, other)
 
-    def summary(self) -> str:
-        """The plan to read: origin, counts per decision, cost, distinct rows, and a map of sites by steps."""
-        return plan_text.summary(self)
+    def summary(self, profile: Profile | None = None) -> str:
+        """The plan to read: origin, counts per decision, cost, distinct rows, and a map of sites by steps.
+
+        With the ``profile`` of a machine (:func:`difa_compile.machine_profile.current`) also the predicted time.
+        """
+        return plan_text.summary(self, profile)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
@@ -40,7 +38,6 @@ from difa_compile.decision import Decision
 from difa_compile.errors import (
     DecisionError,
     LayoutError,
-    OutputError,
     PlanDigestError,
     PlanFormatError,
     PlanVersionError,
@@ -148,26 +145,6 @@ def _cell_json(cell: Cell) -> dict[str, object]:
         for trial in cell.trials
     ]
     return {"decision": str(cell.decision), "flops_saved": cell.flops_saved, "trials": trials}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all: to a temporary name in the same folder, then renamed.
-
-    Missing folders are made. Raises :class:`OutputError`.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"the plan cannot be written to {path}: {error.strerror or error}; give a file in a folder you may write to"
-        ) from error
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

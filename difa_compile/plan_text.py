@@ -11,6 +11,7 @@ from difa_compile.decision import Decision, Kind
 from difa_compile.plan_data import Cell, SiteInfo
 
 if TYPE_CHECKING:
+    from difa_compile.machine_profile import Profile
     from difa_compile.plan import Difference, Plan, ResolvedPlan
 
 _LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: "."}
@@ -23,7 +24,7 @@ def letter(decision: Decision) -> str:
     return (_SHARED if decision.cfg_shared else _LETTERS)[decision.kind]
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, profile: Profile | None = None) -> str:
     """The text of :meth:`Plan.summary`."""
     model, settings = plan.model, plan.settings
     made = [settings.method]
@@ -49,7 +50,8 @@ def summary(plan: Plan) -> str:
         "",
     ]
     lines += _counts(plan.decisions)
-    lines += ["", *cost_breakdown(plan).lines(), _distinct(len(plan.buckets), plan.steps)]
+    batch = 1 if settings.guidance == "none" else 2
+    lines += ["", *cost_breakdown(plan, profile, batch).lines(), _distinct(len(plan.buckets), plan.steps)]
     measured = _measured(plan.rows, plan.sites)
     if measured:
         lines.append(measured)

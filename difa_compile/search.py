@@ -1,7 +1,8 @@
 """DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4).
 
 Steps outer, in sampling order; sites inner, in execution order. At every step but the first each site takes the first
-candidate whose loss is below its threshold, else it stays full:
+candidate whose loss is below its threshold, else it stays full. Candidates come in the published order or, where this
+machine's profile is known, by their predicted time (:meth:`Search._ranked`):
 
 1. the loss compares the WHOLE output of the model with the output in which every site is full at this step; earlier
    sites of the step already have their decisions, later sites are full;
@@ -91,6 +92,8 @@ class SearchSettings:
     conditional_half: int | None
     cfg_reason: str
     """Why guidance halves cannot be shared in this pipeline; empty if they can."""
+    by_time: str | None = None
+    """Digest of the machine profile by whose predictions candidates are ranked; None: they are tried in their order."""
 
     def identity(self) -> dict[str, object]:
         return {**asdict(self), "window": str(self.window)}
@@ -256,7 +259,8 @@ class Search:
             self._sites = sites
             for index, site in enumerate(sites):
                 wanted = self.settings.decisions_at(site)
-                self._candidates.append([(decision, self._why_not(capture, index, decision)) for decision in wanted])
+                candidates = [(decision, self._why_not(capture, index, decision)) for decision in wanted]
+                self._candidates.append(self._ranked(capture, index, candidates))
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
         elif not same_but_for_text(sites, self._sites):
@@ -282,6 +286,25 @@ class Search:
             return "the two calls have texts of different lengths, so the output of one does not fit the other"
         alone = replace(decision, cfg_shared=False)
         return capture.why_not(index, alone) or capture.why_not(index, Decision(Kind.REUSE))
+
+    def _ranked(
+        self, capture: Capture, index: int, candidates: list[tuple[Decision, str | None]]
+    ) -> list[tuple[Decision, str | None]]:
+        """The candidates by predicted time, the quickest first, and with a reason those that are no faster than full.
+
+        As they are where times are not asked for or one of them cannot be predicted; ties keep their order.
+        """
+        if self.settings.by_time is None:
+            return candidates
+        judged = []
+        for decision, reason in candidates:
+            slower = capture.why_slower(index, decision) if reason is None else None
+            judged.append((decision, f'{slower}; rank="published" tries it anyway' if slower else reason))
+        seconds = [capture.seconds(index, decision) for decision, _ in judged]
+        known = [time for time in seconds if time is not None]
+        if len(known) < len(judged):
+            return judged
+        return [judged[place] for place in sorted(range(len(judged)), key=known.__getitem__)]
 
     def _role(self, site: int, decision: Decision) -> Role:
         """``decision`` and all caches that a later step, or the other call of this step, might read."""

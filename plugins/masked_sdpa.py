@@ -47,4 +47,9 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Lo
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale, enable_gqa=grouped)
 
 
-KERNEL = LocalKernel("masked SDPA", why_not, run)
+def work(call: LocalCall) -> tuple[int, int]:
+    keys = call.layout.tokens + call.pooled
+    return call.shape[2] * keys, keys
+
+
+KERNEL = LocalKernel("masked SDPA", why_not, run, work)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# What the machine costs must not decide what a test finds; tests of profiles name one of their own.
+os.environ["DIFA_PROFILE"] = "off"
+
 # Tests run on small tensors, where more threads only add waiting; DIFA_TEST_THREADS overrides.
 torch.set_num_threads(int(os.environ.get("DIFA_TEST_THREADS", min(2, os.cpu_count() or 1))))
 

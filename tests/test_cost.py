@@ -18,12 +18,11 @@ from difa_compile.cost import (
     full_flops,
     plan_flops,
     site_flops,
-    visible_pairs,
-    window_keys,
 )
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
+from difa_compile.pairs import visible_pairs, window_keys
 from difa_compile.plan import Cell, ModelInfo, Plan, Settings, SiteInfo
 from difa_compile.schedule import Role, uniform_progress
 

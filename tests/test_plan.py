@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from difa_compile import plan_json
+from difa_compile import folders
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import (
     DecisionError,
@@ -352,7 +352,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(plan_json.os, "replace", fail)
+    monkeypatch.setattr(folders.os, "replace", fail)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         plan_of("F").save(path)

@@ -17,10 +17,12 @@ from difa_compile.cli.failures import GuardedGroup, interruptible, state_kept
 from difa_compile.cli.inputs import (
     call_inputs,
     command_line,
+    dtype_named,
     hush_diffusers,
     image_captions,
     images_per_call,
     open_pipeline,
+    place_of,
     seeds_for,
 )
 from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
@@ -131,12 +133,17 @@ def calibrate(
     state: Annotated[
         Path | None, typer.Option(help="File that keeps an interrupted search.", show_default="OUTPUT.state")
     ] = None,
+    rank: Annotated[
+        str, typer.Option(help="Order of candidates: time (as predicted on this machine), published, or auto.")
+    ] = "auto",
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
     require("diffusers", "tqdm")
     from difa_compile.calibration import calibrate as search
+    from difa_compile.cli.tune import measure_if_unknown
+    from difa_compile.machine_profile import current
     from difa_compile.report import check_writable
 
     call = call_inputs(model, inputs, labels, prompt, guidance)
@@ -148,6 +155,8 @@ def calibrate(
     console = _console()
     pipe = open_pipeline(model, device)
     check_writable(output.parent)
+    if rank == "time" or (rank == "auto" and candidates is None):
+        measure_if_unknown(console, *place_of(pipe))
     with interruptible(lambda: state_kept(kept)):
         plan = search(
             pipe,
@@ -158,10 +167,34 @@ def calibrate(
             candidates=[name.strip() for name in candidates.split(",")] if candidates is not None else None,
             loss=loss,
             state=kept,
+            rank=rank,
         )
     plan.save(output)
-    print_plan(console, plan)
+    print_plan(console, plan, current(place_of(pipe)[0]))
     console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
+
+
+@app.command()
+def tune(
+    device: Device = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="May be repeated.", show_default="float32 and bfloat16")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure half the cases.")] = False,
+) -> None:
+    """Measure what attention costs on this machine, so that calibration and plans avoid what would be slower.
+
+    The profile is kept for this machine, torch and number of threads; DIFA_PROFILE names another file, or is off.
+    """
+    from difa_compile.cli.tune import measure, print_profile
+    from difa_compile.machine_profile import place
+    from difa_compile.tune import DTYPES
+
+    dtypes = tuple(map(dtype_named, dtype)) if dtype else DTYPES
+    console = _console()
+    profile = measure(console, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtypes, quick)
+    print_profile(console, profile)
+    console.print(f"The profile: [bold]{escape(str(place(profile.machine)))}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -180,11 +213,12 @@ def inspect(
 
 
 def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
+    from difa_compile.machine_profile import current
     from difa_compile.plan import Plan
 
     plan = Plan.load(path)
     if not as_json:
-        print_plan(console, plan)
+        print_plan(console, plan, current("cuda" if torch.cuda.is_available() else "cpu"))
         return
     reasons = [{"site": s, "decision": d, "reason": reason} for s, d, reason in not_applicable(plan)]
     typer.echo(json.dumps(json.loads(plan.to_json()) | {"not_applicable": reasons}, indent=1))

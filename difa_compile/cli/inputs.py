@@ -81,6 +81,22 @@ def open_pipeline(model: str, device: str | None) -> DiffusionPipeline:
     return _move(load_pipeline(model), device)
 
 
+def place_of(pipe: Any) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a pipeline's transformer."""
+    from difa_compile.pipeline import find_transformer
+
+    parameter = next(find_transformer(pipe)[1].parameters())
+    return parameter.device, parameter.dtype
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A floating-point dtype of torch by its name."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise typer.BadParameter(f"{name!r} is no dtype such as float32 or bfloat16", param_hint="--dtype")
+    return found
+
+
 def hush_diffusers() -> None:
     """Keep diffusers' notices and bars about single components off the terminal; errors still show."""
     from diffusers.utils import logging

@@ -15,6 +15,7 @@ from difa_compile.report.view import flops, percent, seconds, size
 if TYPE_CHECKING:
     from difa_compile.capture import Record
     from difa_compile.compare import Comparison
+    from difa_compile.machine_profile import Profile
     from difa_compile.plan import Plan
 
 
@@ -67,13 +68,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"{skipped} decision{'s' if skipped > 1 else ''} skipped; the report gives the reasons.")
 
 
-def print_plan(console: Console, plan: Plan) -> None:
-    """A plan's summary, and the candidates that could not be carried out, with the reasons."""
-    console.print(plan.summary(), markup=False, highlight=False, soft_wrap=True)
+def print_plan(console: Console, plan: Plan, profile: Profile | None = None) -> None:
+    """A plan's summary, with predicted times if a profile is given, and the candidates that were not tried, and why."""
+    console.print(plan.summary(profile), markup=False, highlight=False, soft_wrap=True)
     reasons = not_applicable(plan)
     if not reasons:
         return
-    table = Table("site", "candidate", "why it does not apply", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table("site", "candidate", "why it was not tried", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for line in reasons:
         table.add_row(*map(Text, line))
     console.print(table)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 import difa_compile
+from difa_compile.machine_profile import processor
 
 _PACKAGES = ("diffusers", "transformers", "accelerate", "torchmetrics", "numpy")
 
@@ -18,7 +18,7 @@ def describe_machine() -> dict[str, str]:
     """Processor, cores, threads used, memory, GPU if there is one, system; ready to be printed."""
     cores = len(os.sched_getaffinity(0))
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": f"{cores} available, {torch.get_num_threads()} used by torch",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -42,12 +42,3 @@ def describe_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -6,6 +6,8 @@ Serves float32, bfloat16 and float16 in any layout, window, mask and stride. It 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -38,16 +40,31 @@ def why_not(call: LocalCall) -> str | None:
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall, tile: int = 0) -> Tensor:
     """``tile``: queries that are worked on together, 16, 32 or 64; 0 lets the kernel choose."""
     layout, window = call.layout, call.window
-    banded = window.shape is WindowShape.BAND  # on the sequence of image tokens: a box on a grid of one dimension
-    grid = [layout.image_tokens] if banded else list(layout.grid)
     scale = call.shape[-1] ** -0.5 if call.scale is None else call.scale
     if mask is not None and mask.dtype not in (torch.bool, *DTYPES):
         mask = mask.float()
     disc = window.shape is WindowShape.DISC
     out: Tensor = torch.ops.difa.local_attention_cpu(
-        query, key, value, grid, layout.before, layout.after, call.pooled, disc, window.radius, scale, mask, tile
+        query, key, value, grid(call), layout.before, layout.after, call.pooled, disc, window.radius, scale, mask, tile
     )
     return out
 
 
-KERNEL = LocalKernel("CPU", why_not, run)
+def grid(call: LocalCall) -> list[int]:
+    """The grid as the kernel sees it: a band, on the sequence of image tokens, is a box on a grid of one dimension."""
+    banded = call.window.shape is WindowShape.BAND
+    return [call.layout.image_tokens] if banded else list(call.layout.grid)
+
+
+@lru_cache(maxsize=1024)
+def work(call: LocalCall) -> tuple[int, int]:
+    """Pairs and keys of one head, as the tiles of the kernel have them."""
+    layout, window = call.layout, call.window
+    disc = window.shape is WindowShape.DISC
+    tile, _, keys = torch.ops.difa.local_attention_cpu_work(
+        grid(call), layout.before, layout.after, call.pooled, call.shape[2], disc, window.radius, call.dtype
+    )
+    return tile * keys, keys
+
+
+KERNEL = LocalKernel("CPU", why_not, run, work)

@@ -22,19 +22,11 @@ from pathlib import Path
 import torch
 
 from difa_compile.errors import KernelBuildError
+from difa_compile.folders import cache_folder
 
 SOURCES = ("simd.h", "local_attention.h", "local_attention.cpp")
 _log = logging.getLogger("difa_compile")
 _lock = threading.Lock()
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels and measured profiles are kept: ``DIFA_CACHE_DIR``, else the user's cache folder."""
-    told = os.environ.get("DIFA_CACHE_DIR")
-    if told:
-        return Path(told)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "difa_compile"
 
 
 def instruction_flags() -> tuple[str, ...]:

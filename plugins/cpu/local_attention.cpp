@@ -24,6 +24,21 @@ void run_tiles(const difa::Problem& problem) {
   });
 }
 
+template <class T, class Units, int Tile>
+std::vector<int64_t> work_in_tiles(const difa::Problem& problem) {
+  const auto [tiles, keys] = difa::Attention<T, Units, Tile>(problem).work_per_head();
+  return {Tile, tiles, keys};
+}
+
+template <class T, class Units>
+std::vector<int64_t> work(const difa::Problem& problem) {
+  switch (difa::best_tile<Units>(problem)) {
+    case 16: return work_in_tiles<T, Units, 16>(problem);
+    case 32: return work_in_tiles<T, Units, 32>(problem);
+    default: return work_in_tiles<T, Units, 64>(problem);
+  }
+}
+
 template <class T, class Units>
 void run(const difa::Problem& problem, int64_t tile) {
   switch (tile ? tile : difa::best_tile<Units>(problem)) {
@@ -34,27 +49,48 @@ void run(const difa::Problem& problem, int64_t tile) {
   }
 }
 
+#if defined(__AVX512BF16__)
+using BFloat16Units = difa::BFloat16Pairs;
+#else
+using BFloat16Units = difa::FloatUnits;
+#endif
+
+void place(difa::Problem& p, at::IntArrayRef grid, int64_t before, int64_t after, int64_t pooled, int64_t queries,
+           bool disc, int64_t radius) {
+  TORCH_CHECK(!grid.empty() && grid.size() <= 3, "the grid must have one to three sizes");
+  std::fill(std::begin(p.grid), std::end(p.grid), 1);
+  std::copy(grid.begin(), grid.end(), std::end(p.grid) - grid.size());
+  p.before = before, p.after = after, p.pooled = pooled, p.queries = queries;
+  p.first = queries == p.tokens() ? 0 : before;
+  TORCH_CHECK(p.first == 0 || queries == p.image() || queries == p.image() + after,
+              "the queries are neither all tokens, nor the image's, nor these and those after them");
+  p.form = disc ? difa::Form::kDisc : difa::Form::kBox;
+  p.radius = radius;
+}
+
+// What a call with these sizes does per head: queries per tile, tiles, and the keys of all tiles added up.
+std::vector<int64_t> local_attention_cpu_work(at::IntArrayRef grid, int64_t before, int64_t after, int64_t pooled,
+                                              int64_t queries, bool disc, int64_t radius, at::ScalarType dtype) {
+  difa::Problem p{};
+  place(p, grid, before, after, pooled, queries, disc, radius);
+  if (dtype == at::kBFloat16) return work<difa::BFloat16, BFloat16Units>(p);
+  return work<float, difa::FloatUnits>(p);
+}
+
 Tensor local_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef grid,
                            int64_t before, int64_t after, int64_t pooled, bool disc, int64_t radius, double scale,
                            const optional<Tensor>& mask, int64_t tile) {
   TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value must be (B, H, L, D)");
-  TORCH_CHECK(!grid.empty() && grid.size() <= 3, "the grid must have one to three sizes");
   difa::Problem p{};
-  std::fill(std::begin(p.grid), std::end(p.grid), 1);
-  std::copy(grid.begin(), grid.end(), std::end(p.grid) - grid.size());
-  p.batch = query.size(0), p.heads = query.size(1), p.key_heads = key.size(1), p.queries = query.size(2);
-  p.before = before, p.after = after, p.pooled = pooled;
+  place(p, grid, before, after, pooled, query.size(2), disc, radius);
+  p.batch = query.size(0), p.heads = query.size(1), p.key_heads = key.size(1);
   p.head_dim = static_cast<int>(query.size(3)), p.value_dim = static_cast<int>(value.size(3));
   TORCH_CHECK(key.size(0) == p.batch && value.size(0) == p.batch && value.size(1) == p.key_heads &&
                   key.size(3) == p.head_dim && key.size(2) == value.size(2),
               "key and value do not fit the query");
   TORCH_CHECK(p.key_heads > 0 && p.heads % p.key_heads == 0, "the key heads must divide the query heads");
   TORCH_CHECK(key.size(2) == p.tokens() + pooled, "the keys do not fit the grid");
-  p.first = p.queries == p.tokens() ? 0 : before;
-  TORCH_CHECK(p.first == 0 || p.queries == p.image() || p.queries == p.image() + after,
-              "the queries are neither all tokens, nor the image's, nor these and those after them");
-  p.form = disc ? difa::Form::kDisc : difa::Form::kBox;
-  p.radius = radius, p.scale = static_cast<float>(scale);
+  p.scale = static_cast<float>(scale);
   p.query = query.const_data_ptr(), p.key = key.const_data_ptr(), p.value = value.const_data_ptr();
   p.query_strides = strides_of(query), p.key_strides = strides_of(key), p.value_strides = strides_of(value);
   Tensor held;
@@ -75,11 +111,7 @@ Tensor local_attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
   p.out_strides = strides_of(out);
   switch (query.scalar_type()) {
     case at::kFloat: run<float, difa::FloatUnits>(p, tile); break;
-#if defined(__AVX512BF16__)
-    case at::kBFloat16: run<difa::BFloat16, difa::BFloat16Pairs>(p, tile); break;
-#else
-    case at::kBFloat16: run<difa::BFloat16, difa::FloatUnits>(p, tile); break;
-#endif
+    case at::kBFloat16: run<difa::BFloat16, BFloat16Units>(p, tile); break;
     case at::kHalf: run<difa::Half, difa::FloatUnits>(p, tile); break;
     default: TORCH_CHECK(false, "local attention takes float32, bfloat16 or float16");
   }
@@ -89,6 +121,8 @@ Tensor local_attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
 TORCH_LIBRARY_FRAGMENT(difa, m) {
   m.def("local_attention_cpu(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, int pooled, "
         "bool disc, int radius, float scale, Tensor? mask, int tile) -> Tensor");
+  m.def("local_attention_cpu_work(int[] grid, int before, int after, int pooled, int queries, bool disc, int radius, "
+        "ScalarType dtype) -> int[]", &local_attention_cpu_work);
 }
 TORCH_LIBRARY_IMPL(difa, CPU, m) { m.impl("local_attention_cpu", &local_attention_cpu); }
 

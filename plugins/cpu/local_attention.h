@@ -596,6 +596,17 @@ class Attention {
 
   int64_t tasks() const { return p_.batch * p_.heads * (image_tiles_ + other_tiles_); }
 
+  // Per head: the tiles, and the keys that each of them goes through, added up.
+  std::pair<int64_t, int64_t> work_per_head() const {
+    int64_t keys = other_tiles_ * p_.tokens();
+    int64_t low[3];
+    for (low[0] = 0; low[0] < p_.grid[0]; low[0] += shape_.size[0])
+      for (low[1] = 0; low[1] < p_.grid[1]; low[1] += shape_.size[1])
+        for (low[2] = 0; low[2] < p_.grid[2]; low[2] += shape_.size[2])
+          keys += Patch(p_, low, shape_).keys() + p_.before + p_.after + p_.pooled;
+    return {image_tiles_ + other_tiles_, keys};
+  }
+
   // Works off tasks until none is left; called by several threads at once.
   void work(std::atomic<int64_t>& next) const {
     Worker<T, Units, Tile> worker(p_);
