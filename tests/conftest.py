@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             given = marker.kwargs.get("reason") or (marker.name == "skip" and marker.args)
             if marker.name in ("skip", "skipif", "xfail") and not given:
                 raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.{marker.name} must give a reason")
+
+
+@pytest.fixture
+def profile_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a made-up profile of this machine (:func:`tests.profiles.made_up`) in force; returns its path."""
+
+    def put(**options: Any) -> Path:
+        from tests.profiles import made_up
+
+        path = tmp_path / "profile.json"
+        monkeypatch.setenv("DIFA_PROFILE", str(path))
+        return made_up(**options).save()
+
+    return put
 
 
 @pytest.fixture(autouse=True)

@@ -12,18 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import difa_compile
 from difa_compile.cli.app import app
 from difa_compile.cli.demo import require
 from difa_compile.cli.inputs import call_inputs, image_captions, images_per_call, seeds_for
+from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError, NonFiniteError
+from difa_compile.machine_profile import current
 from difa_compile.plan import Plan
 from difa_compile.report.stored import StoredComparison
+from tests.profiles import made_up
 from tests.report.sample import MACHINE, make_comparison, make_plan
 
-COMMANDS = ("demo", "calibrate", "inspect", "compare", "report")
+COMMANDS = ("demo", "calibrate", "tune", "inspect", "compare", "report")
 
 
 def run(*arguments):
@@ -388,3 +392,65 @@ def test_seeds_cover_the_samples():
     assert seeds_for(1, 10, 0) == (0,)
     assert images_per_call({"class_labels": [1, 2, 3]}) == 3
     assert images_per_call({"prompt": "a", "num_images_per_prompt": 4}) == 4
+
+
+# --- profiles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """Measuring is replaced by a made-up profile; the dtypes asked for so far."""
+    asked = []
+
+    def made(device, dtypes, *, quick=False, progress):
+        progress(1, 1)
+        asked.append((str(device), [str(dtype) for dtype in dtypes], quick))
+        return made_up()
+
+    monkeypatch.setattr(importlib.import_module("difa_compile.cli.tune"), "tune", made)
+    monkeypatch.setenv("DIFA_PROFILE", str(tmp_path / "profile.json"))
+    return asked
+
+
+def test_tune_measures_keeps_and_shows(tuned, tmp_path):
+    result = run("tune", "--device", "cpu", "--quick")
+    assert result.exit_code == 0, result.output
+    assert tuned == [("cpu", ["torch.float32", "torch.bfloat16"], True)]
+    assert current("cpu") == made_up()
+    assert re.search(r"local CPU +float32 +1 .*0\.0 %", result.stdout)
+    assert str(tmp_path / "profile.json") in result.stdout
+
+
+def test_tune_says_what_it_cannot_do(tuned, monkeypatch):
+    assert "no dtype such as float32" in run("tune", "--dtype", "float33").output
+    monkeypatch.setenv("DIFA_PROFILE", "off")
+    assert "DIFA_PROFILE is off" in fails("tune")
+    assert tuned == []
+
+
+def test_a_profile_is_measured_once_before_calibrating(tuned):
+    console = Console(quiet=True)
+    for _ in range(2):
+        measure_if_unknown(console, torch.nn.Linear(2, 2))
+    assert tuned == [("cpu", ["torch.float32"], False)]
+    measure_if_unknown(console, torch.nn.Linear(2, 2).half())
+    assert tuned[1:] == [("cpu", ["torch.float16"], False)]
+
+
+def test_without_profiles_nothing_is_measured(tuned, monkeypatch):
+    measure_if_unknown(Console(quiet=True), torch.nn.Linear(2, 2, device="meta"))
+    monkeypatch.setenv("DIFA_PROFILE", "off")
+    measure_if_unknown(Console(quiet=True), torch.nn.Linear(2, 2))
+    assert tuned == []
+
+
+def test_what_stops_a_measurement_does_not_stop_the_calibration(tuned, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFA_PROFILE", str(tmp_path / "file" / "profile.json"))
+    measure_if_unknown(Console(width=400), torch.nn.Linear(2, 2))
+    assert "going on without predicted times: the profile cannot be written to" in capsys.readouterr().out
+
+
+def test_inspecting_a_plan_shows_predicted_times(plan_file, profile_at):
+    profile_at(full=1e-6, window=1e-7)
+    assert "predicted time, float32" in run("inspect", plan_file).stdout

@@ -22,7 +22,6 @@ from difa_compile.cli.inputs import (
     image_captions,
     images_per_call,
     open_pipeline,
-    place_of,
     seeds_for,
 )
 from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
@@ -142,8 +141,7 @@ def calibrate(
     """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
     require("diffusers", "tqdm")
     from difa_compile.calibration import calibrate as search
-    from difa_compile.cli.tune import measure_if_unknown
-    from difa_compile.machine_profile import current
+    from difa_compile.cli.tune import measure_if_unknown, profile_for
     from difa_compile.report import check_writable
 
     call = call_inputs(model, inputs, labels, prompt, guidance)
@@ -156,7 +154,7 @@ def calibrate(
     pipe = open_pipeline(model, device)
     check_writable(output.parent)
     if rank == "time" or (rank == "auto" and candidates is None):
-        measure_if_unknown(console, *place_of(pipe))
+        measure_if_unknown(console, pipe)
     with interruptible(lambda: state_kept(kept)):
         plan = search(
             pipe,
@@ -170,7 +168,7 @@ def calibrate(
             rank=rank,
         )
     plan.save(output)
-    print_plan(console, plan, current(place_of(pipe)[0]))
+    print_plan(console, plan, profile_for(pipe))
     console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from difa_compile.cli.failures import interruptible, state_kept
-from difa_compile.cli.inputs import DEMO_GUIDANCE, DEMO_LABELS, image_captions, open_pipeline, place_of, seeds_for
+from difa_compile.cli.inputs import DEMO_GUIDANCE, DEMO_LABELS, image_captions, open_pipeline, seeds_for
 from difa_compile.cli.tables import print_comparison
 from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError
@@ -58,7 +58,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
         console.print(
             f"[bold]1 of 3[/]  calibrating over {options.steps} steps, threshold {options.threshold:g}{again}"
         )
-        measure_if_unknown(console, *place_of(pipe))
+        measure_if_unknown(console, pipe)
         with interruptible(lambda: state_kept(state)):
             plan = calibrate(
                 pipe,

@@ -81,14 +81,6 @@ def open_pipeline(model: str, device: str | None) -> DiffusionPipeline:
     return _move(load_pipeline(model), device)
 
 
-def place_of(pipe: Any) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a pipeline's transformer."""
-    from difa_compile.pipeline import find_transformer
-
-    parameter = next(find_transformer(pipe)[1].parameters())
-    return parameter.device, parameter.dtype
-
-
 def dtype_named(name: str) -> torch.dtype:
     """A floating-point dtype of torch by its name."""
     found = getattr(torch, name, None)

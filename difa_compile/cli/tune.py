@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from rich import box
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from difa_compile.cost import seconds_text
 from difa_compile.errors import DifaError, ProfileError
-from difa_compile.machine_profile import DEVICES, ELEMENTWISE, Fit, Machine, Profile, place
+from difa_compile.machine_profile import DEVICES, ELEMENTWISE, Fit, Machine, Profile, current, place
+from difa_compile.pipeline import find_transformer
 from difa_compile.tune import tune
 
 
@@ -50,12 +52,16 @@ def _kept(machine: Machine) -> Profile | None:
     return profile if profile is not None and profile.machine == machine else None
 
 
-def measure_if_unknown(console: Console, device: torch.device, dtype: torch.dtype) -> None:
-    """Before a calibration: measure this machine unless its profile covers ``dtype`` or ``DIFA_PROFILE`` is ``off``.
+def measure_if_unknown(console: Console, pipe: Any) -> None:
+    """Before calibrating ``pipe``: measure this machine unless its profile covers the dtype of the transformer.
 
-    A profile that cannot be made or kept is said and done without.
+    Nothing is done if ``DIFA_PROFILE`` is ``off``. A profile that cannot be made or kept is said and done without.
     """
-    if os.environ.get("DIFA_PROFILE") == "off" or device.type not in DEVICES:
+    if os.environ.get("DIFA_PROFILE") == "off":
+        return
+    parameter = next(find_transformer(pipe)[1].parameters())
+    device, dtype = parameter.device, parameter.dtype
+    if device.type not in DEVICES:
         return
     try:
         known = _kept(Machine.here(device))
@@ -67,6 +73,13 @@ def measure_if_unknown(console: Console, device: torch.device, dtype: torch.dtyp
         measure(console, str(device), (dtype,))
     except DifaError as error:
         console.print(f"        going on without predicted times: {escape(str(error))}")
+
+
+def profile_for(pipe: Any) -> Profile | None:
+    """The profile of this machine for the device of a pipeline's transformer."""
+    if os.environ.get("DIFA_PROFILE") == "off":
+        return None
+    return current(next(find_transformer(pipe)[1].parameters()).device)
 
 
 def print_profile(console: Console, profile: Profile) -> None:
