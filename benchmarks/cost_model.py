@@ -1,6 +1,6 @@
 """How well does a machine's profile predict shapes that it has not measured?
 
-    python -m benchmarks.cost_model            # two to three minutes on two cores
+    python -m benchmarks.cost_model            # about a minute on two cores
     python -m benchmarks.cost_model --quick    # a few shapes of one dtype
 
 The profile is measured as `difa tune` does. Then dense and local attention are timed at other grids, radii, head
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ from difa_compile.machine_profile import FullCall, Profile
 from difa_compile.ops import LocalCall
 from difa_compile.tune import DTYPES, cases, full_case, linear_case, local_case, seconds_of, tune
 
-from ._common import Row, write_result
+from ._common import RESULTS, Row, write_result
 
 CPU = torch.device("cpu")
 SHAPES: tuple[tuple[int, int, Layout, tuple[str, ...], int], ...] = (
@@ -65,14 +66,15 @@ def measure(dtype: torch.dtype, profile: Profile, quick: bool) -> Iterator[Row]:
             assert case.name not in known, case.name
             measured, predicted = seconds_of(case, CPU), profile.local_seconds(call)
             assert predicted is not None
-            right = (predicted < predicted_full) == (measured < measured_full)
+            right = "right" if (predicted < predicted_full) == (measured < measured_full) else "wrong"
             speedup = round(measured_full / measured, 2)
             yield common | {"window": text} | compared(predicted, measured) | {"speedup": speedup, "verdict": right}
     for rows, inputs, outputs in LINEARS:
         case = linear_case(rows, inputs, outputs, dtype, CPU)
         predicted = profile.seconds("linear", dtype, case.work)
         assert predicted is not None
-        yield {"dtype": name, "window": f"linear {case.name}"} | compared(predicted, seconds_of(case, CPU))
+        common = {"dtype": name, "window": f"linear {case.name}"}
+        yield common | compared(predicted, seconds_of(case, CPU))
 
 
 def compared(predicted: float, measured: float) -> Row:
@@ -86,19 +88,18 @@ def compared(predicted: float, measured: float) -> Row:
 def summary(rows: list[Row]) -> Row:
     """A row of medians over the others."""
     errors = [abs(float(row["error"])) for row in rows if isinstance(row["error"], float)]
-    verdicts = [bool(row["verdict"]) for row in rows if "verdict" in row]
+    verdicts = [row["verdict"] for row in rows if "verdict" in row]
     return {
         "dtype": "all",
-        "window": f"median of the size of {len(errors)} errors",
+        "window": f"median of {len(errors)} errors, without their signs",
         "error": round(statistics.median(errors), 4),
-        "largest": round(max(errors), 4),
-        "right_verdicts": sum(verdicts),
-        "verdicts": len(verdicts),
+        "verdict": f"{verdicts.count('right')} of {len(verdicts)} right",
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--quick", action="store_true", help="a few shapes, one dtype, nothing written")
     args = parser.parse_args()
     dtypes = DTYPES[:1] if args.quick else DTYPES
@@ -110,7 +111,7 @@ def main() -> None:
     rows.append(summary(rows))
     print(rows[-1])
     if not args.quick:
-        write_result("cost_model", rows)
+        write_result("cost_model", rows, folder=args.output)
 
 
 if __name__ == "__main__":

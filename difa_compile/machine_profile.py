@@ -203,7 +203,7 @@ def kernels_digest() -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: what was run, in words; its work; the tokens it had; seconds, the median of a few calls."""
+    """One measurement: what was run, in words; its work; the tokens it had; seconds of a call."""
 
     case: str
     work: Work

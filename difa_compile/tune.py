@@ -37,7 +37,9 @@ from difa_compile.ops import LocalCall, choose_kernel
 DTYPES = (torch.float32, torch.bfloat16)
 """Measured unless others are asked for."""
 FOLDS = 5
-REPEATS = 5
+REPEATS = 15
+BUNCH = 0.002
+"""Seconds that calls timed together take at least."""
 ENOUGH = 0.25
 """Seconds that the repeats of one case may take together, but for the first two."""
 
@@ -168,18 +170,20 @@ def cases(dtype: torch.dtype, device: torch.device, quick: bool = False) -> Iter
 
 
 def seconds_of(case: Case, device: torch.device) -> float:
-    """Median seconds of a few calls after one to warm up; on CUDA of the device's own clock."""
+    """Seconds of a call, warmed up: the lower quartile of a few, for other work on the machine only adds to them.
+
+    Short calls are timed in bunches, so that neither the clock nor starting them counts. On CUDA by the device's clock.
+    """
     run = case.make()
     times: list[float] = []
     with torch.no_grad():
         run()
-        while len(times) < 2 or (len(times) < REPEATS and sum(times) < ENOUGH):
-            times.append(_timed(run, device))
-        # Short calls are timed in bunches, so that neither clock nor a slow call among them counts.
-        if statistics.median(times) < 0.002:
-            bunch = max(1, round(0.002 / max(min(times), 1e-6)))
-            times = [_timed(run, device, bunch) for _ in range(REPEATS)]
-    return statistics.median(times)
+        once = _timed(run, device)
+        bunch = max(1, round(BUNCH / max(once, 1e-6)))
+        while len(times) < 2 or (len(times) < REPEATS and sum(times) * bunch < ENOUGH):
+            times.append(_timed(run, device, bunch))
+    times.sort()
+    return statistics.median(times[: (len(times) + 1) // 2])
 
 
 def _timed(run: Callable[[], object], device: torch.device, count: int = 1) -> float:

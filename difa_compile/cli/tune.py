@@ -15,9 +15,12 @@ from rich.table import Table
 
 from difa_compile.cost import seconds_text
 from difa_compile.errors import DifaError, ProfileError
-from difa_compile.machine_profile import DEVICES, ELEMENTWISE, Fit, Machine, Profile, current, place
+from difa_compile.machine_profile import DEVICES, ELEMENTWISE, FULL, Fit, Machine, Profile, current, place
 from difa_compile.pipeline import find_transformer
 from difa_compile.tune import tune
+
+UNRELIABLE = 0.25
+"""A held-out error from which a profile is better measured again."""
 
 
 def measure(console: Console, device: str, dtypes: Iterable[torch.dtype], quick: bool = False) -> Profile:
@@ -39,6 +42,12 @@ def measure(console: Console, device: str, dtypes: Iterable[torch.dtype], quick:
     if known is not None:
         profile = known.updated(profile)
     profile.save()
+    worst = max((fit.held_out_error for fit in profile.fits if fit.operation.startswith((FULL, "local"))), default=0.0)
+    if worst > UNRELIABLE:
+        console.print(
+            f"[yellow]Predictions of attention are off by {100 * worst:.0f} % (median): other work on this machine may "
+            "have disturbed the measurement. Run difa tune again when it is quiet.[/]"
+        )
     return profile
 
 
