@@ -66,7 +66,7 @@ def test_commands_in_the_readme_exist():
 
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^difa (\w+)", text, re.MULTILINE))
-    assert commands == {"demo", "calibrate", "inspect", "compare", "report"}
+    assert commands == {"demo", "tune", "calibrate", "inspect", "compare", "report"}
     for command in commands:
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0, result.output
