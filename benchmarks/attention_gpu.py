@@ -39,9 +39,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_compile import reference
-from difa_compile.cost import visible_pairs
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.pairs import visible_pairs
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config
 from difa_compile.plugins.triton.local_attention import architecture, attend, local_and_full, padded

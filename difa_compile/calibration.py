@@ -194,7 +194,7 @@ def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _profile_digest(model: nn.Module, rank: str, *, given: bool) -> str | None:
+def _profile_digest(model: torch.nn.Module, rank: str, *, given: bool) -> str | None:
     """Digest of the profile to rank candidates by, or None to try them in their order."""
     if rank == "published" or (rank == "auto" and given):
         return None

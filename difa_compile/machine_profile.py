@@ -185,16 +185,17 @@ def processor() -> str:
 
 @lru_cache(maxsize=1)
 def kernels_digest() -> str:
-    """SHA-256 of the sources of the kernels; none is loaded or compiled for it."""
+    """SHA-256 of the sources of the kernels and of what stands beside them; none is loaded or compiled for it."""
     found = hashlib.sha256()
+    folders = set()
     for module in KERNEL_MODULES:
         spec = importlib.util.find_spec(module)
         assert spec is not None
         assert spec.origin is not None
-        origin = Path(spec.origin)
-        files = origin.parent.iterdir() if spec.submodule_search_locations else [origin]
-        for file in sorted(file for file in files if file.is_file()):
-            found.update(file.name.encode() + b"\0" + file.read_bytes())
+        folders.add(Path(spec.origin).parent)
+    for folder in sorted(folders):
+        for file in sorted(file for file in folder.iterdir() if file.is_file()):
+            found.update(f"{folder.name}/{file.name}".encode() + b"\0" + file.read_bytes())
     return found.hexdigest()
 
 
