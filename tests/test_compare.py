@@ -81,7 +81,13 @@ class Wiring:
 
         pipe.__class__ = Wired
         self.handle = pipe.transformer.register_forward_hook(scale)
-        return SimpleNamespace(records=self.records, last_run=SimpleNamespace(peak_cache_bytes=4096))
+        skipped = {(record.site, str(record.decision)) for record in self.records if record.outcome == "skipped"}
+
+        def effective(site, decision):
+            return FULL if (plan.sites[site].path, str(decision)) in skipped else decision
+
+        captures = [SimpleNamespace(effective=effective)]
+        return SimpleNamespace(records=self.records, last_run=SimpleNamespace(peak_cache_bytes=4096), captures=captures)
 
     def remove(self, pipe):
         self.log.append("remove")
