@@ -103,7 +103,7 @@ def _jump_answered(handler: Callable[[Any, Any], None]) -> Callable[[Any, Any], 
 
     def jump(self: Any, inst: Any) -> None:
         if inst.opname.startswith("POP_JUMP") and self.stack[-1].is_tensor():
-            truth = constant(self, self.stack[-1])
+            truth = constant(self, self.stack[-1], truth=True)
             if truth is not None:
                 self.stack[-1] = truth
         handler(self, inst)
@@ -111,8 +111,10 @@ def _jump_answered(handler: Callable[[Any, Any], None]) -> Callable[[Any, Any], 
     return jump
 
 
-def constant(tx: Any, variable: Any) -> Any:
+def constant(tx: Any, variable: Any, truth: bool = False) -> Any:
     """Dynamo's constant for a tensor's values as Python has them, or None where the inputs alone do not answer.
+
+    ``truth``: for whether it holds, which a tensor of several values does not tell.
 
     The question stays in the graph as a node.
     """
@@ -121,10 +123,10 @@ def constant(tx: Any, variable: Any) -> Any:
     tracer = tx.output.current_tracer
     if not _answering.get() or tracer.parent is not None:
         return None
-    question = tx.output.create_proxy("call_function", asked, (variable.as_proxy(),), {}).node
+    question = tx.output.create_proxy("call_function", asked, (variable.as_proxy(), truth), {}).node
     try:
         (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input)
-    except Unanswerable:
+    except (Unanswerable, RuntimeError):
         tracer.graph.erase_node(question)
         return None
     return VariableTracker.build(tx, value)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from difa_compile import reference
 from difa_compile.decision import Window, WindowShape
@@ -30,6 +31,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.scale, ctx.pooled = scale, pooled
 
 
+@once_differentiable
 def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and value; the mask and the numbers get none."""
     query, key, value, mask = ctx.saved_tensors

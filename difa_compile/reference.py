@@ -62,7 +62,7 @@ def attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     blind = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(blind, 0.0) @ value
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ value
 
 
 def local_attention(

@@ -170,7 +170,7 @@ class CompiledForward:
     compiled lies within the hook that accelerate may have put around the model (:func:`run_compiled` calls it there).
 
     Where the model's sizes or branches depend on the values of its inputs (how many tokens a mask shows), also one
-    graph for each outcome, of which the last used is tried first.
+    graph for each outcome, of which the last used for inputs of such shapes is tried first.
 
     Not with ``isolate_recompiles``: torch 2.13 keeps the region of that option in a variable of the process, so calls
     of two compiled functions in two threads end in each other's caches and are captured again and again.
@@ -187,6 +187,7 @@ class CompiledForward:
     def _start(self, function: Callable[..., object]) -> None:
         self._function = function
         self._forwards: tuple[Callable[..., object], ...] = (self._compile(self._backend),)
+        self._served: dict[object, tuple[Callable[..., object], ...]] = {}
 
     def _compile(self, backend: Callable[..., object]) -> Callable[..., object]:
         compiled: Callable[..., object] = torch.compile(self._function, backend=backend, **self._settings)
@@ -194,27 +195,38 @@ class CompiledForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises what Dynamo raises."""
-        function = uncompiled_call(self._model)
-        if function != self._function:  # a hook has come or gone
-            with _lock:
-                self._start(function)
-        for forward in self._forwards:
+        shapes = signature(args, kwargs)
+        served = self._served.get(shapes, ())
+        fresh = [forward for forward in self._forwards if forward not in served]  # these have no graph of such shapes
+        for forward in (*served, *fresh):
             try:
                 result = forward(*args, **kwargs)
             except InputValuesError:
                 continue
-            self._keep(forward)
+            self._keep(shapes, forward)
             return result
         forward = self._compile(functools.partial(self._backend))  # Dynamo takes no graph of another backend for it
         result = forward(*args, **kwargs)
-        self._keep(forward)
+        self._keep(shapes, forward)
         return result
 
-    def _keep(self, forward: Callable[..., object]) -> None:
-        """Try ``forward`` first from now on."""
-        if self._forwards[0] is not forward:
-            with _lock:
-                self._forwards = (forward, *(other for other in self._forwards if other is not forward))
+    def _keep(self, shapes: object, forward: Callable[..., object]) -> None:
+        """Try ``forward`` first from now on, for inputs of such shapes."""
+        served = self._served.get(shapes, ())
+        if served and served[0] is forward:
+            return
+        with _lock:
+            self._served[shapes] = (forward, *(other for other in self._served.get(shapes, ()) if other is not forward))
+            if forward not in self._forwards:
+                self._forwards = (*self._forwards, forward)
+
+
+def signature(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    """Shapes, dtypes and devices of the tensors among a call's arguments."""
+    return tuple(
+        (value.shape, value.dtype, value.device) if isinstance(value, torch.Tensor) else None
+        for value in torch.utils._pytree.tree_leaves((args, dict(kwargs)))
+    )
 
 
 def compile_forward(

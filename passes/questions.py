@@ -15,6 +15,7 @@ Before: ``shown = nonzero(mask)`` of size ``(u0, 1)``. After: ``sized(nonzero(ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from difa_compile.passes.graph import alias_root, mutated_argument, op_name, rea
 BINDINGS = "unbacked_bindings"
 """Where Dynamo notes in a node's metadata which symbols the node brought in, and where in its value they stand."""
 
-Answer = int | float | bool | tuple[Any, ...]
+Answer = int | float | bool | str | tuple[Any, ...]
 """A number, the shape of a tensor, or a list of answers (as a tuple)."""
 
 MEASURED = {"getitem", "masked_select", "repeat_interleave"}
@@ -43,9 +44,9 @@ MEASURED = {"getitem", "masked_select", "repeat_interleave"}
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def asked(value: torch.Tensor) -> Any:
-    """A question about a tensor's values (``bool(x)``, ``x.tolist()``), as a node of a graph."""
-    return value.tolist()
+def asked(value: torch.Tensor, truth: bool = False) -> Any:
+    """A question about a tensor's values (``x.tolist()``, or ``bool(x)`` for its ``truth``), as a node of a graph."""
+    return bool(value) if truth else value.tolist()
 
 
 fx.node.has_side_effect(asked)  # keeps Dynamo from removing a node whose value the graph does not use
@@ -67,7 +68,9 @@ class Slice:
 
         def copy(node: fx.Node, at: Callable[[fx.Node], fx.Node]) -> fx.Node:
             fresh = program.node_copy(node, at)
-            key = (fresh.op, fresh.target, fresh.args, tuple(sorted(fresh.kwargs.items())))
+            kwargs = tuple(sorted(fresh.kwargs.items()))
+            written_out = repr((fresh.args, kwargs))  # for Python 1, 1.0 and True are equal
+            key = (fresh.op, fresh.target, fresh.args, kwargs, written_out)
             if written or node.op == "placeholder":  # two equal nodes may stand before and after a write
                 return fresh
             try:
@@ -168,6 +171,8 @@ def answer_of(value: Any) -> Answer:
         return tuple(map(int, value.shape))
     if isinstance(value, (list, tuple)):
         return tuple(answer_of(item) for item in value)
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"  # which is equal to itself
     if isinstance(value, (int, float, bool)):
         return value
     raise Unanswerable(f"is a {type(value).__name__}")

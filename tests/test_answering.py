@@ -103,15 +103,15 @@ def plan_for(model, inputs, rows):
 
 @pytest.fixture
 def asking():
-    return planned()
+    return planned(FULL, REUSE)
 
 
-def planned():
+def planned(*rows):
     """A model with a plan, what calls it, and the backend."""
     torch._dynamo.reset()
     model = build(Asking)
     backend = Counting()
-    plan = plan_for(model, inputs_of(3, 5), [FULL, REUSE])
+    plan = plan_for(model, inputs_of(3, 5), rows)
     forward = compile_forward(model, backend, {"plan": plan, "inner": "eager", "resize": "tokens"})
 
     def call(inputs):
@@ -231,7 +231,7 @@ def test_random_numbers_answer_nothing():
 
 def test_more_outcomes_than_are_compiled_are_an_error(monkeypatch):
     monkeypatch.setattr("difa_compile.wiring.MOST_SHAPES", 2)
-    model, call, _ = planned()
+    model, call, _ = planned(FULL, REUSE)
     with sampling(model, 2):
         for length in (1, 2):
             call(inputs_of(length, 5))
@@ -275,3 +275,49 @@ def test_dynamo_is_as_it_was_afterwards():
     with answering(), answering():
         assert places() != before
     assert places() == before
+
+
+class Branching(PlainTransformer):
+    """A denoiser that branches on a flag of some shape."""
+
+    def __init__(self):
+        super().__init__([JointAttention()])
+
+    def forward(self, hidden_states, flag):
+        y = self.patch(hidden_states).flatten(2).transpose(1, 2)
+        y = self.layers[0](y)
+        if flag:
+            y = y * 2
+        y = self.head(y).unflatten(1, (4, 6)).unflatten(-1, (2, 2, 3))
+        return y.permute(0, 5, 1, 3, 2, 4).reshape(hidden_states.shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_branch_goes_the_way_a_tensor_of_one_value_says(shape):
+    torch._dynamo.reset()
+    model = build(Branching)
+    sample = torch.randn(2, 3, 8, 12)
+    calls = [{"hidden_states": sample, "flag": torch.full(shape, flag)} for flag in (False, True)]
+    forward = compile_forward(model, difa, {"plan": plan_for(model, calls[0], [FULL]), "inner": "eager"})
+    with torch.no_grad(), sampling(model, 1):
+        for inputs in calls * 2:
+            assert torch.equal(run_compiled(forward, model, (), inputs), model(**inputs))
+
+
+def test_a_branch_on_several_values_is_refused_as_python_refuses_it():
+    torch._dynamo.reset()
+    model = build(Branching)
+    inputs = {"hidden_states": torch.randn(2, 3, 8, 12), "flag": torch.tensor([True, False])}
+    forward = compile_forward(model, difa, {"inner": "eager"})
+    with torch.no_grad(), pytest.raises(RuntimeError, match="ambiguous"):
+        run_compiled(forward, model, (), inputs)
+
+
+def test_other_shapes_do_not_capture_known_outcomes_again():
+    model, call, backend = planned(FULL)
+    other = {key: torch.cat([value, value]) for key, value in inputs_of(1, 5).items()}
+    with sampling(model, 1):
+        for captures, inputs in enumerate([inputs_of(3, 5), other, inputs_of(2, 4), inputs_of(1, 2)], start=1):
+            call(inputs)
+            call(other) if captures > 1 else None
+            assert backend.captures == captures

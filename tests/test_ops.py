@@ -177,6 +177,27 @@ def test_gradients_are_those_of_the_reference_formula(form, queries, monkeypatch
         torch.testing.assert_close(one, two)
 
 
+def test_a_row_that_an_additive_mask_hides_has_no_gradient_and_spoils_none():
+    layout = Layout((4, 4))
+    query, key, value = (x.clone().requires_grad_() for x in operands(layout, 2, 8, torch.float32))
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 3, :] = -torch.inf
+    out = local_attention(query, key, value, layout, Window("box", 1), mask=mask)
+    gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][:, :, 3].any()
+    assert gradients[0][:, :, 4].any()
+
+
+def test_a_second_derivative_is_refused():
+    layout = Layout((2, 2))
+    query, key, value = (x.clone().requires_grad_() for x in operands(layout, 1, 4, torch.float32))
+    out = local_attention(query, key, value, layout, Window("box", 1))
+    (first,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_the_backward_holds_few_pairs_at_a_time():
     """Memory linear in tokens: a piece's pairs are bounded, whatever the number of tokens."""
     device = torch.device("cpu")

@@ -42,6 +42,15 @@ def instruction_flags() -> tuple[str, ...]:
     return () if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
 
 
+def processor_lines() -> list[str]:
+    """What tells one processor from another where the compiler is asked for the native one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("CPU implementer", "CPU part", "Features"))})
+
+
 def build() -> Path:
     """The compiled library; compiles it unless the cache has it.
 
@@ -60,6 +69,8 @@ def build() -> Path:
     ]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [torch.__version__, platform.machine(), compiler, version, *flags]
+    if "-mcpu=native" in flags:
+        parts += processor_lines()
     digest = hashlib.sha256("\0".join(parts).encode())
     for name, text in texts.items():
         digest.update(name.encode() + text)

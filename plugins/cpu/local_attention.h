@@ -537,12 +537,17 @@ class Worker {
     }
   }
 
+  // The least finite number, which masks hold for want of infinity, must not become infinite.
+  static float in_base_two(float bias) {
+    return bias == -kInfinity ? bias : std::max(bias * kLog2E, std::numeric_limits<float>::lowest());
+  }
+
   float bias(int64_t index) const {
     switch (p_.mask_type) {
       case MaskType::kBool: return static_cast<const uint8_t*>(p_.mask)[index] ? 0.0f : -kInfinity;
-      case MaskType::kFloat: return static_cast<const float*>(p_.mask)[index] * kLog2E;
-      case MaskType::kBFloat16: return to_float(static_cast<const BFloat16*>(p_.mask)[index]) * kLog2E;
-      case MaskType::kHalf: return to_float(static_cast<const Half*>(p_.mask)[index]) * kLog2E;
+      case MaskType::kFloat: return in_base_two(static_cast<const float*>(p_.mask)[index]);
+      case MaskType::kBFloat16: return in_base_two(to_float(static_cast<const BFloat16*>(p_.mask)[index]));
+      case MaskType::kHalf: return in_base_two(to_float(static_cast<const Half*>(p_.mask)[index]));
       default: return 0.0f;
     }
   }

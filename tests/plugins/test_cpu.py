@@ -193,6 +193,17 @@ def test_a_bad_number_spoils_the_queries_that_see_it_and_none_far_away(dtype, ba
     assert far.sum() == 0 or found[0, 0, far].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_hidden_by_the_least_finite_number_is_the_mean_of_what_it_sees(dtype):
+    layout, window = Layout((4, 5)), Window("box", 1)
+    query, key, value = operands(layout, 2, 8, dtype)
+    mask = torch.zeros(1, 1, 20, 20, dtype=dtype)
+    mask[..., 7, :] = torch.finfo(dtype).min
+    found = kernel(query, key, value, layout, window, mask=mask)
+    seen = reference.visible(layout, window)[7]
+    torch.testing.assert_close(found[:, :, 7].float(), value[:, :, seen].float().mean(2), atol=2e-2, rtol=0)
+
+
 def test_no_batch_gives_no_output():
     layout = Layout((4, 4))
     query = torch.empty(0, 2, 16, 8)
