@@ -211,6 +211,10 @@ class Sample:
     tokens: int
     seconds: float
 
+    def __post_init__(self) -> None:
+        """Work in floating point, as a file gives it back: the digest of 1 is not that of 1.0."""
+        object.__setattr__(self, "work", {kind: float(count) for kind, count in self.work.items()})
+
 
 @dataclass(frozen=True)
 class Fit:

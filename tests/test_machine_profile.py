@@ -15,6 +15,8 @@ from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import OutputError, ProfileError
 from difa_compile.layout import Layout
 from difa_compile.machine_profile import (
+    ELEMENTWISE,
+    Fit,
     FullCall,
     Machine,
     Profile,
@@ -312,3 +314,10 @@ def test_a_newer_measurement_replaces_only_what_it_measured():
     assert both.dtypes == (torch.float32, torch.bfloat16)
     assert len(both.fits) == 2 * len(old.fits)
     assert old.updated(new) == new
+
+
+def test_work_counted_in_whole_numbers_survives_the_file(tmp_path):
+    """A file gives floating-point numbers back, and the digest must be the same."""
+    fit = Fit(ELEMENTWISE, "float32", {"bytes": 1e-10}, (Sample("a copy", {"bytes": 4096}, 64, 1e-6),), (0.0,))
+    profile = Profile(Machine.here("cpu"), "2026-01-01T00:00:00+00:00", (fit,))
+    assert Profile.load(profile.save(tmp_path / "profile.json")) == profile
