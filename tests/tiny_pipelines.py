@@ -27,6 +27,22 @@ def tiny_transformer(seed=0, layers=2, sample_size=8):
     return model
 
 
+def drawn(model, seed=0):
+    """``model`` for inference, parameters that start as zeros drawn anew: nothing is multiplied by 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+def quiet(pipe):
+    """``pipe`` without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_autoencoder():
     torch.manual_seed(1)
     return AutoencoderTiny(

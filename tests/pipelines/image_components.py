@@ -34,7 +34,7 @@ from transformers import (
 from difa_compile.decision import FULL, Kind
 from difa_compile.layout import Layout
 from tests.altered import sees
-from tests.tiny_pipelines import tiny_pipeline
+from tests.tiny_pipelines import drawn, quiet, tiny_pipeline
 
 HEIGHT, WIDTH = 16, 24
 GRID = (4, 6)
@@ -101,21 +101,6 @@ def autoencoder():
     ).eval()
 
 
-def drawn(model):
-    """``model`` with the parameters that start as zeros drawn anew, so that nothing it computes is multiplied by 0."""
-    generator = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0.0, 0.2, generator=generator)
-    return model.eval()
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 # Pipelines
 
 
@@ -142,7 +127,7 @@ def pixart_sigma(scheduler=None):
         use_additional_conditions=False,
     )
     scheduler = scheduler or DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
-    return quiet(PixArtSigmaPipeline(tokenizer(), t5(), autoencoder(), drawn(transformer), scheduler))
+    return quiet(PixArtSigmaPipeline(tokenizer(), t5(), autoencoder(), drawn(transformer, seed=13), scheduler))
 
 
 def sd3(cls=StableDiffusion3Pipeline):
@@ -164,7 +149,7 @@ def sd3(cls=StableDiffusion3Pipeline):
     )
     return quiet(
         cls(
-            transformer=drawn(transformer),
+            transformer=drawn(transformer, seed=13),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=autoencoder(),
             text_encoder=clip(CLIPTextModelWithProjection, 1),
@@ -202,7 +187,7 @@ def flux():
             tokenizer=tokenizer(),
             text_encoder_2=t5(),
             tokenizer_2=tokenizer(),
-            transformer=drawn(transformer),
+            transformer=drawn(transformer, seed=13),
         )
     )
 

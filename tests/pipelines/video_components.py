@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from difa_compile.decision import FULL, Decision, Kind, WindowShape
+from tests.tiny_pipelines import drawn, quiet
 
 TEXT_WIDTH = 24
 WORDS = ("a", "red", "green", "cat", "dog", "walks", "sleeps", "in", "on", "grass", "blurry", "dark")
@@ -62,21 +63,6 @@ def text_encoder(config_class, model_class):
     torch.manual_seed(1)
     sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     return model_class(config_class(vocab_size=len(WORDS) + 3, dropout_rate=0.0, **sizes)).eval()
-
-
-def drawn(model, seed=0):
-    """``model`` for inference, with random values where it starts with zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0.0, 0.2, generator=generator)
-    return model.eval()
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def wan_transformer(seed=0, layers=2):

@@ -19,8 +19,6 @@ from difa_compile.ops import LocalCall
 from difa_compile.plugins import cpu
 from difa_compile.plugins.cpu import build
 
-pytestmark = pytest.mark.skipif(cpu.why_not_built() is not None, reason=f"not compiled: {cpu.why_not_built()}")
-
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Distance from 1 to the next number."""
 
