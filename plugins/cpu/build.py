@@ -1,7 +1,7 @@
 """Compiling the C++ kernels for the machine they run on, once, into a cache.
 
 The library's name holds a digest of everything it depends on: sources, compiler, flags, torch. So another torch or
-another machine on the same home directory gets a library of its own. Compiling takes about ten seconds.
+another machine on the same home directory gets a library of its own. Compiling takes some seconds.
 """
 
 from __future__ import annotations
