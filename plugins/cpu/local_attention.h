@@ -291,8 +291,8 @@ inline std::pair<TileShape, double> best_shape(const Problem& p, int tile) {
   return best;
 }
 
-// Queries per tile. A tile of 64 makes more pairs that nobody needs, at a lower price each: as seen on a Zen 5, 0.85 of a
-// tile of 32's in float32, 0.75 in bfloat16, where values are repacked once per tile.
+// Queries per tile. A tile of 64 makes more pairs that nobody needs, at a lower price each: as seen on a Zen 5, 0.85
+// of a tile of 32's in float32, 0.75 in bfloat16, where values are repacked once per tile.
 template <class Units>
 inline int best_tile(const Problem& p) {
   if (p.image() <= 16 && kLanes <= 16) return 16;
