@@ -195,6 +195,10 @@ class CompiledForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises what Dynamo raises."""
+        function = uncompiled_call(self._model)
+        if function != self._function:  # a hook has come or gone
+            with _lock:
+                self._start(function)
         shapes = signature(args, kwargs)
         served = self._served.get(shapes, ())
         fresh = [forward for forward in self._forwards if forward not in served]  # these have no graph of such shapes
