@@ -230,6 +230,21 @@ def gemm_rates() -> list[Row]:
     return rows
 
 
+def memory_rate(mebibytes: int = 512) -> Row:
+    """What the machine's memory reaches, for comparison: a copy, bytes read and bytes written."""
+    source = torch.ones(mebibytes * 2**18)
+    target = torch.empty_like(source)
+    seconds = interleave({"copy": functools.partial(target.copy_, source)}, 9)["copy"].median
+    return {
+        "device": "cpu",
+        "dtype": "float32",
+        "implementation": "memory copy",
+        "seconds": float(f"{seconds:.4g}"),
+        "gigabytes_per_second": round(2 * source.nbytes / seconds / 1e9, 1),
+        "repeats": 9,
+    }
+
+
 def linearity(rows: list[Row]) -> list[str]:
     """Time at four times the tokens over time, for the longest sequences, where 4 is linear."""
     lines = []
@@ -251,7 +266,7 @@ def main() -> None:
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
-    rows = gemm_rates()
+    rows = [*gemm_rates(), memory_rate()]
     for case in settings(args.quick):
         print(f"{case.dtype}, {case.layout}, {case.heads} heads", flush=True)
         torch._dynamo.reset()  # FlexAttention is compiled per window and shape, and Dynamo counts

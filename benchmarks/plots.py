@@ -30,6 +30,7 @@ COLOURS = {
     "gathered tiles, SDPA": "#5a9e5a",
     "SDPA, masked": "#b9a44c",
 }
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 Rows = list[dict[str, Any]]
 
 
@@ -75,8 +76,13 @@ def speedup_over_radius(rows: Rows) -> Figure:
     return with_legend(figure, "solid: 16384 tokens, dashed: 4096")
 
 
-def rate_over_neighbourhood(rows: Rows) -> Figure:
-    """Operations per second on visible pairs over the number of visible keys per query, under the matrix product's."""
+def roofline(rows: Rows) -> Figure:
+    """Operations per second on visible pairs over visible keys per query, under the rates of products and of memory.
+
+    Reading queries, keys and values and writing the output once moves as many bytes per query as four elements per
+    channel have, for four operations per channel and visible key: keys per query over the bytes of an element is the
+    arithmetic intensity.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         for name, colour in COLOURS.items():
@@ -92,6 +98,11 @@ def rate_over_neighbourhood(rows: Rows) -> Figure:
             panel.axhline(row["visible_gflops"], color="#444444", linewidth=0.8)
             panel.annotate("torch's matrix product", (0.02, row["visible_gflops"]), xycoords=("axes fraction", "data"),
                            fontsize=7, va="bottom")  # fmt: skip
+            for copy in select(rows, implementation="memory copy"):
+                ridge = row["visible_gflops"] / copy["gigabytes_per_second"] * ELEMENT_BYTES[dtype]
+                panel.plot([ridge / 8, ridge], [row["visible_gflops"] / 8, row["visible_gflops"]], color="#444444",
+                           linewidth=0.8, linestyle="--")  # fmt: skip
+                panel.annotate("memory", (ridge / 8, row["visible_gflops"] / 8), fontsize=7, va="top")
         finish(panel, dtype, "visible keys per query", "GFLOP/s on visible pairs" if dtype == "float32" else "")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
@@ -126,7 +137,7 @@ def finish(panel: Axes, title: str, x: str, y: str) -> None:
 PLOTS: dict[str, tuple[str, Callable[[Rows], Figure]]] = {
     "attention_time": ("attention", time_over_tokens),
     "attention_speedup": ("attention", speedup_over_radius),
-    "attention_rate": ("attention", rate_over_neighbourhood),
+    "attention_roofline": ("attention", roofline),
 }
 
 
