@@ -19,27 +19,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from difa_compile import reference
 from difa_compile.decision import Window, WindowShape
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall
 from difa_compile.pairs import visible_pairs
-from difa_compile.plugins import cpu, flex, masked_sdpa
+from difa_compile.plugins import cpu, flex, masked_sdpa, token_order
 
 from ._common import RESULTS, Row, interleave, write_result
 
 DENSE = "SDPA, dense"
 OURS = "difa CPU kernel"
-TILE = (8, 16)
-"""A FlexAttention block of 128 tokens as a patch of the grid."""
 SLOW = 2.0
 """Seconds from which a single timed round has to do."""
 Call = Callable[[], Tensor]
 
 compiled_flex = torch.compile(flex_attention, dynamic=False)
-compiled_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -95,30 +92,23 @@ def implementations(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tens
             found["SDPA, masked"] = lambda: masked_sdpa.run(q, k, v, None, call)
         blocks = flex.block_mask(layout, window, q.device)
         found["FlexAttention, row-major"] = lambda: compiled_flex(q, k, v, block_mask=blocks)
-    if window.shape is not WindowShape.BAND and case.text == 0 and layout.tokens <= 65536:
-        found["FlexAttention, tiles"] = flex_in_tiles(case, window, q, k, v)
-        if layout.tokens <= 16384:
+    if window.shape is not WindowShape.BAND and layout.tokens <= 65536:
+        if token_order.best(layout, window, layout.tokens)[0] is not None:
+            found["FlexAttention, tiles"] = flex_in_tiles(case, window, q, k, v)
+        if layout.tokens <= 16384 and not case.text:
             found["gathered tiles, SDPA"] = gathered(case, window, q, k, v)
     return found
 
 
-def tile_order(side: int) -> Tensor:
-    """Tokens of a grid in the order of its patches, row-major inside each."""
-    height, width = TILE
-    token = torch.arange(side * side).view(side // height, height, side // width, width)
-    return token.permute(0, 2, 1, 3).reshape(-1)
-
-
 def flex_in_tiles(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    order = tile_order(case.side)
-    back = order.argsort()
+    """FlexAttention on tokens in the order that our kernel for it would put them in."""
     layout = case.layout
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return reference.visible_pairs(layout, window, order[query], order[key])
-
-    blocks = compiled_mask(mask_mod, None, None, layout.tokens, layout.tokens, device=q.device)
-    one, two, three = (x.index_select(2, order) for x in (q, k, v))
+    strips, _ = token_order.best(layout, window, layout.tokens)
+    if strips is None:
+        raise ValueError(f"{window} on {layout} takes no fewer blocks in another order")
+    keys, queries, back = flex.orders(layout, strips, q.device, layout.tokens, 0)
+    blocks = flex.block_mask(layout, window, q.device, strips=strips)
+    one, two, three = q.index_select(2, queries), k.index_select(2, keys), v.index_select(2, keys)
 
     def run() -> Tensor:
         out: Tensor = compiled_flex(one, two, three, block_mask=blocks)

@@ -11,9 +11,7 @@ from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, choose_kernel, local_attention, local_kernels
 from difa_compile.plugins import flex, masked_sdpa
-
-FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""About two units in the last place of values near one: below this, errors are not compared."""
+from tests.tolerances import assert_as_good_as_the_reference
 
 
 def operands(layout, heads, dim, dtype, batch=2, strides="heads first", seed=0):
@@ -25,20 +23,6 @@ def operands(layout, heads, dim, dtype, batch=2, strides="heads first", seed=0):
     shape = (batch, heads, layout.tokens, dim) if strides == "heads first" else (batch, layout.tokens, heads, dim)
     made = [(torch.randn(shape, generator=generator) * 1.5).to(dtype) for _ in range(3)]
     return made if strides == "heads first" else [each.transpose(1, 2) for each in made]
-
-
-def assert_as_good_as_the_reference(found, query, key, value, layout, window, scale=None):
-    """At most twice the error that the reference itself makes in this precision, or what rounding the scores makes."""
-    assert found.dtype == query.dtype
-    assert found.shape == query.shape
-    exact = reference.local_attention(*(x.double() for x in (query, key, value)), layout, window, scale)
-    own = (reference.local_attention(query, key, value, layout, window, scale).double() - exact).abs().max().item()
-    error = (found.double() - exact).abs().max().item()
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    largest_score = (query.double() @ key.double().transpose(-2, -1)).abs().max().item() * factor
-    assert error <= 2 * own + FLOOR[query.dtype] * max(1.0, largest_score), (
-        f"error {error}, the reference itself has {own}"
-    )
 
 
 cases = st.tuples(
