@@ -49,14 +49,15 @@ def full_plan(pipe: Any, steps: int) -> Plan:
     return Plan.from_rule(pipe, steps, lambda step, site: FULL)
 
 
-def calibrated_plan(model: str, threshold: float, steps: int) -> tuple[Plan, Path]:
+def calibrated_plan(model: str, threshold: float, steps: int, rank: str = "flops") -> tuple[Plan, Path]:
     """The plan of ``threshold`` from ``benchmarks/plans``; calibrated and saved there if it is not yet.
 
+    ``rank`` as in :func:`difa_compile.calibrate`; not by time, since that would bind the plan to a machine.
     A plan on disk for another model is refused (``PlanMismatchError``): delete it to have it made anew.
     """
     pipe = load(model)
     prefix = "" if model == "demo" else Path(model).name + "-"
-    path = PLANS / f"{prefix}threshold-{threshold:g}-steps-{steps}.json"
+    path = PLANS / f"{prefix}{rank}-threshold-{threshold:g}-steps-{steps}.json"
     if path.exists():
         plan = Plan.load(path)
         plan.validate(pipe.transformer)
@@ -67,7 +68,7 @@ def calibrated_plan(model: str, threshold: float, steps: int) -> tuple[Plan, Pat
         "guidance_scale": GUIDANCE,
         "generator": torch.Generator().manual_seed(1234),
     }
-    plan = difa_compile.calibrate(pipe, inputs, steps=steps, threshold=threshold)
+    plan = difa_compile.calibrate(pipe, inputs, steps=steps, threshold=threshold, rank=rank)
     PLANS.mkdir(parents=True, exist_ok=True)
     plan.save(path)
     return plan, path

@@ -3,9 +3,9 @@
     python -m benchmarks.demo_end_to_end
 
 All cases run in one process, one after the other in every round: eager, plain inductor, difa with an all-full plan
-(its overhead), difa with the plan of each threshold. ``ratio_to_inductor`` is the median over the rounds of a case's
-time over plain inductor's in the same round. Quality compares images of the same seeds with plain inductor's, and the
-sets of images with held-out real digits.
+(its overhead), difa with the plan of each threshold, weighed by FLOPs and as published. ``ratio_to_inductor`` is the
+median over the rounds of a case's time over plain inductor's in the same round. Quality compares images of the same
+seeds with plain inductor's, and the sets of images with held-out real digits.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def quality_row(images: Tensor, reference: Tensor, real: Tensor, labels: Tensor,
 def main() -> None:
     args = parse_arguments()
     plans = {
-        f"difa, threshold {value:g}": _demo.calibrated_plan(args.model, value, args.steps)[0]
+        f"difa, threshold {value:g}{note}": _demo.calibrated_plan(args.model, value, args.steps, rank)[0]
+        for rank, note in (("flops", ""), ("published", ", published choice"))
         for value in args.thresholds
     }
     pipes = {name: _demo.load(args.model) for name in (EAGER, INDUCTOR, OVERHEAD, *plans)}

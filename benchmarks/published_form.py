@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    plan, _ = _demo.calibrated_plan(args.model, args.threshold, args.steps)
+    plan, _ = _demo.calibrated_plan(args.model, args.threshold, args.steps, rank="published")
     pipes = {name: _demo.load(args.model) for name in (EAGER, INDUCTOR, PUBLISHED, DIFA)}
     pipes[INDUCTOR].transformer.compile(dynamic=False)
     install_processors(pipes[PUBLISHED], plan, args.steps)

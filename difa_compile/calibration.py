@@ -39,7 +39,7 @@ from difa_compile.wiring import Wiring, compile_forward, wiring_of
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
 
-RANKS = ("auto", "published", "time")
+RANKS = ("auto", "time", "flops", "published")
 """In which order candidates are tried: see :func:`calibrate`."""
 
 
@@ -63,11 +63,13 @@ def calibrate(
     ``steps``: of the schedule (a scheduler of second order calls the model more often; the plan has one row per call).
     ``threshold``: DiTFastAttn's delta, in (0, 10]; the published settings are 0.025 to 0.15. ``window``: for instance
     ``"band:32"`` or ``Window("disc", 8)``; by default a band of an eighth of the image tokens on each side.
-    ``candidates``: names from :data:`CANDIDATES` in the order tried, by default the published four; one that cannot be
-    carried out at a site is noted with the reason in the plan. ``rank``: ``"time"`` tries the candidates that this
-    machine's profile (``difa tune``) predicts to be quickest first and leaves out, noted with both times, windows that
-    it predicts to be no faster than full attention; ``"published"`` tries all in DiTFastAttn's order, or yours;
-    ``"auto"`` is ``"time"`` where there is a profile and ``candidates`` are not given. ``loss``: see :func:`loss_of`.
+    ``candidates``: names from :data:`CANDIDATES`, by default the published four; one that cannot be carried out at a
+    site is noted with the reason in the plan. ``rank``: how one is chosen among those below the threshold.
+    ``"published"``: the first, in DiTFastAttn's order or yours. ``"time"`` and ``"flops"``: the one that saves most for
+    what it changes (the price in :mod:`difa_compile.search`), if it saves a larger share of the site's cost than the
+    share of the threshold that it uses up. Cost is time as this machine's profile predicts it (``difa tune``), and
+    windows that are predicted to be no faster than full attention are left out, noted with both times; or operations.
+    ``"auto"`` is ``"time"`` where there is a profile, else ``"flops"``. ``loss``: see :func:`loss_of`.
     ``conditional_half``: 0 or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles
     the candidates, ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in
     ``inputs`` is put back to its state afterwards; without one, sampling is seeded with 0.
@@ -107,8 +109,7 @@ def calibrate(
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
     half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
     call = _call_arguments(pipe, inputs, steps)
-    by_time = _profile_digest(models[0], rank, given=candidates is not None)
-    settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, by_time)
+    settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, *_ranking(models[0], rank))
     identity = {
         **{f"model {key}": str(value) for key, value in asdict(digests[0]).items()},
         "weights": digest_of([weights_digest(model) for model in models]),
@@ -194,18 +195,20 @@ def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _profile_digest(model: torch.nn.Module, rank: str, *, given: bool) -> str | None:
-    """Digest of the profile to rank candidates by, or None to try them in their order."""
-    if rank == "published" or (rank == "auto" and given):
-        return None
+def _ranking(model: torch.nn.Module, rank: str) -> tuple[str, str | None]:
+    """What candidates are weighed by (``"auto"`` decided), and the digest of the profile if it is time."""
+    if rank not in ("auto", "time"):
+        return rank, None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     profile = current(device)
-    if profile is None and rank == "time":
+    if profile is not None:
+        return "time", profile.digest
+    if rank == "time":
         raise ProfileError(
             f'rank="time" needs a profile of this machine for {device.type}, and there is none; run difa tune --device '
-            f"{device.type}, or choose auto or published"
+            f"{device.type}, or choose auto, flops or published"
         )
-    return None if profile is None else profile.digest
+    return "flops", None
 
 
 def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[str, ...]) -> tuple[int | None, str]:

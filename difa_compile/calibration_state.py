@@ -22,7 +22,7 @@ from difa_compile.decision import Decision
 from difa_compile.errors import CalibrationStateError, DecisionError, OutputError, PlanFormatError
 from difa_compile.plan import Cell, Trial
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SAMPLES = 256
 """Values per parameter that enter the fingerprint of the weights."""
 
@@ -181,7 +181,7 @@ def _write_cell(cell: Cell) -> dict[str, Any]:
     return {
         "decision": str(cell.decision),
         "flops_saved": cell.flops_saved,
-        "trials": [[str(t.decision), t.loss, t.threshold, t.reason] for t in cell.trials],
+        "trials": [[str(t.decision), t.loss, t.threshold, t.reason, t.cost] for t in cell.trials],
     }
 
 
@@ -189,6 +189,6 @@ def _read_cell(content: Mapping[str, Any]) -> Cell:
     trials: Sequence[Sequence[Any]] = content["trials"]
     return Cell(
         Decision.parse(content["decision"]),
-        tuple(Trial(Decision.parse(d), loss, threshold, reason) for d, loss, threshold, reason in trials),
+        tuple(Trial(Decision.parse(decision), *rest) for decision, *rest in trials),
         content["flops_saved"],
     )

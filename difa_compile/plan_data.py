@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SITE_KINDS = ("self", "joint")
-METHODS = ("greedy", "rule")
+METHODS = ("greedy", "weighed", "rule")
 LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
 
@@ -85,14 +85,25 @@ class Trial:
 
     ``loss``: distance of the whole model output from that with the site full, no unit; ``None`` if the candidate does
     not apply, with the ``reason``. It is admitted if ``loss < threshold``, the depth-scaled threshold of the site.
+    ``cost``: what the candidate takes, as a share of full attention, where that was weighed against its loss.
     """
 
     decision: Decision
     loss: float | None
     threshold: float
     reason: str = ""
+    cost: float | None = None
+
+    @property
+    def price(self) -> float | None:
+        """``cost + loss / threshold``, by which candidates are weighed; full attention has 1. None if not weighed."""
+        if self.cost is None or self.loss is None:
+            return None
+        return self.cost + (self.loss / self.threshold if self.threshold else math.inf)
 
     def __post_init__(self) -> None:
+        if self.cost is not None:
+            object.__setattr__(self, "cost", _number(self.cost, f"cost of {self.decision}", at_least=0.0))
         if self.loss is not None:
             object.__setattr__(self, "loss", _number(self.loss, f"loss of {self.decision}", at_least=0.0))
         object.__setattr__(self, "threshold", _number(self.threshold, f"threshold of {self.decision}", at_least=0.0))
@@ -130,7 +141,8 @@ def _installed(package: str) -> str | None:
 class Settings:
     """How a plan came about.
 
-    ``method`` is ``greedy`` (calibrated) or ``rule`` (written by hand: no threshold, no loss). ``guidance``: the CFG
+    ``method`` is ``greedy`` (calibrated, the first candidate below the threshold), ``weighed`` (calibrated, what saves
+    most for its loss) or ``rule`` (written by hand: no threshold, no loss). ``guidance``: the CFG
     halves in one ``batched`` call, in ``two-call`` steps, or ``none``. ``conditional_half``: which half of the batch is
     the conditional one, 0 or 1. ``torch``, ``diffusers``: versions, ``None`` if not installed.
     """

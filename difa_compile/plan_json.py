@@ -141,6 +141,7 @@ def _cell_json(cell: Cell) -> dict[str, object]:
             "loss": trial.loss,
             "threshold": trial.threshold,
             "reason": trial.reason,
+            **({} if trial.cost is None else {"cost": trial.cost}),
         }
         for trial in cell.trials
     ]
@@ -268,7 +269,7 @@ def _read_cell(value: object, where: str) -> Cell:
     trials = []
     for index, item in enumerate(_list(fields["trials"], f"{where}.trials")):
         place = f"{where}.trials[{index}]"
-        trial = _object(item, place, ("decision", "loss", "threshold", "reason"))
+        trial = _object(item, place, ("decision", "loss", "threshold", "reason"), optional=("cost",))
         loss = None if trial["loss"] is None else _float(trial["loss"], f"{place}.loss")
         trials.append(
             Trial(
@@ -276,6 +277,7 @@ def _read_cell(value: object, where: str) -> Cell:
                 loss,
                 _float(trial["threshold"], f"{place}.threshold"),
                 _string(trial["reason"], f"{place}.reason"),
+                _float(trial["cost"], f"{place}.cost") if "cost" in trial else None,
             )
         )
     saved = _float(fields["flops_saved"], f"{where}.flops_saved")
@@ -289,15 +291,15 @@ def _decision(value: object, where: str) -> Decision:
         raise PlanFormatError(f"{where}: {error}") from error
 
 
-def _object(value: object, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _object(value: object, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     place = where or "the file"
     if not isinstance(value, dict):
         raise PlanFormatError(f"{place} is {_kind(value)}; it must be an object with the keys {', '.join(keys)}")
     missing = [key for key in keys if key not in value]
-    unknown = [key for key in value if key not in keys]
+    unknown = [key for key in value if key not in (*keys, *optional)]
     if missing or unknown:
         parts = [f"without the key {key!r}" for key in missing] + [f"with the unknown key {key!r}" for key in unknown]
-        raise PlanFormatError(f"{place} is {', '.join(parts)}; known keys are {', '.join(keys)}")
+        raise PlanFormatError(f"{place} is {', '.join(parts)}; known keys are {', '.join((*keys, *optional))}")
     return value
 
 

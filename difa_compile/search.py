@@ -1,8 +1,14 @@
-"""DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4).
+"""DiTFastAttn's greedy search for a plan (Yuan et al. 2024, arXiv 2406.08552, section 3.4), and a choice of our own.
 
-Steps outer, in sampling order; sites inner, in execution order. At every step but the first each site takes the first
-candidate whose loss is below its threshold, else it stays full. Candidates come in the published order or, where this
-machine's profile is known, by their predicted time (:meth:`Search._ranked`):
+Steps outer, in sampling order; sites inner, in execution order. At every step but the first each site takes one of the
+candidates whose loss is below its threshold, else it stays full. Published: the first of them, in a fixed order. Ours
+(``rank`` other than ``"published"``): the one with the lowest price,
+
+    price = cost / cost of full attention + loss / threshold,
+
+if that is below 1, the price of full attention. So a decision has to save more of the site's cost than it uses up of
+the site's threshold, and of two that save about as much the one that changes less is taken. Cost is predicted time on
+this machine, or operations with projections.
 
 1. the loss compares the WHOLE output of the model with the output in which every site is full at this step; earlier
    sites of the step already have their decisions, later sites are full;
@@ -77,6 +83,20 @@ def loss_of(form: str, full: Sequence[Any], tried: Sequence[Any]) -> float:
     return float(torch.stack(means).mean())
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A decision that may be tried at a site. ``reason``: why it cannot be, or None. ``cost``: share of full's."""
+
+    decision: Decision
+    reason: str | None
+    cost: float
+
+
+def _slower(capture: Capture, index: int, decision: Decision) -> str | None:
+    figures = capture.why_slower(index, decision)
+    return None if figures is None else f'{figures}; rank="published" tries it anyway'
+
+
 def default_window(site: SiteInfo) -> Window:
     """DiTFastAttn's: a band of N/8 tokens on each side, N being the number of image tokens."""
     tokens = site.layout.image_tokens if site.layout is not None else site.tokens
@@ -92,8 +112,10 @@ class SearchSettings:
     conditional_half: int | None
     cfg_reason: str
     """Why guidance halves cannot be shared in this pipeline; empty if they can."""
-    by_time: str | None = None
-    """Digest of the machine profile by whose predictions candidates are ranked; None: they are tried in their order."""
+    rank: str = "published"
+    """By what candidates are weighed: ``"time"`` or ``"flops"``; ``"published"``: the first below the threshold."""
+    profile: str | None = None
+    """Digest of the machine profile that times are predicted with."""
 
     def identity(self) -> dict[str, object]:
         return {**asdict(self), "window": str(self.window)}
@@ -135,7 +157,7 @@ class Search:
         self._row: tuple[Cell, ...] | None = None
         """The row of the step in progress, if it was searched now."""
         self._sites: tuple[SiteInfo, ...] = ()
-        self._candidates: list[list[tuple[Decision, str | None]]] = []
+        self._candidates: list[list[Candidate]] = []
         self._captures: list[Capture] = []
         self._streams: dict[tuple[int, int, str | None], _Stream] = {}
         """By capture, model and branch: calls that keep caches for each other."""
@@ -149,6 +171,11 @@ class Search:
         """Whether an unconditional call has followed a conditional one."""
         self._make_bar = make_bar
         self._bar: Any = None
+
+    @property
+    def _weighed(self) -> bool:
+        """Whether candidates are weighed, or the first below the threshold is taken."""
+        return self.settings.rank != "published"
 
     @property
     def done(self) -> int:
@@ -181,7 +208,7 @@ class Search:
         chosen = {str(self.settings.window_at(site)) for site in self._sites}
         windowed = any("window" in name for name in self.settings.candidates)
         settings = Settings(
-            method="greedy",
+            method="weighed" if self._weighed else "greedy",
             threshold=self.settings.threshold,
             loss=self.settings.loss,
             window=(chosen.pop() if len(chosen) == 1 else "band:N/8") if windowed else None,
@@ -246,7 +273,7 @@ class Search:
     def _unshared(self, index: int, cell: Cell) -> Cell:
         """The cell with a note on the sharing candidates, which had no second call to be tried on."""
         reason = "no unconditional call, named so by cache_context, followed the conditional one"
-        shared = [d for d, why in self._candidates[index] if why is None and d.cfg_shared]
+        shared = [c.decision for c in self._candidates[index] if c.reason is None and c.decision.cfg_shared]
         return replace(cell, trials=(*cell.trials, *(Trial(d, None, self._limit(index), reason) for d in shared)))
 
     def _meet(self, capture: Capture) -> None:
@@ -260,7 +287,7 @@ class Search:
             for index, site in enumerate(sites):
                 wanted = self.settings.decisions_at(site)
                 candidates = [(decision, self._why_not(capture, index, decision)) for decision in wanted]
-                self._candidates.append(self._ranked(capture, index, candidates))
+                self._candidates.append(self._costed(capture, index, candidates))
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
         elif not same_but_for_text(sites, self._sites):
@@ -270,7 +297,7 @@ class Search:
             )
         else:
             self._candidates = [
-                [(decision, reason or self._why_not(capture, index, decision)) for decision, reason in known]
+                [replace(one, reason=one.reason or self._why_not(capture, index, one.decision)) for one in known]
                 for index, known in enumerate(self._candidates)
             ]
 
@@ -287,28 +314,34 @@ class Search:
         alone = replace(decision, cfg_shared=False)
         return capture.why_not(index, alone) or capture.why_not(index, Decision(Kind.REUSE))
 
-    def _ranked(
-        self, capture: Capture, index: int, candidates: list[tuple[Decision, str | None]]
-    ) -> list[tuple[Decision, str | None]]:
-        """The candidates by predicted time, the quickest first, and with a reason those that are no faster than full.
+    def _costed(self, capture: Capture, index: int, candidates: list[tuple[Decision, str | None]]) -> list[Candidate]:
+        """The candidates of a site with their cost, a share of full attention's, the cheapest first; ties keep their
+        order. With a reason: those that cannot be carried out, and windows that are predicted no faster than full.
 
-        As they are where times are not asked for or one of them cannot be predicted; ties keep their order.
+        Operations are counted where times are not asked for, or one of them cannot be predicted. For the published
+        search: as they are, at no cost.
         """
-        if self.settings.by_time is None:
-            return candidates
-        judged = []
-        for decision, reason in candidates:
-            slower = capture.why_slower(index, decision) if reason is None else None
-            judged.append((decision, f'{slower}; rank="published" tries it anyway' if slower else reason))
-        seconds = [capture.seconds(index, decision) for decision, _ in judged]
-        known = [time for time in seconds if time is not None]
-        if len(known) < len(judged):
-            return judged
-        return [judged[place] for place in sorted(range(len(judged)), key=known.__getitem__)]
+        if not self._weighed:
+            return [Candidate(decision, reason, 0.0) for decision, reason in candidates]
+        if self.settings.rank == "time":
+            candidates = [
+                (decision, reason if reason is not None else _slower(capture, index, decision))
+                for decision, reason in candidates
+            ]
+        decisions = [decision for decision, _ in candidates]
+        site = self._sites[index]
+        costs = [1.0 - flops_saved(decision, site) for decision in decisions]
+        if self.settings.rank == "time":
+            seconds = [capture.seconds(index, decision) for decision in (FULL, *decisions)]
+            known = [time for time in seconds if time is not None]
+            if len(known) == len(seconds) and known[0] > 0:
+                costs = [time / known[0] for time in known[1:]]
+        found = [Candidate(*pair, cost) for pair, cost in zip(candidates, costs, strict=True)]
+        return sorted(found, key=lambda candidate: candidate.cost)
 
     def _role(self, site: int, decision: Decision) -> Role:
         """``decision`` and all caches that a later step, or the other call of this step, might read."""
-        usable = [candidate for candidate, reason in self._candidates[site] if reason is None]
+        usable = [candidate.decision for candidate in self._candidates[site] if candidate.reason is None]
         across = self.guidance == "two-call" and any(candidate.cfg_shared for candidate in usable)
         kept = across or any(candidate.kind is Kind.REUSE for candidate in usable)
         residual = decision.is_full and any(candidate.kind is Kind.WINDOW_RESIDUAL for candidate in usable)
@@ -375,23 +408,30 @@ class Search:
             trials: list[Trial] = []
             role = self._role(index, FULL)
             ahead: State | None = None
-            for decision, reason in self._candidates[index] if step > 0 else ():
-                if reason is not None:
-                    trials.append(Trial(decision, None, limit, reason))
+            lowest = 1.0
+            for candidate in self._candidates[index] if step > 0 else ():
+                decision = candidate.decision
+                if candidate.reason is not None:
+                    trials.append(Trial(decision, None, limit, candidate.reason))
                     continue
                 if decision.cfg_shared and self.guidance == "two-call":
                     continue  # tried on the other call
                 if not readable(decision, site.path, caches):
                     trials.append(Trial(decision, None, limit, "nothing is cached yet: these calls begin at this step"))
                     continue
+                if candidate.cost >= lowest:
+                    continue  # whatever its loss
                 tried = self._role(index, decision)
                 row = [*roles, tried, *rest]
                 beyond = capture.advance(state, row, caches, stop=index + 1) if rest else state
                 measured = self._measure(capture, beyond, row, caches, reference, step, decision, site)
-                trials.append(Trial(decision, measured, limit))
-                if measured < limit:
+                trial = Trial(decision, measured, limit, cost=candidate.cost if self._weighed else None)
+                trials.append(trial)
+                if measured < limit and not self._weighed:
                     role, ahead = tried, beyond
                     break
+                if trial.price is not None and trial.price < lowest:
+                    role, ahead, lowest = tried, beyond, trial.price
             roles.append(role)
             if ahead is not None:
                 state = ahead
@@ -414,7 +454,8 @@ class Search:
         state = start
         for index, (cell, site) in enumerate(zip(cells, self._sites, strict=True)):
             shared = replace(cell.decision, cfg_shared=True)
-            if cell.decision.kind is Kind.REUSE or (shared, None) not in self._candidates[index]:
+            usable = [candidate.decision for candidate in self._candidates[index] if candidate.reason is None]
+            if cell.decision.kind is Kind.REUSE or shared not in usable:
                 continue
             limit = self._limit(index)
             row = [*(done.decision for done in found[:index]), shared, *[FULL] * (count - index - 1)]
@@ -423,9 +464,11 @@ class Search:
             outputs = capture.outputs(end)
             _check_finite(outputs, f"step {step}, unconditional call, site {site.path}, candidate {shared}")
             measured = loss_of(self.settings.loss, reference, outputs)
-            decision = shared if measured < limit else cell.decision
-            trials = (*cell.trials, Trial(shared, measured, limit))
-            found[index] = Cell(decision, trials, flops_saved(decision, site))
+            trial = Trial(shared, measured, limit, cost=0.0 if self._weighed else None)  # of this call: a copy
+            own = next((t.price for t in cell.trials if t.decision == cell.decision and t.price is not None), 1.0)
+            wins = measured < limit if trial.price is None else trial.price < own
+            decision = shared if wins else cell.decision
+            found[index] = Cell(decision, (*cell.trials, trial), flops_saved(decision, site))
         return tuple(found)
 
     def _limit(self, index: int) -> float:

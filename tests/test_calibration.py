@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -84,8 +85,11 @@ def slow_loss(a, b, form="paper"):
     return np.clip(np.abs((a - b) / (largest + 1e-6)), 0, 10).mean()
 
 
-def slow_search(pipe, decisions=DECISIONS, form="paper", **arguments):
-    """DiTFastAttn's search with every trial a whole model call; the chosen rows, and the losses in the order tried."""
+def slow_search(pipe, decisions=DECISIONS, form="paper", costs=None, threshold=THRESHOLD, **arguments):
+    """DiTFastAttn's search with every trial a whole model call; the chosen rows, and the losses in the order tried.
+
+    With ``costs``, shares of full attention's: all decisions that cost less than the best price so far are tried.
+    """
     plain = PlainSites(pipe.transformer, half=0, residual_window=WINDOW)
     caches, rows, measured = {}, [], []
 
@@ -94,14 +98,19 @@ def slow_search(pipe, decisions=DECISIONS, form="paper", **arguments):
         full = plain.call([FULL] * LAYERS, kwargs, caches, args)[0].sample
         for block in range(LAYERS):
             found.append([])
-            chosen = FULL
-            for decision in decisions if rows else ():
+            chosen, price = FULL, 1.0
+            for place, decision in enumerate(decisions if rows else ()):
+                if costs is not None and costs[place] >= price:
+                    break  # the rest cost more yet
                 trial = [*row, decision, *[FULL] * (LAYERS - block - 1)]
                 loss = slow_loss(full, plain.call(trial, kwargs, caches, args)[0].sample, form)
                 found[-1].append(loss)
-                if loss < (block + 1) / LAYERS * THRESHOLD:
+                share = loss / ((block + 1) / LAYERS * threshold)
+                if costs is None and share < 1:
                     chosen = decision
                     break
+                if costs is not None and costs[place] + share < price:
+                    chosen, price = decision, costs[place] + share
             row.append(chosen)
         rows.append(tuple(row))
         measured.append(found)
@@ -130,10 +139,26 @@ def assert_same_search(plan, rows, measured):
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_equals_a_slow_search_written_independently(pipe, form):
     rows, measured = slow_search(pipe, form=form)
-    plan = quick(pipe, loss=form)
+    plan = quick(pipe, loss=form, rank="published")
     assert_same_search(plan, rows, measured)
     chosen = {decision for row in rows for decision in row}
     assert len(chosen) >= 4, "the case is too easy: choose a threshold at which candidates of several kinds win"
+
+
+def test_weighing_equals_a_slow_search_written_independently(pipe):
+    """16 tokens, width 16; a band of 2 shows 74 of the 256 pairs."""
+    window = (4 * 74 * 16 + 8 * 16 * 16 * 16) / (4 * 256 * 16 + 8 * 16 * 16 * 16)
+    costs = {0.0: REUSE, window / 2: DECISIONS[1], 0.5: DECISIONS[3], window: DECISIONS[2]}
+    rows, measured = slow_search(pipe, [costs[cost] for cost in sorted(costs)], costs=sorted(costs), threshold=0.8)
+    plan = quick(pipe, rank="flops", threshold=0.8)
+    assert_same_search(plan, rows, measured)
+    assert len({decision for row in rows for decision in row}) >= 3, "the case is too easy"
+    assert rows != quick(pipe, rank="published", threshold=0.8).decisions
+    names = ["full+cfg", "window+residual", "window+residual+cfg", "reuse"]
+    assert quick(pipe, candidates=names, threshold=0.8).decisions == rows, "their order does not matter"
+    for trial in (trial for row in plan.rows for cell in row for trial in cell.trials):
+        assert costs[min(costs, key=lambda cost: abs(cost - trial.cost))] == trial.decision
+        assert trial.price == pytest.approx(trial.cost + trial.loss / trial.threshold)
 
 
 def test_other_candidates_and_windows(pipe):
@@ -141,15 +166,15 @@ def test_other_candidates_and_windows(pipe):
     window = Window("band", 5)
     decisions = [Decision(Kind.WINDOW, window, True), Decision(Kind.WINDOW, window), REUSE]
     rows, measured = slow_search(pipe, decisions)
-    assert_same_search(quick(pipe, candidates=names, window="band:5"), rows, measured)
-    assert_same_search(quick(pipe, candidates=names, window=window), rows, measured)
+    for given in ("band:5", window):
+        assert_same_search(quick(pipe, candidates=names, window=given, rank="published"), rows, measured)
 
 
 @pytest.mark.slow
 def test_compiled_search_finds_the_same_without_recompiling(pipe):
     rows, measured = slow_search(pipe)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        plan = quick(pipe, inner="inductor")
+        plan = quick(pipe, inner="inductor", rank="published")
     assert_same_search(plan, rows, measured)
 
 
@@ -185,7 +210,7 @@ def test_the_plan_says_how_it_was_found(pipe, whole, tmp_path):
     pipe.scheduler.set_timesteps(STEPS)
     settings = plan.settings
     assert (settings.method, settings.threshold, settings.loss, settings.window) == (
-        "greedy",
+        "weighed",
         THRESHOLD,
         "paper",
         "band:2",
@@ -201,9 +226,8 @@ def test_the_plan_says_how_it_was_found(pipe, whole, tmp_path):
             assert cell.trials
             for trial in cell.trials:
                 assert trial.threshold == pytest.approx((block + 1) / LAYERS * THRESHOLD)
-            accepted = [trial for trial in cell.trials if trial.loss < trial.threshold]
-            assert [trial.decision for trial in accepted] == ([] if cell.decision == FULL else [cell.decision])
-            assert cell.decision in (FULL, cell.trials[-1].decision)
+            prices = {trial.decision: trial.price for trial in cell.trials} | {FULL: 1.0}
+            assert cell.decision == min(prices, key=prices.get)
             assert (cell.flops_saved == 0) == (cell.decision == FULL)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -490,7 +514,7 @@ def test_two_calls_share_where_the_second_call_allows(two_calls):
     slow = SlowTwoCalls(two_calls)
     slow.run()
     given = inputs(labels=slow.LABELS)
-    plan = quick(two_calls, given, threshold=slow.THRESHOLD, candidates=PUBLISHED_CANDIDATES[1:])
+    plan = quick(two_calls, given, threshold=slow.THRESHOLD, candidates=PUBLISHED_CANDIDATES[1:], rank="published")
     assert plan.decisions == tuple(slow.rows)
     assert len({decision for row in plan.decisions for decision in row if decision.cfg_shared}) == 2
     assert (plan.settings.guidance, plan.settings.conditional_half) == ("two-call", None)
@@ -498,6 +522,21 @@ def test_two_calls_share_where_the_second_call_allows(two_calls):
     apply(two_calls, plan, inner="eager")
     assert torch.allclose(two_calls(**given), wanted, atol=2e-5)
     remove(two_calls)
+
+
+def test_two_calls_that_are_weighed_share_where_that_changes_less_than_the_calls_own_decision_costs(two_calls):
+    given = inputs(labels=SlowTwoCalls.LABELS)
+    plan = quick(two_calls, given, threshold=SlowTwoCalls.THRESHOLD, rank="flops")
+    met = 0
+    for cell in (cell for row in plan.rows[1:] for cell in row):
+        alone = replace(cell.decision, cfg_shared=False)
+        own = next((trial.price for trial in cell.trials if trial.decision == alone), 1.0)
+        for trial in (trial for trial in cell.trials if trial.decision.cfg_shared and trial.loss is not None):
+            assert trial.cost == 0.0  # the other call's output is copied
+            assert cell.decision.cfg_shared == (trial.loss / trial.threshold < own)
+            met += 1
+    assert met
+    assert any(decision.cfg_shared for row in plan.decisions for decision in row)
 
 
 def test_two_calls_resume(two_calls, tmp_path):

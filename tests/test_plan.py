@@ -130,9 +130,10 @@ def test_rows_sites_and_progress_must_add_up() -> None:
         (lambda: ModelInfo("A", "00", -1), PlanFormatError, "parameters"),
         (lambda: Trial(FULL, float("nan"), 0.1), PlanFormatError, "loss of full is nan"),
         (lambda: Trial(FULL, 0.1, float("inf")), PlanFormatError, "threshold of full is inf"),
+        (lambda: Trial(FULL, 0.1, 0.2, cost=-1.0), PlanFormatError, "cost of full is -1"),
         (lambda: Cell(FULL, (), 1.5), PlanFormatError, "at most 1"),
         (lambda: Cell(FULL, (), -0.1), PlanFormatError, "flops_saved"),
-        (lambda: Settings("guess"), PlanFormatError, "greedy, rule"),
+        (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, rule"),
         (lambda: Settings("rule", loss="mse"), PlanFormatError, "paper, code"),
         (lambda: Settings("rule", guidance="both"), PlanFormatError, "batched, two-call, none"),
         (lambda: Settings("rule", conditional_half=2), PlanFormatError, "conditional_half"),
@@ -161,11 +162,11 @@ def test_save_and_load(path: Path) -> None:
 
 finite = st.floats(0, 10, allow_nan=False)
 plans = st.builds(
-    lambda columns, loss, threshold, saved, reason: dataclasses.replace(
+    lambda columns, loss, threshold, saved, reason, cost: dataclasses.replace(
         plan_of(*columns),
         rows=tuple(
             tuple(
-                dataclasses.replace(cell, trials=(Trial(FULL, loss, threshold, reason),), flops_saved=saved)
+                dataclasses.replace(cell, trials=(Trial(FULL, loss, threshold, reason, cost),), flops_saved=saved)
                 for cell in row
             )
             for row in plan_of(*columns).rows
@@ -180,6 +181,7 @@ plans = st.builds(
     finite,
     st.floats(0, 1),
     st.text(),
+    st.none() | finite,
 )
 
 
@@ -258,6 +260,7 @@ def edited(change: Callable[[dict], object]) -> str:  # type: ignore[type-arg]
         (lambda d: d["rows"][1][0].update(decision="ful"), r"rows\[1\]\[0\]: decision 'ful' is not understood"),
         (lambda d: d["rows"][1][1]["trials"][2].update(loss="low"), r"rows\[1\]\[1\].trials\[2\].loss is a string"),
         (lambda d: d["rows"][1][1]["trials"][2].update(mse=1), r"trials\[2\] is with the unknown key 'mse'"),
+        (lambda d: d["rows"][1][1]["trials"][2].update(cost="low"), r"rows\[1\]\[1\].trials\[2\].cost is a string"),
         (lambda d: d["rows"][0].__setitem__(0, "full"), r"rows\[0\]\[0\] is a string"),
     ],
 )

@@ -169,13 +169,13 @@ NEVER = 1e-9
 """A threshold that admits nothing, so that every candidate is tried."""
 
 
-def test_candidates_are_tried_by_predicted_time(profile_at, pipe):
+def test_candidates_are_weighed_by_predicted_time(profile_at, pipe):
     names = ["full+cfg", "window+residual", "window+residual+cfg", "reuse"]
     profile_at(full=1.0, window=0.01)
     plan = quick(pipe, candidates=names, rank="time", threshold=NEVER)
     assert list(tried(plan)) == ["reuse", "window(band:2)+residual+cfg", "window(band:2)+residual", "full+cfg"]
     assert not any(tried(plan).values())
-    given = quick(pipe, candidates=names, threshold=NEVER)
+    given = quick(pipe, candidates=names, threshold=NEVER, rank="published")
     assert list(tried(given)) == ["full+cfg", "window(band:2)+residual", "window(band:2)+residual+cfg", "reuse"]
 
 
@@ -192,15 +192,19 @@ def test_windows_no_faster_than_full_are_left_out_and_noted(profile_at, pipe):
     assert not any(tried(published).values())
 
 
-def test_the_published_order_stands_without_a_profile(pipe):
-    order = ["reuse", "window(band:2)+residual+cfg", "window(band:2)+residual", "full+cfg"]
-    assert list(tried(quick(pipe, threshold=NEVER))) == order
+def test_operations_are_weighed_without_a_profile_and_where_it_cannot_tell(profile_at, pipe):
+    order = ["reuse", "window(band:2)+residual+cfg", "full+cfg", "window(band:2)+residual"]
+    plain = quick(pipe, threshold=NEVER)
+    assert list(tried(plain)) == order
+    assert plain.rows == quick(pipe, threshold=NEVER, rank="flops").rows
+    profile_at(full=1.0, window=0.01, dtype="float16")
+    assert quick(pipe, threshold=NEVER, rank="time").rows == plain.rows
 
 
 def test_ranking_by_time_needs_a_profile(pipe):
     with pytest.raises(ProfileError, match="run difa tune --device cpu"):
         quick(pipe, rank="time")
-    with pytest.raises(DecisionError, match="rank is 'speed'; choose one of auto, published, time"):
+    with pytest.raises(DecisionError, match="rank is 'speed'; choose one of auto, time, flops, published"):
         quick(pipe, rank="speed")
 
 

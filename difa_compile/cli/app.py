@@ -122,7 +122,7 @@ def calibrate(
     window: Window = None,
     candidates: Annotated[
         str | None,
-        typer.Option(help="Decisions to try, in this order.", show_default="those of DiTFastAttn, comma-separated"),
+        typer.Option(help="Decisions to try.", show_default="those of DiTFastAttn, comma-separated"),
     ] = None,
     loss: Annotated[str, typer.Option(help="Form of the loss: paper or code.")] = "paper",
     labels: Labels = None,
@@ -133,7 +133,11 @@ def calibrate(
         Path | None, typer.Option(help="File that keeps an interrupted search.", show_default="OUTPUT.state")
     ] = None,
     rank: Annotated[
-        str, typer.Option(help="Order of candidates: time (as predicted on this machine), published, or auto.")
+        str,
+        typer.Option(
+            help="What is chosen: what saves most time (as predicted here) or flops for its loss; the first of the "
+            "candidates below the threshold (published); or auto, time where this machine is measured."
+        ),
     ] = "auto",
     seed: Seed = 0,
     device: Device = None,
@@ -153,7 +157,7 @@ def calibrate(
     console = _console()
     pipe = open_pipeline(model, device)
     check_writable(output.parent)
-    if rank == "time" or (rank == "auto" and candidates is None):
+    if rank in ("auto", "time"):
         measure_if_unknown(console, pipe)
     with interruptible(lambda: state_kept(kept)):
         plan = search(

@@ -156,8 +156,14 @@ def _text(step: int, path: str, cell: Cell) -> str:
 def _trial(trial: Trial, chosen: Decision) -> str:
     if trial.loss is None:
         return f"{trial.decision}\t{trial.reason or 'does not apply'}\t\tnot tried"
-    verdict = "chosen" if trial.decision == chosen else "over the limit" if trial.loss >= trial.threshold else "below"
-    return f"{trial.decision}\tloss {trial.loss:.3g}\tlimit {trial.threshold:.3g}\t{verdict}"
+    if trial.decision == chosen:
+        verdict = "chosen"
+    elif trial.loss >= trial.threshold:
+        verdict = "over the limit"
+    else:
+        verdict = "below" if trial.cost is None else "saves too little for it"
+    cost = "" if trial.cost is None else f", takes {100 * trial.cost:.0f}\u00a0%"
+    return f"{trial.decision}\tloss {trial.loss:.3g}\tlimit {trial.threshold:.3g}{cost}\t{verdict}"
 
 
 def _common_parts(paths: list[str]) -> Mapping[str, str]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from difa_compile.decision import FULL, Decision
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import OutputError
-from difa_compile.plan import Plan
+from difa_compile.plan import Cell, Plan, Trial
 from difa_compile.report import check_writable, describe_machine, describe_versions, write_file, write_report
 from difa_compile.report.charts import nice_step, step_chart
 from difa_compile.report.heatmap import heat_map
@@ -195,6 +195,19 @@ def test_cell_tells_the_losses_of_every_tried_candidate(plan):
         assert float(loss.removeprefix("loss ")) == pytest.approx(trial.loss, rel=5e-3)
         assert float(limit.removeprefix("limit ")) == pytest.approx(trial.threshold, rel=5e-3)
         assert (verdict == "over the limit") == (trial.loss >= trial.threshold)
+
+
+def test_cell_tells_the_cost_where_it_was_weighed(plan):
+    decision = Decision.parse("full+cfg")
+    trials = (Trial(REUSE, 0.05, 0.1, cost=0.0), Trial(decision, 0.06, 0.1, cost=0.5), Trial(FULL, 0.2, 0.1, cost=1.0))
+    cell = Cell(REUSE, trials, 1.0)
+    weighed = replace(plan, rows=(plan.rows[0], (cell, *plan.rows[1][1:]), *plan.rows[2:]))
+    lines = heat_map(weighed).rows[0].cells[1].text.split("\n")[3:]
+    assert lines == [
+        "reuse\tloss 0.05\tlimit 0.1, takes 0\u00a0%\tchosen",
+        "full+cfg\tloss 0.06\tlimit 0.1, takes 50\u00a0%\tsaves too little for it",
+        "full\tloss 0.2\tlimit 0.1, takes 100\u00a0%\tover the limit",
+    ]
 
 
 def test_cell_tells_why_a_candidate_does_not_apply(plan):
