@@ -32,6 +32,7 @@ from ._common import RESULTS, Row, interleave, write_result
 
 DENSE = "SDPA, dense"
 OURS = "difa CPU kernel"
+PRODUCT = "matrix product"
 SLOW = 2.0
 """Seconds from which a single timed round has to do."""
 Call = Callable[[], Tensor]
@@ -211,7 +212,7 @@ def gemm_rates() -> list[Row]:
             {
                 "device": "cpu",
                 "dtype": str(dtype).removeprefix("torch."),
-                "implementation": "matrix product",
+                "implementation": PRODUCT,
                 "seconds": float(f"{seconds:.4g}"),
                 "visible_gflops": round(2 * 2048**3 / seconds / 1e9, 1),
                 "repeats": 9,
@@ -235,18 +236,31 @@ def memory_rate(mebibytes: int = 512) -> Row:
     }
 
 
-def linearity(rows: list[Row]) -> list[str]:
-    """Time at four times the tokens over time, for the longest sequences, where 4 is linear."""
-    lines = []
+def with_shares(rows: list[Row]) -> list[Row]:
+    """Also the rate on visible pairs as a share of the matrix product's rate in the same dtype."""
+    rates = {row["dtype"]: row["visible_gflops"] for row in rows if row["implementation"] == PRODUCT}
+
+    def share(row: Row) -> Row:
+        mine, product = row.get("visible_gflops"), rates[row["dtype"]]
+        if row["implementation"] == PRODUCT or not isinstance(mine, float) or not isinstance(product, float):
+            return row
+        return row | {"share_of_product": round(mine / product, 4)}
+
+    return [share(row) for row in rows]
+
+
+def linearity(rows: list[Row]) -> list[Row]:
+    """The kernel's time for each length over that for the length before, a head: four times the tokens."""
     times = {
-        (row["dtype"], row["window"], row["grid"]): row["seconds"] for row in rows if row["implementation"] == OURS
+        (row["dtype"], row["window"], row["tokens"]): row["seconds"] / row["heads"]  # type: ignore[operator]
+        for row in rows
+        if row["implementation"] == OURS and row["head_dim"] == 64
     }
-    for (dtype, window, grid), seconds in times.items():
-        small = times.get((dtype, window, "128x128"))
-        heads = 4  # the smaller case has four times the heads
-        if grid == "256x256" and isinstance(small, float) and isinstance(seconds, float) and small:
-            lines.append(f"{dtype} {window}: time(65536) / time(16384) = {seconds / (small / heads):.2f}")
-    return lines
+    return [
+        {"dtype": dtype, "window": window, "tokens": tokens, "time_over_a_quarter": round(time / times[before], 2)}
+        for (dtype, window, tokens), time in times.items()
+        if (before := (dtype, window, tokens // 4)) in times  # type: ignore[operator]
+    ]
 
 
 def main() -> None:
@@ -261,8 +275,8 @@ def main() -> None:
         print(f"{case.dtype}, {case.layout}, {case.heads} heads", flush=True)
         torch._dynamo.reset()  # FlexAttention is compiled per window and shape, and Dynamo counts
         rows += measure(case, args.repeats)
-    write_result("attention", rows, folder=args.output)
-    print("\n".join(linearity(rows)))
+    write_result("attention", with_shares(rows), folder=args.output)
+    write_result("attention_linearity", linearity(rows), folder=args.output)
 
 
 if __name__ == "__main__":
