@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from difa_compile.batches import AnyBatch
     from difa_compile.calibration import calibrate
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "FULL": "decision",
     "REUSE": "decision",
+    "AnyBatch": "batches",
     "Decision": "decision",
     "DifaError": "errors",
     "Kind": "decision",
@@ -47,6 +49,7 @@ _HOME = {
 __all__ = [
     "FULL",
     "REUSE",
+    "AnyBatch",
     "Decision",
     "DifaError",
     "Kind",

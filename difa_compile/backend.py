@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from difa_compile.batches import AnyBatch
 from difa_compile.capture import Capture, Compiler
 from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
 from difa_compile.inductor import Config, inductor, inductor_config, uses_cuda_graphs
@@ -23,7 +24,7 @@ from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
-OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower")
+OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower", "dynamic")
 
 
 def difa(
@@ -45,6 +46,8 @@ def difa(
         resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
             errors otherwise.
         inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
+        dynamic: a :class:`difa_compile.AnyBatch`, one for each compiled model: graphs that differ in the batch size
+            alone are compiled twice at most.
         allow_slower: carry out windows that this machine's profile predicts to be slower than full attention too. By
             default they are left full and recorded as skipped, which ``strict`` does not mind.
         mode: of ``torch.compile``, for instance ``"reduce-overhead"`` (CUDA graphs). ``torch.compile`` takes no
@@ -96,6 +99,14 @@ def planned(
     if options.get("resize") not in (None, *RESIZES):
         raise DecisionError(f"option resize is {options['resize']!r}; choose one of {', '.join(RESIZES)}")
     compiler = compiler_named(options.get("inner", "inductor"), config)
+    batches = options.get("dynamic")
+    if isinstance(batches, AnyBatch):
+        compiler = functools.partial(batches.compile, compiler)
+    elif batches is not None:
+        raise DecisionError(
+            f"option dynamic is {batches!r}; give a difa_compile.AnyBatch(), in which the captures of one compiled "
+            "model find what is compiled already"
+        )
     capture = Capture(
         module,
         example_inputs,

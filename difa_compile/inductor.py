@@ -8,7 +8,7 @@ from typing import Any, get_origin
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from difa_compile.errors import DecisionError
@@ -23,13 +23,18 @@ def inductor(module: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     """Compile a graph with inductor as if Dynamo did, also when no capture is in progress.
 
     Without the ``ShapeEnv`` of a tracing context neither inductor nor AOTAutograd would use their caches on disk.
-    ``config``: values that hold while compiling, from :func:`inductor_config`.
+    Example inputs may be fake tensors, of symbolic sizes too. ``config``: values that hold while compiling, from
+    :func:`inductor_config`.
     """
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {"config_patches": dict(config)} if config else {}
     compiled: Any
-    if TracingContext.try_get() is not None:
+    given = next((value.fake_mode for value in example_inputs if isinstance(value, FakeTensor)), None)
+    if given is not None:
+        with torch.no_grad(), tracing(TracingContext(given)):
+            compiled = compile_fx(module, list(example_inputs), **patches)
+    elif TracingContext.try_get() is not None:
         compiled = compile_fx(module, list(example_inputs), **patches)
     else:
         mode = FakeTensorMode(shape_env=ShapeEnv())

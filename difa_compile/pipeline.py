@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from difa_compile.backend import compiler_named, difa
+from difa_compile.batches import AnyBatch
 from difa_compile.decision import Kind
 from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following, RunStats
@@ -141,6 +142,7 @@ def apply(
     mode: str | None = None,
     inductor_options: Mapping[str, Any] | None = None,
     allow_slower: bool = False,
+    dynamic: bool = False,
 ) -> AppliedPlan:
     """Make every later call of ``pipe`` follow ``plan`` (or the plan file named), in place; :func:`remove` undoes it.
 
@@ -152,8 +154,10 @@ def apply(
     graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
     onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors. ``mode``: of
     ``torch.compile``, for instance ``"reduce-overhead"``; ``inductor_options``: values of ``torch._inductor.config``.
-    ``allow_slower``: windows that are predicted slower than full attention on this machine, by a profile that
-    ``difa tune`` measured, are carried out all the same; by default they are left full and recorded as skipped.
+    ``dynamic``: what is compiled at the second batch size serves all others (:mod:`difa_compile.batches`), instead of
+    compiling for each. ``allow_slower``: windows that are predicted slower than full attention on this machine, by a
+    profile that ``difa tune`` measured, are carried out all the same; by default they are left full and recorded as
+    skipped.
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,
@@ -179,6 +183,8 @@ def apply(
         options["inductor_options"] = dict(inductor_options)
     if allow_slower:
         options["allow_slower"] = True
+    if dynamic:
+        options["dynamic"] = AnyBatch()
     options["cfg"] = _cfg_option(pipe, plan)
     decisions = {decision for row in plan.decisions for decision in row}
     shares = any(decision.cfg_shared for decision in decisions)
