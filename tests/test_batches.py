@@ -18,6 +18,7 @@ from difa_compile.errors import DecisionError
 from difa_compile.inductor import inductor
 from difa_compile.pipeline import apply, remove
 from difa_compile.plan import Plan
+from tests.tiny_models import FAMILIES, at_step, family_plan
 from tests.tiny_pipelines import sample, sample_plainly, tiny_pipeline
 
 ROWS = [FULL, Decision.parse("window(band:2)+residual+cfg"), REUSE, Decision.parse("full+cfg")]
@@ -204,6 +205,31 @@ def test_a_pipeline_compiles_twice_for_any_number_of_batch_sizes(inner, monkeypa
     assert counts[1] == counts[2] == 2 * counts[0]
     assert len(applied.captures) == 4  # each batch size is captured, analysed and proved
     remove(pipe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_compiled_twice(family):
+    """Shared halves, joint attention, rotary tables, video: all numbers that change follow the batch."""
+    model, _ = FAMILIES[family](2)
+    plan = family_plan(family, ROWS, conditional_half=1)
+
+    def outputs(batch, **options):
+        options = {"plan": plan, "inner": "eager", "strict": True, **options}
+        torch._dynamo.reset()  # which keeps eight graphs of a model
+        compiled = torch.compile(model, backend="difa", options=options, dynamic=False)
+        inputs = FAMILIES[family](batch)[1]
+        with torch.no_grad(), difa_compile.sampling(compiled, len(ROWS)) as run:
+            for step in range(len(ROWS)):
+                run.step(step)
+                result = compiled(**at_step(inputs, step))
+        return result[0] if isinstance(result, tuple) else result.sample
+
+    batches, counts = AnyBatch(), []
+    for batch in (2, 4, 6, 8):
+        assert torch.equal(outputs(batch, dynamic=batches), outputs(batch))
+        counts.append(batches.compiled)
+    assert counts[1] == counts[2] == counts[3]
+    assert counts[1] <= 2 * counts[0]
 
 
 def test_without_it_every_batch_size_is_compiled(monkeypatch):
