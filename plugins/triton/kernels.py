@@ -33,11 +33,13 @@ import triton.language as tl
 def _reach(radius, used, DISC: tl.constexpr):
     """How far a window reaches along one axis, ``used`` being the squared distance along the axes before.
 
-    For a disc this may be one too many, never one too few: the mask decides, the reach only bounds what is visited.
+    For a disc the whole part of a square root; whole numbers mend what the hardware's approximate one may be off.
     """
     if DISC:
-        left = tl.maximum(radius * radius - 1 - used, 0).to(tl.float32)
-        return (tl.sqrt(left) + 0.01).to(tl.int32)
+        left = tl.maximum(radius * radius - 1 - used, 0)
+        root = tl.sqrt(left.to(tl.float32)).to(tl.int32)
+        root = tl.where(root * root > left, root - 1, root)
+        return tl.where((root + 1) * (root + 1) <= left, root + 1, root)
     else:
         return radius
 
@@ -94,6 +96,12 @@ def _attend(acc, total, top, scores, value_ptrs, value_mask, scale, DOT: tl.cons
     value = tl.load(value_ptrs, mask=value_mask, other=0.0)
     acc = _product(weights.to(value.dtype), value, acc, DOT)
     return acc, total, above
+
+
+@triton.jit
+def _divided(acc, total):
+    """acc (M, N) / total (M), a reciprocal per row: quotients of each element would need registers of their own."""
+    return acc * (1.0 / total)[:, None]
 
 
 @triton.jit
@@ -398,7 +406,7 @@ def local_attention_kernel(
             x = tl.where(row_done, _first(corner_x, row_reach), x)
             x_end = tl.where(row_done, _end(last_x, row_reach, width), x_end)
 
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = _divided(acc, total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + query_token[:, None] * out_token + dv[None, :], out, mask=out_mask)
 
     if WITH_FULL:
@@ -428,7 +436,7 @@ def local_attention_kernel(
             )
             values = v_ptr + token[:, None] * v_token + dv[None, :]
             acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, DOT)
-        full = (acc / total[:, None]).to(full_ptr.dtype.element_ty)
+        full = _divided(acc, total).to(full_ptr.dtype.element_ty)
         tl.store(full_ptr + query_token[:, None] * full_token + dv[None, :], full, mask=out_mask)
         if RESIDUAL:
             tl.debug_barrier()  # what this program stored above is read back by other threads of it
