@@ -10,6 +10,9 @@ A program owns a patch of queries on the token grid (or a run of text queries) o
    the rest, merged by the online softmax into attention to the window, is full attention, so one set of accumulators
    gives both outputs.
 
+``MASK`` composes each of these with a mask of the model's own, read where it lies by its strides. A row that then sees
+nothing gives 0.
+
 Text queries see all tokens: for them the run of part 1 is the whole sequence, and parts 2 and 3 are empty.
 
 Tokens stay row-major in memory; a patch is gathered by computed addresses. Coordinates inside masks are relative to
@@ -86,11 +89,20 @@ def _scores(query, key, DOT: tl.constexpr):
 
 
 @triton.jit
-def _attend(acc, total, top, scores, value_ptrs, value_mask, scale, DOT: tl.constexpr):
-    """One step of the online softmax. ``scores`` (M, N) are unscaled and -inf where hidden; ``scale`` is in log2."""
-    above = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - above[:, None])
-    fade = tl.exp2(top - above)
+def _attend(acc, total, top, scores, value_ptrs, value_mask, scale, MASK: tl.constexpr, DOT: tl.constexpr):
+    """One step of the online softmax. ``scores`` (M, N) are -inf where hidden; ``scale`` is in log2.
+
+    Scores are unscaled, but under an "added" mask scaled and in natural units: masks hold the lowest number there is,
+    so that the maximum has to be taken off before anything is multiplied.
+    """
+    if MASK == "added":
+        above = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2((scores - above[:, None]) * 1.4426950408889634)
+        fade = tl.exp2((top - above) * 1.4426950408889634)
+    else:
+        above = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - above[:, None])
+        fade = tl.exp2(top - above)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
     value = tl.load(value_ptrs, mask=value_mask, other=0.0)
@@ -99,8 +111,43 @@ def _attend(acc, total, top, scores, value_ptrs, value_mask, scale, DOT: tl.cons
 
 
 @triton.jit
-def _divided(acc, total):
-    """acc (M, N) / total (M), a reciprocal per row: quotients of each element would need registers of their own."""
+def _masked(
+    scores,
+    mask_rows,
+    mask_key,
+    token,
+    query_there,
+    there,
+    scale,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """``scores`` (M, N) under the model's own mask; as they are without one.
+
+    ``mask_rows``: where the mask's rows begin, (M), or with no ``MASK_ROWS``, the same for all queries, one. ``token``
+    (N): the keys.
+    """
+    if MASK != "none":
+        column = token.to(tl.int64) * mask_key
+        if MASK_ROWS:
+            mask = tl.load(mask_rows[:, None] + column[None, :], mask=query_there[:, None] & there[None, :], other=0)
+        else:
+            mask = tl.load(mask_rows + column, mask=there, other=0)[None, :]
+        if MASK == "bool":
+            scores = tl.where(mask != 0, scores, float("-inf"))
+        else:
+            scores = scores * (scale * 0.6931471805599453) + mask.to(tl.float32)
+    return scores
+
+
+@triton.jit
+def _divided(acc, total, MASK: tl.constexpr):
+    """acc (M, N) / total (M), 0 for a row that saw nothing, which takes a mask.
+
+    By a reciprocal per row: quotients of each element would need registers of their own.
+    """
+    if MASK != "none":
+        total = tl.where(total == 0.0, 1.0, total)
     return acc * (1.0 / total)[:, None]
 
 
@@ -180,6 +227,7 @@ def local_attention_kernel(
     v_ptr,
     out_ptr,
     full_ptr,
+    mask_ptr,
     scale,
     q_batch,
     q_head,
@@ -196,6 +244,10 @@ def local_attention_kernel(
     full_batch,
     full_head,
     full_token,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_key,
     batch,
     heads,
     group,
@@ -227,6 +279,8 @@ def local_attention_kernel(
     RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr,
     ADD_MASK: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Local attention of all heads; programs = batch * heads * (tiles of text queries + tiles of the grid).
@@ -239,6 +293,9 @@ def local_attention_kernel(
     ``slabs`` x ``rows`` bounds how many rows of key patches a tile visits, at most ``ROWS``. ``WIDE``: offsets inside a
     patch need 64 bits. ``full``: full attention, stored with ``WITH_FULL``; ``RESIDUAL`` then turns ``out`` into
     full - out.
+
+    ``MASK``: "none", "bool" (bytes, 0 = hidden) or "added" (floating point), given for (B, H, Q, S) by strides that are
+    0 where it broadcasts; without ``MASK_ROWS`` it is the same for all queries. What is "none" takes no argument.
     """
     BLOCK_M: tl.constexpr = TILE_T * TILE_Y * TILE_X
     BLOCK_N: tl.constexpr = PATCH_T * PATCH_Y * PATCH_X
@@ -294,9 +351,16 @@ def local_attention_kernel(
         out_mask = out_mask & (dv < DV)[None, :]
     query = tl.load(q_ptr + query_token[:, None] * q_token + d[None, :], mask=q_mask, other=0.0)
 
+    mask_rows = mask_ptr
+    if MASK != "none":
+        mask_rows += element.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
+        if MASK_ROWS:
+            mask_rows += query_token * mask_query
+
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    top = tl.full([BLOCK_M], -1e38, dtype=tl.float32)  # finite, so that a row with nothing yet gives no NaN
+    # The lowest number, not -inf, so that a row with nothing yet gives no NaN.
+    top = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
 
     # 1. The others, in one run; for text queries the whole sequence.
     n = tl.arange(0, BLOCK_N)
@@ -314,12 +378,13 @@ def local_attention_kernel(
             v_mask = v_mask & (dv < DV)[None, :]
         key = tl.load(k_ptr + token[:, None] * k_token + d[None, :], mask=k_mask, other=0.0)
         scores = _scores(query, key, DOT)
+        scores = _masked(scores, mask_rows, mask_key, token, query_there, there, scale, MASK, MASK_ROWS)
         if ADD_MASK:
             scores = tl.where(there[None, :], scores, float("-inf"))
         elif start + BLOCK_N > run:
             scores = tl.where(there[None, :], scores, float("-inf"))
         values = v_ptr + token[:, None] * v_token + dv[None, :]
-        acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, DOT)
+        acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, MASK, DOT)
 
     # 2. The window. How many patches: closed form for a box, a sum over the rows of patches for a disc.
     reach = _reach(radius, 0, DISC)
@@ -369,6 +434,7 @@ def local_attention_kernel(
         token = ((t * height + y) * width + x + before).to(tl.int64)
         key = tl.load(k_ptr + token * k_token + k_inner, mask=k_mask, other=0.0)
         scores = _scores(query, key, DOT)
+        scores = _masked(scores, mask_rows, mask_key, token + inner, query_there, there, scale, MASK, MASK_ROWS)
 
         # Is a key of the patch hidden from a query of the tile? The largest distances decide.
         cut = (x + PATCH_X > x_end) | (y + PATCH_Y > y_end) | (t + PATCH_T > t_end)
@@ -386,7 +452,7 @@ def local_attention_kernel(
             scores, cut, query_t, query_y, query_x, key_t, key_y, key_x, there, radius, False, RANK, DISC, ADD_MASK
         )
         values = v_ptr + token * v_token + v_inner
-        acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, DOT)
+        acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, MASK, DOT)
 
         # The next patch: to the right, else the first of the next row, else of the next slab.
         x += PATCH_X
@@ -406,7 +472,7 @@ def local_attention_kernel(
             x = tl.where(row_done, _first(corner_x, row_reach), x)
             x_end = tl.where(row_done, _end(last_x, row_reach, width), x_end)
 
-    out = _divided(acc, total).to(out_ptr.dtype.element_ty)
+    out = _divided(acc, total, MASK).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + query_token[:, None] * out_token + dv[None, :], out, mask=out_mask)
 
     if WITH_FULL:
@@ -427,6 +493,7 @@ def local_attention_kernel(
                 v_mask = v_mask & (dv < DV)[None, :]
             key = tl.load(k_ptr + token[:, None] * k_token + d[None, :], mask=k_mask, other=0.0)
             scores = _scores(query, key, DOT)
+            scores = _masked(scores, mask_rows, mask_key, token, query_there, there, scale, MASK, MASK_ROWS)
             cut = (start + BLOCK_N > rest) | ((start <= high) & (start + BLOCK_N > low))
             key_x = (index % width - corner_x).to(tl.float32)
             key_y = ((index // width) % height - corner_y).to(tl.float32)
@@ -435,8 +502,8 @@ def local_attention_kernel(
                 scores, cut, query_t, query_y, query_x, key_t, key_y, key_x, there, radius, True, RANK, DISC, ADD_MASK
             )
             values = v_ptr + token[:, None] * v_token + dv[None, :]
-            acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, DOT)
-        full = _divided(acc, total).to(full_ptr.dtype.element_ty)
+            acc, total, top = _attend(acc, total, top, scores, values, v_mask, scale, MASK, DOT)
+        full = _divided(acc, total, MASK).to(full_ptr.dtype.element_ty)
         tl.store(full_ptr + query_token[:, None] * full_token + dv[None, :], full, mask=out_mask)
         if RESIDUAL:
             tl.debug_barrier()  # what this program stored above is read back by other threads of it

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, LocalKernel
 from difa_compile.plugins.triton import configs
-from difa_compile.plugins.triton.configs import Config
+from difa_compile.plugins.triton.configs import Config, Form
 from difa_compile.plugins.triton.tiling import Geometry, Tiling, choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,6 +28,7 @@ MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 MAX_DISC = 2000
 """Largest reach whose squared distances are whole numbers of float32, tiles and three axes counted in."""
+Shape = tuple[int, int, int, int]
 WIDE_FROM = 2**31
 """Offsets inside a patch of keys from which they are computed in 64 bits; all others always are."""
 MAX_TOKENS = 2**24
@@ -41,8 +43,6 @@ def why_not(call: LocalCall) -> str | None:
 
 def _unserved(call: LocalCall) -> str | None:
     """What of the call itself the kernel has no code for."""
-    if call.masked:
-        return "the model's own mask comes on top of the window"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not float16, bfloat16 or float32"
     if max(call.shape[-1], call.value_dim) > MAX_HEAD_DIM:
@@ -77,8 +77,7 @@ def _unasked() -> str | None:
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: LocalCall) -> Tensor:
-    assert mask is None, "why_not refuses masked calls"
-    return attend(query, key, value, call.layout, call.window, call.scale)
+    return attend(query, key, value, call.layout, call.window, call.scale, mask)
 
 
 def attend(
@@ -88,6 +87,7 @@ def attend(
     layout: Layout,
     window: Window,
     scale: float | None = None,
+    mask: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> Tensor:
@@ -98,6 +98,8 @@ def attend(
             tokens after it.
         key, value: (B, G, S, D) and (B, G, S, DV), H a multiple of G: consecutive heads share keys. Keys beyond
             ``layout.tokens`` are pooled ones: every image query sees them, no other query does.
+        mask: the model's own, on top of the window; broadcasts to (B, H, L, S): bool, True = visible, or a number added
+            to each score, of any dtype and strides. A query that sees no key gives 0. It is read in place.
         config: instead of the table's.
 
     Operands have one dtype, float16, bfloat16 or float32, and any strides; one whose last axis is not contiguous is
@@ -107,9 +109,9 @@ def attend(
         (B, H, L, DV), laid out in memory as (B, L, H, DV).
 
     Raises:
-        LayoutError: token counts or heads do not go with the layout or each other.
+        LayoutError: token counts, heads or the mask's sizes do not go with the layout or each other.
     """
-    return _launch(query, key, value, layout, window, scale, config, with_full=False, residual=False)[0]
+    return _launch(query, key, value, layout, window, scale, mask, config, with_full=False, residual=False)[0]
 
 
 def local_and_full(
@@ -119,6 +121,7 @@ def local_and_full(
     layout: Layout,
     window: Window,
     scale: float | None = None,
+    mask: Tensor | None = None,
     *,
     residual: bool = False,
     config: Config | None = None,
@@ -128,7 +131,8 @@ def local_and_full(
     Attention to the window comes first and is stored; attention to the rest of the image, merged into it, makes it full
     attention. So this takes no more registers than :func:`attend`, and little more time than full attention.
 
-    Arguments as for :func:`attend`; pooled keys have no part in full attention and are refused. ``residual``: the first
+    Arguments as for :func:`attend`; a mask holds for both results; pooled keys have no part in full attention and are
+    refused. ``residual``: the first
     result is ``full - local`` (:func:`difa_compile.reference.residual`, of the rounded outputs).
 
     Returns:
@@ -136,7 +140,7 @@ def local_and_full(
     """
     if key.shape[2] != layout.tokens:
         layout.check(key.shape[2], "full attention beside local attention")
-    local, full = _launch(query, key, value, layout, window, scale, config, with_full=True, residual=residual)
+    local, full = _launch(query, key, value, layout, window, scale, mask, config, with_full=True, residual=residual)
     return local, full
 
 
@@ -147,6 +151,7 @@ def _launch(
     layout: Layout,
     window: Window,
     scale: float | None,
+    mask: Tensor | None,
     chosen: Config | None,
     *,
     with_full: bool,
@@ -159,11 +164,15 @@ def _launch(
     _check(query, key, value, layout)
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     batch, heads, tokens, _ = query.shape
+    kind, mask_arguments = _mask_arguments(mask, (batch, heads, tokens, key.shape[2]))
     outputs = [
         query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2) for _ in range(2 if with_full else 1)
     ]
     chosen = chosen or configs.config(
-        architecture(query.device), query.dtype, padded(max(query.shape[-1], value.shape[-1]))
+        architecture(query.device),
+        query.dtype,
+        padded(max(query.shape[-1], value.shape[-1])),
+        Form.of(with_full, mask is not None),
     )
     geometry = Geometry.of(layout, window)
     tiling = choose(geometry, chosen.block_m, chosen.block_n)
@@ -176,12 +185,14 @@ def _launch(
             value,
             outputs[0],
             outputs[-1],
+            mask_arguments[0],
             (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e),
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
             *outputs[0].stride()[:3],
             *outputs[-1].stride()[:3],
+            *mask_arguments[1:],
             batch,
             heads,
             heads // key.shape[1],
@@ -196,6 +207,8 @@ def _launch(
             **kernel_constants(geometry, tiling, query.shape[-1], value.shape[-1]),
             DOT="emulated" if query.dtype is torch.bfloat16 and knobs.runtime.interpret else "ieee",
             ADD_MASK=chosen.add_mask,
+            MASK=kind,
+            MASK_ROWS=mask_arguments[3] != 0,
             WITH_FULL=with_full,
             RESIDUAL=residual,
             WIDE=tiling.span(geometry) * max(key.stride(2), value.stride(2)) >= WIDE_FROM,
@@ -215,6 +228,25 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together; "
             "give (B, H, L, D), (B, G, S, D) and (B, G, S, DV) with H a multiple of G"
         )
+
+
+def _mask_arguments(mask: Tensor | None, shape: Shape) -> tuple[str, tuple[Tensor | None, int, int, int, int]]:
+    """The kind of a mask and its launch arguments: memory and strides, 0 along axes of ``shape`` that it broadcasts."""
+    if mask is None:
+        return "none", (None, 0, 0, 0, 0)
+    try:
+        seen = mask.expand(shape)
+    except RuntimeError as error:
+        raise LayoutError(
+            f"a mask of shape {tuple(mask.shape)} does not broadcast to {shape}, which is (batch, heads, queries, keys)"
+        ) from error
+    kind = "bool" if mask.dtype == torch.bool else "added"
+    if kind == "bool":
+        seen = seen.view(torch.uint8)
+    elif mask.dtype not in DTYPES:
+        seen = mask.float().expand(shape)
+    batch, heads, queries, keys = (stride if size > 1 else 0 for stride, size in zip(seen.stride(), shape, strict=True))
+    return kind, (seen, batch, heads, queries, keys)
 
 
 def padded(head_dim: int) -> int:
@@ -245,4 +277,30 @@ def kernel_constants(geometry: Geometry, tiling: Tiling, head_dim: int, value_di
     }
 
 
-KERNEL = LocalKernel("Triton", why_not, run)
+@lru_cache(maxsize=1024)
+def work(call: LocalCall) -> tuple[int, int]:
+    """Pairs and keys of one head, as the tiles of the kernel have them."""
+    form = Form.of(with_full=False, masked=call.masked)
+    head_dim = padded(max(call.shape[-1], call.value_dim))
+    chosen = configs.config(architecture(call.device), call.dtype, head_dim, form)
+    return counted_work(call.layout, call.window, call.shape[2], call.pooled, chosen)
+
+
+def counted_work(layout: Layout, window: Window, queries: int, pooled: int, config: Config) -> tuple[int, int]:
+    """Per head, pairs of a query and a key in tiles that are multiplied, and keys that are read, again by each tile.
+
+    ``queries``: as many as ``layout.rows`` takes. Tiles that reach over the grid's edge multiply what is not there, and
+    do not read it. Counted exactly, tile by tile, but not the visits one by one.
+    """
+    geometry = Geometry.of(layout, window)
+    tiling = choose(geometry, config.block_m, config.block_n)
+    seen_by_all = layout.tokens - layout.image_tokens + pooled
+    tiles, text_tiles = tiling.tiles(geometry), math.ceil((queries - layout.image_tokens) / config.block_m)
+    patches, keys = tiling.visits(geometry)
+    steps = patches + tiles * math.ceil(seen_by_all / config.block_n)
+    steps += text_tiles * math.ceil(layout.tokens / config.block_n)
+    keys += tiles * seen_by_all + text_tiles * layout.tokens
+    return steps * config.block_m * config.block_n, keys
+
+
+KERNEL = LocalKernel("Triton", why_not, run, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +79,65 @@ class Tiling:
         frames, rows, columns = (side - 1 for side in self.patch)
         return (frames * height + rows) * width + columns + 1
 
+    def visits(self, geometry: Geometry) -> tuple[int, int]:
+        """Patches of keys that all tiles of the grid visit for the window, and keys in them.
+
+        Exact, tile by tile as the kernel goes, but tiles that lie alike to both borders of an axis are counted once.
+        """
+        if not geometry.disc:
+            axes = [
+                _along(_places(size, tile, geometry.reach), patch, geometry.reach)
+                for size, tile, patch in zip(geometry.sizes, self.tile, self.patch, strict=True)
+            ]
+            return math.prod(patches for patches, _ in axes), math.prod(keys for _, keys in axes)
+        axis = 3 - geometry.rank
+        places = tuple(
+            _places(size, tile, geometry.reach)
+            for size, tile in zip(geometry.sizes[axis:], self.tile[axis:], strict=True)
+        )
+        return _disc_visits_of_all(geometry.radius**2 - 1, places, self.patch[axis:])
+
+
+Place = tuple[int, int, int]
+"""A tile's place along one axis: tokens before it, tokens of it, tokens after it, those beyond any reach left out."""
+
+
+@lru_cache(maxsize=1024)
+def _places(size: int, tile: int, reach: int) -> tuple[tuple[Place, int], ...]:
+    """The places of the tiles along one axis, each with the number of tiles it is that of."""
+    found = Counter(
+        (min(corner, reach), min(tile, size - corner), min(max(size - corner - tile, 0), reach))
+        for corner in range(0, size, tile)
+    )
+    return tuple(found.items())
+
+
+@lru_cache(maxsize=4096)
+def _along(places: tuple[tuple[Place, int], ...], patch: int, reach: int) -> tuple[int, int]:
+    """Patches and keys within ``reach`` of the tiles along one axis, summed over them."""
+    spans = [(min(before, reach) + tile + min(after, reach), count) for (before, tile, after), count in places]
+    return sum(-(-span // patch) * count for span, count in spans), sum(span * count for span, count in spans)
+
+
+@lru_cache(maxsize=4096)
+def _disc_visits_of_all(
+    budget: int, places: tuple[tuple[tuple[Place, int], ...], ...], patch: tuple[int, ...]
+) -> tuple[int, int]:
+    """Patches and keys within a squared distance of at most ``budget`` (>= 0) of tiles at ``places``, one per axis."""
+    reach = math.isqrt(budget)
+    if len(places) == 1:
+        return _along(places[0], patch[0], reach)
+    patches = keys = 0
+    for (before, tile, after), count in places[0]:
+        end = tile + min(after, reach)
+        for first in range(-min(before, reach), end, patch[0]):
+            beyond = min(first + patch[0], end)
+            gap = max(1 - beyond, first - tile + 1, 0)
+            inner, inside = _disc_visits_of_all(budget - gap * gap, places[1:], patch[1:])
+            patches += count * inner
+            keys += count * (beyond - first) * inside
+    return patches, keys
+
 
 @lru_cache(maxsize=1024)
 def choose(geometry: Geometry, block_m: int, block_n: int) -> Tiling:
@@ -128,6 +188,7 @@ def _disc_share(radius: int, tile: tuple[int, ...], patch: tuple[int, ...]) -> f
     return _disc_visits(radius * radius - 1, tile, patch) / box
 
 
+@lru_cache(maxsize=1 << 16)
 def _disc_visits(budget: int, tile: tuple[int, ...], patch: tuple[int, ...]) -> int:
     """Patches within a squared distance of at most ``budget`` (>= 0) of a tile, row by row as the kernel goes."""
     reach = math.isqrt(budget)

@@ -57,6 +57,15 @@ def test_interpreted_kernel_is_the_reference(interpreted, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.mode == "attend" and case.mask == "none"]
+)
+def test_the_work_that_the_kernel_says_is_what_it_multiplies_and_reads(interpreted, name):
+    work = interpreted["cases"][name]["work"]
+    assert work["said"] == work["counted"]
+
+
+@pytest.mark.slow
 def test_a_nan_reaches_those_who_see_it_or_share_a_tile_and_nobody_else(interpreted):
     """A tile reads the token if its rectangle of keys holds it; the others never touch it."""
     layout, window, side, token = Layout((16, 16), 2), Window("disc", 2), 16, 2 + 5 * 16 + 5
@@ -119,6 +128,44 @@ def test_tilings_have_the_block_sizes_asked_for_and_keep_to_axes_in_use(grid, wi
             assert math.ceil((end - first) / patch) <= bound
 
 
+@given(grids, windows, st.sampled_from([(16, 16), (64, 32), (128, 64)]))
+@settings(max_examples=100, deadline=None)
+def test_visits_are_those_of_a_walk_over_all_tiles(grid, window, blocks):
+    """Key by key: a tile reads a row of a row of patches as far as the nearest key of these patches lets it see."""
+    geometry = Geometry.of(Layout(grid), window)
+    tiling = choose(geometry, *blocks)
+
+    def walk(corners, axis, budget):
+        if axis == 3:
+            return 1, 1
+        size, reach = geometry.sizes[axis], math.isqrt(budget) if geometry.disc else geometry.radius
+        queries = range(corners[axis], min(corners[axis] + tiling.tile[axis], size))
+        near = [key for key in range(size) if any(abs(key - query) <= reach for query in queries)]
+        patches = keys = 0
+        for place in range(0, len(near), tiling.patch[axis]):
+            patch = near[place : place + tiling.patch[axis]]
+            nearest = min(abs(key - query) for key in (patch[0], patch[-1]) for query in queries)
+            nearest = 0 if set(patch) & set(queries) else nearest
+            more, read = walk(corners, axis + 1, budget - nearest**2)
+            patches, keys = patches + more, keys + len(patch) * read
+        return patches, keys
+
+    tiles = itertools.product(*(range(0, size, tile) for size, tile in zip(geometry.sizes, tiling.tile, strict=True)))
+    walked = [walk(corners, 0, geometry.radius**2 - 1) for corners in tiles]
+    assert tiling.visits(geometry) == tuple(map(sum, zip(*walked, strict=True)))
+
+
+def test_work_takes_no_time_that_grows_with_the_tiles():
+    """The places of tiles that differ are few, however large the grid."""
+    from difa_compile.plugins.triton.tiling import _places
+
+    assert len(_places(512, 8, 32)) == len(_places(2**20, 8, 32)) == 9
+    layout = Layout((512, 512), 512)
+    call = LocalCall(layout, Window("disc", 32), None, (1, 24, layout.tokens, 128), torch.bfloat16, CPU)
+    config = configs.config(90, torch.bfloat16, 128)
+    assert kernel.KERNEL.work(call) == kernel.counted_work(layout, call.window, layout.tokens, 0, config)
+
+
 def test_flux_tiles_are_square_patches_and_bands_are_runs():
     square = choose(Geometry.of(Layout((64, 64), 512), Window("disc", 8)), 128, 64)
     assert (square.tile, square.patch) == ((1, 8, 16), (1, 8, 8))
@@ -126,17 +173,16 @@ def test_flux_tiles_are_square_patches_and_bands_are_runs():
     assert (run.tile, run.patch) == ((1, 1, 128), (1, 1, 64))
 
 
-def call_of(device=CUDA, dtype=torch.bfloat16, dim=128, grid=(64, 64), window="disc:8", scale=None, masked=False):
+def call_of(device=CUDA, dtype=torch.bfloat16, dim=128, grid=(64, 64), window="disc:8", scale=None):
     layout = Layout(grid, 512)
     shape = (1, 24, layout.tokens, dim)
-    return LocalCall(layout, Window.parse(window), scale, shape, dtype, device, masked)
+    return LocalCall(layout, Window.parse(window), scale, shape, dtype, device)
 
 
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (call_of(CPU), "serves CUDA devices, not cpu"),
-        (call_of(masked=True), "the model's own mask"),
         (call_of(dtype=torch.float64), "float64 is not"),
         (call_of(dim=264), "head dimension 264 is over 256"),
         (call_of(scale=0.0), "scale 0.0 is not positive"),
@@ -177,8 +223,33 @@ def test_operands_that_do_not_go_together_are_refused():
         kernel._check(query, query[:, :, :15], query[:, :, :15], layout)
     with pytest.raises(LayoutError, match="15 queries are neither"):
         kernel._check(query[:, :, :15], query, query, layout)
+    with pytest.raises(LayoutError, match=r"a mask of shape \(5, 17\) does not broadcast to \(1, 3, 17, 17\)"):
+        kernel.attend(query, query, query, layout, window, mask=torch.zeros(5, 17))
     with pytest.raises(LayoutError, match="full attention beside"):
         kernel.local_and_full(query, torch.zeros(1, 3, 20, 16), torch.zeros(1, 3, 20, 16), layout, window)
+
+
+def test_masks_are_read_in_place_by_their_strides():
+    """Nothing is expanded: axes that a mask broadcasts along have stride 0, and so the same memory is read again."""
+    shape = (2, 3, 17, 20)
+    keys = torch.rand(2, 1, 1, 20)
+    kind, (given, *strides) = kernel._mask_arguments(keys, shape)
+    assert (kind, strides) == ("added", [20, 0, 0, 1])
+    assert given.data_ptr() == keys.data_ptr()
+    pairs = torch.rand(20, 17).T < 0.5
+    kind, (given, *strides) = kernel._mask_arguments(pairs, shape)
+    assert (kind, strides) == ("bool", [0, 0, 1, 17])
+    assert given.dtype is torch.uint8
+    assert given.data_ptr() == pairs.data_ptr()
+    assert kernel._mask_arguments(keys.double(), shape)[1][0].dtype is torch.float32
+    assert kernel._mask_arguments(None, shape) == ("none", (None, 0, 0, 0, 0))
+
+
+def test_a_masked_call_is_served():
+    layout = Layout((64, 64), 512)
+    shape = (1, 24, layout.tokens, 128)
+    call = LocalCall(layout, Window("disc", 8), None, shape, torch.bfloat16, CUDA, masked=True)
+    assert kernel._unserved(call) is None
 
 
 def test_every_architecture_dtype_and_head_dimension_has_a_configuration():
@@ -275,13 +346,14 @@ def test_launch_arguments_of_one_compile(window):
 def test_on_a_gpu_the_kernel_is_the_reference(name):
     """The interpreter's cases with the table's configuration, on the device."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from tests.plugins.triton_cases import expected, largest
+    from tests.plugins.triton_cases import expected, largest, model_mask
 
     case = CASES[name]
     made = operands(case)
     exact = expected(case, *(each.double() for each in made))
     own = expected(case, *made)
-    settings_ = (case.layout, Window.parse(case.window), case.scale)
+    mask = model_mask(case)
+    settings_ = (case.layout, Window.parse(case.window), case.scale, None if mask is None else mask.to(CUDA))
     on_device = [each.to(CUDA) for each in made]
     if case.mode == "attend":
         found = [kernel.attend(*on_device, *settings_)]

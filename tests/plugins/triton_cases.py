@@ -37,6 +37,7 @@ class Case:
     mode: str = "attend"
     blocks: tuple[int, int] = (16, 16)
     add_mask: bool = False
+    mask: str = "none"
 
     @property
     def layout(self) -> Layout:
@@ -92,6 +93,25 @@ CASES = {
     "with full, queries of the image alone": Case((4, 5), "disc:2", 2, mode="with full", queries="image"),
     "residual, float16": Case((7, 6), "disc:3", 2, mode="residual", dtype=F16),
     "residual, float32": Case((7, 6), "disc:3", 2, mode="residual"),
+    "mask, bool, of each query": Case((7, 9), "disc:3", 2, 3, heads=2, batch=2, mask="bool, queries"),
+    "mask, bool, of the keys alone": Case((5, 6), "disc:2", 3, 20, heads=2, batch=2, mask="bool, keys"),
+    "mask, bool, masks added": Case((5, 6), "box:2", 3, add_mask=True, mask="bool, queries"),
+    "mask, bool, of each head, grouped queries": Case((5, 6), "box:2", 3, heads=4, groups=2, mask="bool, heads"),
+    "mask, added, of each query": Case((7, 9), "disc:3", 2, 3, heads=2, batch=2, mask="added, queries"),
+    "mask, added, of the keys alone": Case((3, 5, 6), "disc:3", 3, 2, heads=2, mask="added, keys"),
+    "mask, added, masks added": Case((5, 6), "box:2", 3, add_mask=True, mask="added, queries"),
+    "mask, added, with the lowest number": Case((5, 6), "box:1", 3, 2, mask="added, lowest"),
+    "mask, added, float16": Case((5, 6), "disc:2", 3, dtype=F16, mask="added, queries"),
+    "mask, added, bfloat16": Case((5, 6), "disc:2", 3, dtype=BF16, mask="added, queries"),
+    "mask, added, in float64": Case((5, 6), "disc:2", 3, mask="added, float64"),
+    "mask, transposed in memory": Case((5, 6), "band:4", 3, mask="added, transposed"),
+    "mask, pooled keys, queries of the image alone": Case(
+        (6, 6), "disc:2", 3, 2, pooled=9, queries="image", mask="bool, queries"
+    ),
+    "mask, with full, bool": Case((7, 9), "disc:3", 2, 3, mode="with full", mask="bool, queries"),
+    "mask, with full, added": Case((3, 5, 4), "box:1", 2, 3, mode="with full", mask="added, queries"),
+    "mask, with full, keys of the rest alone": Case((5, 6), "disc:2", mode="with full", mask="bool, far"),
+    "mask, residual, bool": Case((7, 6), "disc:3", 2, mode="residual", mask="bool, queries"),
     "64-bit offsets": Case((5, 6), "disc:2", 3, strides="tokens first", mode="wide"),
 }
 
@@ -121,14 +141,82 @@ def operands(case: Case) -> list[torch.Tensor]:
     return made
 
 
+def model_mask(case: Case) -> torch.Tensor | None:
+    """The model's own mask: its kind, and what it depends on or holds. Some queries see nothing under it."""
+    if case.mask == "none":
+        return None
+    kind, form = case.mask.split(", ")
+    queries, keys = operands(case)[0].shape[2], case.layout.tokens + case.pooled
+    sizes = {"keys": (case.batch, 1, 1, keys), "heads": (case.heads, queries, keys)}.get(form, (queries, keys))
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.rand(sizes, generator=generator) < 0.7
+    if form == "far":
+        seen = ~reference.visible(case.layout, Window.parse(case.window))
+    if form != "keys":
+        seen[..., 1, :] = False
+        seen[..., -2, :] = False
+    if kind == "bool":
+        return seen
+    bias = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    hidden = torch.finfo(case.dtype).min if form == "lowest" else float("-inf")
+    added = bias.masked_fill(~seen, hidden).to(torch.float64 if form == "float64" else case.dtype)
+    return added.mT.contiguous().mT if form == "transposed" else added
+
+
 def expected(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """What the reference gives in the operands' precision."""
-    settings = (case.layout, Window.parse(case.window), case.scale)
+    mask = model_mask(case)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    settings = (case.layout, Window.parse(case.window), case.scale, mask)
     local = reference.local_attention(query, key, value, *settings, pooled=case.pooled)
     if case.mode not in ("with full", "residual"):
         return [local]
-    full = reference.attention(query, key, value, None, case.scale)
+    full = reference.attention(query, key, value, mask, case.scale)
     return [reference.residual(full, local) if case.mode == "residual" else local, full]
+
+
+class Counted:
+    """Counts, while in force, what the interpreted kernel multiplies and reads."""
+
+    def __init__(self) -> None:
+        self.products = 0
+        self.rows = 0
+
+    def __enter__(self) -> Counted:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.builder = InterpreterBuilder
+        self.own = InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load
+
+        def create_dot(builder, one, two, *others):
+            self.products += one.data.shape[0] * two.data.shape[1] * one.data.shape[1]
+            return self.own[0](builder, one, two, *others)
+
+        def create_masked_load(builder, pointers, mask, *others):
+            self.rows += int(mask.data.any(-1).sum())
+            return self.own[1](builder, pointers, mask, *others)
+
+        InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load = create_dot, create_masked_load
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.builder.create_dot, self.builder.create_masked_load = self.own
+
+
+def work(case: Case, counted: Counted, made: list[torch.Tensor]) -> dict[str, list[int]]:
+    """Pairs and keys of one head: those that were counted in a launch, and those that the kernel's module says."""
+    from difa_compile.plugins.triton.configs import Config
+    from difa_compile.plugins.triton.local_attention import counted_work, padded
+
+    query, _, value = made
+    heads = case.batch * case.heads
+    pairs = counted.products // (padded(query.shape[3]) + padded(value.shape[3]))
+    keys = counted.rows // heads - query.shape[2]  # each query is read once, a key as key and as value
+    said = counted_work(
+        case.layout, Window.parse(case.window), query.shape[2], case.pooled, Config(*case.blocks, warps=1, stages=1)
+    )
+    return {"counted": [pairs / heads, keys / 2], "said": list(said)}
 
 
 def run(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
@@ -136,7 +224,7 @@ def run(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     from difa_compile.plugins.triton.configs import Config
 
     config = Config(*case.blocks, warps=1, stages=1, add_mask=case.add_mask)
-    settings = (case.layout, Window.parse(case.window), case.scale)
+    settings = (case.layout, Window.parse(case.window), case.scale, model_mask(case))
     if case.mode in ("with full", "residual"):
         residual = case.mode == "residual"
         return list(kernel.local_and_full(query, key, value, *settings, residual=residual, config=config))
@@ -153,8 +241,10 @@ def compare(case: Case) -> dict[str, object]:
     made = operands(case)
     exact = expected(case, *(each.double() for each in made))
     own = expected(case, *made)
-    found = run(case, *made)
+    with Counted() as counted:
+        found = run(case, *made)
     return {
+        "work": work(case, counted, made) if case.mode == "attend" and case.mask == "none" else None,
         "errors": [largest(one, two) for one, two in zip(found, exact, strict=True)],
         "own": [largest(one, two) for one, two in zip(own, exact, strict=True)],
         "shapes": [list(each.shape) for each in found],
