@@ -160,6 +160,7 @@ DETAILS: dict[str, Table] = {
         Column("head_dim", "head dim"),
         Column("window", "window"),
         Column("form", "output"),
+        Column("mask", "mask"),
         Column("tile", "tile"),
         Column("patch", "patch"),
         Column("warps", "warps"),

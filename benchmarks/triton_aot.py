@@ -3,7 +3,8 @@
     python -m benchmarks.triton_aot
 
 Compiles the kernel ahead of time with the configurations of ``plugins/triton/configs.json`` and reads registers, spills
-and shared memory off the cubins. ``local_bytes`` is the local memory of a thread: what it spills.
+and shared memory off the cubins. ``local_bytes`` is the local memory of a thread: what it spills. A ``mask`` of the
+model's own is another for each query, the dearest kind.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.ahead import compile_ahead, resources
-from difa_compile.plugins.triton.tiling import Geometry, choose
+from difa_compile.plugins.triton.tiling import choose
 
 from ._common import RESULTS, Row, write_result
 
@@ -26,6 +28,15 @@ LAYOUTS = {
     "box, video": (Layout((16, 32, 32), 256), Window("box", 4)),
     "band": (Layout((64, 64), 512), Window("band", 512)),
 }
+
+CASES = (
+    *itertools.product((torch.bfloat16,), ("disc",), (False, True), ("none", "bool", "added")),
+    *itertools.product((torch.bfloat16,), ("box, video", "band"), (False, True), ("none",)),
+    *itertools.product((torch.bfloat16,), ("box, video", "band"), (False,), ("bool",)),
+    *itertools.product((torch.float16,), ("disc",), (False, True), ("none",)),
+    (torch.float32, "disc", False, "none"),
+)
+"""dtype, window, whether full attention is given too, mask of the model's own."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,12 +49,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def row(arch: int, dtype: torch.dtype, head_dim: int, window: str, with_full: bool) -> Row:
-    """Compile one kernel and say what it takes."""
-    config = configs.config(arch, dtype, head_dim)
+def row(arch: int, dtype: torch.dtype, head_dim: int, window: str, with_full: bool, mask: str) -> Row:
+    """Compile one kernel and say what it takes. ``mask``: as :func:`compile_ahead` names them."""
+    config = configs.config(arch, dtype, head_dim, configs.Form.of(with_full, mask != "none"))
     geometry = Geometry.of(*LAYOUTS[window])
     tiling = choose(geometry, config.block_m, config.block_n)
-    compiled = compile_ahead(arch, dtype, head_dim, geometry, config, with_full=with_full)
+    compiled = compile_ahead(arch, dtype, head_dim, geometry, config, with_full=with_full, mask=mask)
     used = resources(compiled)
     return {
         "arch": f"sm_{arch}",
@@ -51,6 +62,7 @@ def row(arch: int, dtype: torch.dtype, head_dim: int, window: str, with_full: bo
         "head_dim": head_dim,
         "window": window,
         "form": "window and full" if with_full else "window",
+        "mask": mask,
         "tile": "x".join(map(str, tiling.tile)),
         "patch": "x".join(map(str, tiling.patch)),
         "warps": config.warps,
@@ -66,10 +78,9 @@ def main() -> None:
     args = parse_arguments()
     rows = []
     for arch, head_dim in itertools.product(args.archs, args.head_dims):
-        for window, with_full in (("disc", False), ("disc", True), ("box, video", False), ("band", False)):
-            rows.append(row(arch, torch.bfloat16, head_dim, window, with_full))
-        rows.append(row(arch, torch.float16, head_dim, "disc", False))
-        rows.append(row(arch, torch.float32, head_dim, "disc", False))
+        for dtype, window, with_full, mask in CASES:
+            rows.append(row(arch, dtype, head_dim, window, with_full, mask))
+            print("  ", rows[-1], flush=True)
     write_result("triton_aot", rows, folder=args.output)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton.configs import Config
 from difa_compile.plugins.triton.local_attention import kernel_constants
-from difa_compile.plugins.triton.tiling import Geometry, choose
+from difa_compile.plugins.triton.tiling import choose
 
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "full_ptr", "mask_ptr")
 STRIDES = tuple(f"{name}_{axis}" for name in ("q", "k", "v", "out", "full") for axis in ("batch", "head", "token"))

@@ -19,9 +19,10 @@ from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, LocalKernel
+from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config, Form
-from difa_compile.plugins.triton.tiling import Geometry, Tiling, choose
+from difa_compile.plugins.triton.tiling import Tiling, choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256

@@ -20,10 +20,11 @@ from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall
+from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton import local_attention as kernel
 from difa_compile.plugins.triton.configs import Config
-from difa_compile.plugins.triton.tiling import Geometry, choose
+from difa_compile.plugins.triton.tiling import choose
 from tests.plugins.triton_cases import CASES, operands
 
 ROOT = Path(__file__).resolve().parents[2]
