@@ -71,11 +71,16 @@ class LocalKernel:
 
 KERNEL_MODULES = (
     "difa_compile.plugins.triton.local_attention",
+    "difa_compile.plugins.flash",
     "difa_compile.plugins.cpu",
     "difa_compile.plugins.flex",
     "difa_compile.plugins.masked_sdpa",
 )
-"""In order of preference; each module has a ``KERNEL``."""
+"""In order of preference; each module has a ``KERNEL``.
+
+On CUDA: the Triton kernel, which serves only who asks for it and so goes before all; flash-attn, proven elsewhere, for
+plain bands where it is installed; FlexAttention.
+"""
 
 
 def local_kernels() -> tuple[LocalKernel, ...]:

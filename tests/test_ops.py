@@ -243,7 +243,13 @@ def call_of(side, dtype=torch.float32, dim=64, device="cpu"):
 
 
 def test_the_first_kernel_that_can_serve_is_taken():
-    assert [kernel.name for kernel in local_kernels()] == ["Triton", "CPU", "FlexAttention", "masked SDPA"]
+    assert [kernel.name for kernel in local_kernels()] == [
+        "Triton",
+        "flash-attn",
+        "CPU",
+        "FlexAttention",
+        "masked SDPA",
+    ]
     assert choose_kernel(call_of(16)).name == "CPU"
     assert choose_kernel(call_of(128, torch.bfloat16)).name == "CPU"
     assert choose_kernel(call_of(16, torch.float64)).name == "masked SDPA"
