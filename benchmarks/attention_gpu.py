@@ -12,7 +12,9 @@ Implementations:
 * ``flex, row-major``: FlexAttention with a block mask over tokens as the model has them, CLEAR's published form;
 * ``flex, tiles``: the same with image tokens in the order of 8 x 16 tiles, put so beforehand;
 * ``flex, tiles, permuting``: the same with the permutation of q, k, v and back in the timed region;
-* ``triton``: this project's kernel; ``triton, full with ...``: window and full attention in one launch.
+* ``triton``: this project's kernel; ``triton, full with ...``: window and full attention in one launch;
+* ``flash-attn band``: flash-attn's sliding window, next to ``triton`` on the same image without text, for plain bands
+  (case ``band``), which is all that it serves; where the package is missing, a row says so.
 
 Times are medians by CUDA events, implementations in turns; ``heads`` fewer than 24 were run where 24 would take too
 long, and ``seconds_all_heads`` scales them up. ``tflops_visible`` counts the pairs that the window lets through, so
@@ -41,7 +43,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from difa_compile import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import LocalCall
 from difa_compile.pairs import visible_pairs
+from difa_compile.plugins import flash
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config
 from difa_compile.plugins.triton.local_attention import architecture, attend, local_and_full, padded
@@ -104,11 +108,13 @@ class Check:
     head_dim: int = 128
     image_only: bool = False
     with_full: bool = False
+    mask: str = "none"
     config: Config | None = None
 
     def __str__(self) -> str:
         name = f"{self.window} on {self.layout}, {str(self.dtype).removeprefix('torch.')}, d {self.head_dim}"
         name += f", {self.heads} heads on {self.groups}" if self.heads != self.groups else ""
+        name += f", {self.mask} mask" if self.mask != "none" else ""
         return name + (", image alone" if self.image_only else "") + (", with full" if self.with_full else "")
 
 
@@ -127,6 +133,9 @@ CHECKS = (
     Check(Layout((30, 30), 50), "disc:99", torch.float16, head_dim=96),
     Check(Layout((48, 48), 60), "disc:12", with_full=True),
     Check(Layout((28, 28), 9), "disc:5", head_dim=256),
+    Check(Layout((32, 32), 77), "disc:8", mask="bool"),
+    Check(Layout((37, 51), 20, 33), "disc:9", torch.float16, head_dim=64, mask="added"),
+    Check(Layout((48, 48), 60), "disc:12", with_full=True, mask="added"),
 )
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -147,12 +156,13 @@ def check(case: Check, device: str) -> Row:
     window = Window.parse(case.window)
     if case.image_only:
         query = query[:, :, case.layout.before : case.layout.before + case.layout.image_tokens]
+    mask = model_mask(case.mask, query.shape[2], case.layout.tokens, device)
     if case.with_full:
-        found = list(local_and_full(query, key, value, case.layout, window, config=case.config))
+        found = list(local_and_full(query, key, value, case.layout, window, mask=mask, config=case.config))
     else:
-        found = [attend(query, key, value, case.layout, window, config=case.config)]
-    exact = _references((query.double(), key.double(), value.double()), case, window)
-    own = _references((query, key, value), case, window)
+        found = [attend(query, key, value, case.layout, window, mask=mask, config=case.config)]
+    exact = _references((query.double(), key.double(), value.double()), case, window, mask)
+    own = _references((query, key, value), case, window, mask)
     error = max(_largest(one, right) for one, right in zip(found, exact, strict=True))
     reference_error = max(_largest(one, right) for one, right in zip(own, exact, strict=True))
     return {
@@ -163,10 +173,22 @@ def check(case: Check, device: str) -> Row:
     }
 
 
-def _references(made: Operands, case: Check, window: Window) -> list[Tensor]:
+def model_mask(kind: str, queries: int, keys: int, device: str) -> Tensor | None:
+    """A mask that another third of the keys is hidden by for each query: "bool", "added", or None for "none"."""
+    if kind == "none":
+        return None
+    places = torch.arange(queries, device=device)[:, None] + torch.arange(keys, device=device)
+    seen = places % 3 != 0
+    bias = (places % 7).to(torch.float32).masked_fill(~seen, -math.inf)
+    return seen if kind == "bool" else bias
+
+
+def _references(made: Operands, case: Check, window: Window, mask: Tensor | None) -> list[Tensor]:
     query, key, value = made
-    local = reference.local_attention(query, key, value, case.layout, window)
-    return [local, reference.attention(query, key, value)] if case.with_full else [local]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    local = reference.local_attention(query, key, value, case.layout, window, mask=mask)
+    return [local, reference.attention(query, key, value, mask)] if case.with_full else [local]
 
 
 def _largest(one: Tensor, two: Tensor) -> float:
@@ -447,7 +469,7 @@ def measure_side(
     made = operands(layout, heads, heads, shape.head_dim, shape.dtype, "cuda")
     first = Window("disc", args.radii[0])
     runs = dense(made)
-    runs[f"triton, full with {first}"] = partial(full_beside, made, layout, first, config)
+    runs[f"triton, full with {first}"] = partial(full_beside, made, layout, first)
     yield measure(shape, None, runs, made, repeats, {"case": "dense"})
     del runs, made
     made = operands(layout, shape.heads, shape.heads, shape.head_dim, shape.dtype, "cuda")
@@ -460,10 +482,34 @@ def measure_side(
         runs = {"triton": partial(attend, *made, layout, window, config=config), **flex_runs(flex, made, radius)}
         yield measure(shape, window, runs, made, repeats, {"case": "window"})
 
+    yield measure_band(shape, repeats, config)
 
-def full_beside(made: Operands, layout: Layout, window: Window, config: Config | None) -> Tensor:
+
+def measure_band(shape: Shape, repeats: int, config: Config | None) -> list[Row]:
+    """A band that sees an eighth of the image, which has no text: all that flash-attn's sliding window serves."""
+    layout = Layout(shape.layout.grid)
+    window = Window("band", layout.tokens // 16)
+    made = operands(layout, shape.heads, shape.heads, shape.head_dim, shape.dtype, "cuda")
+    runs: dict[str, Run] = {
+        "triton": partial(attend, *made, layout, window, config=config),
+        "flash-attn band": partial(flash_band, made, layout, window),
+    }
+    return measure(replace(shape, text=0), window, runs, made, repeats, {"case": "band"})
+
+
+def flash_band(made: Operands, layout: Layout, window: Window) -> Tensor:
+    """Attention by flash-attn's sliding window. Raises ``RuntimeError`` with the reason where it cannot be had."""
+    shape = (made[0].shape[0], made[0].shape[1], made[0].shape[2], made[0].shape[3])
+    call = LocalCall(layout, window, None, shape, made[0].dtype, made[0].device, key_heads=made[1].shape[1])
+    reason = flash.why_not(call)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return flash.KERNEL.run(*made, None, call)
+
+
+def full_beside(made: Operands, layout: Layout, window: Window) -> Tensor:
     """Full attention of the launch that gives window attention too."""
-    return local_and_full(*made, layout, window, config=config)[1]
+    return local_and_full(*made, layout, window)[1]
 
 
 def flex_runs(flex: Flex, made: Operands, radius: int) -> dict[str, Run]:

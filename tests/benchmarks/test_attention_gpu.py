@@ -48,6 +48,22 @@ def test_cases_are_many_and_each_is_its_own():
     names = [str(case) for case in attention_gpu.CHECKS]
     assert len(set(names)) == len(names) >= 12
     assert {case.window.split(":")[0] for case in attention_gpu.CHECKS} == {"disc", "box", "band"}
+    assert {case.mask for case in attention_gpu.CHECKS} == {"none", "bool", "added"}
+
+
+def test_a_mask_of_the_checks_hides_some_keys_of_every_query():
+    seen = attention_gpu.model_mask("bool", 9, 12, "cpu")
+    assert seen.any(1).all()
+    assert (~seen).any(1).all()
+    assert torch.equal(attention_gpu.model_mask("added", 9, 12, "cpu") == -torch.inf, ~seen)
+    assert attention_gpu.model_mask("none", 9, 12, "cpu") is None
+
+
+def test_flash_attention_is_a_row_with_its_reason_where_it_cannot_be_had():
+    layout = Layout((32,))
+    made = attention_gpu.operands(layout, 2, 2, 16, torch.bfloat16, "cpu")
+    band = {"flash-attn band": lambda: attention_gpu.flash_band(made, layout, Window("band", 4))}
+    assert attention_gpu.usable(band)[1] == {"flash-attn band": "RuntimeError: serves CUDA devices, not cpu"}
 
 
 def test_tile_order_is_a_permutation_of_tiles():
@@ -117,6 +133,8 @@ for case in (
     Check(Layout((5, 6), 3), "disc:2", head_dim=16, heads=4, groups=2, config=small),
     Check(Layout((5, 6), 3), "box:1", torch.float16, head_dim=16, image_only=True, config=small),
     Check(Layout((20,), 3), "band:4", torch.float32, head_dim=16, with_full=True, config=small),
+    Check(Layout((5, 6), 3), "disc:2", torch.float32, head_dim=16, mask="bool", config=small),
+    Check(Layout((5, 6), 3), "disc:2", torch.float16, head_dim=16, mask="added", with_full=True, config=small),
 ):
     row = check(case, "cpu")
     assert row["passed"], row
