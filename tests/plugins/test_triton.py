@@ -23,7 +23,7 @@ from difa_compile.ops import LocalCall
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton import local_attention as kernel
-from difa_compile.plugins.triton.configs import Config
+from difa_compile.plugins.triton.configs import Config, Form
 from difa_compile.plugins.triton.tiling import choose
 from tests.plugins.triton_cases import CASES, operands
 
@@ -264,7 +264,14 @@ def test_the_configuration_of_the_nearest_older_architecture_and_next_head_dimen
     entries = {
         name: Config(16 * place, 16, 4, 2)
         for place, name in enumerate(
-            ("sm80/bfloat16/64", "sm80/bfloat16/128", "sm90/bfloat16/128", "sm90/float16/64"), 1
+            (
+                "sm80/bfloat16/64",
+                "sm80/bfloat16/128",
+                "sm90/bfloat16/128",
+                "sm90/float16/64",
+                "sm80/bfloat16/128/masked",
+            ),
+            1,
         )
     }
     monkeypatch.setattr(configs, "table", lambda: entries)
@@ -274,6 +281,9 @@ def test_the_configuration_of_the_nearest_older_architecture_and_next_head_dimen
         ("sm90/bfloat16/128", (90, torch.bfloat16, 64)),
         ("sm90/float16/64", (120, torch.float16, 64)),
         ("sm80/bfloat16/128", (75, torch.bfloat16, 128)),
+        ("sm80/bfloat16/128/masked", (86, torch.float16, 80, Form.MASKED)),
+        ("sm80/bfloat16/128", (86, torch.float16, 80, Form.MASKED_FULL)),
+        ("sm90/bfloat16/128", (90, torch.bfloat16, 128, Form.MASKED)),
     ):
         assert configs.config(*asked) == entries[wanted], asked
     with pytest.raises(KeyError, match="no configuration for sm90/bfloat16/512"):
@@ -286,34 +296,55 @@ def test_importing_the_kernel_module_does_not_import_triton():
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "dim"), [(90, torch.bfloat16, 128), (90, torch.float16, 64)])
-def test_compiled_ahead_for_hopper_nothing_is_spilled(arch, dtype, dim):
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program may take."""
+
+
+@pytest.mark.parametrize(("with_full", "mask"), [(False, "none"), (True, "none"), (False, "bool"), (True, "added")])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_compiled_ahead_nothing_is_spilled(arch, dim, with_full, mask):
     pytest.importorskip("triton", reason="triton is not installed")
     from difa_compile.plugins.triton.ahead import compile_ahead, resources
 
     geometry = Geometry.of(Layout((64, 64), 512), Window("disc", 16))
-    config = configs.config(arch, dtype, dim)
-    compiled = compile_ahead(arch, dtype, dim, geometry, config)
+    config = configs.config(arch, torch.bfloat16, dim, Form.of(with_full, mask != "none"))
+    compiled = compile_ahead(arch, torch.bfloat16, dim, geometry, config, with_full=with_full, mask=mask)
     used = resources(compiled)
     assert used.local_bytes == 0
     assert used.registers <= 65536 // (32 * config.warps)
-    assert used.shared_bytes <= 232448 - 1024
-    # Tensor cores of this architecture; loads that run ahead of them; a branch, not arithmetic, around the masks.
-    text = compiled.asm["ptx"]
-    assert "wgmma.mma_async" in text
-    assert "cp.async.cg.shared.global" in text
+    assert 0 < used.shared_bytes <= (SHARED[arch] - 1) * 1024
+    if arch == 90:  # tensor cores of this architecture; loads that run ahead of them
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("arch", [80, 89, 100, 120])
-def test_compiled_ahead_for_other_architectures(arch):
+def test_the_published_resources_are_of_these_blocks_and_show_no_spills():
+    """``benchmarks/results/triton_aot.json``: every form, window and mask that the benchmark compiles."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "triton_aot.json").read_text())["rows"]
+    wanted = set(
+        itertools.product((80, 89, 90, 100), (64, 128), (Form.WINDOW, Form.FULL, Form.MASKED, Form.MASKED_FULL))
+    )
+    for row in rows:
+        arch, dim, dtype = int(row["arch"].removeprefix("sm_")), row["head_dim"], getattr(torch, row["dtype"])
+        form = Form.of(row["form"] == "window and full", row["mask"] != "none")
+        config = configs.config(arch, dtype, dim, form)
+        blocks = [math.prod(map(int, row[name].split("x"))) for name in ("tile", "patch")]
+        assert [*blocks, row["warps"], row["stages"]] == [config.block_m, config.block_n, config.warps, config.stages]
+        assert row["local_bytes"] == 0, row
+        wanted.discard((arch, dim, form))
+    assert not wanted
+
+
+def test_compiled_ahead_for_consumers_blackwell():
     pytest.importorskip("triton", reason="triton is not installed")
     from difa_compile.plugins.triton.ahead import compile_ahead, resources
 
     geometry = Geometry.of(Layout((64, 64), 512), Window("disc", 16))
-    config = configs.config(arch, torch.bfloat16, 64)
-    compiled = compile_ahead(arch, torch.bfloat16, 64, geometry, config)
+    config = configs.config(120, torch.bfloat16, 64)
+    compiled = compile_ahead(120, torch.bfloat16, 64, geometry, config)
     assert len(compiled.asm["cubin"]) > 1000
-    assert 0 < resources(compiled).shared_bytes <= {80: 163, 89: 99, 100: 227, 120: 99}[arch] * 1024
+    assert 0 < resources(compiled).shared_bytes <= SHARED[120] * 1024
 
 
 @pytest.mark.parametrize("window", ["disc", "box"])
