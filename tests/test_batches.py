@@ -225,10 +225,10 @@ def test_every_family_is_compiled_twice(family):
         return result[0] if isinstance(result, tuple) else result.sample
 
     batches, counts = AnyBatch(), []
-    for batch in (2, 4, 6, 8):
+    for batch in (2, 4, 6):
         assert torch.equal(outputs(batch, dynamic=batches), outputs(batch))
         counts.append(batches.compiled)
-    assert counts[1] == counts[2] == counts[3]
+    assert counts[1] == counts[2]
     assert counts[1] <= 2 * counts[0]
 
 
