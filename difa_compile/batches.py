@@ -23,7 +23,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -241,6 +240,8 @@ def _fake_inputs(
 
     No symbols if one of these sizes is 1 at present: such sizes are taken to be 1 always.
     """
+    from torch._dynamo.source import ConstantSource
+
     fakes = list(example_inputs)
     symbols: dict[sympy.Symbol, int] = {}
     for place, sizes in _sizes(example_inputs, iter(times)):
