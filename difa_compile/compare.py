@@ -335,6 +335,7 @@ def compare(
     judge: metrics.Judge | None = None,
     reference: Tensor | None = None,
     backend_full: Literal["inductor", "eager"] = "inductor",
+    allow_slower: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Sample ``pipe`` with full attention and under ``plan``, from the same seeds, and measure both.
@@ -343,7 +344,8 @@ def compare(
     set here: generator, number of steps and output type. Each of the ``seeds`` is one call. Both sides take turns, so
     that a machine that slows down meanwhile favours neither: an untimed first call each, which compiles, then at least
     ``repeats`` timed ones, going round the seeds. The full side is compiled by ``backend_full``, or is left as the
-    pipeline has it for ``"eager"``.
+    pipeline has it for ``"eager"``. ``allow_slower``: the planned side carries out windows that are predicted slower
+    than full attention too, as in :func:`~difa_compile.pipeline.apply`, so that the prediction can be checked.
 
     ``judge`` and ``reference`` (real images (N, C, H, W) in [0, 1]) add what :class:`Quality` says; which class was
     asked for is taken from ``inputs["class_labels"]``. The pipeline is left as it was found, also after an exception.
@@ -366,7 +368,7 @@ def compare(
         advance = stack.enter_context(_bar(2 * (rounds + 1), progress))
         # The copy shares all components; only `pipe` is wired, and calls of the copy run the transformer as it was.
         sides = [("full", _Caller(copy.copy(pipe), inputs, steps)), ("planned", _Caller(pipe, inputs, steps))]
-        applied = apply(pipe, plan)
+        applied = apply(pipe, plan, allow_slower=allow_slower)
         stack.callback(remove, pipe)
         for index in range(rounds + 1):
             for name, caller in sides if index % 2 else reversed(sides):

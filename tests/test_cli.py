@@ -286,6 +286,7 @@ def test_compare_writes_folder_and_page(measure, plan, plan_file, tmp_path):
     result = run("compare", "demo", plan_file, "-o", tmp_path / "out", "--samples", 15, "--seed", 7, "--eager")
     assert result.exit_code == 0, result.output
     assert (measure["steps"], measure["seeds"], measure["backend_full"]) == (10, (7, 8), "eager")
+    assert measure["allow_slower"] is False
     assert measure["judge"] is not None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "index.html",
@@ -296,6 +297,12 @@ def test_compare_writes_folder_and_page(measure, plan, plan_file, tmp_path):
     assert StoredComparison.load(tmp_path / "out").captions[:2] == ("digit 0", "digit 1")
     for words in ("1.54×", "PSNR", "33.9 dB", "1.88 MiB", "1 decision skipped", "index.html"):
         assert words in result.stdout.replace("\u00a0", " ")
+
+
+def test_compare_carries_out_slower_windows_if_asked(measure, plan_file, tmp_path):
+    result = run("compare", "demo", plan_file, "-o", tmp_path / "out", "--samples", 10, "--allow-slower")
+    assert result.exit_code == 0, result.output
+    assert measure["allow_slower"] is True
 
 
 def test_compare_with_a_missing_plan(tmp_path):

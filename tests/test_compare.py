@@ -58,10 +58,12 @@ class Wiring:
     log: list = field(default_factory=list)
     error: Exception | None = None
     active: bool = False
+    allow_slower: bool | None = None
 
-    def apply(self, pipe, plan):
+    def apply(self, pipe, plan, *, allow_slower):
         if self.error:
             raise self.error
+        self.allow_slower = allow_slower
         self.log.append("apply")
         plain = self.plain = type(pipe)
         wiring = self
@@ -234,6 +236,12 @@ def test_a_skip_counts_as_full(pipe, plan, wiring):
 def test_plan_is_carried_onto_the_asked_number_of_steps(pipe, plan, wiring):
     result = sample(pipe, plan, steps=8)
     assert len(result.attention.planned_per_step) == len(result.full.step_seconds) == 8
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_slower_windows_are_carried_out_only_if_asked(pipe, plan, wiring, allowed):
+    sample(pipe, plan, seeds=(0,), repeats=1, allow_slower=allowed)
+    assert wiring.allow_slower is allowed
 
 
 def test_plan_may_be_a_file(pipe, plan, wiring, tmp_path):

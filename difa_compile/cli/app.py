@@ -284,6 +284,10 @@ def compare(
     inputs: Inputs = None,
     guidance: Guidance = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile the full side.")] = False,
+    allow_slower: Annotated[
+        bool,
+        typer.Option("--allow-slower", help="Carry out windows that are predicted slower than full attention, too."),
+    ] = False,
     device: Device = None,
 ) -> None:
     """Sample a model in full and under a plan, with the same seeds; measure, and write images, figures and the page."""
@@ -307,6 +311,7 @@ def compare(
         repeats=repeats,
         judge=load_judge() if model == DEMO else None,
         backend_full="eager" if eager else "inductor",
+        allow_slower=allow_slower,
     )
     names = {label: f"digit {label}" for label in range(10)} if model == DEMO else {}
     stored = StoredComparison(
