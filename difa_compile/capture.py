@@ -22,9 +22,10 @@ from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.machine_profile import Profile, current
+from difa_compile.passes.arguments import latent_inputs, name_arguments
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
-from difa_compile.passes.find_attention import attention_inputs, find_attention, latent_inputs
+from difa_compile.passes.find_attention import attention_inputs, find_attention
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.positions import HeldPositions
 from difa_compile.passes.questions import answer
@@ -110,6 +111,7 @@ class Capture:
         overwrites: bool = False,
         allow_slower: bool = False,
     ) -> None:
+        name_arguments(module.graph)
         self._questions = answer(module, example_inputs)
         specialize(module)
         self.module = module

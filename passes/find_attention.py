@@ -17,7 +17,6 @@ Nothing is changed. Attention without linears before it (an average pool, say) i
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from torch import fx
 
 from difa_compile.layout import Layout
+from difa_compile.passes.arguments import latent_inputs
 from difa_compile.passes.graph import (
     LAYOUT,
     alias_root,
@@ -40,9 +40,8 @@ from difa_compile.passes.graph import (
     reachable_from,
     reaching,
     shape_of,
-    tensor_of,
 )
-from difa_compile.passes.layouts import LayoutFinder, argument_name
+from difa_compile.passes.layouts import LayoutFinder
 from difa_compile.passes.site import Region, Site, SiteKind
 
 
@@ -74,36 +73,6 @@ def site_names(attentions: list[fx.Node]) -> list[str]:
         names.append(f"{path}#{seen[path]}" if totals[path] > 1 and seen[path] else path)
         seen[path] += 1
     return names
-
-
-def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """The placeholders of the noisy sample: by their usual name, else the largest floating-point input.
-
-    Several where the model takes a list of samples.
-    """
-    inputs = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder"
-        and not is_parameter(node)
-        and (value := tensor_of(node)) is not None
-        and value.is_floating_point()
-        and value.ndim >= 2
-    ]
-    named = {node: argument_name(node) for node in inputs}
-    for wanted in ("hidden_states", "sample", "latents", "latent", "x"):
-        found = tuple(node for node in inputs if named[node] == wanted)
-        if found:
-            return found
-    for wanted in ("hidden_states", "sample", "latent", "x_"):
-        for node in inputs:
-            if named[node].startswith(wanted):
-                return (node,)
-    for node in inputs:
-        if named[node].endswith("latents"):
-            return (node,)
-    largest = max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
-    return () if largest is None else tuple(node for node in inputs if named[node] == named[largest])
 
 
 def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[fx.Node]) -> Site:

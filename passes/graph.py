@@ -110,10 +110,17 @@ def is_parameter(node: fx.Node) -> bool:
         return True
     if node.op != "placeholder":
         return False
-    source = getattr(node, "_dynamo_source", None)
-    name = source.name if source is not None else ""
-    name = name() if callable(name) else name
+    name = source_name(node)
     return isinstance(value, torch.nn.Parameter) or "_parameters" in name or "_buffers" in name
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found the value of a placeholder (``L['args'][0]``), or "" if it is not an input of the capture."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name() if callable(source.name) else source.name
+    return str(name)
 
 
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

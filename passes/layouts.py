@@ -21,7 +21,6 @@ at that site, or the user tells the layout.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
+from difa_compile.passes.arguments import argument_name
 from difa_compile.passes.axes import Axis, Extent, Extents, Part, follow_axes, sample_axes
 from difa_compile.passes.graph import influenced_by, is_parameter, op_name, shape_of
 from difa_compile.passes.positions import LINE, follow_lines, follow_positions, inputs_of, ranges_known, tables_of
@@ -157,12 +157,6 @@ class LayoutFinder:
         if found:
             return None, f"the {tokens} tokens may be a grid {' or '.join(map(str, found))}; give layout="
         return None, f"the graph does not show which grid the {tokens} packed tokens are; give layout="
-
-
-def argument_name(node: fx.Node) -> str:
-    """The argument a placeholder stands for, without the number of an element of a list."""
-    name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
-    return re.sub(r"_\d+$", "", name)
 
 
 def is_of_model(node: fx.Node) -> bool:

@@ -13,8 +13,9 @@ from torch import nn
 
 from difa_compile.backend import eager
 from difa_compile.capture import Capture
+from difa_compile.passes.arguments import latent_inputs, name_arguments
 from difa_compile.passes.batch import annotate_batch
-from difa_compile.passes.find_attention import find_attention, latent_inputs
+from difa_compile.passes.find_attention import find_attention
 from difa_compile.passes.specialize import specialize
 from difa_compile.plan import Cell, Plan, Settings, model_digest
 from difa_compile.schedule import uniform_progress
@@ -291,17 +292,18 @@ class BareAttention(nn.Module):
 # --- captured graphs -----------------------------------------------------------------------------------------------
 
 
-def graph_of(model, inputs, **options):
-    """The graph that Dynamo captures of one call, and the real values of its inputs."""
+def graph_of(model, inputs, *, args=(), **options):
+    """The graph that Dynamo captures of one call, and the real values of its inputs; ``args`` are given by position."""
     found = []
 
     def keep(module, example_inputs):
+        name_arguments(module.graph)
         found.append((module, list(example_inputs)))
         return module.forward
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, backend=keep, **{"dynamic": False, **options})(**inputs)
+        torch.compile(model, backend=keep, **{"dynamic": False, **options})(*args, **inputs)
     assert len(found) == 1, f"{len(found)} graphs"
     return found[0]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from difa_compile.passes.arguments import latent_inputs
 from difa_compile.passes.batch import annotate_batch, indexed, regrouped
-from difa_compile.passes.find_attention import attention_inputs, latent_inputs
+from difa_compile.passes.find_attention import attention_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
 from tests.tiny_models import FAMILIES, Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
