@@ -140,7 +140,7 @@ def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None
                 search.guidance = "two-call" if form == "two-call" else "batched"
             return search.open(progress)
 
-        return Following(scheduler, open_run, one_call_each=True)
+        return Following(scheduler, open_run, one_call_each=True, conditional_first=guidance_of(pipe).conditional_first)
 
     options: dict[str, object] = {"plan": None, "inner": inner}
     if search.settings.conditional_half is not None:

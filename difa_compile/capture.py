@@ -124,6 +124,9 @@ class Capture:
         self._compiled: dict[tuple[str, tuple[Role, ...]], Compiled] = {}
         self._rows: dict[tuple[Role, ...], Row] = {}
         self._reasons: dict[tuple[int, Decision], str | None] = {}
+        self._why_unshared: str | None = None
+        self._strict = strict
+        self._allow_slower = allow_slower
         self._slower: dict[tuple[int, Decision], str] = {}
         self._seconds: dict[tuple[int, Role | Decision], float | None] = {}
         self._whole: Callable[..., Any] | None = None
@@ -156,22 +159,7 @@ class Capture:
             if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites)):
                 self.plan = plan = plan.resized(infos, resize or "tokens")
             plan.validate(sites=infos)
-            impossible = [
-                (site.path, decision, reason)
-                for index, site in enumerate(self.sites)
-                for decision in dict.fromkeys(row[index] for row in plan.decisions)
-                if (reason := self.why_not(index, decision)) is not None
-            ]
-            if strict and impossible:
-                path, decision, reason = impossible[0]
-                raise SiteSkippedError(
-                    f"{path}: {decision} can't be carried out: {reason} ({len(impossible)} such "
-                    "decisions in all). Take the decision out of the plan, or compile with strict=False to leave these "
-                    "sites full"
-                )
-            if not allow_slower:
-                self._slower = self._predicted_slower(plan)
-            self.records = self._record(plan)
+            self._judge(plan)
 
     @staticmethod
     def _canonical(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -188,6 +176,44 @@ class Capture:
 
     # --- what can be done --------------------------------------------------------------------------------------------
 
+    def _judge(self, plan: Plan) -> None:
+        """Find what of the plan is carried out, and write it into the records. Raises :class:`SiteSkippedError`."""
+        impossible = [
+            (site.path, decision, reason)
+            for index, site in enumerate(self.sites)
+            for decision in dict.fromkeys(row[index] for row in plan.decisions)
+            if (reason := self.why_not(index, decision)) is not None
+        ]
+        if self._strict and impossible:
+            path, decision, reason = impossible[0]
+            raise SiteSkippedError(
+                f"{path}: {decision} can't be carried out: {reason} ({len(impossible)} such "
+                "decisions in all). Take the decision out of the plan, or compile with strict=False to leave these "
+                "sites full"
+            )
+        if not self._allow_slower:
+            self._slower = self._predicted_slower(plan)
+        self.records = self._record(plan)
+
+    def leave_unshared(self, reason: str) -> None:
+        """From now on no decision that shares the CFG halves can be carried out, for this reason.
+
+        For what only shows in the first call. Raises :class:`SiteSkippedError` if the plan has such decisions and skips
+        are errors.
+        """
+        with self._lock:
+            if self.plan is None or self._why_unshared is not None:
+                return
+            self._why_unshared = reason
+            self._reasons.clear()
+            self._slower = {}
+            try:
+                self._judge(self.plan)
+            except SiteSkippedError:  # so it is at every call
+                self._why_unshared = None
+                self._reasons.clear()
+                raise
+
     def why_not(self, site_index: int, decision: Decision) -> str | None:
         """The reason why ``decision`` can't be carried out at a site, or None.
 
@@ -199,6 +225,8 @@ class Capture:
         return self._reasons[key]
 
     def _why_not(self, site_index: int, decision: Decision) -> str | None:
+        if decision.cfg_shared and self._why_unshared is not None:
+            return self._why_unshared
         segment = self.split.segments[self._segment_of[site_index]]
         site = segment.sites[segment.site_indices.index(site_index)]
         proof = self._proofs[site_index]

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BRANCHES = ("cond", "uncond")
+_BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
+"""What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Following:
     ``open_run(progress)`` makes the run for the steps that lie ahead; it is called at the transformer's first call.
     ``check`` is called before every call of the transformer, and may raise.
     ``one_call_each``: whether two calls of one step and branch would disturb each other (the plan keeps caches).
+    ``conditional_first``: a step's first call is the conditional one, where ``cache_context`` does not name it.
     ``finished`` is told what a run took when it ends.
     """
 
@@ -64,6 +66,7 @@ class Following:
         open_run: Callable[[tuple[float, ...]], Run],
         *,
         one_call_each: bool,
+        conditional_first: bool = False,
         check: Callable[[], None] | None = None,
         finished: Callable[[RunStats], None] | None = None,
         timed: bool = False,
@@ -74,12 +77,14 @@ class Following:
         self._check = check
         self._finished = finished
         self._one_call_each = one_call_each
+        self._first_branch = "cond" if conditional_first else None
         self._device = device if timed and device is not None and device.type != "cpu" else None
         self._timed = timed
         self._run: Run | None = None
         self._token: Token[tuple[Run, ...]] | None = None
         self._values: list[float] | None = None
         self._branch: str | None = None
+        self._in_context = False
         self._start_over()
 
     def _start_over(self) -> None:
@@ -124,13 +129,13 @@ class Following:
 
     @contextmanager
     def branch(self, name: str) -> Iterator[None]:
-        """Within ``cache_context(name)`` of the transformer. Names other than cond and uncond count as no branch."""
-        outer = self._branch
-        self._branch = name if name in _BRANCHES else None
+        """Within ``cache_context(name)`` of the transformer. Names that are not of guidance count as no branch."""
+        outer = self._branch, self._in_context
+        self._branch, self._in_context = _BRANCHES.get(name), True
         try:
             yield
         finally:
-            self._branch = outer
+            self._branch, self._in_context = outer
 
     def model_call(self, call: Callable[[], T]) -> T:
         """Make one transformer call in the run, at the current step and branch."""
@@ -149,18 +154,22 @@ class Following:
         return call()
 
     def _branch_of_call(self) -> str | None:
-        """The branch ``cache_context`` names; else none for a step's first call and uncond for its second."""
+        """The branch ``cache_context`` names; else none for a step's first call (cond, where that is known) and uncond
+        for its second."""
         count = self._calls_now[self._branch]
         self._calls_now[self._branch] += 1
-        if count == 0 or not self._one_call_each:
+        unnamed = self._branch is None and not any(self._calls_now[name] for name in _BRANCHES.values())
+        if not self._one_call_each:
             return self._branch
-        if count == 1 and self._branch is None and not any(self._calls_now[name] for name in _BRANCHES):
+        if count == 0:
+            return self._first_branch if unnamed and not self._in_context else self._branch
+        if count == 1 and unnamed:
             return "uncond"
         where = f"in branch {self._branch!r}" if self._branch else "without cache_context"
         raise UnsupportedPipelineError(
             f"step {self._position}: the transformer was called {count + 1} times {where}, and the plan keeps caches, "
-            "which such calls would take from each other; use a plan without reuse and residuals, or leave out the "
-            "option that makes the further calls (perturbed or skipped-layer guidance, tiles)"
+            "which such calls would take from each other; use a plan without reuse, residuals and +cfg, or leave out "
+            "the option that makes the further calls (perturbed or skipped-layer guidance, tiles)"
         )
 
     # The run

@@ -76,15 +76,21 @@ TWO_CALLS = frozenset(
         "wan",
     }
 )
-"""Pipeline folders of diffusers that call the transformer once per half."""
+"""Pipeline folders of diffusers that call the transformer once per half. Those of them that do not name the calls by
+``cache_context`` make the conditional one first, in every step."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """``form`` is ``batched``, ``two-call`` or ``unknown``; ``conditional_half`` (0 or 1) is known for batched only."""
+    """``form`` is ``batched``, ``two-call`` or ``unknown``; ``conditional_half`` (0 or 1) is known for batched only.
+
+    ``conditional_first``: of two calls whose order is known and that nothing else tells apart, the first of a step is
+    the conditional one.
+    """
 
     form: str
     conditional_half: int | None = None
+    conditional_first: bool = False
 
 
 def guidance_of(pipe: object) -> Guidance:
@@ -99,7 +105,7 @@ def guidance_of(pipe: object) -> Guidance:
         if folder in UNCONDITIONAL_FIRST:
             return Guidance("batched", 1)
         if folder in TWO_CALLS:
-            return Guidance("two-call")
+            return Guidance("two-call", conditional_first=True)
     return Guidance("unknown")
 
 

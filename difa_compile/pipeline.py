@@ -39,6 +39,13 @@ _FIRST, _SECOND = "transformer", "transformer_2"
 """Components that denoise; a pipeline has one of them or both, which then share the steps."""
 
 
+_NOT_TOLD_APART = (
+    "the pipeline makes two calls per step for guidance, and nothing says which of them is the conditional one: it is "
+    'no pipeline of diffusers whose order is known, and it does not name them with transformer.cache_context("cond") '
+    'and ("uncond")'
+)
+
+
 class AppliedPlan:
     """A plan at work in a pipeline.
 
@@ -68,8 +75,12 @@ class _AppliedRun(Run):
     def __init__(self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan) -> None:
         super().__init__(models[0], len(progress), progress=progress, experts=models[1:])
         self._applied = applied
+        self._tells_calls_apart = True
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        self._tells_calls_apart = self._tells_calls_apart and self.current_branch is not None
+        if capture.two_call and not self._tells_calls_apart:
+            capture.leave_unshared(_NOT_TOLD_APART)
         if not any(known is capture for known in self._applied.captures):
             self._applied.captures.append(capture)
         return super().call(capture, args)
@@ -209,6 +220,7 @@ def apply(
             open_run,
             check=check_guidance,
             one_call_each=caches or shares,
+            conditional_first=guidance_of(pipe).conditional_first,
             finished=applied._note,
             timed=applied.time_steps,
             device=device,

@@ -272,7 +272,7 @@ class Search:
 
     def _unshared(self, index: int, cell: Cell) -> Cell:
         """The cell with a note on the sharing candidates, which had no second call to be tried on."""
-        reason = "no unconditional call, named so by cache_context, followed the conditional one"
+        reason = "no unconditional call, known to be that, followed the conditional one"
         shared = [c.decision for c in self._candidates[index] if c.reason is None and c.decision.cfg_shared]
         return replace(cell, trials=(*cell.trials, *(Trial(d, None, self._limit(index), reason) for d in shared)))
 

@@ -43,12 +43,17 @@ class FakeRun:
 class Followed:
     """A scheduler with its following, driven as a pipeline drives them."""
 
-    def __init__(self, scheduler, *, one_call_each=True, timed=False):
+    def __init__(self, scheduler, *, one_call_each=True, conditional_first=False, timed=False):
         self.scheduler = scheduler
         self.runs = []
         self.stats = []
         self.following = Following(
-            scheduler, self.open_run, one_call_each=one_call_each, finished=self.stats.append, timed=timed
+            scheduler,
+            self.open_run,
+            one_call_each=one_call_each,
+            conditional_first=conditional_first,
+            finished=self.stats.append,
+            timed=timed,
         )
 
     def open_run(self, progress):
@@ -182,6 +187,35 @@ def test_second_unmarked_call_of_a_step_is_a_branch_of_its_own():
         followed.call()
         followed.following.stepped()
     assert followed.runs[0].branches == [None, "uncond"] * 2
+
+
+def test_the_first_unmarked_call_is_the_conditional_one_where_the_order_is_known():
+    followed = Followed(diffusers.DDIMScheduler(), conditional_first=True)
+    followed.set(3)
+    for calls in (2, 1, 2):  # guidance may be left out at some steps
+        for _ in range(calls):
+            followed.call()
+        followed.following.stepped()
+    assert followed.runs[0].branches == ["cond", "uncond", "cond", "cond", "uncond"]
+
+
+@pytest.mark.parametrize("names", [("uncond", "cond"), ("pred_uncond", "pred_cond")])
+def test_names_go_before_the_order_of_calls(names):
+    """Diffusers' guiders name the predictions; their further ones (skipped layers) are no branch of guidance."""
+    followed = Followed(diffusers.DDIMScheduler(), conditional_first=True)
+    followed.set(1)
+    for name in (*names, "pred_cond_skip"):
+        with followed.following.branch(name):
+            followed.call()
+    assert followed.runs[0].branches == ["uncond", "cond", None]
+
+
+def test_a_name_that_is_none_of_guidance_says_nothing_of_the_order():
+    followed = Followed(diffusers.DDIMScheduler(), conditional_first=True)
+    followed.set(1)
+    with followed.following.branch("pred_modality"):
+        followed.call()
+    assert followed.runs[0].branches == [None]
 
 
 def test_calls_that_would_take_caches_from_each_other_are_refused():

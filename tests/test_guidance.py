@@ -1,7 +1,9 @@
 """Which half of a guided batch is conditional, checked against the source of the installed diffusers pipelines."""
 
+import ast
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +32,8 @@ def test_families():
     assert guidance_of(bare(diffusers.DiTPipeline)) == Guidance("batched", 0)
     assert guidance_of(bare(diffusers.PixArtSigmaPipeline)) == Guidance("batched", 1)
     assert guidance_of(bare(diffusers.StableDiffusion3Pipeline)) == Guidance("batched", 1)
-    assert guidance_of(bare(diffusers.WanPipeline)) == Guidance("two-call")
-    assert guidance_of(bare(diffusers.FluxPipeline)) == Guidance("two-call")
+    assert guidance_of(bare(diffusers.WanPipeline)) == Guidance("two-call", conditional_first=True)
+    assert guidance_of(bare(diffusers.FluxPipeline)) == Guidance("two-call", conditional_first=True)
     assert not CONDITIONAL_FIRST & UNCONDITIONAL_FIRST
     assert not TWO_CALLS & (CONDITIONAL_FIRST | UNCONDITIONAL_FIRST)
 
@@ -49,6 +51,30 @@ def test_order_read_from_the_source(name):
     source = inspect.getsource(getattr(diffusers, name).__call__)
     assert re.search(r"uncond\w*, \w+ = noise_pred\.chunk\(2\)", source)
     assert conditional_half_of(bare(getattr(diffusers, name))) == 1
+
+
+def transformer_calls(source):
+    """The variables to which a pipeline's source assigns what its transformer returns, from top to bottom."""
+    assigned = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+    found = {
+        (node.lineno, ast.unparse(node.targets[0]))
+        for node in assigned
+        for call in ast.walk(node.value)
+        if isinstance(call, ast.Call) and re.search(r"transformer(_2)?$", ast.unparse(call.func))
+    }
+    return [name for _, name in sorted(found) if name != "_"]
+
+
+def test_unnamed_calls_are_the_conditional_one_first():
+    pipelines = Path(diffusers.__file__).parent / "pipelines"
+    seen = 0
+    for path in (path for folder in sorted(TWO_CALLS) for path in sorted((pipelines / folder).glob("pipeline_*.py"))):
+        source = path.read_text()
+        calls = [re.search("uncond|neg|null", name) is not None for name in transformer_calls(source)]
+        if "cache_context" not in source and any(calls):
+            assert calls == [False, True], path.name
+            seen += 1
+    assert seen > 15
 
 
 def test_dit_splits_conditional_first():

@@ -1,9 +1,11 @@
 """Tiny random pipelines for tests: the smallest things that sample like the real ones."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers.utils import BaseOutput
 
 from difa_compile.decision import Kind, Window
 
@@ -63,6 +65,44 @@ def tiny_pipeline(seed=0, layers=2, sample_size=8, transformer=None, scheduler=N
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class TwoCalls(DiffusionPipeline):
+    """Guidance in two calls per step. No pipeline of diffusers: nothing but the calls says in which order."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def named(self, name):
+        """What goes around the call of a branch."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def __call__(self, class_labels, generator=None, num_inference_steps=4, output_type="np"):
+        latents = torch.randn(len(class_labels), 1, 8, 8, generator=generator)
+        labels = {"cond": torch.tensor(class_labels), "uncond": torch.full((len(class_labels),), 1000)}
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            noise = {}
+            for name, classes in labels.items():
+                with self.named(name):
+                    noise[name] = self.transformer(latents, timestep=t.expand(len(latents)), class_labels=classes)[0]
+            guided = noise["uncond"] + 4 * (noise["cond"] - noise["uncond"])
+            latents = self.scheduler.step(guided, t, latents).prev_sample
+        return BaseOutput(images=latents.permute(0, 2, 3, 1).numpy())
+
+
+class NamedCalls(TwoCalls):
+    """The calls are named as in diffusers' pipelines."""
+
+    def named(self, name):
+        return self.transformer.cache_context(name)
+
+
+def two_call_pipeline(cls=TwoCalls):
+    """The tiny pipeline with guidance in two calls."""
+    return quiet(cls(tiny_transformer(), DDIMScheduler()))
 
 
 def sample(pipe, steps=4, labels=(1, 2), seed=3, **arguments):

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -166,7 +167,7 @@ def sd3_img2img():
     return sd3(StableDiffusion3Img2ImgPipeline)
 
 
-def flux():
+def flux(cls=FluxPipeline):
     """A double block and a single one; packed tokens behind the text; guidance is embedded or takes two calls."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -180,7 +181,7 @@ def flux():
         axes_dims_rope=(4, 6, 6),
     )
     return quiet(
-        FluxPipeline(
+        cls(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             vae=autoencoder(),
             text_encoder=clip(CLIPTextModel, 1),
@@ -190,6 +191,11 @@ def flux():
             transformer=drawn(transformer, seed=13),
         )
     )
+
+
+def flux_img2img():
+    """Its two calls of a step have no names."""
+    return flux(FluxImg2ImgPipeline)
 
 
 # LoRA

@@ -44,6 +44,7 @@ from tests.pipelines.image_components import (
     all_full,
     dit,
     flux,
+    flux_img2img,
     pixart_sigma,
     sd3,
     sd3_img2img,
@@ -194,6 +195,19 @@ CASES = {
         FLUX,
         arguments={"negative_prompt": list(NEGATIVE), "true_cfg_scale": 3.0},
         two_calls=True,
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    "flux_img2img_true_cfg": replace(
+        FLUX,
+        make=flux_img2img,
+        arguments={
+            "negative_prompt": list(NEGATIVE),
+            "true_cfg_scale": 3.0,
+            "image": picture(),
+            "strength": 0.5,
+        },
+        two_calls=True,
+        asked=2,
         unguided={"true_cfg_scale": 1.0},
     ),
 }
