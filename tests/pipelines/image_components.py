@@ -21,13 +21,11 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
@@ -35,6 +33,7 @@ from transformers import (
 from difa_compile.decision import FULL, Kind
 from difa_compile.layout import Layout
 from tests.altered import sees
+from tests.pipelines.text_components import word_tokenizer
 from tests.tiny_pipelines import drawn, quiet, tiny_pipeline
 
 HEIGHT, WIDTH = 16, 24
@@ -42,6 +41,7 @@ GRID = (4, 6)
 TEXT_TOKENS = 8
 """Of one text encoder; SD3 appends the T5's to the CLIPs', Flux takes the T5's alone."""
 WORDS = ("a", "red", "house", "two", "small", "boats", "blurred", "grey")
+SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 TEXT_WIDTH, CLIP_WIDTH = 32, 16
 MODEL = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -51,30 +51,21 @@ MODEL = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 def tokenizer():
     """Words of ``WORDS`` between a begin and an end token, eight in all."""
-    vocabulary = {word: number for number, word in enumerate(("<pad>", "<unk>", "<s>", "</s>", *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        model_max_length=TEXT_TOKENS,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
+    return word_tokenizer(WORDS, SPECIAL, model_max_length=TEXT_TOKENS)
 
 
 def t5():
     torch.manual_seed(11)
-    config = T5Config(vocab_size=len(WORDS) + 4, d_model=TEXT_WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    config = T5Config(
+        vocab_size=len(SPECIAL) + len(WORDS), d_model=TEXT_WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2
+    )
     return T5EncoderModel(config).eval()
 
 
 def clip(cls, seed):
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=len(WORDS) + 4,
+        vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=CLIP_WIDTH,
         intermediate_size=32,
         num_hidden_layers=2,

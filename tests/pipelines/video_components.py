@@ -14,14 +14,15 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from difa_compile.decision import FULL, Decision, Kind, WindowShape
+from tests.pipelines.text_components import word_tokenizer
 from tests.tiny_pipelines import drawn, quiet
 
 TEXT_WIDTH = 24
 WORDS = ("a", "red", "green", "cat", "dog", "walks", "sleeps", "in", "on", "grass", "blurry", "dark")
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 WINDOW = "window(band:5)"
 RESIDUAL = f"{WINDOW}+residual"
@@ -49,20 +50,16 @@ class Tiny:
         return np.asarray(self.pipe(**call).frames)
 
 
-def word_tokenizer(folder):
+def tokenizer(folder):
     """A tokenizer over ``WORDS``, loaded from the files it was written to."""
-    vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "tokenizer")
+    word_tokenizer(WORDS, SPECIAL).save_pretrained(folder / "tokenizer")
     return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 def text_encoder(config_class, model_class):
     torch.manual_seed(1)
     sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return model_class(config_class(vocab_size=len(WORDS) + 3, dropout_rate=0.0, **sizes)).eval()
+    return model_class(config_class(vocab_size=len(SPECIAL) + len(WORDS), dropout_rate=0.0, **sizes)).eval()
 
 
 def wan_transformer(seed=0, layers=2):
@@ -98,7 +95,7 @@ def wan(folder, scheduler="unipc", **components):
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     ).eval()
     parts = {
-        "tokenizer": word_tokenizer(folder),
+        "tokenizer": tokenizer(folder),
         "text_encoder": text_encoder(UMT5Config, UMT5EncoderModel),
         "vae": vae,
         "scheduler": wan_scheduler(scheduler),
@@ -149,7 +146,7 @@ def latte(folder):
         norm_num_groups=2,
     ).eval()
     pipe = diffusers.LattePipeline(
-        tokenizer=word_tokenizer(folder),
+        tokenizer=tokenizer(folder),
         text_encoder=text_encoder(T5Config, T5EncoderModel),
         vae=vae,
         transformer=transformer,
@@ -212,7 +209,7 @@ def cogvideox(folder, form="2b", scheduler="ddim"):
     ).eval()
     schedulers = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=word_tokenizer(folder),
+        tokenizer=tokenizer(folder),
         text_encoder=text_encoder(T5Config, T5EncoderModel),
         vae=vae,
         transformer=transformer,
