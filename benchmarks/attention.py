@@ -28,6 +28,7 @@ from difa_compile.ops import LocalCall
 from difa_compile.pairs import visible_pairs
 from difa_compile.plugins import cpu, flex, masked_sdpa, token_order
 
+from . import natten_rival
 from ._common import RESULTS, Row, interleave, write_result
 
 DENSE = "SDPA, dense"
@@ -63,9 +64,10 @@ class Setting:
 def settings(quick: bool) -> Iterator[Setting]:
     discs = tuple(Window("disc", radius) for radius in (8, 16, 32))
     if quick:
-        yield Setting(32, 2, discs[:1], torch.float32)
+        yield Setting(32, 2, (discs[0], Window("box", 4)), torch.float32)
         yield Setting(32, 2, (Window("band", 128),), torch.bfloat16, text=64)
         return
+    yield Setting(64, 4, (Window("box", 8),), torch.float32)  # the one kind of window that NATTEN computes
     for dtype in (torch.float32, torch.bfloat16):
         for side in (32, 64, 128, 256, 512):  # 1 Ki to 256 Ki tokens
             band = (Window("band", side * side // 8),) if side <= 128 else ()
@@ -98,7 +100,14 @@ def implementations(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tens
             found["FlexAttention, tiles"] = flex_in_tiles(case, window, q, k, v)
         if layout.tokens <= 16384 and not case.text:
             found["gathered tiles, SDPA"] = gathered(case, window, q, k, v)
+    if natten_rival.why_not(window, case.side, case.text, case.dtype) is None:
+        found[natten_rival.name()] = natten_rival.implementation(window, case.side, q, k, v)
     return found
+
+
+def shifts(name: str) -> bool:
+    """Whether an implementation moves windows at the borders, instead of cutting them off."""
+    return name.startswith("NATTEN")
 
 
 def flex_in_tiles(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -147,13 +156,29 @@ def gathered(case: Setting, window: Window, q: Tensor, k: Tensor, v: Tensor, til
     return run
 
 
-def error(case: Setting, window: Window, out: Tensor, q: Tensor, k: Tensor, v: Tensor, picks: int = 64) -> float:
-    """Largest difference to masked dense attention in float64, over the largest value, at some queries."""
+def error(
+    case: Setting, window: Window, name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, picks: int = 64
+) -> float:
+    """Largest difference to masked dense attention in float64, over the largest value, at some queries.
+
+    The mask is that of the implementation's own definition of the window.
+    """
     layout = case.layout
     at = torch.linspace(0, layout.tokens - 1, picks).long()
-    seen = reference.visible_pairs(layout, window, at[:, None], torch.arange(layout.tokens)[None])
+    keys = torch.arange(layout.tokens)[None]
+    if shifts(name):
+        seen = natten_rival.sees(case.side, window.radius, at[:, None], keys)
+    else:
+        seen = reference.visible_pairs(layout, window, at[:, None], keys)
     exact = reference.attention(q[:, :, at].double(), k.double(), v.double(), seen)
     return ((out[:, :, at].double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def flops(case: Setting, window: Window, name: str) -> int:
+    """Operations over the pairs that an implementation's window holds."""
+    if not shifts(name):
+        return case.flops(window)
+    return 4 * case.layout.tokens * (2 * window.radius + 1) ** 2 * case.heads * case.head_dim
 
 
 def measure(case: Setting, repeats: int) -> list[Row]:
@@ -167,7 +192,7 @@ def measure(case: Setting, repeats: int) -> list[Row]:
                 out, back = run(), getattr(run, "back", None)
                 calls[window, name] = run
                 out = out if back is None else out.index_select(2, back)
-                errors[window, name] = error(case, window, out, q, k, v)
+                errors[window, name] = error(case, window, name, out, q, k, v)
         slow = 4 * case.layout.tokens**2 * case.heads * case.head_dim / 1.5e11 > SLOW
         if slow:  # the dense side, up to minutes, once; the others as often as ever
             timings = interleave(dense, 1, warmup=0) | interleave(calls, repeats)
@@ -192,9 +217,10 @@ def measure(case: Setting, repeats: int) -> list[Row]:
             | {
                 "window": None if window_ is None else str(window_),
                 "implementation": name,
+                "definition": natten_rival.DEFINITION if shifts(name) else "as the plan's",
                 "seconds": float(f"{seconds:.4g}"),
                 "speedup_over_dense": round(speedup, 3),
-                "visible_gflops": None if window_ is None else round(case.flops(window_) / seconds / 1e9, 1),
+                "visible_gflops": None if window_ is None else round(flops(case, window_, name) / seconds / 1e9, 1),
                 "forward_error": float(f"{errors[window_, name]:.2g}") if window_ is not None else None,
                 "repeats": len(timing.seconds),
             }
