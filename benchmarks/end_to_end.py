@@ -1,7 +1,8 @@
 """How much faster is a denoising step with local attention, on shapes of real models from 1024 to 4096 pixels?
 
-    python -m benchmarks.end_to_end             # about twenty minutes on two cores
-    python -m benchmarks.end_to_end --quick     # the smallest size only, two repeats
+    python -m benchmarks.end_to_end --sides 64 128                              # a quarter of an hour on two cores
+    python -m benchmarks.end_to_end --sides 256 --result end_to_end_4096px      # longer: dense attention over 65536
+    python -m benchmarks.end_to_end --quick                                     # the smallest size only, two repeats
 
 Random weights, two blocks of FLUX, PixArt and Wan with their head sizes and four heads, a batch of one: speed, not
 quality. A case is a schedule of four steps (one at 65536 tokens, where dense attention takes minutes);
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, default=list(SIDES), choices=SIDES, help="tokens per side")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the smallest size only, two repeats")
+    parser.add_argument("--result", default="end_to_end", help="name of the result file")
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
     args = parser.parse_args()
     rows: list[Row] = []
@@ -194,7 +196,7 @@ def main() -> None:
             for side in args.sides[:1] if args.quick else args.sides:
                 print(f"{name}, {side} tokens a side, {dtype}", file=sys.stderr, flush=True)
                 rows += measure(name, side, getattr(torch, dtype), 2 if args.quick else args.repeats)
-    write_result("end_to_end", rows, folder=args.output)
+    write_result(args.result, rows, folder=args.output)
 
 
 if __name__ == "__main__":
