@@ -58,6 +58,20 @@ ATTENTION = (
     Column("seconds", "s", ".4g"),
     Column("speedup_over_dense", "× faster than dense", ".2f"),
     Column("visible_gflops", "GFLOP/s, visible pairs", ".0f"),
+    Column("share_of_product", "of the matrix product's", ".0%"),
+)
+LINEARITY = (
+    Column("dtype", "dtype"),
+    Column("window", "window"),
+    Column("tokens", "tokens", ",d"),
+    Column("time_over_a_quarter", "time over that of a quarter of the tokens", ".2f"),
+)
+BATCHES = (
+    CASE,
+    Column("batch", "images"),
+    Column("first_seconds", "first call, s", ".1f"),
+    Column("seconds", "later calls, s", ".2f"),
+    TO_INDUCTOR,
 )
 STEP = (
     Column("model", "shaped like"),
@@ -66,6 +80,13 @@ STEP = (
     CASE,
     Column("seconds", "s per step", ".3f"),
     Column("speedup", "× faster", ".2f"),
+)
+STEP_DETAILS = (
+    *STEP,
+    Column("dtype", "dtype"),
+    Column("steps", "steps"),
+    Column("attention_flops_share", "attention FLOPs", ".1%"),
+    Column("repeats", "repeats"),
 )
 DEMO = (
     CASE,
@@ -115,13 +136,10 @@ DETAILS: dict[str, Table] = {
         Column("forward_error", "error", ".0e"),
         Column("repeats", "repeats"),
     ),
-    "end_to_end": (
-        *STEP,
-        Column("dtype", "dtype"),
-        Column("steps", "steps"),
-        Column("attention_flops_share", "attention FLOPs", ".1%"),
-        Column("repeats", "repeats"),
-    ),
+    "attention_linearity": LINEARITY,
+    "end_to_end": STEP_DETAILS,
+    "end_to_end_4096px": STEP_DETAILS,
+    "batch_sizes": (*BATCHES, Column("ratio_to_planned", "× difa, per size", ".3f"), Column("repeats", "repeats")),
     "demo_end_to_end": (
         *DEMO,
         Column("frechet_to_full", "Fréchet to full", ".2f"),

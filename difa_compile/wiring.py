@@ -291,6 +291,14 @@ def _run_inside(
         raise UnsupportedPipelineError(
             f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"
         ) from failure
+    except RuntimeError as failure:
+        if "found no compiled frames" not in str(failure):
+            raise
+        raise UnsupportedPipelineError(
+            f"Dynamo no longer compiles {name}: another model of this class, compiled with torch.compile in this "
+            "process, was called with more input shapes than torch._dynamo.config.recompile_limit. Raise that limit, or compile "
+            "the other with dynamic=True, and call torch._dynamo.reset() to start over"
+        ) from failure
 
 
 # Calls of the transformer

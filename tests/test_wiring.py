@@ -12,8 +12,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from difa_compile.decision import FULL
 from difa_compile.errors import PlanMismatchError, UnsupportedPipelineError
 from difa_compile.following import Following
+from difa_compile.pipeline import apply
+from difa_compile.plan import Plan
 from difa_compile.wiring import Wiring, compile_forward, run_compiled, unwired, wiring_of
 from tests.test_following import FakeRun
 from tests.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
@@ -358,3 +361,18 @@ def test_a_model_that_fills_a_table_in_its_first_call_is_captured_at_the_second_
     found = run_compiled(compile_forward(model, backend, {}), model, (torch.zeros(3),), {})
     assert torch.equal(found, torch.arange(3.0))
     assert len(graphs) == 1
+
+
+def test_a_class_that_dynamo_gave_up_on_is_named_with_the_remedy():
+    """Dynamo's limit of graphs is one per code, whoever compiles it."""
+    other = tiny_pipeline()
+    other.transformer.compile(backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for labels in ([1], [1, 2], [1, 2, 3]):
+            sample(other, labels=labels)
+    pipe = tiny_pipeline()
+    apply(pipe, Plan.from_rule(pipe, 4, lambda step, site: FULL), inner="eager")
+    with pytest.raises(UnsupportedPipelineError, match=r"no longer compiles DiTTransformer2DModel.*call torch._dynamo"):
+        sample(pipe)
+    torch._dynamo.reset()
+    assert np.isfinite(sample(pipe)).all()
