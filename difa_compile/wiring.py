@@ -296,7 +296,7 @@ def _run_inside(
             raise
         raise UnsupportedPipelineError(
             f"Dynamo no longer compiles {name}: another model of this class, compiled with torch.compile in this "
-            "process, was called with more input shapes than torch._dynamo.config.recompile_limit. Raise that limit, or "
+            "process, was called with more input shapes than torch._dynamo.config.recompile_limit. Raise it, or "
             "compile the other with dynamic=True, and call torch._dynamo.reset() to start over"
         ) from failure
 
