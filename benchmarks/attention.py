@@ -276,17 +276,27 @@ def with_shares(rows: list[Row]) -> list[Row]:
 
 
 def linearity(rows: list[Row]) -> list[Row]:
-    """The kernel's time for each length over that for the length before, a head: four times the tokens."""
-    times = {
-        (row["dtype"], row["window"], row["tokens"]): row["seconds"] / row["heads"]  # type: ignore[operator]
+    """The kernel's time for each length over that for a quarter of the tokens, per head, and likewise visible pairs."""
+    found = {
+        (row["dtype"], row["window"], row["tokens"]): (row["seconds"] / row["heads"], row["visible_gflops"])  # type: ignore[operator]
         for row in rows
         if row["implementation"] == OURS and row["head_dim"] == 64
     }
-    return [
-        {"dtype": dtype, "window": window, "tokens": tokens, "time_over_a_quarter": round(time / times[before], 2)}
-        for (dtype, window, tokens), time in times.items()
-        if (before := (dtype, window, tokens // 4)) in times  # type: ignore[operator]
-    ]
+    growth: list[Row] = []
+    for (dtype, window, tokens), (seconds, rate) in found.items():
+        quarter = found.get((dtype, window, tokens // 4))  # type: ignore[operator]
+        if quarter is not None:
+            times, rates = seconds / quarter[0], rate / quarter[1]  # type: ignore[operator]
+            growth.append(
+                {
+                    "dtype": dtype,
+                    "window": window,
+                    "tokens": tokens,
+                    "time_over_a_quarter": round(times, 2),
+                    "pairs_over_a_quarter": round(times * rates, 2),
+                }
+            )
+    return growth
 
 
 def main() -> None:
