@@ -114,8 +114,12 @@ def _intro(plan: Plan) -> str:
     if settings.method == "rule":
         return f"{size} Written by a rule: nothing was measured for it."
     limit = f", limit {settings.threshold:g} scaled with depth" if settings.threshold is not None else ""
+    if settings.method == "weighed":
+        choice = "candidate with the lowest sum of cost, as a share of full attention's, and of loss, as a share of"
+    else:
+        choice = "first candidate, in the order tried, whose loss stayed below"
     return (
-        f"{size} Each cell is the first candidate, in the order tried, whose loss stayed below the limit of its site "
+        f"{size} Each cell is the {choice} the limit of its site "
         f"({settings.loss or 'unnamed'} loss{limit}). Point at a cell, or go there with the arrow keys, for all losses."
     )
 

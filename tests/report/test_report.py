@@ -197,6 +197,14 @@ def test_cell_tells_the_losses_of_every_tried_candidate(plan):
         assert (verdict == "over the limit") == (trial.loss >= trial.threshold)
 
 
+def test_the_plan_says_how_its_cells_were_chosen(plan):
+    assert "Each cell is the first candidate, in the order tried" in heat_map(plan).intro
+    weighed = replace(plan, settings=replace(plan.settings, method="weighed"))
+    assert "Each cell is the candidate with the lowest sum of cost" in heat_map(weighed).intro
+    by_hand = replace(plan, settings=replace(plan.settings, method="rule"))
+    assert "nothing was measured" in heat_map(by_hand).intro
+
+
 def test_cell_tells_the_cost_where_it_was_weighed(plan):
     decision = Decision.parse("full+cfg")
     trials = (Trial(REUSE, 0.05, 0.1, cost=0.0), Trial(decision, 0.06, 0.1, cost=0.5), Trial(FULL, 0.2, 0.1, cost=1.0))
