@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from difa_compile.passes.graph import copy_module
+from difa_compile.passes.graph import copy_module, operation
 from difa_compile.passes.questions import BINDINGS, brings_in_sizes
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -167,14 +167,8 @@ def pattern_of(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[s
     names: dict[fx.Node, Any] = {}
     for place, node in enumerate(module.graph.nodes):
         names[node] = _Name(f"%{place}")
-        if node.op == "placeholder":
-            target = ""
-        elif node.op == "get_attr":
-            target = f"{id(module)} {node.target}"
-        else:
-            target = node.target if isinstance(node.target, str) else torch.typename(node.target) + repr(node.target)
         arguments = fx.map_arg(_map_numbers((node.args, node.kwargs), blank), names.__getitem__)
-        lines.append(f"{node.op} {target} {arguments}")
+        lines.append(f"{operation(node, module)} {arguments}")
     return "\n".join(lines), tuple(numbers)
 
 

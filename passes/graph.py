@@ -150,6 +150,19 @@ def keep_origin(fresh: fx.GraphModule, module: fx.GraphModule) -> None:
         fresh._param_name_to_source = module._param_name_to_source
 
 
+def operation(node: fx.Node, module: fx.GraphModule) -> str:
+    """What a node does, in a text that is equal for nodes that do the same: without names, paths and arguments.
+
+    Attributes of ``module`` (constants) are only equal to themselves, as long as it lives.
+    """
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "get_attr":
+        return f"attribute {id(module)} {node.target}"
+    target = node.target if isinstance(node.target, str) else torch.typename(node.target) + repr(node.target)
+    return f"{node.op} {target}"
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module that made a node: ``transformer_blocks.0.attn1``; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from difa_compile.passes.graph import alias_root, block_path, keep_origin, module_path, mutated_argument, tensor_of
+from difa_compile.passes.graph import (
+    alias_root,
+    block_path,
+    keep_origin,
+    module_path,
+    mutated_argument,
+    operation,
+    tensor_of,
+)
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import move_site
 
@@ -175,14 +183,8 @@ def structure_of(module: fx.GraphModule, sites: Sequence[Site] = ()) -> str:
     for i, node in enumerate(module.graph.nodes):
         names[node] = f"%{i}"
         value = tensor_of(node)
-        if node.op == "placeholder":
-            text = "input"
-        elif node.op == "get_attr":
-            text = f"attribute {id(module)} {node.target}"
-        else:
-            target = node.target if isinstance(node.target, str) else torch.typename(node.target) + repr(node.target)
-            args = fx.map_arg((node.args, node.kwargs), lambda n: fx.immutable_collections.immutable_list([names[n]]))
-            text = f"{node.op} {target} {args}"
+        args = fx.map_arg((node.args, node.kwargs), lambda n: fx.immutable_collections.immutable_list([names[n]]))
+        text = f"{operation(node, module)} {args}"
         text += f" batch {node.meta.get('batch_dim')}"
         if value is not None:
             strides = tuple(value.stride()) if value.layout is torch.strided else ()
