@@ -1,14 +1,17 @@
-# make demo   create .venv, install, calibrate and sample the demo model, write difa-report/index.html
-# make test   create .venv, install, run the tests
-# make lint   format, lint and types (./lint.sh --fix mends what it can)
+# make demo       create .venv, install, calibrate and sample the demo model, write difa-report/index.html
+# make test       create .venv, install, run the tests, but for those marked slow
+# make test-slow  run those
+# make lint       format, lint and types (./lint.sh --fix mends what it can)
 #
 # PYTHON=python3.12   the interpreter .venv is made with (3.11 to 3.13)
 # TORCH=2.12.0        another torch; it is installed first, and nothing that follows may replace it
-# ARGS="-m 'not slow'"  passed on to difa demo or pytest
+# WORKERS=4           test processes, one thread each; by default as many as cores, 8 at most
+# ARGS="tests/passes -x"  passed on to difa demo or pytest
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,14 +22,20 @@ DEMO_DONE := $(VENV)/.demo.done
 DEV_DONE := $(VENV)/.dev.done
 HELD := $(VENV)/held.txt
 
-.PHONY: demo test lint clean
+# worksteal: a worker starts with tests that stand together, which share fixtures, and takes over others at the end.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_DONE)
 	$(BIN)/difa demo $(ARGS)
 
 test: $(DEV_DONE)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(DEV_DONE)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(DEV_DONE)
 	PATH="$(abspath $(BIN)):$$PATH" ./lint.sh

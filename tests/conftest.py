@@ -13,8 +13,10 @@ import torch
 # What the machine costs must not decide what a test finds; tests of profiles name one of their own.
 os.environ["DIFA_PROFILE"] = "off"
 
-# Tests run on small tensors, where more threads only add waiting; DIFA_TEST_THREADS overrides.
-torch.set_num_threads(int(os.environ.get("DIFA_TEST_THREADS", min(2, os.cpu_count() or 1))))
+# Tests run on small tensors, where more threads only add waiting: one, where several processes share the work.
+# DIFA_TEST_THREADS overrides.
+alone = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(int(os.environ.get("DIFA_TEST_THREADS", min(2, os.cpu_count() or 1) if alone else 1)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -210,7 +210,9 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
-@pytest.mark.parametrize(("target", "last"), [("demo", "bin/difa demo"), ("test", "-m pytest")])
+@pytest.mark.parametrize(
+    ("target", "last"), [("demo", "bin/difa demo"), ("test", '-m "not slow"'), ("test-slow", "-m slow")]
+)
 def test_make_installs_torch_first_and_holds_it(target, last, tmp_path):
     result = make("-n", target, f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}", "TORCH=2.12.1")
     assert result.returncode == 0, result.stderr
@@ -219,6 +221,14 @@ def test_make_installs_torch_first_and_holds_it(target, last, tmp_path):
     assert all("--constraint" in line and "--editable" in line for line in installs[1:])
     assert len(installs) == 2
     assert last in result.stdout.splitlines()[-1]
+
+
+def test_what_ci_runs_leaves_no_test_out():
+    """``make test`` and ``make test-slow`` differ in the choice of tests alone, and one takes what the other leaves."""
+    run = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in run if line.startswith("make")] == ["make lint", "make test", "make test-slow"]
+    quick, slow = (make("-n", name, f"VENV={ROOT / '.venv'}").stdout.splitlines()[-1] for name in ("test", "test-slow"))
+    assert quick.replace('-m "not slow"', "-m slow").split() == slow.split()
 
 
 def test_make_says_which_python_it_needs(tmp_path):
