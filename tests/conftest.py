@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # What the machine costs must not decide what a test finds; tests of profiles name one of their own.
 os.environ["DIFA_PROFILE"] = "off"
@@ -17,6 +18,11 @@ os.environ["DIFA_PROFILE"] = "off"
 # DIFA_TEST_THREADS overrides.
 alone = "PYTEST_XDIST_WORKER" not in os.environ
 torch.set_num_threads(int(os.environ.get("DIFA_TEST_THREADS", min(2, os.cpu_count() or 1) if alone else 1)))
+
+
+# The same examples in every run, and no time asserted, not even of drawing them: machines differ.
+settings.register_profile("difa", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("difa")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ def brute_force_pairs(layout: Layout, window: Window) -> int:
     return count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, windows)
 def test_visible_pairs_match_brute_force(layout: Layout, window: Window) -> None:
     assert visible_pairs(layout, window, layout.tokens) == brute_force_pairs(layout, window)

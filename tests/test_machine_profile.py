@@ -71,7 +71,7 @@ def test_held_out_errors_are_of_the_size_of_the_noise():
     assert exact.held_out_error < 1e-4
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.floats(1e-6, 1e-2), min_size=3, max_size=12))
 def test_no_price_is_ever_negative(seconds):
     work = synthetic({"pairs": 1.0}, len(seconds))

@@ -45,7 +45,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases)
 def test_masked_attention_is_the_reference(case):
     layout, window, dtype, strides, heads, dim, scale = case

@@ -21,7 +21,7 @@ layouts = st.builds(
 windows = st.builds(Window, st.sampled_from(["band", "disc", "box"]), st.integers(1, 7))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, windows)
 def test_visibility_is_the_definition_pair_by_pair(layout, window):
     assert torch.equal(reference.visible(layout, window), sees(layout, window))

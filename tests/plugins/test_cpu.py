@@ -115,7 +115,7 @@ def run_case(case):
     assert_close(found, wanted, value, dtype, case["dim"])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(cases)
 def test_it_computes_the_reference(case):
     run_case(case)

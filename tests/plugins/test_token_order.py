@@ -35,7 +35,7 @@ def blocks_with_a_visible_pair(layout, window, one, queries, pooled):
     return int(padded.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).any(3).any(1).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, strips)
 def test_an_order_keeps_every_token_and_other_tokens_in_their_places(layout, one):
     order = in_order(layout, one)
@@ -45,7 +45,7 @@ def test_an_order_keeps_every_token_and_other_tokens_in_their_places(layout, one
     assert torch.equal(order[last:], torch.arange(last, layout.tokens))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, windows, strips, st.sampled_from(["all", "image", "image and after"]), st.integers(0, 40))
 def test_every_block_with_a_visible_pair_is_counted(layout, window, one, asked, pooled):
     queries = {"all": layout.tokens, "image": layout.image_tokens}.get(asked, layout.image_tokens + layout.after)
@@ -92,7 +92,7 @@ def test_the_models_own_order_is_kept_where_none_is_better(layout, window):
     assert best(layout, window, layout.tokens) == (None, own)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(layouts, windows, strips.filter(bool), st.integers(0, 9))
 def test_flex_attentions_mask_in_another_order_is_the_window(layout, window, one, pooled):
     keys, mine, back = flex.orders(layout, one, torch.device("cpu"), layout.tokens, pooled)

@@ -93,7 +93,7 @@ windows = st.builds(Window, st.sampled_from(["band", "disc", "box"]), st.integer
 
 
 @given(grids, windows)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_geometry_keeps_the_window(grid, window):
     """The kernel's terms describe the same neighbourhoods, whatever axes were merged or left out."""
     layout = Layout(grid)
@@ -111,7 +111,7 @@ def test_geometry_keeps_the_window(grid, window):
 
 
 @given(grids, windows, st.sampled_from([(16, 16), (64, 32), (128, 64)]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tilings_have_the_block_sizes_asked_for_and_keep_to_axes_in_use(grid, window, blocks):
     geometry = Geometry.of(Layout(grid), window)
     tiling = choose(geometry, *blocks)
@@ -130,7 +130,7 @@ def test_tilings_have_the_block_sizes_asked_for_and_keep_to_axes_in_use(grid, wi
 
 
 @given(grids, windows, st.sampled_from([(16, 16), (64, 32), (128, 64)]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_visits_are_those_of_a_walk_over_all_tiles(grid, window, blocks):
     """Key by key: a tile reads a row of a row of patches as far as the nearest key of these patches lets it see."""
     geometry = Geometry.of(Layout(grid), window)
