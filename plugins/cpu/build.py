@@ -135,6 +135,7 @@ def _compile(recipe: Recipe, compiler: Compiler, made_by: str, folder: Path) -> 
     with work_folder(folder) as work:
         for name, text in recipe.sources.items():
             (work / name).write_bytes(text)
+            (work / name).chmod(0o600)  # the umask may hide even one's own files
         built = work / "built.so"
         compile_library(compiler, recipe.arguments(built.name), work)
         bad = why_no_library(built, OP.encode())
