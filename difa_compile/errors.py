@@ -87,6 +87,10 @@ class OutputError(DifaError, OSError):
     """A folder or file that cannot be written."""
 
 
+class CacheFolderError(OutputError):
+    """No folder to keep files in: ``DIFA_CACHE_DIR`` names none, or others could change what any of them holds."""
+
+
 class ModelLoadError(DifaError, ValueError):
     """A model name or folder that cannot be loaded as a diffusers pipeline or model."""
 

@@ -1,7 +1,9 @@
 """Compiling the C++ kernels for the machine they run on, once, into a cache.
 
-The library's name holds a digest of everything it depends on: sources, compiler, flags, torch. So another torch or
-another machine on the same home directory gets a library of its own. Compiling takes some seconds.
+The library's name holds digests of everything it depends on: sources, flags, torch, and the compiler. So another torch
+or another machine on the same home directory gets a library of its own. Compiling takes some seconds
+(:mod:`difa_compile.plugins.cpu.compiler`); what comes out is kept and checked before it is loaded
+(:mod:`difa_compile.plugins.cpu.kept`).
 """
 
 from __future__ import annotations
@@ -10,20 +12,21 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 import torch
 
-from difa_compile.errors import KernelBuildError
-from difa_compile.folders import cache_folder
+from difa_compile.errors import CacheFolderError, KernelBuildError
+from difa_compile.folders import code_folder, private_code_folder
+from difa_compile.plugins.cpu.compiler import FULL, Compiler, compile_library, find_compiler, time_limit
+from difa_compile.plugins.cpu.kept import Found, discard, find, keep, locked, sweep, why_no_library, work_folder
 
+OP = "local_attention_cpu"
 SOURCES = ("simd.h", "local_attention.h", "local_attention.cpp")
 _log = logging.getLogger("difa_compile")
 _lock = threading.Lock()
@@ -51,64 +54,133 @@ def processor_lines() -> list[str]:
     return sorted({line for line in lines if line.startswith(("CPU implementer", "CPU part", "Features"))})
 
 
-def build() -> Path:
-    """The compiled library; compiles it unless the cache has it.
+@dataclass(frozen=True)
+class Recipe:
+    """What a library is made from, the compiler aside. ``sources``: texts by file name."""
 
-    The file is written to a temporary name and renamed, so processes that build at the same time do not meet. Raises
-    :class:`KernelBuildError` if there is no compiler, it fails or the cache cannot be written.
+    sources: dict[str, bytes]
+    flags: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def here(cls) -> Recipe:
+        folder = resources.files(__package__)
+        sources = {name: folder.joinpath(name).read_bytes() for name in SOURCES}
+        flags = (
+            *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"),
+            *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *instruction_flags()),
+        )
+        parts = [torch.__version__, platform.machine(), *platform.libc_ver(), *flags]
+        if "-mcpu=native" in flags:
+            parts += processor_lines()
+        digest = hashlib.sha256("\0".join(parts).encode())
+        for name, text in sources.items():
+            digest.update(f"\0{name}\0{len(text)}\0".encode() + text)
+        return cls(sources, flags, digest.hexdigest()[:20])
+
+    def arguments(self, output: str) -> list[str]:
+        """Of the compiler, in a folder with the sources. No path of that folder is in them: the same sources give the
+        same library, and compiler caches know it again."""
+        torch_folder = Path(torch.__file__).parent
+        include, lib = torch_folder / "include", torch_folder / "lib"
+        found = [*self.flags, f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+        found += [SOURCES[-1], "-o", output, f"-L{lib}", "-ltorch_cpu", "-lc10"]
+        return [*found, "-Xlinker", "-rpath", "-Xlinker", str(lib)]
+
+
+def build() -> Path:
+    """The compiled library, checked; compiles it unless the cache has it.
+
+    Without a compiler the newest library of the same sources, flags and torch serves, whichever compiler made it. A
+    damaged library is built again. Processes that build at the same time wait for the first of them. Raises
+    :class:`KernelBuildError` if there is no compiler, it fails or the library cannot be kept.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise KernelBuildError(f"no C++ compiler: {compiler} is not on the path; install g++ or set CXX")
-    folder = resources.files(__package__)
-    texts = {name: folder.joinpath(name).read_bytes() for name in SOURCES}
-    torch_folder = Path(torch.__file__).parent
-    flags = [
-        *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"),
-        *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *instruction_flags()),
-    ]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [torch.__version__, platform.machine(), compiler, version, *flags]
-    if "-mcpu=native" in flags:
-        parts += processor_lines()
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for name, text in texts.items():
-        digest.update(name.encode() + text)
-    library = cache_folder() / f"local_attention-{digest.hexdigest()[:20]}.so"
-    if library.is_file():
-        return library
-    _log.info("compiling the CPU kernel of local attention, once for this machine, into %s", library)
+    recipe = Recipe.here()
+    compiler, reason = _compiler()
+    made_by = hashlib.sha256(f"{compiler}\0{compiler.version}".encode()).hexdigest()[:12] if compiler else None
+    folder: Path | None = None
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as work:
-            for name, text in texts.items():
-                Path(work, name).write_bytes(text)
-            include, lib = torch_folder / "include", torch_folder / "lib"
-            command = [compiler, *flags, f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-            command += [str(Path(work, SOURCES[-1])), "-o", str(Path(work, "built.so"))]
-            command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise KernelBuildError(
-                    f"{compiler} could not compile the CPU kernel of local attention: {' '.join(lines[:2])}; use "
-                    "another compiler (CXX), g++ 11 or newer"
-                )
-            os.replace(Path(work, "built.so"), library)
+        folder = code_folder()
+        found = find(folder, recipe.digest, made_by)
+        if found.library is None and not os.access(folder, os.W_OK | os.X_OK):
+            folder = private_code_folder(f"the CPU kernel of local attention is not in {folder}, which is read-only")
+            found = find(folder, recipe.digest, made_by)
+        if found.library is not None:
+            return found.library
+        if compiler is None or made_by is None:
+            raise KernelBuildError("; ".join([reason, *_told(found)]))
+        with locked(folder, time_limit()) as have_lock:
+            found = find(folder, recipe.digest, made_by)  # another process may have been building it
+            if found.library is not None:
+                return found.library
+            for text, file in zip(_told(found), found.wrong, strict=True):
+                _log.warning("%s; it is built again", text)
+                discard(file)
+            sweep(folder, have_lock)
+            _log.info("compiling the CPU kernel of local attention, once for this machine, into %s", folder)
+            return _compile(recipe, compiler, made_by, folder)
     except OSError as error:
-        raise KernelBuildError(
-            f"the CPU kernel of local attention cannot be kept in {library.parent}: {error}; set DIFA_CACHE_DIR to a "
-            "folder that can be written"
-        ) from error
-    return library
+        raise _not_kept(folder, error) from error
+
+
+def _compiler() -> tuple[Compiler | None, str]:
+    """The compiler, or the reason why there is none: a library that was built before needs none."""
+    try:
+        return find_compiler(), ""
+    except KernelBuildError as error:
+        return None, str(error)
+
+
+def _compile(recipe: Recipe, compiler: Compiler, made_by: str, folder: Path) -> Path:
+    with work_folder(folder) as work:
+        for name, text in recipe.sources.items():
+            (work / name).write_bytes(text)
+            (work / name).chmod(0o600)  # the umask may hide even one's own files
+        built = work / "built.so"
+        compile_library(compiler, recipe.arguments(built.name), work)
+        bad = why_no_library(built, OP.encode())
+        if bad is not None:
+            raise KernelBuildError(
+                f"{compiler} says it compiled the CPU kernel of local attention, but the library {bad}; use another "
+                "compiler (CXX), g++ 11 or newer"
+            )
+        return keep(built, folder, recipe.digest, made_by)
+
+
+def _told(found: Found) -> list[str]:
+    return [f"{file} {reason}" for file, reason in found.wrong.items()]
+
+
+def _not_kept(folder: Path | None, error: OSError) -> KernelBuildError:
+    if isinstance(error, CacheFolderError):
+        return KernelBuildError(f"the CPU kernel of local attention cannot be kept: {error}")
+    where = folder or "the cache folder"
+    if error.errno in FULL:
+        return KernelBuildError(
+            f"the disk is full: the CPU kernel of local attention cannot be built in {where} ({error.strerror}); free "
+            "some space there or set DIFA_CACHE_DIR to a folder on another disk"
+        )
+    return KernelBuildError(
+        f"the CPU kernel of local attention cannot be kept in {where}: {error}; set DIFA_CACHE_DIR to a folder that "
+        "can be written"
+    )
 
 
 @lru_cache(maxsize=1)
 def _load() -> str | None:
     """Build and load the library; the reason if that fails."""
     try:
-        torch.ops.load_library(str(build()))
-    except (KernelBuildError, OSError) as error:
+        library = build()
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            raise KernelBuildError(
+                f"{library} cannot be loaded: {error}; if its disk is mounted noexec, set DIFA_CACHE_DIR to a folder "
+                "on another, else delete the file and it is built again"
+            ) from error
+        if not hasattr(torch.ops.difa, OP):
+            raise KernelBuildError(f"{library} has no {OP}; delete it and it is built again")
+    except KernelBuildError as error:
         warnings.warn(f"local attention runs without its CPU kernel, slower: {error}", stacklevel=4)
         return str(error)
     return None

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from difa_compile import reference
 from difa_compile.decision import Window
-from difa_compile.errors import KernelBuildError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall
 from difa_compile.plugins import cpu
-from difa_compile.plugins.cpu import build
 
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Distance from 1 to the next number."""
@@ -129,7 +127,7 @@ def test_it_computes_the_reference_with_avx2_alone():
 import itertools, torch
 from tests.plugins import test_cpu as t
 assert torch.backends.cpu.get_cpu_capability() == "AVX2", torch.backends.cpu.get_cpu_capability()
-assert "-mavx512f" not in t.build.instruction_flags()
+assert "-mavx512f" not in t.cpu.build.instruction_flags()
 common = dict(before=3, after=2, radius=3, groups=2, memory="BLHD", pooled=4, mask="bias", queries="all")
 common |= dict(scale=None, seed=1)
 for grid, shape, dtype, dim, tile in itertools.product(
@@ -261,30 +259,3 @@ def test_what_it_does_not_serve_it_says():
     assert "radius 5000" in cpu.why_not(call_of(window="disc:5000"))
     assert cpu.why_not(call_of(window="band:5000")) is None
     assert "image tokens" in cpu.why_not(call_of(grid=(2**13, 2**13)))
-
-
-def test_the_library_is_built_once_and_kept(tmp_path, monkeypatch):
-    built = build.build()
-    assert built.is_file()
-    stamp = built.stat().st_mtime_ns
-    assert build.build() == built
-    assert built.stat().st_mtime_ns == stamp
-    monkeypatch.setattr(build, "instruction_flags", lambda: ("-DANOTHER",))
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(KernelBuildError, match="install g\\+\\+ or set CXX"):
-        build.build()
-
-
-def test_a_compiler_that_fails_and_a_folder_that_cannot_be_written_are_told(tmp_path, monkeypatch):
-    failing = tmp_path / "c++"
-    failing.write_text("#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setenv("CXX", str(failing))
-    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(KernelBuildError, match="fatal error: no such thing"):
-        build.build()
-    assert list((tmp_path / "cache").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(KernelBuildError, match="set DIFA_CACHE_DIR"):
-        build.build()
