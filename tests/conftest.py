@@ -52,9 +52,22 @@ def profile_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return put
 
 
+_keeper: str | None = None
+"""The module marked ``keeps_graphs`` whose graphs Dynamo holds now."""
+
+
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    """Each test starts with an empty Dynamo cache, so that counts of captures and recompiles are its own."""
-    torch._dynamo.reset()
+def _fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test starts with an empty Dynamo cache, so that counts of captures and recompiles are its own.
+
+    A module marked ``keeps_graphs`` starts with one: a pipeline under a plan that an earlier test had under an equal
+    one is not captured again.
+    """
+    global _keeper
+    keeps = request.module.__name__ if request.node.get_closest_marker("keeps_graphs") else None
+    if keeps is None or keeps != _keeper:
+        torch._dynamo.reset()
+    _keeper = keeps
     yield
-    torch._dynamo.reset()
+    if keeps is None:
+        torch._dynamo.reset()

@@ -38,6 +38,8 @@ from tests.pipelines.image_cases import (
 )
 from tests.pipelines.image_components import HEIGHT, WIDTH, dit
 
+pytestmark = pytest.mark.keeps_graphs
+
 
 @pytest.fixture(params=list(CASES))
 def case(request):
