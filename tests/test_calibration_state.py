@@ -94,21 +94,23 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     state = CalibrationState.open(tmp_path / "state.json", {"model": "a"})
-    state.rows += ROWS
+    state.rows += ROWS[:1]
+    state.save()
+    state.rows += ROWS[1:]
 
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("difa_compile.calibration_state.os.replace", full)
+    monkeypatch.setattr("difa_compile.folders.os.replace", full)
     with pytest.raises(OutputError, match="No space left"):
         state.save()
     monkeypatch.undo()
-    assert CalibrationState.open(state.path, {"model": "a"}).rows == []
+    assert CalibrationState.open(state.path, {"model": "a"}).rows == ROWS[:1]
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
 def test_default_path_differs_with_the_calibration(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path))
     first, second = default_path({"model": "a"}), default_path({"model": "b"})
     assert first != second
     assert first.is_relative_to(tmp_path)

@@ -335,7 +335,7 @@ def test_saving_makes_missing_folders(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="folder you may write to"):
+    with pytest.raises(OutputError, match="in a folder you may write to"):
         measured_plan().save(tmp_path / "file" / "plan.json")
 
 

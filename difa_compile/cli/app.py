@@ -170,8 +170,10 @@ def calibrate(
             loss=loss,
             state=kept,
             rank=rank,
+            keep_state=True,
         )
     plan.save(output)
+    kept.unlink(missing_ok=True)
     print_plan(console, plan, profile_for(pipe))
     console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
 

@@ -67,8 +67,10 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
                 threshold=options.threshold,
                 window=options.window,
                 state=state,
+                keep_state=True,
             )
         plan.save(output / PLAN_NAME)
+        state.unlink(missing_ok=True)
     else:
         console.print(f"[bold]1 of 3[/]  plan {plan.digest[:12]} from {escape(str(options.plan))}")
     cells = sum(map(len, plan.rows))
