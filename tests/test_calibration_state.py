@@ -246,6 +246,7 @@ def test_a_state_that_cannot_be_deleted_does_not_cost_the_plan(tmp_path, monkeyp
         state.remove()
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path):
     """A process that saves states of one to many rows without end is killed, at once or in the middle."""
     path = tmp_path / "state.json"

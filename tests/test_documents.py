@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +35,9 @@ FORMATS = [PLAN, STATE, PROFILE, COMPARISON]
 
 def comparison_at(path: Path) -> StoredComparison:
     """The comparison whose ``comparison.json`` is what ``path`` is, under that name."""
-    folder = path.parent / "folder"
-    folder.mkdir(exist_ok=True)
-    (folder / "comparison.json").symlink_to(path)
-    return StoredComparison.load(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "comparison.json").symlink_to(path)
+        return StoredComparison.load(folder)
 
 
 READERS: dict[str, tuple[Callable[[Path], object], type[DifaError]]] = {

@@ -154,7 +154,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             folder / "profile.json",
             lambda: Profile.load(folder / "profile.json"),
             (ProfileError,),
-            use_profile,
+            lambda profile: use_profile(profile, folder / "copy.json"),
         ),
         "comparison": Reader(
             COMPARISON,

@@ -74,10 +74,11 @@ def lines_run(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("shape", [(1, 12), (12, 1)], ids=["sites", "steps"])
-def test_work_grows_with_the_cells(use: str, shape: tuple[int, int]) -> None:
-    small, large = (plan_of(*(size * factor for size in shape)) for factor in (5, 20))
-    USES[use](small)  # what is kept from the first time on
+@pytest.mark.parametrize("sizes", [((4, 30), (4, 120)), ((30, 4), (120, 4))], ids=["sites", "steps"])
+def test_work_grows_with_the_cells(use: str, sizes: tuple[tuple[int, int], ...]) -> None:
+    small, large = (plan_of(*size) for size in sizes)
+    for plan in (small, large):
+        USES[use](plan)  # what is kept from the first time on
     few, many = (lines_run(lambda plan=plan: USES[use](plan)) for plan in (small, large))  # type: ignore[misc]
     assert many < 4.6 * few
 
@@ -109,6 +110,7 @@ def test_names_of_sites_are_compared_in_proportion_to_their_number() -> None:
     assert Counted.times < 60 * len(names)
 
 
+@pytest.mark.slow
 def test_thirty_thousand_sites_and_steps() -> None:
     """Seconds each; with the square of their number it would be many minutes."""
     for plan in (plan_of(1, 30_000), plan_of(30_000, 1)):
