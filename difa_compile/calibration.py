@@ -36,6 +36,7 @@ from difa_compile.plan import Plan, model_digest
 from difa_compile.run import Run
 from difa_compile.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
 from difa_compile.wiring import Wiring, compile_forward, wiring_of
+from difa_compile.wording import shown
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
 
@@ -57,6 +58,7 @@ def calibrate(
     conditional_half: int | None = None,
     inner: str = "inductor",
     rank: str = "auto",
+    keep_state: bool = False,
 ) -> Plan:
     """Search a plan for ``pipe`` by sampling once with ``inputs`` (keyword arguments of its call).
 
@@ -74,10 +76,10 @@ def calibrate(
     the candidates, ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in
     ``inputs`` is put back to its state afterwards; without one, sampling is seeded with 0.
 
-    After every step the decisions so far are saved in ``state`` (by default a file of its own in the user's cache
-    folder), so a calibration that was interrupted goes on where it was when started again with the same arguments:
-    the steps decided are sampled again, which takes one call of the model each, and the search continues. The file
-    is deleted at the end.
+    After every step the decisions so far are saved in ``state`` (by default a file of its own in the package's cache
+    folder), so a calibration that was interrupted goes on where it was when started again with the same arguments: the
+    steps decided are sampled again, which takes one call of the model each, and the search continues. The file is
+    deleted at the end; with ``keep_state`` it stays, for a caller who deletes it once the plan is stored.
 
     Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates, rank),
     :class:`ProfileError` (``rank="time"`` without a profile),
@@ -123,7 +125,8 @@ def calibrate(
     search = Search(models, settings, saved, _bar if progress else None)
     _sample(pipe, call, search, inner)
     plan = search.plan()
-    saved.remove()
+    if not keep_state:
+        saved.remove()
     return plan
 
 
@@ -155,9 +158,11 @@ def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None
             pipe.set_progress_bar_config(**{**bar, "disable": True})
         pipe(**call)
     except KeyboardInterrupt as interrupt:
+        kept = f"; they are saved in {shown(search.saved.path)}" if search.done else ""
+        where = "from there" if search.done else "from the beginning"
         interrupt.add_note(
-            f"calibration interrupted after {search.done} of {len(search.progress)} steps; they are saved in "
-            f"{search.saved.path}. Start it again with the same arguments to go on from there."
+            f"calibration interrupted after {search.done} of {len(search.progress)} steps{kept}. Start it again with "
+            f"the same arguments to go on {where}."
         )
         raise
     finally:

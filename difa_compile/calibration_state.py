@@ -1,108 +1,153 @@
 """What a calibration has found so far, on disk after every step, so that a kill costs one step at most.
 
 A state belongs to one calibration: model (class, config and weights), scheduler, inputs, settings. It is refused for
-any other.
+any other. Its frame, its digest and what guards its reading are those of plans (:mod:`documents`), as are its cells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from difa_compile.decision import Decision
-from difa_compile.errors import CalibrationStateError, DecisionError, OutputError, PlanFormatError
-from difa_compile.plan import Cell, Trial
+from difa_compile.documents import Format, as_mapping, as_text
+from difa_compile.errors import CalibrationStateError
+from difa_compile.folders import cache_folder
+from difa_compile.plan import Cell
+from difa_compile.plan_json import MOST_BYTES, cell_json, read_rows
+from difa_compile.wording import shown
+from difa_compile.writing import check_target, write_whole
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 SAMPLES = 256
 """Values per parameter that enter the fingerprint of the weights."""
+
+STATE = Format(
+    name="calibration state",
+    version_key="state_version",
+    version=STATE_VERSION,
+    keys=("identity", "rows"),
+    most_bytes=MOST_BYTES,
+    damaged=CalibrationStateError,
+    other_version=CalibrationStateError,
+    edited=CalibrationStateError,
+    where_from="name another file",
+    again="delete it to start from the beginning",
+)
+
+Stamp = tuple[int, int, int]
+"""Of a file: inode, size, time of its last change in nanoseconds. Every write makes another one."""
 
 
 @dataclass
 class CalibrationState:
-    """``rows[step]``: the cells decided so far. ``identity``: digests by what they cover. Saved at ``path``."""
+    """``rows[step]``: the cells decided so far. ``identity``: digests by what they cover. Saved at ``path``.
+
+    There is no file before the first row. Several calibrations may come upon the same file. Equal ones share it: it
+    holds whichever has come further. A calibration stops before it writes over the rows of another one.
+    """
 
     path: Path
     identity: Mapping[str, str]
     rows: list[tuple[Cell, ...]] = field(default_factory=list)
+    _seen: Stamp | None = None
+    """The file as this calibration last read or wrote it."""
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, str]) -> CalibrationState:
         """The state saved at ``path``, or an empty one.
 
-        Raises :class:`CalibrationStateError` if the file is damaged or belongs to another calibration, and
-        :class:`OutputError` if its folder cannot be written, so that this shows before the work is done.
+        Raises :class:`CalibrationStateError` if the file is damaged or holds rows of another calibration, and
+        :class:`OutputError` if it could not be written, so that this shows before the work is done. Leaves the file as
+        it is, and none where there was none.
         """
         state = cls(path, dict(identity))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            state.save()
-            return state
-        except OSError as error:
-            raise OutputError(f"{path}: the calibration state cannot be read ({error}); choose another file") from error
-        try:
-            content = json.loads(text)
-            version, saved = content["state_version"], dict(content["identity"])
-            written = content["rows"] if version == STATE_VERSION else []
-            rows = [tuple(_read_cell(cell) for cell in row) for row in written]
-        except (ValueError, KeyError, TypeError, DecisionError, PlanFormatError) as error:
-            raise CalibrationStateError(
-                f"{path} is not a calibration state, or is damaged ({error}); delete it to start from the beginning"
-            ) from error
-        if version != STATE_VERSION:
-            raise CalibrationStateError(
-                f"{path} has state version {version}, this release reads {STATE_VERSION}; delete it to start from the "
-                "beginning"
-            )
-        differing = [name for name in dict.fromkeys([*identity, *saved]) if identity.get(name) != saved.get(name)]
-        if differing:
-            raise CalibrationStateError(
-                f"{path} belongs to another calibration: {', '.join(differing)} differ; delete it to start from the "
-                "beginning, or name another file"
-            )
-        state.rows = rows
-        state.save()
+        seen = _stamp(path)
+        if seen is not None:
+            saved = cls._read(path)
+            if saved.rows:
+                state._check_identity(saved)
+                state.rows = saved.rows
+            state._seen = seen
+        check_target(path, "the calibration state")
         return state
 
     def save(self) -> None:
-        """Write the file, whole or not at all. Raises :class:`OutputError`."""
+        """Write the file, whole or not at all.
+
+        Raises :class:`OutputError`, and :class:`CalibrationStateError` if another calibration has begun to use it.
+        """
+        seen = _stamp(self.path)
+        if seen not in (None, self._seen):
+            other = self._read(self.path)
+            if other.rows:
+                self._check_identity(other)
+            if len(other.rows) >= len(self.rows):
+                self._seen = seen
+                return
         content = {
-            "state_version": STATE_VERSION,
             "identity": dict(self.identity),
-            "rows": [[_write_cell(cell) for cell in row] for row in self.rows],
+            "rows": [[cell_json(cell) for cell in row] for row in self.rows],
         }
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-            os.replace(fresh, self.path)
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: the calibration state cannot be written ({error}); name a file in a folder you can write"
-            ) from error
-        finally:
-            fresh.unlink(missing_ok=True)
+        write_whole(self.path, json.dumps(STATE.frame(content), allow_nan=False) + "\n", "the calibration state")
+        self._seen = _stamp(self.path)
 
     def remove(self) -> None:
-        """Delete the file: the calibration is complete."""
-        self.path.unlink(missing_ok=True)
+        """The calibration is complete: delete the file, unless another calibration uses it by now."""
+        if self._seen is None or _stamp(self.path) != self._seen:
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:  # the plan is found, and must not be lost for this
+            warnings.warn(f"{shown(self.path)} is done with but cannot be deleted: {shown(error)}", stacklevel=2)
+
+    @classmethod
+    def _read(cls, path: Path) -> CalibrationState:
+        fields = STATE.parse(STATE.read_bytes(path), path)
+        with STATE.reading(path):
+            identity = {
+                name: as_text(value, f"identity.{name}")
+                for name, value in as_mapping(fields["identity"], "identity").items()
+            }
+            rows = list(read_rows(fields["rows"], "rows"))
+        STATE.check_digest(
+            fields, {"identity": identity, "rows": [[cell_json(cell) for cell in row] for row in rows]}, path
+        )
+        return cls(path, identity, rows)
+
+    def _check_identity(self, saved: CalibrationState) -> None:
+        """Raise :class:`CalibrationStateError` if ``saved``, from the same file, belongs to another calibration."""
+        names = dict.fromkeys([*self.identity, *saved.identity])
+        differing = [shown(name, 60) for name in names if self.identity.get(name) != saved.identity.get(name)]
+        if differing:
+            raise CalibrationStateError(
+                f"{shown(self.path)} belongs to another calibration: {shown(', '.join(differing))} differ; delete it "
+                "to start from the beginning, or name another file"
+            )
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """None if there is no such file, or none can be seen: opening it says why."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):  # the latter is said when the file is to be written
+        return None
+    except (OSError, ValueError):
+        return (0, 0, 0)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def default_path(identity: Mapping[str, str]) -> Path:
-    """A file for this calibration in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """A file for this calibration in the package's cache folder."""
     name = _sha256(json.dumps(dict(identity), sort_keys=True))[:24]
-    return root / "difa-compile" / "calibration" / f"{name}.json"
+    return cache_folder() / "calibration" / f"{name}.json"
 
 
 def digest_of(value: object) -> str:
@@ -175,20 +220,3 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_cell(cell: Cell) -> dict[str, Any]:
-    return {
-        "decision": str(cell.decision),
-        "flops_saved": cell.flops_saved,
-        "trials": [[str(t.decision), t.loss, t.threshold, t.reason, t.cost] for t in cell.trials],
-    }
-
-
-def _read_cell(content: Mapping[str, Any]) -> Cell:
-    trials: Sequence[Sequence[Any]] = content["trials"]
-    return Cell(
-        Decision.parse(content["decision"]),
-        tuple(Trial(Decision.parse(decision), *rest) for decision, *rest in trials),
-        content["flops_saved"],
-    )

@@ -18,8 +18,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from difa_compile.errors import DecisionError
+from difa_compile.wording import quoted
+
+MAX_RADIUS = 10**12
+"""The largest radius of a window, far above the tokens of any sequence."""
+_WINDOW = r"([a-z]+):([0-9]+)"
 
 
 class WindowShape(StrEnum):
@@ -41,10 +47,13 @@ class Window:
     radius: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or self.radius < 1:
-            raise DecisionError(f"window radius is {self.radius!r}; give a whole number of tokens, at least 1")
-        if self.shape not in list(WindowShape):
-            raise DecisionError(f"window shape {self.shape!r} is unknown; choose one of {', '.join(WindowShape)}")
+        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or not 1 <= self.radius <= MAX_RADIUS:
+            raise DecisionError(
+                f"window radius is {quoted(self.radius)}; give a whole number of tokens, at least 1 and at most "
+                f"{MAX_RADIUS}"
+            )
+        if not isinstance(self.shape, str) or self.shape not in list(WindowShape):
+            raise DecisionError(f"window shape {quoted(self.shape)} is unknown; choose one of {', '.join(WindowShape)}")
         object.__setattr__(self, "shape", WindowShape(self.shape))
 
     def __str__(self) -> str:
@@ -62,10 +71,17 @@ class Window:
     @classmethod
     def parse(cls, text: str) -> Window:
         """Read ``"band:128"``; the inverse of ``str``. Raises :class:`DecisionError`."""
-        match = re.fullmatch(r"(\w+):(\d+)", text)
+        match = re.fullmatch(_WINDOW, text)
         if not match:
-            raise DecisionError(f"window {text!r} is not of the form SHAPE:RADIUS, for instance band:128 or disc:8")
-        return cls(match[1], int(match[2]))
+            raise DecisionError(
+                f"window {quoted(text)} is not of the form SHAPE:RADIUS, for instance band:128 or disc:8"
+            )
+        return cls(match[1], _radius(match[2]))
+
+
+def _radius(digits: str) -> int:
+    """The number, or one that is above every limit: Python refuses to read numbers of thousands of digits."""
+    return int(digits) if len(digits) <= len(str(MAX_RADIUS)) else MAX_RADIUS + 1
 
 
 class Kind(StrEnum):
@@ -90,8 +106,8 @@ class Decision:
     cfg_shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in list(Kind):
-            raise DecisionError(f"decision kind {self.kind!r} is unknown; choose one of {', '.join(Kind)}")
+        if not isinstance(self.kind, str) or self.kind not in list(Kind):
+            raise DecisionError(f"decision kind {quoted(self.kind)} is unknown; choose one of {', '.join(Kind)}")
         object.__setattr__(self, "kind", Kind(self.kind))
         windowed = self.kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
         if windowed and self.window is None:
@@ -108,21 +124,27 @@ class Decision:
     @classmethod
     def parse(cls, text: str) -> Decision:
         """Read what ``str`` writes: ``"full"``, ``"window(band:128)+residual+cfg"``, ``"reuse"``."""
-        match = re.fullmatch(r"(full|reuse|window\((\w+:\d+)\)(\+residual)?)(\+cfg)?", text)
-        if not match:
-            raise DecisionError(
-                f"decision {text!r} is not understood; write full, reuse, window(SHAPE:RADIUS) or "
-                "window(SHAPE:RADIUS)+residual, each with +cfg if the CFG halves are shared"
-            )
-        if match[2] is None:
-            return cls(Kind(match[1]), None, bool(match[4]))
-        kind = Kind.WINDOW_RESIDUAL if match[3] else Kind.WINDOW
-        return cls(kind, Window.parse(match[2]), bool(match[4]))
+        return _parsed(text)
 
     @property
     def is_full(self) -> bool:
         """Whether every key is attended to in this step (full or full+cfg), so that a residual can be taken."""
         return self.kind is Kind.FULL
+
+
+@lru_cache(maxsize=4096)  # a plan repeats a few decisions in all its cells
+def _parsed(text: str) -> Decision:
+    match = re.fullmatch(rf"(full|reuse|window\(({_WINDOW})\)(\+residual)?)(\+cfg)?", text)
+    if not match:
+        raise DecisionError(
+            f"decision {quoted(text)} is not understood; write full, reuse, window(SHAPE:RADIUS) or "
+            "window(SHAPE:RADIUS)+residual, each with +cfg if the CFG halves are shared"
+        )
+    _, window, shape, radius, residual, shared = match.groups()
+    if window is None:
+        return Decision(Kind(match[1]), None, bool(shared))
+    kind = Kind.WINDOW_RESIDUAL if residual else Kind.WINDOW
+    return Decision(kind, Window(shape, _radius(radius)), bool(shared))
 
 
 FULL = Decision(Kind.FULL)

@@ -1,11 +1,10 @@
-"""Files: where the package keeps what it can make again, and writing them whole."""
+"""Where the package keeps what it can make again: compiled kernels, measured profiles, calibrations begun."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import pwd
-import secrets
 import shutil
 import stat
 import tempfile
@@ -14,7 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from difa_compile.errors import CacheFolderError, OutputError
+from difa_compile.errors import CacheFolderError
 from difa_compile.trust import REMEDY, make_private, why_untrusted, why_untrusted_folder
 
 
@@ -154,23 +153,3 @@ def _folder_of_this_process() -> Path:
 def _remove_unless_forked(folder: str, process: int) -> None:
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str, what: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all: to a temporary name in the same folder, then renamed.
-
-    Missing folders are made. ``what`` names it in messages. Raises :class:`OutputError`.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{what} cannot be written to {path}: {error.strerror or error}; give a file in a folder you may write to"
-        ) from error

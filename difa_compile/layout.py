@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 
 from difa_compile.errors import LayoutError
+from difa_compile.wording import shown
+
+MAX_TOKENS = 2**32
+"""The most tokens of a sequence, far above any model's; beyond it, counting what a window shows would take long."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,18 @@ class Layout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(int(size) for size in self.grid))
         if not 1 <= len(self.grid) <= 3 or min(self.grid) < 1:
-            raise LayoutError(f"grid {self.grid} must have one to three sizes of at least 1: (H, W) or (T, H, W)")
+            raise LayoutError(
+                f"grid {shown(self.grid)} must have one to three sizes of at least 1: (H, W) or (T, H, W)"
+            )
         if self.before < 0 or self.after < 0:
-            raise LayoutError(f"token counts before ({self.before}) and after ({self.after}) must not be negative")
+            raise LayoutError(
+                f"token counts before ({shown(self.before)}) and after ({shown(self.after)}) must not be negative"
+            )
+        if max(*self.grid, self.before, self.after, self.tokens) > MAX_TOKENS:
+            raise LayoutError(
+                f"grid {shown(self.grid)} with {shown(self.before)} tokens before and {shown(self.after)} after has "
+                f"more than {MAX_TOKENS} tokens"
+            )
 
     @property
     def image_tokens(self) -> int:

@@ -22,19 +22,34 @@ import platform
 import statistics
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from difa_compile.documents import Format, Unfit, as_list, as_mapping, as_number, as_object, as_text, as_whole
 from difa_compile.errors import LayoutError, OutputError, ProfileError
-from difa_compile.folders import cache_folder, write_whole
+from difa_compile.folders import cache_folder
 from difa_compile.ops import KERNEL_MODULES, LocalCall, LocalKernel, choose_kernel
 from difa_compile.pairs import visible_pairs
+from difa_compile.wording import quoted, shown
+from difa_compile.writing import write_whole
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
+PROFILE = Format(
+    name="machine profile",
+    version_key="profile_version",
+    version=PROFILE_VERSION,
+    keys=("machine", "date", "fits"),
+    most_bytes=2**25,
+    damaged=ProfileError,
+    other_version=ProfileError,
+    edited=ProfileError,
+    where_from="name a file written by difa tune",
+    again="run difa tune again",
+)
 DEVICES = ("cpu", "cuda")
 Work = Mapping[str, float]
 """Amounts of work by kind; the kinds of an operation are the keys of its fit's prices."""
@@ -229,6 +244,11 @@ class Fit:
     samples: tuple[Sample, ...]
     errors: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        """In floating point, as :class:`Sample`."""
+        object.__setattr__(self, "prices", {kind: float(price) for kind, price in self.prices.items()})
+        object.__setattr__(self, "errors", tuple(map(float, self.errors)))
+
     def seconds(self, work: Work) -> float:
         return math.fsum(price * work[kind] for kind, price in self.prices.items())
 
@@ -263,7 +283,7 @@ class Profile:
     @property
     def digest(self) -> str:
         """SHA-256 of what predictions depend on and of where they come from."""
-        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+        return PROFILE.digest(self._content())
 
     def fit(self, operation: str, dtype: torch.dtype) -> Fit | None:
         return self._by_operation.get((operation, str(dtype).removeprefix("torch.")))
@@ -313,44 +333,76 @@ class Profile:
         path = path if path is not None else place(self.machine)
         if path is None:
             raise OutputError("DIFA_PROFILE is off, so no profile is kept; unset it, or set it to a path")
-        content = {"profile_version": PROFILE_VERSION, "digest": self.digest, **self._content()}
-        write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n", "the profile")
+        text = json.dumps(PROFILE.frame(self._content()), indent=1, allow_nan=False) + "\n"
+        write_whole(path, text, "the profile")
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Profile:
+    def load(cls, path: str | Path) -> Profile:
         """Read a profile. Raises :class:`ProfileError` if it can't be read, is damaged or of another version."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-            version = content["profile_version"]
-            if version != PROFILE_VERSION:
-                raise ProfileError(f"{path} has profile version {version!r}; this release reads {PROFILE_VERSION}")
-            profile = cls(Machine(**content["machine"]), content["date"], tuple(map(_read_fit, content["fits"])))
-            damaged = profile.digest != content["digest"]
-        except OSError as error:
-            raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ProfileError):
-                raise
-            raise ProfileError(f"{path} is not a profile, or is damaged ({error!r})") from error
-        if damaged:
-            raise ProfileError(f"{path} was changed after it was written, or is damaged")
+        content = PROFILE.parse(PROFILE.read_bytes(path), path)
+        with PROFILE.reading(path):
+            fits = as_list(content["fits"], "fits")
+            profile = cls(
+                _read_machine(content["machine"]),
+                as_text(content["date"], "date"),
+                tuple(_read_fit(fit, f"fits[{index}]") for index, fit in enumerate(fits)),
+            )
+        PROFILE.check_digest(content, profile._content(), path)
         return profile
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
+def _read_machine(value: object) -> Machine:
+    content = as_object(value, "machine", tuple(field.name for field in fields(Machine)))
+    texts = {name: as_text(item, f"machine.{name}") for name, item in content.items() if name != "threads"}
+    if texts["device"] not in DEVICES:
+        raise Unfit(f"machine.device is {quoted(texts['device'])}; it must be one of {', '.join(DEVICES)}")
+    return Machine(threads=as_whole(content["threads"], "machine.threads", at_least=0), **texts)
 
 
-def _read_fit(content: Mapping[str, Any]) -> Fit:
-    prices = {str(kind): float(price) for kind, price in content["prices"].items()}
-    if any(price < 0 for price in prices.values()):
-        raise ValueError("a price is negative")
-    samples = tuple(
-        Sample(str(s["case"]), {str(k): float(v) for k, v in s["work"].items()}, int(s["tokens"]), float(s["seconds"]))
-        for s in content["samples"]
-    )
-    return Fit(str(content["operation"]), str(content["dtype"]), prices, samples, tuple(map(float, content["errors"])))
+def _read_fit(value: object, where: str) -> Fit:
+    content = as_object(value, where, ("operation", "dtype", "prices", "samples", "errors"))
+    operation, dtype = as_text(content["operation"], f"{where}.operation"), as_text(content["dtype"], f"{where}.dtype")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise Unfit(f"{where}.dtype is {quoted(dtype)}, which is no dtype of torch")
+    prices = _read_work(content["prices"], f"{where}.prices")
+    needed = {"calls", "bytes" if operation == ELEMENTWISE else "multiply_adds"}
+    if not needed <= prices.keys() <= _kinds_of(operation):
+        raise Unfit(f"{where}.prices are of {shown(sorted(prices))}, which are not the kinds of work of that operation")
+    samples = []
+    for index, item in enumerate(as_list(content["samples"], f"{where}.samples", at_least=1)):
+        place = f"{where}.samples[{index}]"
+        sample = as_object(item, place, ("case", "work", "tokens", "seconds"))
+        work = _read_work(sample["work"], f"{place}.work")
+        if work.keys() != prices.keys():
+            raise Unfit(f"{place}.work is of {shown(sorted(work))}, but prices are of {shown(sorted(prices))}")
+        samples.append(
+            Sample(
+                as_text(sample["case"], f"{place}.case"),
+                work,
+                as_whole(sample["tokens"], f"{place}.tokens", at_least=0),
+                as_number(sample["seconds"], f"{place}.seconds", above=0),
+            )
+        )
+    errors = as_list(content["errors"], f"{where}.errors", at_least=1)
+    return Fit(operation, dtype, prices, tuple(samples), tuple(as_number(e, f"{where}.errors") for e in errors))
+
+
+def _read_work(value: object, where: str) -> Work:
+    """Amounts or prices, none negative."""
+    found = {kind: as_number(amount, f"{where}.{shown(kind, 60)}") for kind, amount in as_mapping(value, where).items()}
+    if any(amount < 0 for amount in found.values()):
+        raise Unfit(f"{where} holds a negative number")
+    return found
+
+
+def _kinds_of(operation: str) -> set[str]:
+    """Kinds of work of an operation: what its prediction will be asked for."""
+    if operation == LINEAR:
+        return set(linear_work(1, 1, 1))
+    if operation == ELEMENTWISE:
+        return set(elementwise_work(1, torch.float32, torch.device("cpu"), 1))
+    return set(FullCall(1, 1, 1, 1, 1).work)
 
 
 def told() -> Path | None:
@@ -377,14 +429,14 @@ def current(device: torch.device | str) -> Profile | None:
         return None
     machine = Machine.here(device)
     path = told() or machine.path
-    if told() is None and not path.exists():
-        return None
     try:
         profile = Profile.load(path)
         if profile.machine != machine:
             differing = _differing(profile.machine, machine)
-            raise ProfileError(f"{path} was measured elsewhere: {differing}")
+            raise ProfileError(f"{shown(path)} was measured elsewhere: {differing}")
     except ProfileError as error:
+        if told() is None and isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return None
         warnings.warn(
             f"{error}. It is ignored: decisions are taken without predicted times. Run difa tune to measure this "
             "machine, or set DIFA_PROFILE=off",
@@ -397,4 +449,4 @@ def current(device: torch.device | str) -> Profile | None:
 def _differing(theirs: Machine, ours: Machine) -> str:
     a, b = asdict(theirs), asdict(ours)
     differing = [name for name in a if a[name] != b[name]]
-    return "; ".join("other kernels" if n == "kernels" else f"{n} {a[n]}, here {b[n]}" for n in differing)
+    return "; ".join("other kernels" if n == "kernels" else f"{n} {shown(a[n])}, here {b[n]}" for n in differing)

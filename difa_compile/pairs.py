@@ -15,7 +15,7 @@ def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> 
 
     ``tokens`` queries: all of the layout's or those of ``layout.rows``. Without window they see every key. With one,
     text sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with
-    the grid's height (times its length in time), not with the number of pairs.
+    all but the largest size of the grid, not with the number of pairs.
     Raises :class:`LayoutError` if a window meets no layout, or a layout of another number of tokens.
     """
     if window is None:
@@ -37,7 +37,7 @@ def _image_pairs(grid: tuple[int, ...], window: Window) -> int:
         return _axis_pairs(math.prod(grid), radius)
     if window.shape is WindowShape.BOX:
         return math.prod(_axis_pairs(size, radius) for size in grid)
-    return _disc_pairs(grid, radius * radius - 1)
+    return _disc_pairs(tuple(sorted(grid)), radius * radius - 1)  # a disc is the same from all sides
 
 
 def _axis_pairs(size: int, reach: int) -> int:

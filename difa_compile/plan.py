@@ -7,6 +7,7 @@ settings it was made for, and is refused where they differ. See contract 6 of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,6 @@ from difa_compile import plan_json, plan_text
 from difa_compile.cost import flops_saved
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError
-from difa_compile.folders import write_whole
 from difa_compile.guidance import stated_guidance
 from difa_compile.plan_data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
 from difa_compile.plan_json import SCHEMA_VERSION
@@ -34,6 +34,8 @@ from difa_compile.schedule import (
     take_rows,
     uniform_progress,
 )
+from difa_compile.wording import quoted, shown
+from difa_compile.writing import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,10 +93,9 @@ class Plan:
         object.__setattr__(self, "progress", check_progress(self.progress))
         if not self.sites:
             raise PlanFormatError("a plan needs at least one site, but it names none")
-        paths = [site.path for site in self.sites]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise PlanFormatError(f"the plan names site {path!r} twice; every site needs its own name")
+        if len(counts := Counter(site.path for site in self.sites)) < len(self.sites):
+            twice = next(path for path, count in counts.items() if count > 1)
+            raise PlanFormatError(f"the plan names site {quoted(twice)} twice; every site needs its own name")
         if len(self.rows) != len(self.progress):
             raise PlanFormatError(
                 f"the plan has {len(self.rows)} rows but the progress of {len(self.progress)} steps; give one row per "
@@ -138,13 +139,21 @@ class Plan:
         return plan_json.write(self.model, self.settings, self.sites, self.progress, self.rows)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "plan") -> Plan:
+    def from_json(cls, text: str, where: str = "given") -> Plan:
         """The inverse of :meth:`to_json`; ``where`` names the source in messages.
 
         Raises :class:`PlanFormatError` if the text is not JSON, truncated, or has missing, unknown or ill-typed keys or
         NaN; :class:`PlanVersionError`; :class:`PlanDigestError` if it was edited; :class:`ScheduleError`.
         """
-        return cls(*plan_json.read(text, where))
+        return cls._checked(plan_json.read(text, where), where)
+
+    @classmethod
+    def _checked(cls, parts: plan_json.Parts, where: object) -> Plan:
+        """A plan from what was read; errors name the file."""
+        try:
+            return cls(*parts)
+        except (PlanFormatError, ScheduleError) as error:
+            raise type(error)(f"the plan {shown(where)} cannot run: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan file, whole or not at all. Raises :class:`OutputError`."""
@@ -153,7 +162,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises as :meth:`from_json`, also where the file cannot be read."""
-        return cls.from_json(plan_json.read_text(Path(path)), str(path))
+        return cls._checked(plan_json.load(path), path)
 
     # --- fitting a model ---------------------------------------------------------------------------------------------
 
@@ -167,11 +176,13 @@ class Plan:
         if model is not None:
             here = model_digest(model)
             if here.class_name != self.model.class_name:
-                differences.append(f"model: the plan was made for {self.model.class_name}, this is {here.class_name}")
+                differences.append(
+                    f"model: the plan was made for {shown(self.model.class_name)}, this is {here.class_name}"
+                )
             elif here.config_digest != self.model.config_digest:
                 differences.append(
                     f"model: the plan was made for another configuration of {here.class_name} (config digest "
-                    f"{self.model.config_digest[:12]}, here {here.config_digest[:12]})"
+                    f"{shown(self.model.config_digest[:12])}, here {here.config_digest[:12]})"
                 )
         if sites is not None:
             found = _site_differences(self.sites, sites)
@@ -182,10 +193,10 @@ class Plan:
                 )
             differences += found
         if differences:
-            shown = differences[:8]
-            if len(differences) > len(shown):
-                shown.append(f"and {len(differences) - len(shown)} more")
-            raise PlanMismatchError(f"the plan {self.digest[:12]} does not fit: {'; '.join(shown)}. Remedy: {remedy}")
+            few = differences[:8]
+            if len(differences) > len(few):
+                few.append(f"and {len(differences) - len(few)} more")
+            raise PlanMismatchError(f"the plan {self.digest[:12]} does not fit: {'; '.join(few)}. Remedy: {remedy}")
 
     @classmethod
     def from_rule(
@@ -290,9 +301,9 @@ class Plan:
         """
         if [site.path for site in self.sites] != [site.path for site in other.sites]:
             raise PlanMismatchError(
-                f"plans for {self.model.class_name} ({len(self.sites)} sites) and {other.model.class_name} "
-                f"({len(other.sites)} sites) cannot be compared: their sites have other paths or another order; "
-                "compare plans of one model"
+                f"plans for {shown(self.model.class_name)} ({len(self.sites)} sites) and "
+                f"{shown(other.model.class_name)} ({len(other.sites)} sites) cannot be compared: their sites have "
+                "other paths or another order; compare plans of one model"
             )
         if self.steps != other.steps:
             raise PlanMismatchError(
@@ -382,8 +393,9 @@ def _stretched(progress: Sequence[float], steps: int) -> tuple[float, ...]:
 
 def _site_differences(plan: Sequence[SiteInfo], here: Sequence[SiteInfo]) -> list[str]:
     plan_paths, here_paths = [site.path for site in plan], [site.path for site in here]
-    missing = [path for path in plan_paths if path not in set(here_paths)]
-    extra = [path for path in here_paths if path not in set(plan_paths)]
+    in_plan, in_model = set(plan_paths), set(here_paths)
+    missing = [path for path in plan_paths if path not in in_model]
+    extra = [path for path in here_paths if path not in in_plan]
     if missing or extra:
         parts = [f"the plan names {len(plan)} sites, the model has {len(here)}"]
         if missing:
@@ -394,7 +406,7 @@ def _site_differences(plan: Sequence[SiteInfo], here: Sequence[SiteInfo]) -> lis
     if plan_paths != here_paths:
         return [f"the sites run in another order: {_few(plan_paths)} in the plan, {_few(here_paths)} in the model"]
     return [
-        f"{mine.path}: the plan was made for {mine.shape}, here it is {theirs.shape}"
+        f"{shown(mine.path)}: the plan was made for {mine.shape}, here it is {theirs.shape}"
         for mine, theirs in zip(plan, here, strict=True)
         if mine != theirs
     ]
@@ -413,4 +425,4 @@ def same_but_for_text(one: Sequence[SiteInfo], other: Sequence[SiteInfo]) -> boo
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

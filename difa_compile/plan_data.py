@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from difa_compile.decision import Decision
 from difa_compile.errors import PlanFormatError
-from difa_compile.layout import Layout
+from difa_compile.layout import MAX_TOKENS, Layout
+from difa_compile.wording import quoted, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +23,7 @@ SITE_KINDS = ("self", "joint")
 METHODS = ("greedy", "weighed", "rule")
 LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
+MAX_PARAMETERS = 10**18
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,13 @@ class SiteInfo:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
-            raise PlanFormatError(f"a site's path is {self.path!r}; it must be the module path, a string")
-        _choice(self.kind, SITE_KINDS, f"site {self.path}: kind")
+            raise PlanFormatError(f"a site's path is {quoted(self.path)}; it must be the module path, a string")
+        what = f"site {shown(self.path)}"
+        _choice(self.kind, SITE_KINDS, f"{what}: kind")
         for name in ("heads", "head_dim", "tokens", "width"):
-            _whole(getattr(self, name), f"site {self.path}: {name}", at_least=1)
+            _whole(getattr(self, name), f"{what}: {name}", at_least=1, at_most=MAX_TOKENS)
         if self.layout is not None and not self.layout.holds(self.tokens):
-            self.layout.check(self.tokens, f"site {self.path}")
+            self.layout.check(self.tokens, what)
 
     @property
     def keys(self) -> int:
@@ -76,7 +80,7 @@ class ModelInfo:
     def __post_init__(self) -> None:
         _text(self.class_name, "model class_name")
         _text(self.config_digest, "model config_digest")
-        _whole(self.parameters, "model parameters", at_least=0)
+        _whole(self.parameters, "model parameters", at_least=0, at_most=MAX_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Cell:
         object.__setattr__(self, "trials", tuple(self.trials))
         saved = _number(self.flops_saved, f"flops_saved of {self.decision}", at_least=0.0)
         if saved > 1.0:
-            raise PlanFormatError(f"flops_saved of {self.decision} is {saved}; it is a share, at most 1")
+            raise PlanFormatError(f"flops_saved of {self.decision} is {saved:g}; it is a share, at most 1")
         object.__setattr__(self, "flops_saved", saved)
 
 
@@ -170,8 +174,10 @@ class Settings:
         for candidate in self.candidates:
             _text(candidate, "settings: candidates")
         _choice(self.guidance, GUIDANCE, "settings: guidance")
-        if self.conditional_half not in (None, 0, 1) or isinstance(self.conditional_half, bool):
-            raise PlanFormatError(f"settings: conditional_half is {self.conditional_half!r}; it must be 0, 1 or null")
+        if self.conditional_half is not None and (type(self.conditional_half) is not int or self.conditional_half >> 1):
+            raise PlanFormatError(
+                f"settings: conditional_half is {quoted(self.conditional_half)}; it must be 0, 1 or null"
+            )
 
 
 def model_digest(model: nn.Module) -> ModelInfo:
@@ -196,20 +202,26 @@ def model_digest(model: nn.Module) -> ModelInfo:
 
 def _text(value: object, what: str) -> None:
     if not isinstance(value, str):
-        raise PlanFormatError(f"{what} is {value!r}; it must be a string")
+        raise PlanFormatError(f"{what} is {quoted(value)}; it must be a string")
 
 
 def _choice(value: object, known: tuple[str, ...], what: str) -> None:
-    if value not in known:
-        raise PlanFormatError(f"{what} is {value!r}; it must be one of {', '.join(known)}")
+    if not isinstance(value, str) or value not in known:
+        raise PlanFormatError(f"{what} is {quoted(value)}; it must be one of {', '.join(known)}")
 
 
-def _whole(value: object, what: str, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise PlanFormatError(f"{what} is {value!r}; it must be a whole number, at least {at_least}")
+def _whole(value: object, what: str, at_least: int, at_most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise PlanFormatError(
+            f"{what} is {quoted(value)}; it must be a whole number, at least {at_least} and at most {at_most}"
+        )
 
 
 def _number(value: object, what: str, at_least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < at_least:
-        raise PlanFormatError(f"{what} is {value!r}; it must be a finite number, at least {at_least:g}")
-    return float(value)
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            number = float(value)
+    if not math.isfinite(number) or number < at_least:
+        raise PlanFormatError(f"{what} is {quoted(value)}; it must be a finite number, at least {at_least:g}")
+    return number

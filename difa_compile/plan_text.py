@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from difa_compile.cost import cost_breakdown
 from difa_compile.decision import Decision, Kind
 from difa_compile.plan_data import Cell, SiteInfo
+from difa_compile.wording import shown
 
 if TYPE_CHECKING:
     from difa_compile.machine_profile import Profile
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: "."}
 _SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ","}
+_PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
+_SHAPES = 8  # different shapes of sites that are told
 _LEGEND = "F full  W window  R window+residual  . reuse; f w r , the same with the CFG halves shared"
 
 
@@ -33,18 +36,18 @@ def summary(plan: Plan, profile: Profile | None = None) -> str:
     if settings.loss is not None:
         made.append(f"loss of the {settings.loss}")
     if settings.window is not None:
-        made.append(f"window {settings.window}")
+        made.append(f"window {shown(settings.window)}")
     half = "" if settings.conditional_half is None else f" (conditional half {settings.conditional_half})"
     made.append(f"guidance {settings.guidance}{half}")
     versions = (("torch", settings.torch), ("diffusers", settings.diffusers))
-    made += [f"{name} {version}" for name, version in versions if version is not None]
-    config = f"config {model.config_digest[:12]}, {model.parameters:,} parameters"
+    made += [f"{name} {shown(version)}" for name, version in versions if version is not None]
+    config = f"config {shown(model.config_digest[:12])}, {model.parameters:,} parameters"
     lines = [
-        f"plan {plan.digest[:12]} for {model.class_name} ({config})",
+        f"plan {plan.digest[:12]} for {shown(model.class_name)} ({config})",
         f"made: {', '.join(made)}",
     ]
     if settings.candidates:
-        lines.append(f"candidates: {', '.join(settings.candidates)}")
+        lines.append(f"candidates: {shown(', '.join(settings.candidates), 1000)}")
     lines += [
         f"{plan.steps} steps, progress {plan.progress[0]:.3f} to {plan.progress[-1]:.3f}; {_sites(plan.sites)}",
         "",
@@ -72,7 +75,7 @@ def resolved_summary(resolved: ResolvedPlan) -> str:
         f"promoted to full, because the step that fills the cache fell out: {len(resolved.promotions)}",
     ]
     lines += [
-        f"  step {promotion.step}, {plan.sites[promotion.site].path}: {promotion.wanted}; {promotion.reason}"
+        f"  step {promotion.step}, {_path(plan.sites[promotion.site])}: {promotion.wanted}; {promotion.reason}"
         for promotion in resolved.promotions
     ]
     return "\n".join([*lines, "", *_map(resolved.rows, plan.sites)]) + "\n"
@@ -84,7 +87,9 @@ def difference(mine: Plan, theirs: Plan) -> str:
     lines = [f"plan {mine.digest[:12]} (mine) and plan {theirs.digest[:12]} (theirs)"]
     lines += _fields("model", mine.model.__dict__, theirs.model.__dict__)
     lines += _fields("settings", mine.settings.__dict__, theirs.settings.__dict__)
-    lines += [f"site {a.path}: {a.shape} -> {b.shape}" for a, b in zip(mine.sites, theirs.sites, strict=True) if a != b]
+    lines += [
+        f"site {_path(a)}: {a.shape} -> {b.shape}" for a, b in zip(mine.sites, theirs.sites, strict=True) if a != b
+    ]
     if mine.progress != theirs.progress:
         first = next(step for step in range(mine.steps) if mine.progress[step] != theirs.progress[step])
         lines.append(f"progress differs from step {first} on: {mine.progress[first]:g} -> {theirs.progress[first]:g}")
@@ -110,7 +115,9 @@ def difference(mine: Plan, theirs: Plan) -> str:
 
 
 def _fields(name: str, mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    return [f"{name}.{key}: {value} -> {theirs[key]}" for key, value in mine.items() if value != theirs[key]]
+    return [
+        f"{name}.{key}: {shown(value)} -> {shown(theirs[key])}" for key, value in mine.items() if value != theirs[key]
+    ]
 
 
 def _where(differences: Sequence[Difference], sites: Sequence[SiteInfo]) -> list[str]:
@@ -118,9 +125,10 @@ def _where(differences: Sequence[Difference], sites: Sequence[SiteInfo]) -> list
     steps: dict[tuple[int, str], list[int]] = {}
     for item in differences:
         steps.setdefault((item.site, f"{item.mine} -> {item.theirs}"), []).append(item.step)
-    width = max(len(sites[item.site].path) for item in differences)
+    width = max(len(_path(sites[site])) for site in {item.site for item in differences})
     return [
-        f"  {sites[site].path:<{width}}  steps {_ranges(at)}: {change}" for (site, change), at in sorted(steps.items())
+        f"  {_path(sites[site]):<{width}}  steps {_ranges(at)}: {change}"
+        for (site, change), at in sorted(steps.items())
     ]
 
 
@@ -141,7 +149,13 @@ def _sites(sites: Sequence[SiteInfo]) -> str:
     count = f"{len(sites)} site" + ("s" if len(sites) > 1 else "")
     if len(shapes) == 1:
         return f"{count}, {next(iter(shapes))}"
-    return f"{count}: " + "; ".join(f"{number} x ({shape})" for shape, number in shapes.items())
+    told = [f"{number} x ({shape})" for shape, number in list(shapes.items())[:_SHAPES]]
+    more = [f"and {len(shapes) - len(told)} other shapes"] if len(shapes) > len(told) else []
+    return f"{count}: " + "; ".join(told + more)
+
+
+def _path(site: SiteInfo) -> str:
+    return shown(site.path, _PATH)
 
 
 def _counts(rows: Iterable[Sequence[Decision]]) -> list[str]:
@@ -175,15 +189,16 @@ def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str 
     text = f"candidates measured: {trials}"
     if chosen:
         loss, step, site = max(chosen)
-        text += f", accepted: {len(chosen)}, largest accepted loss {loss:.4g} (step {step}, {sites[site].path})"
+        text += f", accepted: {len(chosen)}, largest accepted loss {loss:.4g} (step {step}, {_path(sites[site])})"
     return text
 
 
 def _map(rows: Sequence[Sequence[Decision]], sites: Sequence[SiteInfo]) -> list[str]:
     """One line per site, one character per step, under a ruler that marks every tenth step."""
-    width = max(len("step"), *(len(site.path) for site in sites))
+    paths = [_path(site) for site in sites]
+    width = max(len("step"), *map(len, paths))
     ruler = "".join(f"{step:<10}" for step in range(0, len(rows), 10)).rstrip()
     lines = [f"{'step':<{width}}  {ruler}"]
-    for index, site in enumerate(sites):
-        lines.append(f"{site.path:<{width}}  {''.join(letter(row[index]) for row in rows)}")
+    for index, path in enumerate(paths):
+        lines.append(f"{path:<{width}}  {''.join(letter(row[index]) for row in rows)}")
     return [*lines, _LEGEND]

@@ -7,6 +7,7 @@ whose rows of roles are equal and that therefore share one variant. Everything h
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -249,13 +250,17 @@ def nearest_steps(own: Sequence[float], wanted: Sequence[float]) -> tuple[int, .
             groups[-1].append(step)
         else:
             groups.append([step])
+    rising = [-own[group[0]] for group in groups]
     found: list[int] = []
     visit = 0
     for step, value in enumerate(wanted):
         visit = visit + 1 if step and abs(value - wanted[step - 1]) <= _SAME else 0
-        distances = [abs(own[group[0]] - value) for group in groups]
-        closest = min(distances)
-        group = groups[next(index for index, distance in enumerate(distances) if distance <= closest + _SAME)]
+        below = bisect.bisect_left(
+            rising, -value
+        )  # the first group that is not above; the nearest is it or the one before
+        near = range(max(0, below - 2), min(len(groups), below + 1))
+        closest = min(abs(rising[index] + value) for index in near)
+        group = groups[next(index for index in near if abs(rising[index] + value) <= closest + _SAME)]
         found.append(max(group[min(visit, len(group) - 1)], found[-1] if found else 0))
     return tuple(found)
 

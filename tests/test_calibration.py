@@ -1,5 +1,6 @@
 """The greedy search, against a slow search written independently, and everything that can go wrong around it."""
 
+import json
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from difa_compile.calibration import calibrate
+from difa_compile.calibration_state import CalibrationState
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
@@ -49,7 +51,7 @@ DECISIONS = [
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path, monkeypatch):
     """States go to a folder of the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -310,8 +312,8 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     with interrupted_after(pipe, done), pytest.raises(KeyboardInterrupt) as caught:
         quick(pipe, state=state)
     assert f"interrupted after {done} of {STEPS} steps" in caught.value.__notes__[0]
-    assert str(state) in caught.value.__notes__[0]
-    assert state.exists()
+    assert (str(state) in caught.value.__notes__[0]) == (done > 0)
+    assert state.exists() == (done > 0)
     assert type(pipe) is DiTPipeline
 
     searched = []
@@ -338,7 +340,7 @@ def test_default_state_is_found_again(pipe, whole, cache_home):
 
 def test_state_of_another_calibration_is_refused(pipe, tmp_path):
     state = tmp_path / "state.json"
-    with interrupted_after(pipe, 0), pytest.raises(KeyboardInterrupt):
+    with interrupted_after(pipe, 2), pytest.raises(KeyboardInterrupt):
         quick(pipe, state=state)
     for what, call in {
         "settings": lambda: quick(pipe, state=state, threshold=0.3),
@@ -349,6 +351,24 @@ def test_state_of_another_calibration_is_refused(pipe, tmp_path):
     }.items():
         with pytest.raises(CalibrationStateError, match=what):
             call()
+
+
+def test_a_call_that_fails_at_once_leaves_nothing_that_refuses_the_next(pipe, whole, tmp_path):
+    with pytest.raises(TypeError):
+        quick(pipe, {**inputs(), "no_such_argument": 1}, state=tmp_path / "state.json")
+    with interrupted_after(pipe, 0), pytest.raises(KeyboardInterrupt) as interrupt:
+        quick(pipe, inputs(seed=4), state=tmp_path / "state.json")
+    assert interrupt.value.__notes__ == [
+        f"calibration interrupted after 0 of {STEPS} steps. Start it again with the same arguments to go on from the "
+        "beginning."
+    ]
+    assert list(tmp_path.iterdir()) == []
+    assert quick(pipe, state=tmp_path / "state.json", keep_state=True) == whole
+    assert len(CalibrationState.open(tmp_path / "state.json", saved_identity(tmp_path)).rows) == STEPS
+
+
+def saved_identity(folder):
+    return json.loads((folder / "state.json").read_text())["identity"]
 
 
 def test_other_failures_keep_the_state_too(pipe, whole, tmp_path):

@@ -104,3 +104,34 @@ def test_decisions_are_values() -> None:
     assert len({Decision.parse("full"), FULL, Decision(Kind.FULL)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.cfg_shared = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "band:\u0663",
+        "band:\u00b2",
+        "b\u00e4nd:3",
+        "band:" + "9" * 5000,
+        "band:" + "0" * 5000,
+        "band:1000000000001",
+        "band:3\n",
+    ],
+    ids=["arabic digit", "superscript", "umlaut", "5000 digits", "5000 zeros", "above the limit", "line break"],
+)
+def test_only_plain_digits_of_a_radius_that_can_be_are_read(text: str) -> None:
+    for parse, written in ((Window.parse, text), (Decision.parse, f"window({text})+residual")):
+        with pytest.raises(DecisionError) as caught:
+            parse(written)
+        assert len(str(caught.value)) < 500
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "value", [10**4000, -(10**4000), 2.0, True, None, [], "8"], ids=lambda value: type(value).__name__
+)
+def test_a_window_takes_no_other_radius_or_shape(value: object) -> None:
+    with pytest.raises(DecisionError):
+        Window("band", value)  # type: ignore[arg-type]
+    with pytest.raises(DecisionError):
+        Window(value, 8)  # type: ignore[arg-type]

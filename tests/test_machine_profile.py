@@ -318,6 +318,12 @@ def test_a_newer_measurement_replaces_only_what_it_measured():
 
 def test_work_counted_in_whole_numbers_survives_the_file(tmp_path):
     """A file gives floating-point numbers back, and the digest must be the same."""
-    fit = Fit(ELEMENTWISE, "float32", {"bytes": 1e-10}, (Sample("a copy", {"bytes": 4096}, 64, 1e-6),), (0.0,))
+    fit = Fit(
+        ELEMENTWISE,
+        "float32",
+        {"calls": 0, "bytes": 1e-10},
+        (Sample("a copy", {"calls": 1, "bytes": 4096}, 64, 1e-6),),
+        (0,),
+    )
     profile = Profile(Machine.here("cpu"), "2026-01-01T00:00:00+00:00", (fit,))
     assert Profile.load(profile.save(tmp_path / "profile.json")) == profile

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from difa_compile import folders
+from difa_compile import writing
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import (
     DecisionError,
@@ -335,7 +335,7 @@ def test_saving_makes_missing_folders(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="folder you may write to"):
+    with pytest.raises(OutputError, match="in a folder you may write to"):
         measured_plan().save(tmp_path / "file" / "plan.json")
 
 
@@ -355,7 +355,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(folders.os, "replace", fail)
+    monkeypatch.setattr(writing.os, "replace", fail)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         plan_of("F").save(path)
@@ -674,3 +674,25 @@ def test_only_the_size_may_differ():
     for other in ([dataclasses.replace(site(0, 32), heads=5)], [site(1, 32)], [site(0, 32), site(1, 32)]):
         with pytest.raises(PlanMismatchError):
             plan.resized(other)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "benchmarks/plans").glob("*.json")), ids=lambda path: path.stem
+)
+def test_plans_kept_with_the_benchmarks_are_read_and_written_as_they_are(path: Path) -> None:
+    """The form of plan files and their digests does not change within a schema version."""
+    assert Plan.load(path).to_json() == path.read_text()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**5000), float("nan"), True, "1", None, [10**5000]])
+def test_numbers_that_no_plan_can_hold_are_errors_of_ours(value: object) -> None:
+    for make in (
+        lambda: Trial(FULL, 0.1, value),  # type: ignore[arg-type]
+        lambda: Cell(FULL, (), value),  # type: ignore[arg-type]
+        lambda: Settings("greedy", conditional_half=value or "x"),  # type: ignore[arg-type]
+        lambda: SiteInfo("site", "self", value, 8, 16, 16),  # type: ignore[arg-type]
+        lambda: ModelInfo("Model", "ab", value),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(PlanFormatError) as caught:
+            make()
+        assert len(str(caught.value)) < 500

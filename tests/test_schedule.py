@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
@@ -475,3 +475,35 @@ def test_the_same_rows_are_taken_unchanged(plan: list[tuple[Decision, ...]]) -> 
 def test_repeating_every_row_promotes_nothing(plan: list[tuple[Decision, ...]], times: int) -> None:
     repeated = [step for step in range(len(plan)) for _ in range(times)]
     assert take_rows(plan, repeated)[1] == ()
+
+
+def nearest_by_trying_all(own, wanted):
+    """The definition of :func:`nearest_steps`, every step against every other."""
+    groups = []
+    for step, value in enumerate(own):
+        if step and abs(value - own[step - 1]) <= 1e-9:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    found, visit = [], 0
+    for step, value in enumerate(wanted):
+        visit = visit + 1 if step and abs(value - wanted[step - 1]) <= 1e-9 else 0
+        distances = [abs(own[group[0]] - value) for group in groups]
+        group = groups[next(i for i, distance in enumerate(distances) if distance <= min(distances) + 1e-9)]
+        found.append(max(group[min(visit, len(group) - 1)], found[-1] if found else 0))
+    return tuple(found)
+
+
+falling = st.lists(
+    st.one_of(
+        st.integers(0, 24).map(lambda n: n / 24), st.floats(0, 1), st.integers(0, 4).map(lambda n: 0.5 + n * 4e-10)
+    ),
+    min_size=1,
+    max_size=20,
+).map(lambda values: tuple(sorted(values, reverse=True)))
+
+
+@settings(max_examples=400)
+@given(falling, falling)
+def test_nearest_steps_are_those_of_the_definition(own, wanted):
+    assert nearest_steps(own, wanted) == nearest_by_trying_all(own, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,8 +171,11 @@ def calibrate(
             loss=loss,
             state=kept,
             rank=rank,
+            keep_state=True,
         )
     plan.save(output)
+    with suppress(OSError):  # the plan is stored; a state left behind harms nobody
+        kept.unlink(missing_ok=True)
     print_plan(console, plan, profile_for(pipe))
     console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,8 +68,11 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
                 threshold=options.threshold,
                 window=options.window,
                 state=state,
+                keep_state=True,
             )
         plan.save(output / PLAN_NAME)
+        with suppress(OSError):  # the plan is stored; a state left behind harms nobody
+            state.unlink(missing_ok=True)
     else:
         console.print(f"[bold]1 of 3[/]  plan {plan.digest[:12]} from {escape(str(options.plan))}")
     cells = sum(map(len, plan.rows))

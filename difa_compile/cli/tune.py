@@ -55,7 +55,7 @@ def _kept(machine: Machine) -> Profile | None:
     """The profile of ``machine`` that would be replaced; None if it cannot be read or is another machine's."""
     path = place(machine)
     try:
-        profile = None if path is None or not path.exists() else Profile.load(path)
+        profile = None if path is None else Profile.load(path)
     except ProfileError:
         return None
     return profile if profile is not None and profile.machine == machine else None

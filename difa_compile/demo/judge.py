@@ -7,7 +7,6 @@ al. (arXiv 1706.08500) is taken here: an Inception network has never seen grey d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,9 +14,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from difa_compile.demo.digits import IMAGE_SIZE, NUM_CLASSES
+from difa_compile.documents import ARCHIVE_ERRORS, open_plain, read_at_most
 from difa_compile.errors import MissingDependencyError, ModelLoadError
+from difa_compile.wording import shown
+from difa_compile.writing import write_whole
 
 WEIGHTS_NAME = "judge.safetensors"
+MOST_BYTES = 2**26
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -63,16 +66,14 @@ class DigitJudge(nn.Module):
 
 
 def save_judge(judge: DigitJudge, path: Path) -> None:
-    """Write the judge's weights to ``path`` in fp16, under a temporary name first."""
+    """Write the judge's weights to ``path`` in fp16, whole or not at all. Raises :class:`OutputError`."""
     from safetensors.torch import save
 
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in judge.state_dict().items()
     }
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(save(tensors))
-    os.replace(fresh, path)
+    write_whole(path, save(tensors), "the judge")
 
 
 def load_judge(path: Path | None = None) -> DigitJudge:
@@ -89,13 +90,19 @@ def load_judge(path: Path | None = None) -> DigitJudge:
         raise MissingDependencyError(
             "the judge's weights need the safetensors package; install difa-compile[diffusers]"
         ) from error
-    source = path if path is not None else resources.files("difa_compile.demo").joinpath(WEIGHTS_NAME)
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, MemoryError, SafetensorError, *ARCHIVE_ERRORS)
+    source = Path(path) if path is not None else resources.files("difa_compile.demo").joinpath(WEIGHTS_NAME)
     try:
-        tensors: Mapping[str, Tensor] = load(source.read_bytes())
-    except (OSError, SafetensorError) as error:
+        if path is None:
+            content = source.read_bytes()
+        else:
+            with open_plain(path, MOST_BYTES) as file:
+                content = read_at_most(file, MOST_BYTES)
+        tensors: Mapping[str, Tensor] = load(content)
+    except failures as error:
         raise ModelLoadError(
-            f"the judge's weights cannot be read from {source}: {error}; reinstall the package or train it anew "
-            "with examples/train_judge.py"
+            f"the judge's weights cannot be read from {shown(source)}: {shown(error)}; reinstall the package or train "
+            "it anew with examples/train_judge.py"
         ) from error
     judge = DigitJudge()
     try:
@@ -103,5 +110,7 @@ def load_judge(path: Path | None = None) -> DigitJudge:
             {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
         )
     except RuntimeError as error:
-        raise ModelLoadError(f"{source} does not hold a digit judge: {error}; give one saved by save_judge") from error
+        raise ModelLoadError(
+            f"{shown(source)} does not hold a digit judge: {shown(error)}; give one saved by save_judge"
+        ) from error
     return judge.eval().requires_grad_(False)

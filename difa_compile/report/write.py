@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difa_compile.errors import MissingDependencyError, OutputError
+from difa_compile.errors import MissingDependencyError
 from difa_compile.plan import Plan
 from difa_compile.report.machine import describe_versions
 from difa_compile.report.view import Page, build_page
+from difa_compile.writing import write_whole
 
 if TYPE_CHECKING:
     from difa_compile.capture import Record
@@ -46,7 +45,7 @@ def write_report(
     shown_versions = describe_versions() if versions is None else versions
     page = build_page(plan, comparison, records, title, machine, shown_versions, command, captions)
     path = Path(folder) / PAGE_NAME
-    write_file(path, render(page).encode())
+    write_whole(path, render(page), "the page")
     return path
 
 
@@ -66,29 +65,3 @@ def render(page: Page) -> str:
     style = Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
     script = Markup(files.joinpath("page.js").read_text(encoding="utf-8"))
     return template.render(page=page, style=style, script=script)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all; missing folders are made. Raises :class:`OutputError`."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; choose an output folder that you may write to"
-        ) from error
-
-
-def check_writable(folder: str | Path) -> Path:
-    """Make ``folder`` and try it with an empty file, so that hours of work do not end in an :class:`OutputError`."""
-    folder = Path(folder)
-    probe = folder / f".difa.{secrets.token_hex(4)}.tmp"
-    write_file(probe, b"")
-    probe.unlink(missing_ok=True)
-    return folder

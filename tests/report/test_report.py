@@ -16,11 +16,12 @@ from PIL import Image
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import OutputError
 from difa_compile.plan import Cell, Plan, Trial
-from difa_compile.report import check_writable, describe_machine, describe_versions, write_file, write_report
+from difa_compile.report import check_writable, describe_machine, describe_versions, write_report
 from difa_compile.report.charts import nice_step, step_chart
 from difa_compile.report.heatmap import heat_map
 from difa_compile.report.pictures import amplification, data_uri, difference
 from difa_compile.report.view import flops, seconds, size
+from difa_compile.writing import write_whole
 from tests.report.sample import MACHINE, make_comparison, make_plan
 
 VOID = {"meta", "link", "img", "br", "col", "input", "line", "rect"}
@@ -377,7 +378,7 @@ def test_numbers_are_written_with_three_digits(text, expected):
 
 def test_folder_below_a_file(plan, comparison, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match=r"index\.html cannot be written: File exists; choose"):
+    with pytest.raises(OutputError, match=r"the page cannot be written to .*index\.html: File exists; name a place"):
         write(tmp_path / "file", plan, comparison)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -389,7 +390,7 @@ def test_read_only_file_system(plan, comparison):
 
 def test_nothing_half_written_when_the_rename_fails(plan, comparison, tmp_path):
     (tmp_path / "index.html").mkdir()
-    with pytest.raises(OutputError, match="Is a directory"):
+    with pytest.raises(OutputError, match="a folder stands there"):
         write(tmp_path, plan, comparison)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
@@ -401,9 +402,9 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("difa_compile.report.write.os.replace", interrupted)
+    monkeypatch.setattr("difa_compile.folders.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_file(target, b"new")
+        write_whole(target, b"new", "the page")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
