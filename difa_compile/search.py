@@ -70,8 +70,8 @@ def loss_of(form: str, full: Sequence[Any], tried: Sequence[Any]) -> float:
     """Relative distance of two model outputs, in [0, 10]: the mean over the elements of each output, then over outputs.
 
     With a = full, b = tried: ``"paper"`` is ``clip(|a - b| / (max(|a|, |b|) + 1e-6), 0, 10)``; ``"code"``, the
-    published program's, is ``clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)``, which differs where values are negative: it is
-    larger there, so that less passes the same threshold.
+    published program's, is ``clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)``, which differs where values are negative: it
+    is larger there, so that less passes the same threshold.
     NaN in, NaN out.
     """
     means = []
