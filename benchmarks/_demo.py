@@ -20,6 +20,8 @@ from ._common import ROOT, Row
 PLANS = ROOT / "benchmarks" / "plans"
 GUIDANCE = 4.0
 CALIBRATION_LABELS = tuple(range(8))
+LOSS = {"flops": "paper", "published": "code"}
+"""Which loss each way of choosing calibrates with."""
 
 
 def load(model: str) -> Any:
@@ -49,15 +51,22 @@ def full_plan(pipe: Any, steps: int) -> Plan:
     return Plan.from_rule(pipe, steps, lambda step, site: FULL)
 
 
+def plan_path(model: str, threshold: float, steps: int, rank: str) -> Path:
+    """Where the plan is kept: its name says how it was chosen, the loss too where it is not the paper's."""
+    prefix = "" if model == "demo" else Path(model).name + "-"
+    chosen = rank if LOSS[rank] == "paper" else f"{rank}-{LOSS[rank]}"
+    return PLANS / f"{prefix}{chosen}-threshold-{threshold:g}-steps-{steps}.json"
+
+
 def calibrated_plan(model: str, threshold: float, steps: int, rank: str = "flops") -> tuple[Plan, Path]:
     """The plan of ``threshold`` from ``benchmarks/plans``; calibrated and saved there if it is not yet.
 
     ``rank`` as in :func:`difa_compile.calibrate`; not by time, since that would bind the plan to a machine.
+    ``"published"`` goes with the loss of the published program, since only the two together choose as it does.
     A plan on disk for another model is refused (``PlanMismatchError``): delete it to have it made anew.
     """
     pipe = load(model)
-    prefix = "" if model == "demo" else Path(model).name + "-"
-    path = PLANS / f"{prefix}{rank}-threshold-{threshold:g}-steps-{steps}.json"
+    path = plan_path(model, threshold, steps, rank)
     if path.exists():
         plan = Plan.load(path)
         plan.validate(pipe.transformer)
@@ -68,7 +77,7 @@ def calibrated_plan(model: str, threshold: float, steps: int, rank: str = "flops
         "guidance_scale": GUIDANCE,
         "generator": torch.Generator().manual_seed(1234),
     }
-    plan = difa_compile.calibrate(pipe, inputs, steps=steps, threshold=threshold, rank=rank)
+    plan = difa_compile.calibrate(pipe, inputs, steps=steps, threshold=threshold, rank=rank, loss=LOSS[rank])
     PLANS.mkdir(parents=True, exist_ok=True)
     plan.save(path)
     return plan, path

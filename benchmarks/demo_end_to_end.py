@@ -3,9 +3,9 @@
     python -m benchmarks.demo_end_to_end
 
 All cases run in one process, one after the other in every round: eager, plain inductor, difa with an all-full plan
-(its overhead), difa with the plan of each threshold, weighed by FLOPs and as published. ``ratio_to_inductor`` is the
-median over the rounds of a case's time over plain inductor's in the same round. Quality compares images of the same
-seeds with plain inductor's, and the sets of images with held-out real digits.
+(its overhead), difa with the plan of each threshold, weighed by FLOPs and as the published program chooses.
+``ratio_to_inductor`` is the median over the rounds of a case's time over plain inductor's in the same round. Quality
+compares images of the same seeds with plain inductor's, and the sets of images with held-out real digits.
 """
 
 from __future__ import annotations

@@ -18,9 +18,11 @@ from difa_compile.calibration_state import (
     generators_in,
     weights_digest,
 )
+from difa_compile.call_arguments import check_call, refused
 from difa_compile.decision import Window
 from difa_compile.errors import (
     DecisionError,
+    DifaError,
     MissingDependencyError,
     NotAppliedError,
     ProfileError,
@@ -33,15 +35,16 @@ from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_
 from difa_compile.machine_profile import current
 from difa_compile.pipeline import check_scheduler, find_transformers
 from difa_compile.plan import Plan, model_digest
+from difa_compile.plan_data import LOSSES
 from difa_compile.run import Run
 from difa_compile.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
 from difa_compile.wiring import Wiring, compile_forward, wiring_of
-from difa_compile.wording import shown
+from difa_compile.wording import quoted, shown
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
 
 RANKS = ("auto", "time", "flops", "published")
-"""In which order candidates are tried: see :func:`calibrate`."""
+"""How one candidate is chosen among those below the threshold: see :func:`calibrate`."""
 
 
 def calibrate(
@@ -67,7 +70,8 @@ def calibrate(
     ``"band:32"`` or ``Window("disc", 8)``; by default a band of an eighth of the image tokens on each side.
     ``candidates``: names from :data:`CANDIDATES`, by default the published four; one that cannot be carried out at a
     site is noted with the reason in the plan. ``rank``: how one is chosen among those below the threshold.
-    ``"published"``: the first, in DiTFastAttn's order or yours. ``"time"`` and ``"flops"``: the one that saves most for
+    ``"published"``: the first, in DiTFastAttn's order or yours; its program chooses so by ``loss="code"``, while under
+    the loss that its paper states, our default, more passes. ``"time"`` and ``"flops"``: the one that saves most for
     what it changes (the price in :mod:`difa_compile.search`), if it saves a larger share of the site's cost than the
     share of the threshold that it uses up. Cost is time as this machine's profile predicts it (``difa tune``), and
     windows that are predicted to be no faster than full attention are left out, noted with both times; or operations.
@@ -82,23 +86,12 @@ def calibrate(
     deleted at the end; with ``keep_state`` it stays, for a caller who deletes it once the plan is stored.
 
     Raises :class:`ScheduleError` (steps), :class:`ThresholdError`, :class:`DecisionError` (window, candidates, rank),
+    :class:`PipelineCallError` (``inputs`` that the pipeline cannot be called with),
     :class:`ProfileError` (``rank="time"`` without a profile),
     :class:`UnsupportedPipelineError`, :class:`NotAppliedError` (the pipeline carries a plan), :class:`NonFiniteError`,
     :class:`CalibrationStateError`, :class:`OutputError` and what capturing the model raises.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ScheduleError(f"steps is {steps!r}; calibrate over a whole number of steps, at least 1")
-    if isinstance(threshold, bool) or not 0 < threshold <= MAX_THRESHOLD:  # NaN fails too
-        raise ThresholdError(
-            f"threshold is {threshold!r}; give a number above 0, at most {MAX_THRESHOLD:g} (published: 0.025 to 0.15)"
-        )
-    if rank not in RANKS:
-        raise DecisionError(f"rank is {rank!r}; choose one of {', '.join(RANKS)}")
-    if loss not in ("paper", "code"):
-        raise DecisionError(f"loss {loss!r} is unknown; choose paper or code")
-    if isinstance(window, str):
-        window = Window.parse(window)
-    names = _check_candidates(candidates)
+    window, names = check_settings(steps, threshold, window, candidates, loss, rank)
     models = find_transformers(pipe)
     digests = [model_digest(model) for model in models]
     if any(digest != digests[0] for digest in digests):
@@ -111,6 +104,7 @@ def calibrate(
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
     half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
     call = _call_arguments(pipe, inputs, steps)
+    check_call(pipe, call)
     settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, *_ranking(models[0], rank))
     identity = {
         **{f"model {key}": str(value) for key, value in asdict(digests[0]).items()},
@@ -128,6 +122,28 @@ def calibrate(
     if not keep_state:
         saved.remove()
     return plan
+
+
+def check_settings(
+    steps: int, threshold: float, window: Window | str | None, candidates: Sequence[str] | None, loss: str, rank: str
+) -> tuple[Window | None, tuple[str, ...]]:
+    """The window and the names of the candidates that :func:`calibrate` goes by, given its arguments.
+
+    Needs no pipeline, so a program can ask before it loads one. Raises :class:`ScheduleError`, :class:`ThresholdError`
+    and :class:`DecisionError`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ScheduleError(f"steps is {quoted(steps)}; calibrate over a whole number of steps, at least 1")
+    if isinstance(threshold, bool) or not 0 < threshold <= MAX_THRESHOLD:  # NaN fails too
+        raise ThresholdError(
+            f"threshold is {quoted(threshold)}; give a number above 0, at most {MAX_THRESHOLD:g} (published: 0.025 to "
+            "0.15)"
+        )
+    if rank not in RANKS:
+        raise DecisionError(f"rank is {quoted(rank)}; choose one of {', '.join(RANKS)}")
+    if loss not in LOSSES:
+        raise DecisionError(f"loss {quoted(loss)} is unknown; choose {' or '.join(LOSSES)}")
+    return Window.parse(window) if isinstance(window, str) else window, _check_candidates(candidates)
 
 
 def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None:
@@ -156,7 +172,12 @@ def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None
     try:
         if quiet:
             pipe.set_progress_bar_config(**{**bar, "disable": True})
-        pipe(**call)
+        try:
+            pipe(**call)
+        except (TypeError, ValueError) as error:
+            if search.progress or isinstance(error, DifaError):
+                raise
+            raise refused(pipe, call, error) from error
     except KeyboardInterrupt as interrupt:
         kept = f"; they are saved in {shown(search.saved.path)}" if search.done else ""
         where = "from there" if search.done else "from the beginning"
@@ -180,8 +201,8 @@ def _call_arguments(pipe: Any, inputs: Mapping[str, Any], steps: int) -> dict[st
     call = {**inputs, "num_inference_steps": steps}
     if "num_inference_steps" in inputs and inputs["num_inference_steps"] != steps:
         raise ScheduleError(
-            f"inputs ask for num_inference_steps={inputs['num_inference_steps']}, but calibration is over {steps} "
-            "steps; leave num_inference_steps out of the inputs"
+            f"inputs ask for num_inference_steps={quoted(inputs['num_inference_steps'])}, but calibration is over "
+            f"{steps} steps; leave num_inference_steps out of the inputs"
         )
     if "generator" in parameters and call.get("generator") is None:
         call["generator"] = torch.Generator().manual_seed(0)
@@ -193,10 +214,10 @@ def _call_arguments(pipe: Any, inputs: Mapping[str, Any], steps: int) -> dict[st
 def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
     names = PUBLISHED_CANDIDATES if candidates is None else tuple(candidates)
     if isinstance(candidates, str) or not names:
-        raise DecisionError(f"candidates is {candidates!r}; give a list of names from {', '.join(CANDIDATES)}")
+        raise DecisionError(f"candidates is {quoted(candidates)}; give a list of names from {', '.join(CANDIDATES)}")
     for name in names:
-        if name not in CANDIDATES:
-            raise DecisionError(f"candidate {name!r} is unknown; choose from {', '.join(CANDIDATES)}")
+        if not isinstance(name, str) or name not in CANDIDATES:
+            raise DecisionError(f"candidate {quoted(name)} is unknown; choose from {', '.join(CANDIDATES)}")
     return names
 
 
@@ -220,7 +241,7 @@ def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[
     """The conditional half of the batch, or ``None`` and the reason why halves cannot be shared."""
     guidance = guidance_of(pipe)
     if told is not None and told not in (0, 1):
-        raise DecisionError(f"conditional_half is {told!r}; give 0 (conditional half first) or 1 (second)")
+        raise DecisionError(f"conditional_half is {quoted(told)}; give 0 (conditional half first) or 1 (second)")
     if told is not None and guidance.conditional_half not in (None, told):
         raise DecisionError(
             f"conditional_half={told} contradicts {type(pipe).__name__}, which puts the conditional half at "

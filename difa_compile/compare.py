@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from difa_compile import metrics
+from difa_compile.call_arguments import check_call, refused
 from difa_compile.cost import plan_flops
-from difa_compile.errors import ComparisonError, MissingDependencyError, ScheduleError, UnsupportedPipelineError
+from difa_compile.errors import (
+    ComparisonError,
+    DifaError,
+    MissingDependencyError,
+    ScheduleError,
+    UnsupportedPipelineError,
+)
 from difa_compile.hooks import call_in_hook, uncompiled_call
 from difa_compile.pipeline import apply, find_transformers, remove
 from difa_compile.plan import Plan
 from difa_compile.schedule import Role, assign_roles
+from difa_compile.wording import quoted, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +258,12 @@ class _Caller:
         _synchronize(device)
         with clock.watching(self.pipe.scheduler):
             start = time.perf_counter()
-            output = self.pipe(**self.inputs, num_inference_steps=self.steps, generator=generator, output_type="pt")
+            try:
+                output = self.pipe(**self.inputs, num_inference_steps=self.steps, generator=generator, output_type="pt")
+            except (TypeError, ValueError) as error:
+                if clock.stamps or isinstance(error, DifaError):
+                    raise
+                raise refused(self.pipe, self.inputs, error) from error
             _synchronize(device)
             seconds = time.perf_counter() - start
         return _Call(seconds, tuple(clock.seconds()), _images(output))
@@ -351,10 +364,12 @@ def compare(
     asked for is taken from ``inputs["class_labels"]``. The pipeline is left as it was found, also after an exception.
 
     Raises :class:`ScheduleError` for fewer than one step, :class:`ComparisonError` for inputs that are set here, for no
-    or repeated seeds and for less than one repeat, :class:`UnsupportedPipelineError` for a pipeline without images, and
+    or repeated seeds and for less than one repeat, :class:`PipelineCallError` for inputs that the pipeline cannot be
+    called with, :class:`UnsupportedPipelineError` for a pipeline without images, and
     what :func:`difa_compile.pipeline.apply` raises.
     """
     _check_arguments(inputs, steps, seeds, repeats, backend_full)
+    check_call(pipe, inputs)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     seeds = tuple(seeds)
     transformers = find_transformers(pipe)
@@ -365,11 +380,11 @@ def compare(
         stack.enter_context(_quiet(pipe))
         for transformer in transformers:
             stack.enter_context(_compiled(transformer, backend_full))
-        advance = stack.enter_context(_bar(2 * (rounds + 1), progress))
         # The copy shares all components; only `pipe` is wired, and calls of the copy run the transformer as it was.
         sides = [("full", _Caller(copy.copy(pipe), inputs, steps)), ("planned", _Caller(pipe, inputs, steps))]
         applied = apply(pipe, plan, allow_slower=allow_slower)
         stack.callback(remove, pipe)
+        advance = stack.enter_context(_bar(2 * (rounds + 1), progress))
         for index in range(rounds + 1):
             for name, caller in sides if index % 2 else reversed(sides):
                 calls[name].append(caller(seeds[index % len(seeds)]))
@@ -415,11 +430,11 @@ def _check_arguments(
     if taken:
         raise ComparisonError(f"compare sets {', '.join(taken)} itself; leave it out of inputs")
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ComparisonError(f"seeds must be one or more different numbers, got {list(seeds)}")
+        raise ComparisonError(f"seeds must be one or more different numbers, got {shown(list(seeds))}")
     if repeats < 1:
         raise ComparisonError(f"repeats must be at least 1, got {repeats}")
     if backend_full not in ("inductor", "eager"):
-        raise ComparisonError(f"backend_full is {backend_full!r}; choose inductor or eager")
+        raise ComparisonError(f"backend_full is {quoted(backend_full)}; choose inductor or eager")
 
 
 def _timing(calls: Sequence[_Call]) -> Timing:

@@ -63,6 +63,10 @@ class UnsupportedModelError(DifaError, ValueError):
     """A model that cannot be captured as one graph of fixed sizes."""
 
 
+class PipelineCallError(DifaError, ValueError):
+    """Arguments of a pipeline's call that it does not have or cannot take: unknown, ill-typed, empty, out of range."""
+
+
 class InputValuesError(UnsupportedModelError):
     """A call whose inputs' values lead to other sizes or branches than those of the call that was captured."""
 

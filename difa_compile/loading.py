@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from difa_compile.demo.checkpoint import load_demo
 from difa_compile.errors import MissingDependencyError, ModelLoadError
+from difa_compile.wording import quoted, shown
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,11 +37,13 @@ def load_pipeline(name_or_folder: str | Path, dtype: torch.dtype = torch.float32
             if (folder / "config.json").is_file()
             else "name the folder that DiffusionPipeline.save_pretrained wrote"
         )
-        raise ModelLoadError(f"{folder} is not a pipeline folder (no model_index.json); {remedy}")
+        raise ModelLoadError(f"{shown(folder)} is not a pipeline folder (no model_index.json); {remedy}")
     try:
         pipe: DiffusionPipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), **_dtype(diffusers, dtype))
-    except _LOAD_FAILURES as error:
+    except Exception as error:
         raise _load_error(name_or_folder, folder, error) from error
+    for name, component in pipe.components.items():
+        _check_complete(component, f"{shown(name)} of {shown(name_or_folder)}")
     return pipe
 
 
@@ -61,13 +65,22 @@ def load_model(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -
         return load_pipeline(name_or_folder, dtype)
     try:
         model: nn.Module = diffusers.AutoModel.from_pretrained(str(folder), **_dtype(diffusers, dtype))
-    except _LOAD_FAILURES as error:
+    except Exception as error:
         raise _load_error(name_or_folder, folder, error) from error
+    _check_complete(model, shown(name_or_folder))
     return model.eval()
 
 
-_LOAD_FAILURES = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError)
-"""What diffusers and the hub client raise for names that do not exist and folders that are incomplete or damaged."""
+def _check_complete(model: object, what: str) -> None:
+    """Raise :class:`ModelLoadError` for a model with weights that its files lack: diffusers leaves those unset."""
+    if not isinstance(model, nn.Module):
+        return
+    missing = [name for name, weight in model.state_dict(keep_vars=True).items() if weight.is_meta]
+    if missing:
+        raise ModelLoadError(
+            f"{what}: the files lack {len(missing)} weights of a {shown(type(model).__name__)} of this configuration, "
+            f"for instance {shown(missing[0])}; they are damaged, or belong to another configuration"
+        )
 
 
 def _diffusers() -> Any:
@@ -88,16 +101,19 @@ def _dtype(diffusers: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def _resolve(name_or_folder: str | Path) -> Path | str:
     """A local folder as a ``Path``, or a hub id as a ``str``."""
-    folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name_or_folder))
+    # os.path, for it takes any text, names too long for a file or with a zero byte among it.
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
-        raise ModelLoadError(f"{folder} is a file; name the folder of a diffusers pipeline or model, or a hub id")
+    if os.path.lexists(folder):
+        raise ModelLoadError(
+            f"{shown(folder)} is a file; name the folder of a diffusers pipeline or model, or a hub id"
+        )
     parts = str(name_or_folder).split("/")
     if isinstance(name_or_folder, Path) or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise ModelLoadError(
-            f"there is no folder {name_or_folder}; give the folder of a diffusers pipeline, a hub id of the form "
-            f"OWNER/NAME, or {DEMO!r} for the built-in model"
+            f"there is no folder {quoted(name_or_folder)}; give the folder of a diffusers pipeline, a hub id of the "
+            f"form OWNER/NAME, or {DEMO!r} for the built-in model"
         )
     return str(name_or_folder)
 
@@ -108,17 +124,19 @@ def _hub_holds_pipeline(repository: str) -> bool:
         from huggingface_hub import file_exists
 
         return file_exists(repository, "model_index.json")
-    except _LOAD_FAILURES as error:
+    except Exception as error:
         raise _load_error(repository, repository, error) from error
 
 
 def _load_error(name: str | Path, folder: Path | str, error: BaseException) -> ModelLoadError:
+    # What diffusers, safetensors, pickle and the hub client raise for folders that are incomplete or damaged, and for
+    # names that do not exist, has no common class; whatever it is, the model was not loaded, and the cause is kept.
     reason = str(error).strip().splitlines()
-    first = reason[0] if reason else type(error).__name__
+    first = shown(reason[0]) if reason else type(error).__name__
     if isinstance(folder, Path):
-        return ModelLoadError(f"{name}: {_folder_class(folder)} in {folder} could not be loaded: {first}")
+        return ModelLoadError(f"{shown(_folder_class(folder))} in {shown(folder)} could not be loaded: {first}")
     return ModelLoadError(
-        f"{name} could not be loaded from the hub: {first}; check the spelling, the network and, for a gated "
+        f"{shown(name)} could not be loaded from the hub: {first}; check the spelling, the network and, for a gated "
         "repository, that you are logged in"
     )
 
@@ -128,7 +146,7 @@ def _folder_class(folder: Path) -> str:
     for name in ("model_index.json", "config.json"):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8")).get("_class_name")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(found, str):
             return found

@@ -70,7 +70,8 @@ def loss_of(form: str, full: Sequence[Any], tried: Sequence[Any]) -> float:
     """Relative distance of two model outputs, in [0, 10]: the mean over the elements of each output, then over outputs.
 
     With a = full, b = tried: ``"paper"`` is ``clip(|a - b| / (max(|a|, |b|) + 1e-6), 0, 10)``; ``"code"``, the
-    published program's, is ``clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)``, which differs where values are negative.
+    published program's, is ``clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)``, which differs where values are negative: it
+    is larger there, so that less passes the same threshold.
     NaN in, NaN out.
     """
     means = []
@@ -113,7 +114,8 @@ class SearchSettings:
     cfg_reason: str
     """Why guidance halves cannot be shared in this pipeline; empty if they can."""
     rank: str = "published"
-    """By what candidates are weighed: ``"time"`` or ``"flops"``; ``"published"``: the first below the threshold."""
+    """By what candidates are weighed: ``"time"`` or ``"flops"``; ``"published"``: the first below the threshold, which
+    is the choice of the published program if ``loss`` is its too (``"code"``)."""
     profile: str | None = None
     """Digest of the machine profile that times are predicted with."""
 

@@ -101,3 +101,13 @@ def _fitting(pieces: list[str], room: int, backwards: bool = False) -> str:
 
 def _escaped(character: str) -> str:
     return character if character.isprintable() else repr(character)[1:-1]
+
+
+def visible(text: str) -> str:
+    """``text`` of ours that may have foreign text inside, for a terminal or a page: what would steer it is escaped.
+
+    Line breaks, tabs and hard spaces stay, for our own texts have them; nothing is cut.
+    """
+    if text.isprintable():  # at once, for the pictures of a page are long
+        return text
+    return "".join(character if character in "\n\t\u00a0" else _escaped(character) for character in text)

@@ -237,12 +237,13 @@ def test_calibrate_refuses_a_folder_as_plan_before_it_works(search, tmp_path):
     assert "inputs" not in search
 
 
-def test_calibrate_unknown_device(search, tmp_path, monkeypatch):
+def test_calibrate_on_a_device_that_does_not_take_the_model(search, tmp_path, monkeypatch):
     def to(self, device):
-        raise RuntimeError("Expected one of cpu, cuda")
+        raise RuntimeError("it has no room")
 
     monkeypatch.setattr(Loaded, "to", to)
-    assert "cannot be moved to 'abacus'" in fails("calibrate", "demo", "--device", "abacus", code=2)
+    message = fails("calibrate", "demo", "-o", tmp_path / "plan.json", "--device", "cpu", code=2)
+    assert "cannot be moved to 'cpu': it has no room" in message
 
 
 @pytest.mark.parametrize(
@@ -429,7 +430,7 @@ def test_tune_measures_keeps_and_shows(tuned, tmp_path):
 
 
 def test_tune_says_what_it_cannot_do(tuned, monkeypatch):
-    assert "no dtype such as float32" in run("tune", "--dtype", "float33").output
+    assert "is no dtype of attention; choose from float32, bfloat16" in run("tune", "--dtype", "float33").output
     monkeypatch.setenv("DIFA_PROFILE", "off")
     assert "DIFA_PROFILE is off" in fails("tune")
     assert tuned == []

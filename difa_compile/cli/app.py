@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 import difa_compile
 from difa_compile.cli.demo import DemoOptions, require, run_demo
-from difa_compile.cli.failures import GuardedGroup, interruptible, state_kept
+from difa_compile.cli.failures import GuardedGroup, Output, interruptible, state_kept
 from difa_compile.cli.inputs import (
+    LARGEST_SEED,
+    MOST_IMAGES,
+    MOST_STEPS,
     call_inputs,
+    check_device,
     command_line,
     dtype_named,
     hush_diffusers,
@@ -26,8 +31,9 @@ from difa_compile.cli.inputs import (
     seeds_for,
 )
 from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
-from difa_compile.errors import OutputError
 from difa_compile.loading import DEMO
+from difa_compile.wording import shown, visible
+from difa_compile.writing import check_target, check_writable
 
 app = typer.Typer(
     name="difa",
@@ -45,12 +51,12 @@ Model = Annotated[
 PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN", help="A plan file, as difa calibrate writes it.", show_default=False)
 ]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS)]
 Threshold = Annotated[float, typer.Option(help="Largest loss admitted, scaled with depth; published: 0.025 to 0.15.")]
 Window = Annotated[
     str | None, typer.Option(help="SHAPE:RADIUS, e.g. band:32, disc:8.", show_default="band of N/8 tokens per side")
 ]
-Seed = Annotated[int, typer.Option(help="First seed.")]
+Seed = Annotated[int, typer.Option(help="First seed.", min=0, max=LARGEST_SEED)]
 Labels = Annotated[str | None, typer.Option(help="Classes to sample, e.g. 1,2,3.", show_default=False)]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to sample; may be repeated.", show_default=False)]
 Inputs = Annotated[
@@ -61,12 +67,17 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_d
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Output(highlight=False, emoji=False)  # a name with :smile: in it keeps that
+
+
+def _print_place(console: Console, label: str, place: str) -> None:
+    """Where something was written, on one line and in full."""
+    console.print(Text.assemble(label, (visible(place).replace("\n", "\\n"), "bold")), soft_wrap=True)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"difa-compile {difa_compile.__version__}, torch {torch.__version__}")
+        print(f"difa-compile {difa_compile.__version__}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -85,10 +96,15 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the page, plan.json and comparison.json.")] = Path(
         "difa-report"
     ),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="50; quick: 20")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="50; quick: 20")
+    ] = None,
     threshold: Threshold = 0.1,
     samples: Annotated[
-        int | None, typer.Option(help="Images to compare, rounded up to tens.", show_default="200; quick: 40")
+        int | None,
+        typer.Option(
+            help="Images to compare, rounded up to tens.", min=1, max=MOST_IMAGES, show_default="200; quick: 40"
+        ),
     ] = None,
     seed: Seed = 0,
     window: Window = None,
@@ -111,7 +127,7 @@ def demo(
     )
     console = _console()
     page = run_demo(options, console)
-    console.print(f"\nThe page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)
+    _print_place(console, "\nThe page: ", page.resolve().as_uri())
 
 
 @app.command()
@@ -125,7 +141,9 @@ def calibrate(
         str | None,
         typer.Option(help="Decisions to try.", show_default="those of DiTFastAttn, comma-separated"),
     ] = None,
-    loss: Annotated[str, typer.Option(help="Form of the loss: paper or code.")] = "paper",
+    loss: Annotated[
+        str, typer.Option(help="Form of the loss: as DiTFastAttn's paper states it, or as its program (code) has it.")
+    ] = "paper",
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -137,7 +155,8 @@ def calibrate(
         str,
         typer.Option(
             help="What is chosen: what saves most time (as predicted here) or flops for its loss; the first of the "
-            "candidates below the threshold (published); or auto, time where this machine is measured."
+            "candidates below the threshold (published; as DiTFastAttn's program does with --loss code, while by the "
+            "paper's loss more pass); or auto, time where this machine is measured."
         ),
     ] = "auto",
     seed: Seed = 0,
@@ -146,18 +165,18 @@ def calibrate(
     """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
     require("diffusers", "tqdm")
     from difa_compile.calibration import calibrate as search
+    from difa_compile.calibration import check_settings
     from difa_compile.cli.tune import measure_if_unknown, profile_for
-    from difa_compile.report import check_writable
 
+    names = [name.strip() for name in candidates.split(",")] if candidates is not None else None
+    check_settings(steps, threshold, window, names, loss, rank)
     call = call_inputs(model, inputs, labels, prompt, guidance)
-    if output.is_dir():
-        raise OutputError(
-            f"{output} is a folder; give the name of a file for the plan, for instance {output / 'plan.json'}"
-        )
-    kept = state if state is not None else output.with_name(f"{output.name}.state")
+    check_device(device)
+    kept = state if state is not None else output.parent / f"{output.name}.state"
     console = _console()
-    pipe = open_pipeline(model, device)
-    check_writable(output.parent)
+    pipe = open_pipeline(model, device, call)
+    check_target(output, "the plan")
+    check_target(kept, "the state of the search")
     if rank in ("auto", "time"):
         measure_if_unknown(console, pipe)
     with interruptible(lambda: state_kept(kept)):
@@ -167,7 +186,7 @@ def calibrate(
             steps=steps,
             threshold=threshold,
             window=window,
-            candidates=[name.strip() for name in candidates.split(",")] if candidates is not None else None,
+            candidates=names,
             loss=loss,
             state=kept,
             rank=rank,
@@ -177,7 +196,7 @@ def calibrate(
     with suppress(OSError):  # the plan is stored; a state left behind harms nobody
         kept.unlink(missing_ok=True)
     print_plan(console, plan, profile_for(pipe))
-    console.print(f"The plan: [bold]{escape(str(output))}[/]", soft_wrap=True)
+    _print_place(console, "The plan: ", str(output))
 
 
 @app.command()
@@ -197,10 +216,11 @@ def tune(
     from difa_compile.tune import DTYPES
 
     dtypes = tuple(map(dtype_named, dtype)) if dtype else DTYPES
+    check_device(device)
     console = _console()
     profile = measure(console, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtypes, quick)
     print_profile(console, profile)
-    console.print(f"The profile: [bold]{escape(str(place(profile.machine)))}[/]", soft_wrap=True)
+    _print_place(console, "The profile: ", str(place(profile.machine)))
 
 
 @app.command()
@@ -212,7 +232,7 @@ def inspect(
 ) -> None:
     """Show the attention sites of a model, or the decisions of a plan, and why anything is left alone."""
     console = _console()
-    if Path(target).is_file():
+    if os.path.lexists(target) and not os.path.isdir(target):
         _inspect_plan(console, Path(target), as_json)
     else:
         _inspect_model(console, target, as_json)
@@ -227,7 +247,7 @@ def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
         print_plan(console, plan, current("cuda" if torch.cuda.is_available() else "cpu"))
         return
     reasons = [{"site": s, "decision": d, "reason": reason} for s, d, reason in not_applicable(plan)]
-    typer.echo(json.dumps(json.loads(plan.to_json()) | {"not_applicable": reasons}, indent=1))
+    print(json.dumps(json.loads(plan.to_json()) | {"not_applicable": reasons}, indent=1))
 
 
 def _inspect_model(console: Console, name: str, as_json: bool) -> None:
@@ -241,10 +261,10 @@ def _inspect_model(console: Console, name: str, as_json: bool) -> None:
         model.set_progress_bar_config(disable=True)
     inspection = inspect_model(model)
     if as_json:
-        typer.echo(json.dumps(_inspection_json(inspection), indent=1))
+        print(json.dumps(_inspection_json(inspection), indent=1))
         return
     count = len(inspection.site_infos)
-    title = f"{type(inspection.model).__name__}: {count} attention sites that a plan can act on"
+    title = f"{shown(type(inspection.model).__name__)}: {count} attention sites that a plan can act on"
     print_sites(console, title, inspection.sites)
     print_records(console, inspection.records)
 
@@ -279,9 +299,11 @@ def compare(
     model: Model,
     plan: PlanFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("difa-compare"),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="the plan's")] = None,
-    samples: Annotated[int, typer.Option(help="Images to compare, at least.", min=1)] = 20,
-    repeats: Annotated[int, typer.Option(help="Timed calls of each side, at least.", min=1)] = 3,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="the plan's")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Images to compare, at least.", min=1, max=MOST_IMAGES)] = 20,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each side, at least.", min=1, max=MOST_IMAGES)] = 3,
     seed: Seed = 0,
     labels: Labels = None,
     prompt: Prompt = None,
@@ -299,12 +321,13 @@ def compare(
     from difa_compile.compare import compare as measure
     from difa_compile.demo.judge import load_judge
     from difa_compile.plan import Plan
-    from difa_compile.report import check_writable, describe_machine, describe_versions
+    from difa_compile.report import describe_machine, describe_versions
     from difa_compile.report.stored import StoredComparison
 
     call = call_inputs(model, inputs, labels, prompt, guidance)
+    check_device(device)
     chosen = Plan.load(plan)
-    pipe = open_pipeline(model, device)
+    pipe = open_pipeline(model, device, call)
     folder = check_writable(output)
     comparison = measure(
         pipe,
@@ -321,7 +344,7 @@ def compare(
     stored = StoredComparison(
         plan=chosen,
         comparison=comparison,
-        title=f"{model}: full attention and a plan",
+        title=f"{shown(model)}: full attention and a plan",
         command=command_line(),
         machine=describe_machine(),
         versions=describe_versions(),
@@ -331,7 +354,7 @@ def compare(
     page = stored.write_page(folder)
     console = _console()
     print_comparison(console, comparison)
-    console.print(f"\nThe page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)
+    _print_place(console, "\nThe page: ", page.resolve().as_uri())
 
 
 @app.command()
@@ -353,6 +376,6 @@ def report(
 
     stored = StoredComparison.load(folder)
     if title is not None:
-        stored = replace(stored, title=title)
+        stored = replace(stored, title=visible(title))
     page = stored.write_page(output if output is not None else folder)
-    _console().print(f"The page: [bold]{escape(page.resolve().as_uri())}[/]", soft_wrap=True)
+    _print_place(_console(), "The page: ", page.resolve().as_uri())

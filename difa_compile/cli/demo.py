@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from difa_compile.cli.tables import print_comparison
 from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError
 from difa_compile.plan import Plan
-from difa_compile.report import check_writable, describe_machine, describe_versions
+from difa_compile.report import describe_machine, describe_versions
 from difa_compile.report.stored import PLAN_NAME, StoredComparison
+from difa_compile.wording import shown
+from difa_compile.writing import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +48,11 @@ class DemoOptions:
 def run_demo(options: DemoOptions, console: Console) -> Path:
     """The whole demo; returns the path of the page. What can be known to fail is tried before the long work."""
     require("torchmetrics", "jinja2", "PIL", "diffusers", "tqdm")
-    from difa_compile.calibration import calibrate
+    from difa_compile.calibration import calibrate, check_settings
     from difa_compile.compare import compare
     from difa_compile.demo.judge import load_judge
 
+    check_settings(options.steps, options.threshold, options.window, None, "paper", "auto")
     plan = Plan.load(options.plan) if options.plan is not None else None
     pipe, judge = open_pipeline("demo", "cpu"), load_judge()
     output = check_writable(options.output)
@@ -74,7 +78,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
         with suppress(OSError):  # the plan is stored; a state left behind harms nobody
             state.unlink(missing_ok=True)
     else:
-        console.print(f"[bold]1 of 3[/]  plan {plan.digest[:12]} from {escape(str(options.plan))}")
+        console.print(f"[bold]1 of 3[/]  plan {plan.digest[:12]} from {escape(shown(str(options.plan), 500))}")
     cells = sum(map(len, plan.rows))
     acting = sum(not (d.is_full and not d.cfg_shared) for row in plan.decisions for d in row)
     console.print(f"        {acting} of {cells} attention calls will do less than the full work")
@@ -83,7 +87,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
     images = len(seeds) * len(DEMO_LABELS)
     console.print(f"[bold]2 of 3[/]  compiling, then sampling {images} images in full and as planned, same seeds")
     kept = options.plan or output / PLAN_NAME
-    with interruptible(lambda: f"The plan is in {kept}; difa demo --plan {kept} goes on from there."):
+    with interruptible(lambda: f"The plan is in {kept}; difa demo --plan {shlex.quote(str(kept))} goes on from there."):
         comparison = compare(
             pipe, plan, inputs, steps=plan.steps, seeds=seeds, judge=judge, reference=_real_digits(images, console)
         )

@@ -11,12 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from difa_compile.report.view import flops, percent, seconds, size
+from difa_compile.wording import shown, visible
 
 if TYPE_CHECKING:
     from difa_compile.capture import Record
     from difa_compile.compare import Comparison
     from difa_compile.machine_profile import Profile
     from difa_compile.plan import Plan
+
+
+CELL = 400
+"""Characters of a table's cell."""
+
+
+def foreign(text: str) -> Text:
+    """Text that is not ours, for a table: printable, not too long, and not read as markup."""
+    return Text(shown(text, CELL))
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -70,13 +80,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 def print_plan(console: Console, plan: Plan, profile: Profile | None = None) -> None:
     """A plan's summary, with predicted times if a profile is given, and the candidates that were not tried, and why."""
-    console.print(plan.summary(profile), markup=False, highlight=False, soft_wrap=True)
+    console.print(Text(visible(plan.summary(profile))), soft_wrap=True)
     reasons = not_applicable(plan)
     if not reasons:
         return
     table = Table("site", "candidate", "why it was not tried", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for line in reasons:
-        table.add_row(*map(Text, line))
+        table.add_row(*map(foreign, line))
     console.print(table)
 
 
@@ -94,7 +104,7 @@ def not_applicable(plan: Plan) -> tuple[tuple[str, str, str], ...]:
 
 def print_sites(console: Console, title: str, sites: Iterable[Any]) -> None:
     """One line per attention call of a model, cross-attention included."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=foreign(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("site", "kind"):
         table.add_column(name)
     for name in ("heads", "tokens"):
@@ -104,7 +114,7 @@ def print_sites(console: Console, title: str, sites: Iterable[Any]) -> None:
     for site in sites:
         heads = f"{site.query_shape[1]}×{site.query_shape[3]}"
         layout = str(site.layout) if site.layout is not None else f"unknown: {site.layout_reason}"
-        table.add_row(*map(Text, (site.path, str(site.kind), heads, str(site.tokens), layout, site.mask)))
+        table.add_row(*map(foreign, (site.path, str(site.kind), heads, str(site.tokens), layout, site.mask)))
     console.print(table)
 
 
@@ -115,5 +125,5 @@ def print_records(console: Console, records: Iterable[Record]) -> None:
         return
     table = Table("site", "decision", "outcome", "reason", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*map(foreign, line))
     console.print(table)

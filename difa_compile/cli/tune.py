@@ -13,11 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from difa_compile.cli.tables import foreign
 from difa_compile.cost import seconds_text
 from difa_compile.errors import DifaError, ProfileError
 from difa_compile.machine_profile import DEVICES, ELEMENTWISE, FULL, Fit, Machine, Profile, current, place
 from difa_compile.pipeline import find_transformer
 from difa_compile.tune import tune
+from difa_compile.wording import shown
 
 UNRELIABLE = 0.25
 """A held-out error from which a profile is better measured again."""
@@ -68,10 +70,10 @@ def measure_if_unknown(console: Console, pipe: Any) -> None:
     """
     if os.environ.get("DIFA_PROFILE") == "off":
         return
-    parameter = next(find_transformer(pipe)[1].parameters())
-    device, dtype = parameter.device, parameter.dtype
-    if device.type not in DEVICES:
+    parameter = next(find_transformer(pipe)[1].parameters(), None)
+    if parameter is None or parameter.device.type not in DEVICES:
         return
+    device, dtype = parameter.device, parameter.dtype
     try:
         known = _kept(Machine.here(device))
         if known is not None and dtype in known.dtypes:
@@ -81,20 +83,21 @@ def measure_if_unknown(console: Console, pipe: Any) -> None:
         )
         measure(console, str(device), (dtype,))
     except DifaError as error:
-        console.print(f"        going on without predicted times: {escape(str(error))}")
+        console.print(f"        going on without predicted times: {escape(shown(error, 500))}")
 
 
 def profile_for(pipe: Any) -> Profile | None:
     """The profile of this machine for the device of a pipeline's transformer."""
     if os.environ.get("DIFA_PROFILE") == "off":
         return None
-    return current(next(find_transformer(pipe)[1].parameters()).device)
+    parameter = next(find_transformer(pipe)[1].parameters(), None)
+    return None if parameter is None else current(parameter.device)
 
 
 def print_profile(console: Console, profile: Profile) -> None:
     """One line per operation and dtype: the best rate seen, the price of a call, the error on held-out samples."""
     table = Table(
-        title=f"{profile.machine}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title=foreign(str(profile.machine)), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for name in ("operation", "dtype"):
         table.add_column(name)
@@ -103,7 +106,7 @@ def print_profile(console: Console, profile: Profile) -> None:
     for fit in profile.fits:
         price = seconds_text(fit.prices["calls"])
         error = f"{100 * fit.held_out_error:.1f} %"
-        table.add_row(fit.operation, fit.dtype, str(len(fit.samples)), best_rate(fit), price, error)
+        table.add_row(*map(foreign, (fit.operation, fit.dtype, str(len(fit.samples)), best_rate(fit), price, error)))
     console.print(table)
 
 

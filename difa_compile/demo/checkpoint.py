@@ -13,6 +13,7 @@ import torch
 
 from difa_compile.demo.digits import NUM_CLASSES
 from difa_compile.errors import MissingDependencyError, ModelLoadError
+from difa_compile.wording import shown
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
@@ -67,7 +68,7 @@ def load_demo(dtype: torch.dtype = torch.float32, folder: Path | None = None) ->
         try:
             # Without a dtype it loads in float32; the name of that argument depends on the release of diffusers.
             pipe: Any = loader.from_pretrained(str(source), id2label=LABELS)
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelLoadError(f"{source} cannot be loaded as the demo pipeline: {error}") from error
+        except Exception as error:  # of diffusers, safetensors and json, for damaged files: they have no common class
+            raise ModelLoadError(f"{shown(source)} cannot be loaded as the demo pipeline: {shown(error)}") from error
     result: DiTPipeline = pipe if pipe.dtype == dtype else pipe.to(dtype)
     return result

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from difa_compile.decision import Decision, Kind, Window
 from difa_compile.plan import Cell, Plan, Trial
+from difa_compile.wording import shown
 
 _LIGHT = {
     (Kind.FULL, False): "#d3d7de",
@@ -86,7 +87,8 @@ def heat_map(plan: Plan) -> HeatMap:
     """Lay out ``plan``; rows get lower as there are more sites, so that 57 sites still fit a screen."""
     colours = _colours(plan)
     keys = {colour.name: colour for colour in colours}
-    common = _common_parts([site.path for site in plan.sites])
+    paths = [shown(site.path) for site in plan.sites]
+    common = _common_parts(paths)
     rows = []
     for index, site in enumerate(plan.sites):
         cells = []
@@ -94,8 +96,8 @@ def heat_map(plan: Plan) -> HeatMap:
             cell = plan.rows[step][index]
             colour = keys[str(cell.decision)]
             classes = colour.key + (" shared" if colour.shared else "")
-            cells.append(MapCell(classes, _text(step, site.path, cell)))
-        rows.append(MapRow(_short(site.path, common), f"{site.path}: {site.shape}", tuple(cells)))
+            cells.append(MapCell(classes, _text(step, paths[index], cell)))
+        rows.append(MapRow(_short(paths[index], common), f"{paths[index]}: {site.shape}", tuple(cells)))
     longest = max(len(row.name) for row in rows)
     return HeatMap(
         intro=_intro(plan),
@@ -120,7 +122,8 @@ def _intro(plan: Plan) -> str:
         choice = "first candidate, in the order tried, whose loss stayed below"
     return (
         f"{size} Each cell is the {choice} the limit of its site "
-        f"({settings.loss or 'unnamed'} loss{limit}). Point at a cell, or go there with the arrow keys, for all losses."
+        f"({shown(settings.loss or 'unnamed')} loss{limit}). Point at a cell, or go there with the arrow keys, for all "
+        "losses."
     )
 
 
@@ -159,7 +162,7 @@ def _text(step: int, path: str, cell: Cell) -> str:
 
 def _trial(trial: Trial, chosen: Decision) -> str:
     if trial.loss is None:
-        return f"{trial.decision}\t{trial.reason or 'does not apply'}\t\tnot tried"
+        return f"{trial.decision}\t{shown(trial.reason or 'does not apply', 400)}\t\tnot tried"
     if trial.decision == chosen:
         verdict = "chosen"
     elif trial.loss >= trial.threshold:

@@ -15,6 +15,7 @@ from difa_compile.plan import Plan
 from difa_compile.report.charts import Chart, step_chart
 from difa_compile.report.heatmap import HeatMap, heat_map
 from difa_compile.report.pictures import SMALL, Panel, Picture, amplification, data_uri, difference
+from difa_compile.wording import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,11 +126,11 @@ def _tensor(images: NDArray[np.uint8]) -> Tensor:
 
 
 def _lead(plan: Plan, comparison: Comparison) -> str:
-    count = len(comparison.images_full)
+    images = _count(len(comparison.images_full), "image")
     text = (
-        f"{comparison.pipeline} with its attention in full against the same model under a plan: {comparison.steps} "
-        f"steps, {count} image{'s' if count > 1 else ''} from {_count(len(comparison.seeds), 'seed')}, "
-        f"{comparison.dtype} on {comparison.device}."
+        f"{shown(comparison.pipeline)} with its attention in full against the same model under a plan: "
+        f"{comparison.steps} steps, {images} from {_count(len(comparison.seeds), 'seed')}, "
+        f"{shown(comparison.dtype)} on {shown(comparison.device)}."
     )
     if comparison.steps != plan.steps:
         text += f" The plan was made for {plan.steps} steps and carried onto {comparison.steps}."
@@ -193,7 +194,7 @@ def _captions(comparison: Comparison, captions: Sequence[str]) -> list[str]:
     for index in range(count):
         seed, place = comparison.seeds[index // per_call], index % per_call
         origin = f"seed {seed}" + (f", image {place}" if per_call > 1 else "")
-        texts.append(f"{captions[index]} · {origin}" if captions else origin)
+        texts.append(f"{shown(captions[index])} · {origin}" if captions else origin)
     return texts
 
 
@@ -278,9 +279,10 @@ def _time_table(comparison: Comparison) -> Table:
         line("one step, mean", full.seconds_per_step, planned.seconds_per_step),
         line("first call, compilation included", full.first_call, planned.first_call),
     )
+    side = "plain inductor" if comparison.backend_full == "inductor" else shown(comparison.backend_full)
     caption = (
         f"Time. {len(full.calls)} and {len(planned.calls)} timed calls of {_count(per_image, 'image')}; the full "
-        f"side runs through {'plain inductor' if comparison.backend_full == 'inductor' else comparison.backend_full}."
+        f"side runs through {side}."
     )
     return Table(caption, lines, ("", "full", "planned", "ratio"))
 
@@ -300,7 +302,9 @@ def _cost_table(plan: Plan, comparison: Comparison) -> Table:
 
 def _skips(records: Sequence[Record]) -> tuple[Skip, ...]:
     """Each skip once: variants of several steps repeat them."""
-    found = [Skip(r.site, str(r.decision), r.reason) for r in records if r.outcome == "skipped"]
+    found = [
+        Skip(shown(r.site), shown(str(r.decision)), shown(r.reason, 400)) for r in records if r.outcome == "skipped"
+    ]
     return tuple(dict.fromkeys(found))
 
 
@@ -311,7 +315,7 @@ def _origin(
     seeds = ", ".join(map(str, comparison.seeds[:12])) + (" …" if len(comparison.seeds) > 12 else "")
     made = {
         "plan": plan.digest[:16],
-        "model": f"{plan.model.class_name}, {plan.model.parameters:,} parameters",
+        "model": f"{shown(plan.model.class_name)}, {plan.model.parameters:,} parameters",
         "method": settings.method,
         "threshold": None if settings.threshold is None else f"{settings.threshold:g}",
         "loss": settings.loss,
@@ -327,10 +331,18 @@ def _origin(
         "full side": comparison.backend_full,
     }
     columns = (
-        (Table("Plan and comparison", tuple((name, value) for name, value in made.items() if value), code=True),),
-        (Table("Machine", tuple(machine.items())), Table("Versions", tuple(versions.items()))),
+        (
+            Table(
+                "Plan and comparison", tuple((name, shown(value)) for name, value in made.items() if value), code=True
+            ),
+        ),
+        (Table("Machine", _listed(machine)), Table("Versions", _listed(versions))),
     )
     return tuple(tuple(table for table in column if table.lines) for column in columns)
+
+
+def _listed(values: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((shown(name), shown(value)) for name, value in values.items())
 
 
 def _count(number: int, thing: str) -> str:

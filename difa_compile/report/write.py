@@ -11,6 +11,7 @@ from difa_compile.errors import MissingDependencyError
 from difa_compile.plan import Plan
 from difa_compile.report.machine import describe_versions
 from difa_compile.report.view import Page, build_page
+from difa_compile.wording import visible
 from difa_compile.writing import write_whole
 
 if TYPE_CHECKING:
@@ -59,7 +60,14 @@ def render(page: Page) -> str:
             f"the report page needs jinja2 and it cannot be imported ({error}); install difa-compile[report]"
         ) from error
     files = resources.files("difa_compile.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+    def printable(value: object) -> object:
+        """Jinja escapes the characters that mean markup; these are those that no page may hold or that turn text."""
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=printable
+    )
     template = environment.from_string(files.joinpath("page.html.j2").read_text(encoding="utf-8"))
     # Only these two files and the charts, whose texts are escaped where they are made, enter unescaped.
     style = Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
