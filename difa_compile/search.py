@@ -515,6 +515,7 @@ class SearchRun(Run):
         self._search = search
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        self.calls += 1
         return self._search.call(capture, args, self.index, self.current_branch)
 
 
