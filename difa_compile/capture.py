@@ -527,6 +527,11 @@ class Capture:
         return None if self._parameter is None else args[self._parameter]
 
 
+def batch_of(capture: Capture) -> int:
+    """The batch of the first site's attention; where attention is over parts of a sample, a multiple of the samples."""
+    return capture.sites[0].query_shape[0]
+
+
 def copying_from(first: int, run: Callable[..., Any]) -> Callable[..., Any]:
     """``run`` with its results from ``first`` on copied."""
 

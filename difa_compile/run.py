@@ -81,9 +81,14 @@ def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
     return None
 
 
+def run_of(model: nn.Module) -> Run | None:
+    """The innermost active run of ``model`` in this thread."""
+    return next((run for run in reversed(_active.get()) if model in run.models), None)
+
+
 def is_sampled(model: nn.Module) -> bool:
     """Whether a run of ``model`` is active in this thread."""
-    return any(model in run.models for run in _active.get())
+    return run_of(model) is not None
 
 
 class Run:
@@ -195,7 +200,7 @@ class Run:
         return self._owner(parameter) is not None
 
     def _owner(self, parameter: Tensor) -> int | None:
-        """The index of the model that has ``parameter``. Models may get other ones in mid-run (a LoRA, another dtype)."""
+        """The index of the model that has ``parameter``. Models may get other ones in mid-run, as by a LoRA."""
         found = self._owners.get(id(parameter))
         if found is not None and found[0]() is parameter:
             return found[1]

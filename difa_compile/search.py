@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from difa_compile.calibration_state import CalibrationState
+from difa_compile.capture import batch_of
 from difa_compile.cost import flops_saved
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
 from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
@@ -294,6 +295,13 @@ class Search:
             raise CalibrationError(
                 "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
                 "changed; calibrate with inputs of one size"
+            )
+        elif self.settings.conditional_half is not None and batch_of(capture) != batch_of(self._captures[0]):
+            raise CalibrationError(
+                f"the transformer was called with a batch of {batch_of(capture)} in its attention, after one of "
+                f"{batch_of(self._captures[0])}: guidance is left out at some steps or in some calls, so its halves "
+                "cannot be shared; leave the +cfg candidates out, or the option that makes such calls (an interval of "
+                "guidance, perturbed or skipped-layer guidance)"
             )
         else:
             self._candidates = [
