@@ -194,9 +194,9 @@ class CompiledForward:
     def _start(self, function: Callable[..., object], hooks: tuple[int, ...]) -> None:
         self._function = function
         self._hooks = hooks
-        if hooks:
-            self._backend = functools.partial(self._backend)
-        self._forwards: tuple[Callable[..., object], ...] = (self._compile(self._backend),)
+        # Of graphs with such hooks Dynamo must take none without; without them it finds its own again.
+        backend = functools.partial(self._backend) if hooks else self._backend
+        self._forwards: tuple[Callable[..., object], ...] = (self._compile(backend),)
         self._served: dict[object, tuple[Callable[..., object], ...]] = {}
 
     def _compile(self, backend: Callable[..., object]) -> Callable[..., object]:

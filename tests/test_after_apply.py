@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -38,7 +38,7 @@ def close(left, right):
 
 
 def doubled(result):
-    return (result[0] * 1.5,) if isinstance(result, tuple) else result * 1.5
+    return type(result)(sample=result.sample * 1.5) if hasattr(result, "sample") else result * 1.5
 
 
 def first_block(pipe):
@@ -83,6 +83,19 @@ def other_weights(pipe):
             parameter.mul_(1.1)
 
 
+def fused(pipe):
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.fuse_projections()
+        block.attn1.set_processor(FusedAttnProcessor2_0())
+
+
+def in_training(pipe):
+    for module in pipe.transformer.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # of labels: it would draw
+    pipe.transformer.train()
+
+
 def replaced_block(pipe):
     pipe.transformer.transformer_blocks[0] = tiny_transformer(seed=4).transformer_blocks[0]
 
@@ -118,15 +131,15 @@ CHANGES = {
     "forward of a layer": lambda pipe: patched(first_block(pipe).attn1.to_q),
     "attention processor": scaled_attention,
     "written-out attention": lambda pipe: pipe.transformer.set_attn_processor(AttnProcessor()),
-    "fused projections": lambda pipe: [block.attn1.fuse_projections() for block in pipe.transformer.transformer_blocks],
+    "fused projections": fused,
     "LoRA": lambda pipe: with_lora(pipe, 4.0),
     "chunked feed-forward": lambda pipe: [
         block.set_chunk_feed_forward(8, 1) for block in pipe.transformer.transformer_blocks
     ],
     "weights": other_weights,
     "block": replaced_block,
-    "dtype": lambda pipe: pipe.transformer.double(),
-    "training": lambda pipe: pipe.transformer.train(),
+    "dtype": lambda pipe: pipe.to(dtype=torch.float64),
+    "training": in_training,
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "scheduler": lambda pipe: setattr(
         pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, beta_schedule="scaled_linear")

@@ -182,6 +182,7 @@ def test_contradictions_about_guidance(cls, form, half, words):
 
 # --- every pipeline that the installed diffusers has -----------------------------------------------------------------
 
+FOLDERS = Path(diffusers.__file__).parent / "pipelines"
 PARTS = re.compile(r"(\w+), (\w+) = (?:torch\.split\(|[\w.]+\.chunk\()")
 """Where a pipeline takes the model's output apart into two."""
 OTHER_ORDERS = {
@@ -200,6 +201,16 @@ def test_every_pipeline_has_an_entry():
     assert len(PIPELINES) > 100
     missing = sorted(f"{cls.__module__}.{cls.__name__}" for cls in by_form("unknown"))
     assert not missing, "add their folders to one of the tables in difa_compile/guidance.py"
+
+
+def test_every_module_with_a_transformer_has_an_entry():
+    """Also those that cannot be imported here, because they need another library."""
+    paths = [
+        path for path in FOLDERS.rglob("pipeline_*.py") if re.search(r"\n +transformer=transformer,", path.read_text())
+    ]
+    assert len(paths) > 100
+    names = [".".join(path.relative_to(FOLDERS).with_suffix("").parts) for path in paths]
+    assert [name for name in names if _guidance_in(name) is None] == []
 
 
 @pytest.mark.parametrize("cls", by_form("batched"), ids=lambda cls: cls.__name__)
@@ -261,6 +272,6 @@ def test_perturbed_attention_guidance_has_three_parts():
 
 def test_every_entry_is_of_a_pipeline_that_is_there():
     tables = CONDITIONAL_FIRST | UNCONDITIONAL_FIRST | TWO_CALLS | set(NO_HALVES)
-    modules = {cls.__module__.removeprefix("diffusers.pipelines.") for cls in PIPELINES}
-    assert {entry for entry in tables if not any(f"{name}.".startswith(f"{entry}.") for name in modules)} == set()
+    paths = {entry: FOLDERS / entry.replace(".", "/") for entry in tables}
+    assert [entry for entry, path in paths.items() if not (path.is_dir() or path.with_suffix(".py").is_file())] == []
     assert len(tables) == sum(map(len, (CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, TWO_CALLS, NO_HALVES)))
