@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -164,7 +165,8 @@ def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None
     options: dict[str, object] = {"plan": None, "inner": inner}
     if search.settings.conditional_half is not None:
         options["cfg"] = {"conditional_half": search.settings.conditional_half}
-    wiring = Wiring(pipe, {model: compile_forward(model, difa, options) for model in search.models}, start)
+    backend = functools.partial(difa)  # Dynamo takes no other pipeline's graphs for it
+    wiring = Wiring(pipe, {model: compile_forward(model, backend, options) for model in search.models}, start)
     generators = [(generator, generator.get_state()) for generator in generators_in(call)]
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     quiet = hasattr(pipe, "set_progress_bar_config")
@@ -246,6 +248,11 @@ def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[
         raise DecisionError(
             f"conditional_half={told} contradicts {type(pipe).__name__}, which puts the conditional half at "
             f"{guidance.conditional_half}; leave it out"
+        )
+    if told is not None and guidance.form == "none":
+        raise DecisionError(
+            f"conditional_half={told} contradicts {type(pipe).__name__}, which has no halves: {guidance.reason}; leave "
+            "it out"
         )
     if guidance.form == "two-call":
         return None, ""

@@ -26,10 +26,11 @@ from difa_compile.passes.arguments import latent_inputs, name_arguments
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention
+from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.positions import HeldPositions
 from difa_compile.passes.questions import answer
-from difa_compile.passes.segments import Segment, split_at_blocks
+from difa_compile.passes.segments import Segment, split_at_blocks, structure_of
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.specialize import check_sizes, specialize
 from difa_compile.passes.variant import Context
@@ -93,6 +94,7 @@ class Capture:
         plan: the plan it was compiled for, carried onto this length of text, and this image size if ``resize`` says
             how, or None.
         two_call: whether the CFG halves are two calls per step, so that sharing them is reuse within the step.
+        strict: whether a decision that cannot be carried out is an error.
         compiled_variants: how many segment variants have been compiled so far.
     """
 
@@ -125,7 +127,7 @@ class Capture:
         self._rows: dict[tuple[Role, ...], Row] = {}
         self._reasons: dict[tuple[int, Decision], str | None] = {}
         self._why_unshared: str | None = None
-        self._strict = strict
+        self.strict = strict
         self._allow_slower = allow_slower
         self._slower: dict[tuple[int, Decision], str] = {}
         self._seconds: dict[tuple[int, Role | Decision], float | None] = {}
@@ -184,7 +186,7 @@ class Capture:
             for decision in dict.fromkeys(row[index] for row in plan.decisions)
             if (reason := self.why_not(index, decision)) is not None
         ]
-        if self._strict and impossible:
+        if self.strict and impossible:
             path, decision, reason = impossible[0]
             raise SiteSkippedError(
                 f"{path}: {decision} can't be carried out: {reason} ({len(impossible)} such "
@@ -504,12 +506,30 @@ class Capture:
         self.compiled_variants += 1
         return Compiled(run, reads, tuple(relative(name) for name in rewritten.cache_outputs))
 
+    @cached_property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for captures that compute the same function of the same inputs, in the same pieces."""
+        inputs = tuple(str(node.target) for node in self.module.graph.find_nodes(op="placeholder"))
+        pieces = tuple((segment.structure, segment.inputs, segment.outputs) for segment in self.split.segments)
+        return structure_of(self.module), inputs, pieces, self.split.results
+
+    def cache_dtypes(self, site_index: int) -> tuple[object, ...]:
+        """The dtypes of what may be cached at a site, as its shapes (:attr:`Site.cache_shapes`), and the device."""
+        region = self.sites[site_index].region
+        values = [tensor_of(node) for node in (region.attention, *region.outputs)]
+        return *(None if value is None else value.dtype for value in values), getattr(values[0], "device", None)
+
     def model_parameter(self, args: Sequence[Any]) -> Tensor | None:
         """A parameter of the model that makes a call with ``args``, or None if it has none.
 
         Dynamo shares one capture among models of a class, whose parameters are inputs of the graph.
         """
         return None if self._parameter is None else args[self._parameter]
+
+
+def batch_of(capture: Capture) -> int:
+    """The batch of the first site's attention; where attention is over parts of a sample, a multiple of the samples."""
+    return capture.sites[0].query_shape[0]
 
 
 def copying_from(first: int, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from difa_compile.errors import (
     ScheduleError,
     UnsupportedPipelineError,
 )
-from difa_compile.hooks import call_in_hook, uncompiled_call
+from difa_compile.hooks import call_in_hooks, inner_forward
 from difa_compile.pipeline import apply, find_transformers, remove
 from difa_compile.plan import Plan
 from difa_compile.schedule import Role, assign_roles
@@ -309,8 +309,8 @@ def _compiled(transformer: Any, backend: str) -> Iterator[None]:
     kept = transformer._compiled_call_impl
     # dynamic=False: batch sizes seen earlier in this process must not slow this side down.
     # fullgraph=True: past the recompile limit there is an error, not an eager run that passes for a compiled one.
-    compiled = torch.compile(uncompiled_call(transformer), backend=backend, dynamic=False, fullgraph=True)
-    transformer._compiled_call_impl = lambda *args, **kwargs: call_in_hook(transformer, compiled, args, kwargs)
+    compiled = torch.compile(inner_forward(transformer), backend=backend, dynamic=False, fullgraph=True)
+    transformer._compiled_call_impl = lambda *args, **kwargs: call_in_hooks(transformer, compiled, args, kwargs)
     try:
         yield
     finally:

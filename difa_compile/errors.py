@@ -51,8 +51,25 @@ class RunError(DifaError, RuntimeError):
     """A run used in the wrong order: a step outside ``sampling``, a cache read before it was filled."""
 
 
+class CachesLostError(RunError):
+    """``strict=True`` and a model that changed in mid-run, so that the caches of the steps before do not fit."""
+
+
+class CachesLostWarning(UserWarning):
+    """A model that changed in mid-run: what the plan would have read from earlier steps is computed in full."""
+
+
+class PlanNotFollowedError(RunError):
+    """``strict=True`` and a call of the model that ran it as it is, because nothing was compiled."""
+
+
+class PlanNotFollowedWarning(UserWarning):
+    """A call of the model, within a run, that ran it as it is: Dynamo did not compile it."""
+
+
 class NotAppliedError(DifaError):
-    """``remove`` on a pipeline that carries no plan, or ``apply`` on one that already does."""
+    """``remove`` on a pipeline that carries no plan, ``apply`` on one that already does, or a call of one whose
+    transformer was exchanged since."""
 
 
 class UnsupportedPipelineError(DifaError, ValueError):

@@ -163,7 +163,7 @@ class Following:
             return self._branch
         if count == 0:
             return self._first_branch if unnamed and not self._in_context else self._branch
-        if count == 1 and unnamed:
+        if count == 1 and unnamed and not self._in_context:
             return "uncond"
         where = f"in branch {self._branch!r}" if self._branch else "without cache_context"
         raise UnsupportedPipelineError(

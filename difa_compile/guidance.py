@@ -13,8 +13,8 @@ from difa_compile.errors import DecisionError, UnsupportedPipelineError
 
 _FOLDERS = "diffusers.pipelines."
 
-CONDITIONAL_FIRST = frozenset({"ace_step", "dit", "lumina"})
-"""Pipeline folders of diffusers that batch ``[cond, uncond]``."""
+CONDITIONAL_FIRST = frozenset({"ace_step", "dit", "lumina", "z_image"})
+"""Pipeline folders of diffusers (or single modules, ``folder.module``) that batch ``[cond, uncond]``."""
 
 UNCONDITIONAL_FIRST = frozenset(
     {
@@ -26,19 +26,24 @@ UNCONDITIONAL_FIRST = frozenset(
         "cogvideo",
         "cogview3",
         "consisid",
+        "deprecated.amused",
+        "deprecated.vq_diffusion",
         "controlnet_hunyuandit",
         "controlnet_sd3",
         "easyanimate",
         "ernie_image",
         "hidream_image",
         "hunyuandit",
+        "joyimage.pipeline_joyimage_edit_plus",
         "latte",
         "ltx",
+        "ltx2",
         "mochi",
         "pixart_alpha",
         "prx",
         "sana",
         "sana_video",
+        "sana_wm",
         "stable_audio",
         "stable_audio_3",
         "stable_diffusion_3",
@@ -60,6 +65,7 @@ TWO_CALLS = frozenset(
         "hunyuan_image",
         "hunyuan_video",
         "hunyuan_video1_5",
+        "joyimage",
         "kandinsky5",
         "kandinsky6",
         "krea2",
@@ -79,18 +85,40 @@ TWO_CALLS = frozenset(
 """Pipeline folders of diffusers that call the transformer once per half. Those of them that do not name the calls by
 ``cache_context`` make the conditional one first, in every step."""
 
+_UNGUIDED = "it guides in no way that makes halves: what scale it takes is an input of its transformer"
+
+NO_HALVES = {
+    "flux2.pipeline_flux2_klein_kv": _UNGUIDED,
+    "ideogram4": "it guides with a second model, and its transformer sees the conditional half alone",
+    "kandinsky6.pipeline_kandinsky6_sr": _UNGUIDED,
+    "ltx2.pipeline_ltx2_dfr": _UNGUIDED,
+    "ltx2.pipeline_ltx2_dfr_temporal_refine": _UNGUIDED,
+    "omnigen": "its batch is of two parts or, with input images, of three",
+    "pag": "its batch is of three parts, or of two that are both conditional: perturbed attention has one of its own",
+    "rfd4_proteina": _UNGUIDED,
+    "sana.pipeline_sana_sprint": _UNGUIDED,
+    "sana.pipeline_sana_sprint_img2img": _UNGUIDED,
+    "sana_wm.refiner": _UNGUIDED,
+    "stable_audio_3.pipeline_stable_audio_3_audio2audio": _UNGUIDED,
+    "stable_audio_3.pipeline_stable_audio_3_inpaint": _UNGUIDED,
+    "visualcloze": _UNGUIDED,
+}
+"""Pipeline folders and modules of diffusers whose calls have no two halves, and why not."""
+
 
 @dataclass(frozen=True)
 class Guidance:
-    """``form`` is ``batched``, ``two-call`` or ``unknown``; ``conditional_half`` (0 or 1) is known for batched only.
+    """``form`` is ``batched``, ``two-call``, ``none`` or ``unknown``; ``conditional_half`` (0 or 1) is known of the
+    first alone.
 
     ``conditional_first``: of two calls whose order is known and that nothing else tells apart, the first of a step is
-    the conditional one.
+    the conditional one. ``reason``: why there are no halves.
     """
 
     form: str
     conditional_half: int | None = None
     conditional_first: bool = False
+    reason: str = ""
 
 
 def guidance_of(pipe: object) -> Guidance:
@@ -99,14 +127,27 @@ def guidance_of(pipe: object) -> Guidance:
         module = base.__module__
         if not module.startswith(_FOLDERS):
             continue
-        folder = module.removeprefix(_FOLDERS).split(".")[0]
-        if folder in CONDITIONAL_FIRST:
-            return Guidance("batched", 0)
-        if folder in UNCONDITIONAL_FIRST:
-            return Guidance("batched", 1)
-        if folder in TWO_CALLS:
-            return Guidance("two-call", conditional_first=True)
+        found = _guidance_in(module.removeprefix(_FOLDERS))
+        if found is not None:
+            return found
     return Guidance("unknown")
+
+
+def _guidance_in(module: str) -> Guidance | None:
+    """How the pipelines of a module (``folder.module``) of diffusers guide; what is said of a module goes before what
+    is said of its folder."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in NO_HALVES:
+            return Guidance("none", reason=NO_HALVES[name])
+        if name in CONDITIONAL_FIRST:
+            return Guidance("batched", 0)
+        if name in UNCONDITIONAL_FIRST:
+            return Guidance("batched", 1)
+        if name in TWO_CALLS:
+            return Guidance("two-call", conditional_first=True)
+    return None
 
 
 def stated_guidance(pipe: object, form: str | None, conditional_half: int | None) -> Guidance:
@@ -131,8 +172,9 @@ def stated_guidance(pipe: object, form: str | None, conditional_half: int | None
     if form is None:
         form = "batched" if conditional_half is not None else "none" if known.form == "unknown" else known.form
     if form != "none" and known.form not in ("unknown", form):
+        reason = f" ({known.reason})" if known.reason else ""
         stated = f"conditional_half={conditional_half}" if conditional_half is not None else f"guidance={form!r}"
-        raise DecisionError(f"{stated} contradicts {name}, whose guidance is {known.form}; leave it out")
+        raise DecisionError(f"{stated} contradicts {name}, whose guidance is {known.form}{reason}; leave it out")
     if conditional_half is not None and known.conditional_half not in (None, conditional_half):
         raise DecisionError(
             f"conditional_half={conditional_half} contradicts {name}, which puts the conditional half at "
@@ -158,6 +200,10 @@ def conditional_half_of(pipe: object) -> int:
             f"{name} calls its transformer once for the conditional and once for the unconditional half, so there "
             "are no halves of a batch to share; leave the +cfg candidates out"
         )
+    if guidance.form == "none":
+        raise UnsupportedPipelineError(
+            f"{name} has no halves of guidance to share: {guidance.reason}; leave the +cfg candidates out"
+        )
     raise UnsupportedPipelineError(
         f"{name}: it is not known which half of its guided batch is the conditional one, which sharing across guidance "
         "needs; say so with conditional_half=0 (cond first) or 1 (uncond first), or leave the +cfg candidates out"
@@ -173,6 +219,8 @@ def guidance_is_on(pipe: object, arguments: Mapping[str, object]) -> bool | None
     it is in pipelines that make two calls but take nothing negative for the second; the rest guide if
     ``guidance_scale > 1``.
     """
+    if guidance_of(pipe).form == "none":
+        return False
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if isinstance(told, bool):
         return told
@@ -187,6 +235,9 @@ def guidance_is_on(pipe: object, arguments: Mapping[str, object]) -> bool | None
 
 def how_to_guide(pipe: object, arguments: Mapping[str, object]) -> str:
     """What to do about a call of ``pipe`` that does not guide, where a plan shares the halves of guidance."""
+    guidance = guidance_of(pipe)
+    if guidance.form == "none":
+        return f"{guidance.reason}; use a plan without +cfg"
     if "true_cfg_scale" in arguments:
         return (
             "call it with true_cfg_scale > 1 and a negative_prompt (guidance_scale is an input of its transformer and "

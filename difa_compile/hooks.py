@@ -1,18 +1,25 @@
-"""What accelerate and diffusers hang around modules: hooks that move weights, cast them, or leave work out.
+"""What hangs around modules: PyTorch's forward hooks, and those of accelerate and diffusers that move weights, cast
+them, or leave work out.
 
-Both libraries put a ``forward`` of their own on the instance. One of accelerate's around the whole transformer is fine,
-as model offload has it: it moves weights and inputs before the call and runs around the compiled one. All others act
-between the layers, where a graph of the whole model has no room for them.
+Forward hooks of the transformer itself are called around the compiled call, as ``nn.Module`` calls them. Those of
+modules inside it are part of the graph, which is captured anew when they come or go (``wiring.py``).
+
+Accelerate and diffusers put a ``forward`` of their own on the instance. One of accelerate's around the whole
+transformer is fine, as model offload has it: it moves weights and inputs before the call and runs around the compiled
+one. All others act between the layers, where a graph of the whole model has no room for them.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
 
 from difa_compile.errors import UnsupportedPipelineError
 
@@ -31,6 +38,10 @@ _DIFFUSERS_HOOKS = {
 
 def outer_hook(model: nn.Module) -> Any:
     """Accelerate's hook around the whole of ``model``, or ``None``."""
+    forward = model.__dict__.get("forward")
+    function = forward.func if isinstance(forward, functools.partial) else None
+    if not getattr(function, "__module__", "").startswith("accelerate."):
+        return None  # none was there, or somebody has put another forward in its place
     return getattr(model, "_hf_hook", None) if hasattr(model, "_old_forward") else None
 
 
@@ -40,12 +51,67 @@ def inner_forward(model: nn.Module) -> Callable[..., object]:
     return forward
 
 
-def uncompiled_call(model: nn.Module) -> Callable[..., object]:
-    """What calling ``model`` runs, from accelerate's hook around it inwards where there is one."""
-    return model._call_impl if outer_hook(model) is None else inner_forward(model)
+def global_hooks() -> tuple[int, ...]:
+    """Names of the forward hooks that PyTorch calls around every module."""
+    return *_module._global_forward_pre_hooks, *_module._global_forward_hooks
 
 
-def call_in_hook(
+def call_in_hooks(
+    model: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> object:
+    """Call ``forward`` in place of the model's own, within all that is hung around the whole ``model``.
+
+    Outside are the forward hooks, global ones first, with the arguments and results that ``nn.Module`` gives them.
+    """
+    own_before, own_after = model._forward_pre_hooks, model._forward_hooks
+    if not (own_before or own_after or global_hooks()):
+        return _call_in_outer_hook(model, forward, args, kwargs)
+    after = {**_module._global_forward_hooks, **own_after}
+    always = [
+        key
+        for key in after
+        if key in _module._global_forward_hooks_always_called or key in model._forward_hooks_always_called
+    ]
+    result: Any = None
+    called = set()
+
+    def call_after(key: int) -> None:
+        nonlocal result
+        called.add(key)
+        with_kwargs = key in _module._global_forward_hooks_with_kwargs or key in model._forward_hooks_with_kwargs
+        given = (args, kwargs, result) if with_kwargs else (args, result)
+        replaced = after[key](model, *given)
+        if replaced is not None:
+            result = replaced
+
+    try:
+        for key, hook in {**_module._global_forward_pre_hooks, **own_before}.items():
+            if key in model._forward_pre_hooks_with_kwargs:
+                both = hook(model, args, kwargs)
+                if both is not None:
+                    args, kwargs = both
+            else:
+                changed = hook(model, args)
+                if changed is not None:
+                    args = changed if isinstance(changed, tuple) else (changed,)
+        result = _call_in_outer_hook(model, forward, args, kwargs)
+        for key in after:
+            call_after(key)
+        return result
+    except Exception:
+        for key in always:
+            if key not in called:
+                try:
+                    call_after(key)
+                except Exception as error:
+                    warnings.warn(
+                        f"a forward hook with always_call=True raised, while another error was raised: {error}",
+                        stacklevel=2,
+                    )
+        raise
+
+
+def _call_in_outer_hook(
     model: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> object:
     """Call ``forward`` as accelerate's hook around ``model`` calls the model's own; plainly where there is no hook."""
@@ -74,11 +140,6 @@ def check_hooks(model: nn.Module) -> None:
                 f"{where} carries {what}, which acts between the layers of the model; a plan needs the whole model in "
                 f"one graph. Remedy: {remedy}"
             )
-    if outer_hook(model) is not None and (model._forward_pre_hooks or model._forward_hooks):
-        raise UnsupportedPipelineError(
-            f"{name} carries forward hooks of its own inside the hook that accelerate put around it, and compiled code "
-            "would leave them out; remove one or the other"
-        )
 
 
 def _check_accelerate(where: str, hook: Any, *, is_outer: bool) -> None:

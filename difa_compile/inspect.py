@@ -17,7 +17,7 @@ from difa_compile.backend import eager
 from difa_compile.capture import Capture, Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError, NoAttentionError
-from difa_compile.hooks import call_in_hook, check_hooks, inner_forward
+from difa_compile.hooks import call_in_hooks, check_hooks, inner_forward
 from difa_compile.layout import Layout
 from difa_compile.passes.site import Site
 from difa_compile.plan_data import SiteInfo
@@ -101,7 +101,7 @@ def inspect_model(
         graphs = 0
         with torch.no_grad():
             compiled = torch.compile(private_forward(model), backend=collect, dynamic=False, **settings)
-            call_in_hook(model, compiled, args, kwargs)
+            call_in_hooks(model, compiled, args, kwargs)
 
     training = model.training
     model.eval()

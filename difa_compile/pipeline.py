@@ -10,7 +10,10 @@ where. Every call of the pipeline is a run of its own, which ends when the call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +22,23 @@ from torch import nn
 
 from difa_compile.backend import compiler_named, difa
 from difa_compile.batches import AnyBatch
+from difa_compile.capture import batch_of
 from difa_compile.decision import Kind
-from difa_compile.errors import DecisionError, NotAppliedError, PlanMismatchError, UnsupportedPipelineError
+from difa_compile.errors import (
+    DecisionError,
+    NotAppliedError,
+    PlanMismatchError,
+    PlanNotFollowedError,
+    PlanNotFollowedWarning,
+    UnsupportedPipelineError,
+)
 from difa_compile.following import Following, RunStats
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of, how_to_guide
 from difa_compile.hooks import check_hooks
 from difa_compile.inductor import inductor_config
 from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
-from difa_compile.run import Run
+from difa_compile.run import Run, run_of
 from difa_compile.wiring import Wiring, compile_forward, wiring_of
 
 if TYPE_CHECKING:
@@ -70,12 +81,16 @@ class AppliedPlan:
 
 
 class _AppliedRun(Run):
-    """A run that notes which graphs it calls."""
+    """A run that notes which graphs it calls. ``halves``: the plan shares the halves of a batch."""
 
-    def __init__(self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan) -> None:
+    def __init__(
+        self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan, halves: bool
+    ) -> None:
         super().__init__(models[0], len(progress), progress=progress, experts=models[1:])
         self._applied = applied
         self._tells_calls_apart = True
+        self._halves = halves
+        self._batch: int | None = None
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         self._tells_calls_apart = self._tells_calls_apart and self.current_branch is not None
@@ -83,7 +98,47 @@ class _AppliedRun(Run):
             capture.leave_unshared(_NOT_TOLD_APART)
         if not any(known is capture for known in self._applied.captures):
             self._applied.captures.append(capture)
+        if self._halves:
+            self._check_batch(capture)
         return super().call(capture, args)
+
+    def _check_batch(self, capture: Capture) -> None:
+        """Raise :class:`PlanMismatchError` if the batch changes in mid-run: half of it is a half of guidance at some
+        steps, and other images at the rest."""
+        batch = batch_of(capture)
+        if self._batch not in (None, batch):
+            raise PlanMismatchError(
+                f"step {self.index}: the plan shares the two halves of classifier-free guidance, but the transformer "
+                f"was called with a batch of {batch} in its attention, after one of {self._batch}: one of them has no "
+                "two halves. Leave out the option that changes it (guidance in an interval or cut off in mid-run, "
+                "perturbed or skipped-layer guidance), or use a plan without +cfg"
+            )
+        self._batch = batch
+
+
+class _Followed:
+    """A compiled forward that says if Dynamo did not compile: the model then runs as it is, without the plan."""
+
+    def __init__(self, model: nn.Module, compiled: Callable[..., object], strict: bool) -> None:
+        self._model, self._compiled, self._strict = model, compiled, strict
+        self._said: weakref.WeakSet[Run] = weakref.WeakSet()
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        run = run_of(self._model)
+        calls = None if run is None else run.calls
+        result = self._compiled(*args, **kwargs)
+        if run is not None and run.calls == calls and run not in self._said:
+            text = (
+                f"step {run.index}: {type(self._model).__name__} was called as it is, without its plan, because "
+                "nothing was compiled; torch.compile is switched off (TORCHDYNAMO_DISABLE, "
+                "torch.compiler.set_stance, torch._dynamo.config.disable) or the call stands in a region that Dynamo "
+                "leaves alone (torch.compiler.disable). Switch it on, or remove the plan"
+            )
+            if self._strict:
+                raise PlanNotFollowedError(text)
+            self._said.add(run)
+            warnings.warn(text, PlanNotFollowedWarning, stacklevel=2)
+        return result
 
 
 def find_transformer(pipe_or_model: Any) -> tuple[str, nn.Module]:
@@ -196,12 +251,15 @@ def apply(
         options["allow_slower"] = True
     if dynamic:
         options["dynamic"] = AnyBatch()
-    options["cfg"] = _cfg_option(pipe, plan)
+    options["cfg"] = cfg = _cfg_option(pipe, plan)
     decisions = {decision for row in plan.decisions for decision in row}
     shares = any(decision.cfg_shared for decision in decisions)
+    halves = shares and not cfg.get("two_call")
     caches = any(decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) for decision in decisions)
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
+        check_unchanged(pipe, models)
+
         def check_guidance() -> None:  # at every call: a callback may switch guidance off
             if shares and guidance_is_on(pipe, arguments) is False:
                 raise PlanMismatchError(
@@ -210,7 +268,7 @@ def apply(
                 )
 
         def open_run(progress: tuple[float, ...]) -> Run:
-            return _AppliedRun(models, progress, applied)
+            return _AppliedRun(models, progress, applied, halves)
 
         device = getattr(pipe, "_execution_device", None)  # where offloaded weights are not
         if not isinstance(device, torch.device):
@@ -226,8 +284,31 @@ def apply(
             device=device,
         )
 
-    Wiring(pipe, {model: compile_forward(model, difa, options) for model in models}, start).connect()
+    backend: Callable[..., object] = difa
+    if shares and not halves and not guidance_of(pipe).conditional_first:
+        # Whether calls are told apart shows only when they are made, and is then said of the capture: it must be this
+        # pipeline's alone. Dynamo takes no graph of another backend for it.
+        backend = functools.partial(difa)
+    compiled = {model: _Followed(model, compile_forward(model, backend, options), strict) for model in models}
+    Wiring(pipe, compiled, start).connect()
     return applied
+
+
+def check_unchanged(pipe: Any, models: tuple[nn.Module, ...]) -> None:
+    """Raise :class:`NotAppliedError` if other transformers than ``models`` are in ``pipe``, or its plan is off them."""
+    found = find_transformers(pipe)
+    name = type(pipe).__name__
+    if len(found) != len(models) or any(one is not other for one, other in zip(found, models, strict=True)):
+        raise NotAppliedError(
+            f"a transformer of this {name} was exchanged after the plan was applied, and the plan is not applied to "
+            "the new one; call remove(pipe) and apply(pipe, plan) again"
+        )
+    wiring = wiring_of(pipe)
+    if wiring is not None and not all(wiring.is_attached(model) for model in models):
+        raise NotAppliedError(
+            f"the transformer of this {name} was compiled in place (transformer.compile()) after the plan was applied, "
+            "which took the plan off; call remove(pipe), leave that compilation out, and apply(pipe, plan) again"
+        )
 
 
 def remove(pipe: Any) -> None:
@@ -252,6 +333,11 @@ def _cfg_option(pipe: Any, plan: Plan) -> dict[str, object]:
             f"{known}; calibrate a plan with this pipeline"
         )
     made_for = plan.settings.guidance
+    if shares and guidance.form == "none":
+        raise PlanMismatchError(
+            f"the plan shares guidance halves, but {type(pipe).__name__} has none: {guidance.reason}; use a plan "
+            "without +cfg"
+        )
     if shares and {made_for, guidance.form} == {"batched", "two-call"}:
         raise PlanMismatchError(
             f"the plan shares guidance halves as {made_for} calls have them, but {type(pipe).__name__} makes "

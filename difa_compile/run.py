@@ -15,14 +15,21 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from torch import Tensor, nn
 
 from difa_compile.decision import Decision, Kind
-from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
+from difa_compile.errors import (
+    CachesLostError,
+    CachesLostWarning,
+    PlanMismatchError,
+    PlanNotFollowedWarning,
+    RunError,
+    ScheduleError,
+)
 from difa_compile.schedule import Promotion, Role, assign_roles, check_progress, check_steps, take_rows
 
 if TYPE_CHECKING:
@@ -40,19 +47,24 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
     ``progress``: the normalised timestep of each step, falling from 1 to 0, by which a plan made for another schedule
     is resolved; by default the plan's own spacing. ``model``: the module or what ``torch.compile`` made of it.
 
-    Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress. Warns if steps were taken and no
-    call of the model came to this run: it computed what it does without a plan.
+    Raises :class:`ScheduleError` for a wrong number of steps or a wrong progress. Warns
+    (:class:`PlanNotFollowedWarning`) if steps were taken in which no call of the model came to this run: it computed
+    what it does without a plan.
     """
     run = Run(model, steps, progress=progress)
     token = run.activate()
     try:
         yield run
-        if run.stepped and not run.called:
+        missed = run.missed_steps()
+        if missed:
+            which = f"{steps} steps" if len(missed) == steps or not run.calls else f"step {missed[0]}"
+            more = f" and {len(missed) - 1} more" if which.startswith("step ") and len(missed) > 1 else ""
             warnings.warn(
-                f"{steps} steps of a sampling run went by, and no call of {type(run.models[0]).__name__} followed a "
+                f"{which}{more} of a sampling run went by, and no call of {type(run.models[0]).__name__} followed a "
                 "plan. Was it compiled with backend='difa'? Beyond torch._dynamo.config.recompile_limit input shapes "
                 "(8 by default) Dynamo runs a model as it is: raise the limit, or compile with fullgraph=True to make "
                 "that an error",
+                PlanNotFollowedWarning,
                 stacklevel=3,
             )
     finally:
@@ -69,17 +81,27 @@ def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
     return None
 
 
+def run_of(model: nn.Module) -> Run | None:
+    """The innermost active run of ``model`` in this thread."""
+    return next((run for run in reversed(_active.get()) if model in run.models), None)
+
+
 def is_sampled(model: nn.Module) -> bool:
     """Whether a run of ``model`` is active in this thread."""
-    return any(model in run.models for run in _active.get())
+    return run_of(model) is not None
 
 
 class Run:
     """One pass through a schedule.
 
     ``index`` is the current step, ``current_branch`` the CFG branch ("cond", "uncond", None in a batched call).
-    ``stepped``, ``called``: whether a step was taken, and whether compiled code has asked this run, ever.
+    ``stepped``: whether a step was taken, ever; ``calls``: how often compiled code has asked this run.
     ``experts``: further models that take over some of the steps; each has caches of its own.
+
+    A run stays with the captures it began with. Dynamo may hand over another one at any call (it was captured twice at
+    the same time, the model was altered, Dynamo was reset): the caches go on with every capture that they fit
+    (:class:`Fit`), and a capture that is the same as an earlier one is not used at all. Where they do not fit, what
+    the plan would read is computed in full and the user told.
     """
 
     def __init__(
@@ -99,14 +121,20 @@ class Run:
         self.index = 0
         self.current_branch: str | None = None
         self.stepped = False
-        self.called = False
+        self.calls = 0
         self.peak_cache_bytes = 0
         self._promotions: dict[Promotion, None] = {}
-        self._parameters = {id(parameter) for each in self.models for parameter in each.parameters()}
-        self._capture_runs: dict[tuple[int, int], CaptureRun] = {}
-        """By capture and model: models of one class may share a capture."""
+        self._calls_before = 0
+        self._missed: list[int] = []
+        self._said_lost = False
+        self._owners: dict[int, tuple[ref[Tensor], int]] = {}
+        """By id of a parameter: itself, since ids are given anew, and the index of its model."""
+        self._parts: dict[int, list[CaptureRun]] = {}
+        """By model: models of one class may share a capture. One for each form of input."""
+        self._serving: dict[tuple[Capture, int], tuple[CaptureRun, Capture]] = {}
+        """By the capture that Dynamo has handed over, and model: whose turn it is, and the capture that is run."""
         self._conditional: dict[int, CaptureRun] = {}
-        """By model: which capture the latest conditional call came from."""
+        """By model: which part the latest conditional call came from."""
 
     @property
     def promotions(self) -> tuple[Promotion, ...]:
@@ -123,14 +151,28 @@ class Run:
         self.stepped = True
         if index < self.index:
             self.reset()
-        elif self._capture_runs and index > self.index + 1:
+        elif self._parts and index > self.index + 1:
             raise ScheduleError(
                 f"step {index} follows step {self.index}: {index - self.index - 1} steps were left out, and what they "
                 "would have cached is missing; announce the steps you take, or start a new run"
             )
+        if index > self.index and self.calls:
+            self._note_missed()
+        self._calls_before = self.calls if index != self.index else self._calls_before
         self.index = index
-        for current in self._capture_runs.values():
-            current.drop_left(index)
+        for part in self._all_parts():
+            part.drop_left(index)
+
+    def _note_missed(self) -> None:
+        if self.calls == self._calls_before:
+            self._missed.append(self.index)
+
+    def missed_steps(self) -> list[int]:
+        """The steps in which no compiled code has asked this run; all of those taken if none has, ever."""
+        if not self.calls:
+            return list(range(self.index + 1)) if self.stepped else []
+        now = [self.index] if self.stepped and self.calls == self._calls_before else []
+        return [*self._missed, *now]
 
     def branch(self, name: str | None) -> None:
         """Say which CFG branch the next calls compute, where it is two calls per step; None for a batched call."""
@@ -138,8 +180,11 @@ class Run:
 
     def reset(self) -> None:
         """Forget all caches and go back to the start."""
-        self._capture_runs.clear()
+        self._parts.clear()
+        self._serving.clear()
         self._conditional.clear()
+        self._missed.clear()
+        self._calls_before = self.calls
         self.index = 0
         self.current_branch = None
 
@@ -152,44 +197,134 @@ class Run:
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether ``parameter`` is one of this run's models."""
-        return id(parameter) in self._parameters
+        return self._owner(parameter) is not None
+
+    def _owner(self, parameter: Tensor) -> int | None:
+        """The index of the model that has ``parameter``. Models may get other ones in mid-run, as by a LoRA."""
+        found = self._owners.get(id(parameter))
+        if found is not None and found[0]() is parameter:
+            return found[1]
+        self._owners = {id(each): (ref(each), i) for i, model in enumerate(self.models) for each in model.parameters()}
+        found = self._owners.get(id(parameter))
+        return None if found is None else found[1]
+
+    def _all_parts(self) -> Iterator[CaptureRun]:
+        return (part for parts in self._parts.values() for part in parts)
 
     def cache_bytes(self) -> int:
         """Bytes of all caches held now, each tensor counted once."""
         held = {
             tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for current in self._capture_runs.values()
-            for caches in current.caches.values()
+            for part in self._all_parts()
+            for caches in part.caches.values()
             for tensor in caches.values()
         }
         return sum(held.values())
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         """Execute one model call at the current step; what compiled code calls."""
-        self.called = True
+        self.calls += 1
         if capture.plan is None:
             return capture.full(args)
-        model = id(capture.model_parameter(args))
-        current = self._capture_runs.get((id(capture), model))
-        if current is None:
-            current = CaptureRun(capture, self.steps, self.progress, self.index, self._promotions)
-            self._capture_runs[id(capture), model] = current
-        outputs = current.call(args, self.index, self.current_branch, self._conditional.get(model))
+        parameter = capture.model_parameter(args)
+        model = 0 if parameter is None else self._owner(parameter)
+        assert model is not None  # :func:`active_run` has asked
+        part, capture = self._part(capture, model)
+        before = part.replaced(self._parts[model], self.index, self.current_branch)
+        if before is not None:
+            self._caches_lost(before, part, model)
+        outputs = part.call(capture, args, self.index, self.current_branch, self._conditional.get(model))
         if self.current_branch == "cond":
-            self._conditional[model] = current
+            self._conditional[model] = part
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
         return outputs
 
+    def _part(self, capture: Capture, model: int) -> tuple[CaptureRun, Capture]:
+        """The part of this run that a capture belongs to, and the capture to run: an earlier one if it is the same."""
+        known = self._serving.get((capture, model))
+        if known is None:
+            parts = self._parts.setdefault(model, [])
+            fit = Fit.of(capture)
+            part = next((part for part in parts if part.fit == fit), None)
+            if part is None:
+                part = CaptureRun(capture, fit, self.steps, self.progress, self.index, self._promotions)
+                parts.append(part)
+            known = self._serving[capture, model] = part, part.same_as(capture)
+        return known
+
+    def _caches_lost(self, before: CaptureRun, part: CaptureRun, model: int) -> None:
+        """Say that ``part`` takes over in mid-run from ``before``, whose caches do not fit.
+
+        Raises :class:`CachesLostError` where skips are errors.
+        """
+        sites = before.sites_that_read(self.index - 1, self.current_branch)
+        if not sites or (self._said_lost and not part.capture.strict):
+            return
+        self._said_lost = True
+        more = f" and {len(sites) - 1} more sites" if len(sites) > 1 else ""
+        text = (
+            f"step {self.index}: {type(self.models[model]).__name__} goes on as another graph than in the steps before "
+            f"({part.fit.difference(before.fit)}), which their caches do not fit; {sites[0]}{more} would have read "
+            "them, and attention there is full until they are filled again. Keep the model and the form of its inputs "
+            "as they are during a run"
+        )
+        if part.capture.strict:
+            raise CachesLostError(text)
+        warnings.warn(text, CachesLostWarning, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What captures have in common between which caches may pass: what the plan does, and the form of every cache."""
+
+    two_call: bool
+    rows: tuple[tuple[Decision, ...], ...]
+    """By step of the plan and site: what is carried out."""
+    batch: int
+    caches: tuple[tuple[object, ...], ...]
+    """By site: path, tokens, shapes, dtypes and device."""
+
+    @classmethod
+    def of(cls, capture: Capture) -> Fit:
+        assert capture.plan is not None
+        rows = tuple(
+            tuple(capture.effective(site, decision) for site, decision in enumerate(row))
+            for row in capture.plan.decisions
+        )
+        caches = tuple(
+            (site.path, site.tokens, site.cache_shapes, *capture.cache_dtypes(index))
+            for index, site in enumerate(capture.sites)
+        )
+        return cls(capture.two_call, rows, capture.sites[0].query_shape[0], caches)
+
+    def difference(self, before: Fit) -> str:
+        """What differs from the form of the steps before, in words."""
+        if self.batch != before.batch:
+            return f"its attention has a batch of {self.batch}, not {before.batch}"
+        for mine, theirs in zip(self.caches, before.caches, strict=False):
+            if mine[1] != theirs[1]:
+                return f"{mine[0]} has {mine[1]} tokens, not {theirs[1]}"
+            if mine != theirs:
+                return f"{mine[0]} is in {mine[3]} on {mine[-1]}, not {theirs[3]} on {theirs[-1]}"
+        for row, other in zip(self.rows, before.rows, strict=False):
+            for site, (one, two) in enumerate(zip(row, other, strict=False)):
+                if one != two:
+                    return f"at {self.caches[site][0]} the plan comes to {one}, not {two}"
+        return "it follows another plan"
+
 
 class CaptureRun:
-    """The part of a run that belongs to one capture: the plan resolved onto the schedule, and the caches per branch.
+    """The part of a run that belongs to the captures of one fit: the plan resolved onto the schedule, and the caches
+    per branch.
 
-    ``first``: the step of the run at which the capture is first called. ``promotions`` is added to.
+    ``capture``: the first of them. ``first``: the step of the run at which it is first called. ``promotions`` is added
+    to.
     """
 
     def __init__(
         self,
         capture: Capture,
+        fit: Fit,
         steps: int,
         progress: Sequence[float] | None,
         first: int,
@@ -198,7 +333,9 @@ class CaptureRun:
         plan = capture.plan
         assert plan is not None
         self.capture = capture
+        self.fit = fit
         self.first = first
+        self._captures = [capture]
         self._promotions = promotions
         resolved = plan.resolve(steps, progress=progress)
         self._source_steps = resolved.source_steps
@@ -209,6 +346,25 @@ class CaptureRun:
         self._last: dict[str | None, int] = {}
         self._shareable: set[CaptureRun] = set()
         self._sites = {site.path: index for index, site in enumerate(capture.sites)}
+
+    def same_as(self, capture: Capture) -> Capture:
+        """The capture that stands for ``capture``: the first that computes the same, or itself."""
+        found = next((known for known in self._captures if known.identity == capture.identity), None)
+        if found is None:
+            self._captures.append(capture)
+        return found or capture
+
+    def replaced(self, parts: Sequence[CaptureRun], index: int, branch: str | None) -> CaptureRun | None:
+        """The other part, if one made the call of the step before that this one would have to go on from."""
+        if self._last.get(branch, -2) >= index - 1 - self.first:
+            return None
+        return next((part for part in parts if part._last.get(branch) == index - 1 - part.first), None)
+
+    def sites_that_read(self, index: int, branch: str | None) -> list[str]:
+        """The paths of sites with caches of a branch that steps after ``index`` read."""
+        places = (self._place(name) for name in self.caches.get(branch, {}))
+        read = {site for site, kind in places if self._read_later(index - self.first, branch, site, kind)}
+        return [self.capture.sites[site].path for site in sorted(read)]
 
     def _roles_from(self, step: int) -> Roles:
         """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
@@ -245,23 +401,30 @@ class CaptureRun:
             if self.first + last < index - 1:
                 self.caches[branch] = {}
 
-    def call(self, args: list[Any], index: int, branch: str | None, conditional: CaptureRun | None = None) -> list[Any]:
-        """One call of the model. ``conditional``: the part of the run that made the latest conditional call; it is
-        another one than this if the texts of the two calls have other shapes."""
+    def call(
+        self,
+        capture: Capture,
+        args: list[Any],
+        index: int,
+        branch: str | None,
+        conditional: CaptureRun | None = None,
+    ) -> list[Any]:
+        """One call of the model, as ``capture``. ``conditional``: the part of the run that made the latest conditional
+        call; it is another one than this if the texts of the two calls have other shapes."""
         step = index - self.first
         roles = self._roles_now(step, branch)
         caches = self.caches.setdefault(branch, {})
         if branch == "uncond" and conditional is not None:
             self._check_shareable(conditional)
-        shared = [self.capture.two_call and role.decision.cfg_shared for role in roles]
+        shared = [capture.two_call and role.decision.cfg_shared for role in roles]
         if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
             theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
             shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
             roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
         if any(shared):
-            outputs, written = self._call_shared(args, index, branch, roles, shared, caches, conditional)
+            outputs, written = self._call_shared(capture, args, index, branch, roles, shared, caches, conditional)
         else:
-            outputs, written = self.capture.execute(args, roles, caches)
+            outputs, written = capture.execute(args, roles, caches)
         outputs, written = apart(outputs, {**caches, **written})
         caches.update(written)
         self._drop_unread(step, branch, caches, keep_outputs=shared if branch == "cond" else ())
@@ -279,6 +442,7 @@ class CaptureRun:
 
     def _call_shared(
         self,
+        capture: Capture,
         args: list[Any],
         index: int,
         branch: str | None,
@@ -295,7 +459,7 @@ class CaptureRun:
             )
         if branch == "cond":
             row = [across(role) if share else role for role, share in zip(roles, shared, strict=True)]
-            return self.capture.execute(args, row, caches)
+            return capture.execute(args, row, caches)
         if conditional is None or not conditional.is_at(index):
             raise RunError(
                 f"step {index} shares the conditional call's attention with the {branch} call, but the "
@@ -315,7 +479,7 @@ class CaptureRun:
                         read[name] = value
                     if (kind == "output" and role.emit_output) or (kind == "residual" and role.emit_residual):
                         taken[name] = value
-        outputs, written = self.capture.execute(args, row, read)
+        outputs, written = capture.execute(args, row, read)
         return outputs, {**taken, **written}
 
     def _check_shareable(self, conditional: CaptureRun) -> None:
@@ -324,7 +488,7 @@ class CaptureRun:
         Said at the first step, not at the first that shares. Image tokens are as many in both calls; text tokens need
         not be, and where they are in the attention their outputs cannot be taken over.
         """
-        if conditional.capture is self.capture or conditional in self._shareable or not self.capture.two_call:
+        if conditional is self or conditional in self._shareable or not self.capture.two_call:
             return
         sites = zip(self.capture.sites, conditional.capture.sites, strict=True)
         for index, (mine, theirs) in enumerate(sites):

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from difa_compile.calibration_state import CalibrationState
+from difa_compile.capture import batch_of
 from difa_compile.cost import flops_saved
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
 from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
@@ -297,6 +298,13 @@ class Search:
                 "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
                 "changed; calibrate with inputs of one size"
             )
+        elif self.settings.conditional_half is not None and batch_of(capture) != batch_of(self._captures[0]):
+            raise CalibrationError(
+                f"the transformer was called with a batch of {batch_of(capture)} in its attention, after one of "
+                f"{batch_of(self._captures[0])}: guidance is left out at some steps or in some calls, so its halves "
+                "cannot be shared; leave the +cfg candidates out, or the option that makes such calls (an interval of "
+                "guidance, perturbed or skipped-layer guidance)"
+            )
         else:
             self._candidates = [
                 [replace(one, reason=one.reason or self._why_not(capture, index, one.decision)) for one in known]
@@ -517,6 +525,7 @@ class SearchRun(Run):
         self._search = search
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        self.calls += 1
         return self._search.call(capture, args, self.index, self.current_branch)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from difa_compile.answering import answering
 from difa_compile.errors import DifaError, InputValuesError, UnsupportedPipelineError
 from difa_compile.following import Following
-from difa_compile.hooks import call_in_hook, check_hooks, uncompiled_call
+from difa_compile.hooks import call_in_hooks, check_hooks, global_hooks, inner_forward
 from difa_compile.run import is_sampled
 
 MOST_SHAPES = 64
@@ -95,6 +95,11 @@ class Wiring:
     def models(self) -> tuple[nn.Module, ...]:
         """The transformers."""
         return tuple(self._compiled)
+
+    def is_attached(self, model: nn.Module) -> bool:
+        """Whether calls of ``model`` come here: ``model.compile()`` takes the place of what is attached."""
+        dispatch = model._compiled_call_impl
+        return isinstance(dispatch, _Dispatch) and self in dispatch.users
 
     @property
     def is_alive(self) -> bool:
@@ -166,8 +171,10 @@ class Wiring:
 
 
 class CompiledForward:
-    """``torch.compile`` of the model's call, one graph per input shape. The model itself is left as it is. What is
-    compiled lies within the hook that accelerate may have put around the model (:func:`run_compiled` calls it there).
+    """``torch.compile`` of the model's forward, one graph per input shape. The model itself is left as it is. What is
+    compiled lies within the hooks that may be around the model (:func:`run_compiled` calls it there). Hooks of modules
+    inside it are part of the graph: Dynamo is told to guard them, which by default it leaves out. Hooks of all modules
+    it cannot guard, so they make a compiled function of their own, and so does another ``forward`` of the model.
 
     Where the model's sizes or branches depend on the values of its inputs (how many tokens a mask shows), also one
     graph for each outcome, of which the last used for inputs of such shapes is tried first.
@@ -182,11 +189,14 @@ class CompiledForward:
         self._settings: dict[str, Any] = {"options": dict(options), "dynamic": False, "fullgraph": True}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # otherwise torch's own limit, 8 graphs
             self._settings["recompile_limit"] = MOST_SHAPES
-        self._start(uncompiled_call(model))
+        self._start(inner_forward(model), global_hooks())
 
-    def _start(self, function: Callable[..., object]) -> None:
+    def _start(self, function: Callable[..., object], hooks: tuple[int, ...]) -> None:
         self._function = function
-        self._forwards: tuple[Callable[..., object], ...] = (self._compile(self._backend),)
+        self._hooks = hooks
+        # Of graphs with such hooks Dynamo must take none without; without them it finds its own again.
+        backend = functools.partial(self._backend) if hooks else self._backend
+        self._forwards: tuple[Callable[..., object], ...] = (self._compile(backend),)
         self._served: dict[object, tuple[Callable[..., object], ...]] = {}
 
     def _compile(self, backend: Callable[..., object]) -> Callable[..., object]:
@@ -195,10 +205,14 @@ class CompiledForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises what Dynamo raises."""
-        function = uncompiled_call(self._model)
-        if function != self._function:  # a hook has come or gone
+        function, hooks = inner_forward(self._model), global_hooks()
+        if function != self._function or hooks != self._hooks:
             with _lock:
-                self._start(function)
+                self._start(function, hooks)
+        with guarding_hooks():
+            return self._call(args, kwargs)
+
+    def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         shapes = signature(args, kwargs)
         served = self._served.get(shapes, ())
         fresh = [forward for forward in self._forwards if forward not in served]  # these have no graph of such shapes
@@ -225,6 +239,17 @@ class CompiledForward:
                 self._forwards = (*self._forwards, forward)
 
 
+@contextmanager
+def guarding_hooks() -> Iterator[None]:
+    """Within this block graphs are guarded against hooks that come and go; ``config.patch`` takes 20 times as long."""
+    before = torch._dynamo.config.skip_nnmodule_hook_guards
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    try:
+        yield
+    finally:
+        torch._dynamo.config.skip_nnmodule_hook_guards = before
+
+
 def signature(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     """Shapes, dtypes and devices of the tensors among a call's arguments."""
     return tuple(
@@ -236,7 +261,7 @@ def signature(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
 def compile_forward(
     model: nn.Module, backend: Callable[..., object], options: Mapping[str, object]
 ) -> Callable[..., object]:
-    """The model's call, compiled; :class:`CompiledForward`."""
+    """The model's forward, compiled; :class:`CompiledForward`."""
     return CompiledForward(model, backend, options)
 
 
@@ -246,7 +271,7 @@ def run_compiled(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> object:
-    """Call ``compiled``, made from the call of ``model``, within the hook that accelerate may have put around it.
+    """Call ``compiled``, made from the forward of ``model``, within the hooks that may be around it.
 
     Some models fill tables in their first call, in ways that cannot be captured; in others, branches and sizes depend
     on the values of the inputs. So a model that cannot be captured is called once as it is, and captured again for
@@ -255,7 +280,7 @@ def run_compiled(
     An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
     model cannot be captured as one graph.
     """
-    return call_in_hook(model, lambda *a, **k: _run_inside(compiled, model, a, k), args, kwargs)
+    return call_in_hooks(model, lambda *a, **k: _run_inside(compiled, model, a, k), args, kwargs)
 
 
 def _run_inside(
@@ -284,7 +309,7 @@ def _run_inside(
         ) from failure
     except (Unsupported, UserError) as failure:
         if retry:
-            uncompiled_call(model)(*args, **kwargs)
+            inner_forward(model)(*args, **kwargs)
             with answering():
                 return _run_inside(compiled, model, args, kwargs, retry=False)
         reason = str(failure).strip().splitlines()[0]
@@ -347,7 +372,11 @@ class _Dispatch:
     @staticmethod
     def detach(model: nn.Module, wiring: Wiring) -> None:
         dispatch = model._compiled_call_impl
-        if not isinstance(dispatch, _Dispatch) or wiring not in dispatch.users:
+        if not isinstance(dispatch, _Dispatch):  # model.compile() has taken its place
+            if isinstance(model.__dict__.get("cache_context"), _CacheContext):
+                del model.__dict__["cache_context"]
+            return
+        if wiring not in dispatch.users:
             return
         if len(dispatch.users) > 1:
             dispatch.users.remove(wiring)

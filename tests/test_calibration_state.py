@@ -103,7 +103,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("difa_compile.folders.os.replace", full)
+    monkeypatch.setattr("difa_compile.writing.os.replace", full)
     with pytest.raises(OutputError, match="No space left"):
         state.save()
     monkeypatch.undo()

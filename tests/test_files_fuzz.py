@@ -120,7 +120,7 @@ def same_comparison(a: StoredComparison, b: StoredComparison) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("difa_compile.folders.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("difa_compile.writing.os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,19 @@ def test_a_name_that_is_none_of_guidance_says_nothing_of_the_order():
     assert followed.runs[0].branches == [None]
 
 
+def test_a_second_call_under_a_name_of_its_own_is_no_half_of_guidance():
+    """LTX2 names what it perturbs: ``uncond_stg`` after ``cond_uncond``. That is not the unconditional call."""
+    followed = Followed(diffusers.DDIMScheduler())
+    followed.set(1)
+    with followed.following.branch("cond_uncond"):
+        followed.call()
+    with (
+        followed.following.branch("uncond_stg"),
+        pytest.raises(UnsupportedPipelineError, match="called 2 times without"),
+    ):
+        followed.call()
+
+
 def test_calls_that_would_take_caches_from_each_other_are_refused():
     followed = Followed(diffusers.DDIMScheduler())
     followed.set(2)

@@ -164,14 +164,21 @@ def test_an_error_within_the_hook_is_raised_as_itself(pipe):
         sample(pipe, guidance_scale=1.0)
 
 
-def test_forward_hooks_inside_an_accelerate_hook_are_refused(pipe):
-    plan = plan_of(pipe)
-    add_hook_to_module(pipe.transformer, Absent())
-    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: None)
-    with pytest.raises(UnsupportedPipelineError, match="forward hooks of its own"):
-        apply(pipe, plan, inner="eager")
-    handle.remove()
+def test_forward_hooks_lie_around_the_hook_of_accelerate(pipe):
+    plan, order = plan_of(pipe), []
+    wanted = sample_plainly(pipe, ROWS)
+
+    class Noting(Absent):
+        def pre_forward(self, module, *args, **kwargs):
+            order.append("accelerate")
+            return super().pre_forward(module, *args, **kwargs)
+
+    add_hook_to_module(pipe.transformer, Noting())
     apply(pipe, plan, inner="eager")
+    pipe.transformer.register_forward_pre_hook(lambda module, args: order.append("before"))
+    pipe.transformer.register_forward_hook(lambda module, args, output: order.append("after"))
+    assert close(sample(pipe), wanted)
+    assert order == ["before", "accelerate", "after"] * 4
 
 
 # Hooks between the layers

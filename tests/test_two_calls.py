@@ -109,3 +109,16 @@ def test_names_that_a_pipeline_of_its_own_gives_are_enough():
     assert not skipped(records)
     assert not np.array_equal(found, planned(NamedCalls, [["full", "full"]] * 4)[0])
     assert FULL in {D(record.decision) for record in records}
+
+
+def test_what_a_pipeline_leaves_unshared_is_left_to_itself():
+    """Two pipelines of equal transformers and plans: Dynamo would take the graph of the one for the other."""
+    named, unnamed = two_call_pipeline(NamedCalls), two_call_pipeline(TwoCalls)
+    plan = plan_of(named, ROWS)
+    applied = apply(named, plan, inner="eager")
+    before = sample(named)
+    apply(unnamed, plan, inner="eager")
+    other = sample(unnamed)
+    assert not np.array_equal(other, before)
+    assert np.array_equal(sample(named), before)
+    assert not skipped(applied.records)

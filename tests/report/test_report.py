@@ -402,7 +402,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("difa_compile.folders.os.replace", interrupted)
+    monkeypatch.setattr("difa_compile.writing.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_whole(target, b"new", "the page")
     assert target.read_text() == "old"

@@ -216,7 +216,7 @@ def test_a_kill_between_the_files_cannot_mix_two_comparisons(stored, folder, mon
         done.append(target)
         rename(source, target)
 
-    monkeypatch.setattr("difa_compile.folders.os.replace", killed)
+    monkeypatch.setattr("difa_compile.writing.os.replace", killed)
     for stop in range(3):
         done.clear()
         with pytest.raises(KeyboardInterrupt):
