@@ -118,6 +118,7 @@ def _settings_json(settings: Settings) -> dict[str, object]:
         "conditional_half": settings.conditional_half,
         "torch": settings.torch,
         "diffusers": settings.diffusers,
+        **({} if settings.sample is None else {"sample": list(settings.sample)}),
     }
 
 
@@ -240,9 +241,10 @@ def _read_settings(value: object) -> Settings:
         "torch",
         "diffusers",
     )
-    fields = _object(value, "settings", keys)
+    fields = _object(value, "settings", keys, optional=("sample",))
     _list(fields["candidates"], "settings.candidates")
-    return Settings(*(fields[key] for key in keys))
+    sample = tuple(_list(fields["sample"], "settings.sample")) if "sample" in fields else None
+    return Settings(*(fields[key] for key in keys), sample=sample)
 
 
 def _read_site(value: object, where: str) -> SiteInfo:
