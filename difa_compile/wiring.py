@@ -289,7 +289,8 @@ def _run_inside(
             with answering():
                 return _run_inside(compiled, model, args, kwargs, retry=False)
         raise UnsupportedPipelineError(
-            f"{name} cannot be captured as one graph: {why_not_whole(failure)}; a plan needs the whole model in one graph"
+            f"{name} cannot be captured as one graph: {why_not_whole(failure)}; a plan needs the whole model in one "
+            "graph"
         ) from failure
     except RuntimeError as failure:
         if "found no compiled frames" not in str(failure):

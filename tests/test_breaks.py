@@ -17,7 +17,10 @@ from tests.tiny_models import Attention, PlainTransformer
 
 pytest.importorskip("diffusers")
 
-NAMED = r"(?s)not capture the model as one graph.* of this piece, .*\.py:\d+, in .*Use difa_compile\.apply\(pipe, plan\), .*fullgraph=True"
+NAMED = (
+    r"(?s)not capture the model as one graph.* of this piece, .*\.py:\d+, in .*"
+    r"Use difa_compile\.apply\(pipe, plan\), .*fullgraph=True"
+)
 
 
 def compiled(model, plan):
@@ -110,7 +113,7 @@ def test_a_break_before_all_sites_or_behind_them_is_none_of_ours(broken):
 
 
 def test_a_plan_for_another_model_is_not_taken_for_a_break(broken):
-    model, inputs, plan = broken
+    _, inputs, plan = broken
     other = PlainTransformer([Attention(32, 2)]).eval()
     with torch.no_grad(), pytest.raises(SitesMismatchError, match="the plan names 2 sites, the model has 1"):
         compiled(other, plan)(**inputs)
