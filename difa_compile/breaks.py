@@ -30,15 +30,21 @@ RESUMED = "torch_dynamo_resume_in_"
 
 
 def why_not_whole(failure: BaseException) -> str:
-    """What Dynamo says of a model that it does not capture as one graph, and the line of the model's code."""
+    """What Dynamo says of a model that it does not capture as one graph, and the line of the model's code.
+
+    ``failure``: raised while what the inputs tell was answered (:func:`difa_compile.answering.answering`).
+    """
     place = where(getattr(failure, "real_stack", None) or ())
-    return reason_in(str(failure)) + (f" ({place})" if place else "")
+    reason = reason_in(str(failure))
+    if "data-dependent" in reason.lower():
+        reason += "; it depends on more than the inputs, for instance on how many tokens the weights send to an expert"
+    return reason + (f" ({place})" if place else "")
 
 
 def reason_in(message: str) -> str:
     """The sentence of one of Dynamo's messages that says what is the matter."""
     lines = [line.strip() for line in message.strip().splitlines()] or [""]
-    first = lines[0].removeprefix("Consider annotating your code using torch._check*(). ")
+    first = lines[0].removeprefix("Consider annotating your code using torch._check*(). ").partition(" (unhinted")[0]
     explained = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")), "")
     return ": ".join(each.rstrip(".") for each in (first, explained) if each)
 
