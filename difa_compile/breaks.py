@@ -74,7 +74,7 @@ def why_piece(module: fx.GraphModule, model: str | None = None) -> str | None:
     if code.co_name.startswith(RESUMED):
         return "it begins after a graph break" + (f" ({where_is(around)})" if around else "")
     owner = variables.get(code.co_varnames[0]) if code.co_argcount else None
-    if around is None or (type(owner).__name__ == model and code in codes_of(type(owner).forward)):
+    if around is None or (type(owner).__name__ == model and code in codes_of(getattr(type(owner), "forward", None))):
         return None
     return (
         f"it is {code.co_qualname}, called by code that Dynamo could not capture ({where_is(around)}){skipped(around)}"

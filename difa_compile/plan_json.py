@@ -31,6 +31,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -244,7 +245,7 @@ def _read_settings(value: object) -> Settings:
     fields = _object(value, "settings", keys, optional=("sample",))
     _list(fields["candidates"], "settings.candidates")
     sample = tuple(_list(fields["sample"], "settings.sample")) if "sample" in fields else None
-    return Settings(*(fields[key] for key in keys), sample=sample)
+    return replace(Settings(*(fields[key] for key in keys)), sample=sample)
 
 
 def _read_site(value: object, where: str) -> SiteInfo:
