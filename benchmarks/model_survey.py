@@ -28,6 +28,7 @@ from benchmarks.zoo.check import call, shifted
 from benchmarks.zoo.registry import Example, build, reasons, registered
 from difa_compile.answering import answering
 from difa_compile.backend import eager
+from difa_compile.breaks import why_not_whole
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError
@@ -203,8 +204,7 @@ def survey(name: str) -> Row:
             with answering():
                 call(example, compiled)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        return row | {"graphs": backend.graphs, "reason": f"not captured: {first}"}
+        return row | {"graphs": backend.graphs, "reason": f"not captured: {why_not_whole(error)}"}
     row |= {"captured": True, "graphs": backend.graphs}
     if not backend.captures:
         return row | {"reason": backend.refusal}

@@ -17,8 +17,17 @@ import torch
 from torch import fx
 
 from difa_compile.batches import AnyBatch
+from difa_compile.breaks import why_piece
 from difa_compile.capture import Capture, Compiler
-from difa_compile.errors import DecisionError, DifaError, LayoutError, RunError
+from difa_compile.errors import (
+    DecisionError,
+    DifaError,
+    LayoutError,
+    NoAttentionError,
+    RunError,
+    SitesMismatchError,
+    UnsupportedModelError,
+)
 from difa_compile.inductor import Config, inductor, inductor_config, uses_cuda_graphs
 from difa_compile.layout import Layout
 from difa_compile.plan import RESIZES, Plan
@@ -107,19 +116,29 @@ def planned(
             f"option dynamic is {batches!r}; give a difa_compile.AnyBatch(), in which the captures of one compiled "
             "model find what is compiled already"
         )
-    capture = Capture(
-        module,
-        example_inputs,
-        compiler,
-        plan=plan,
-        layout=layout,
-        conditional_half=half,
-        two_call=bool(two_call),
-        strict=bool(options.get("strict", False)),
-        resize=options.get("resize"),
-        overwrites=uses_cuda_graphs(config),
-        allow_slower=bool(options.get("allow_slower", False)),
-    )
+    try:
+        capture = Capture(
+            module,
+            example_inputs,
+            compiler,
+            plan=plan,
+            layout=layout,
+            conditional_half=half,
+            two_call=bool(two_call),
+            strict=bool(options.get("strict", False)),
+            resize=options.get("resize"),
+            overwrites=uses_cuda_graphs(config),
+            allow_slower=bool(options.get("allow_slower", False)),
+        )
+    except (NoAttentionError, SitesMismatchError, UnsupportedModelError) as error:
+        piece = why_piece(module, None if plan is None else plan.model.class_name)
+        if piece is None:
+            raise
+        raise UnsupportedModelError(
+            f"Dynamo did not capture the model as one graph, which a plan needs; of this piece, {piece}. Use "
+            "difa_compile.apply(pipe, plan), which captures some such models and says of the others why not, or change "
+            "the model's code; torch.compile(..., fullgraph=True) stops at the break and says more about it"
+        ) from error
 
     def run_captured(*args: Any) -> list[Any]:
         inputs = list(args)

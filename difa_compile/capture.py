@@ -22,7 +22,7 @@ from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.machine_profile import Profile, current
-from difa_compile.passes.arguments import latent_inputs, name_arguments
+from difa_compile.passes.arguments import latent_inputs, name_arguments, sample_sizes
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention
@@ -91,6 +91,7 @@ class Capture:
     Attributes:
         sites: the sites a plan can act on (self- and joint attention), in execution order.
         all_sites: these and the cross-attention sites.
+        sample: sizes of the noisy sample behind its first dimension, None where the samples of a list differ in them.
         plan: the plan it was compiled for, carried onto this length of text, and this image size if ``resize`` says
             how, or None.
         two_call: whether the CFG halves are two calls per step, so that sharing them is reuse within the step.
@@ -135,7 +136,9 @@ class Capture:
         self._lock = threading.RLock()
         self._parameter = first_parameter(example_inputs)
         module = self._canonical(module, example_inputs)
-        annotate_batch(module.graph, latent_inputs(module.graph))
+        latents = latent_inputs(module.graph)
+        self.sample = sample_sizes(latents)
+        annotate_batch(module.graph, latents)
         self.all_sites = find_attention(module, layout=layout, values=example_inputs)
         self._positions = HeldPositions(
             module.graph,
@@ -158,7 +161,8 @@ class Capture:
         self.records: tuple[Record, ...] = ()
         if plan is not None:
             infos = [site.info for site in self.sites]
-            if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites)):
+            samples = (self.sample, plan.settings.sample)
+            if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites, samples)):
                 self.plan = plan = plan.resized(infos, resize or "tokens")
             plan.validate(sites=infos)
             self._judge(plan)

@@ -31,6 +31,10 @@ class PlanMismatchError(DifaError, ValueError):
     """A plan that was made for another model, other sites or another token grid than the one it is applied to."""
 
 
+class SitesMismatchError(PlanMismatchError):
+    """A plan that names other sites than the model has."""
+
+
 class PlanDigestError(PlanFormatError):
     """A plan file whose content does not match its digest: it was edited or damaged after it was written."""
 

@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from difa_compile.answering import answering
 from difa_compile.backend import eager
+from difa_compile.breaks import why_not_whole
 from difa_compile.capture import Capture, Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
-from difa_compile.errors import DifaError, NoAttentionError
+from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError
 from difa_compile.hooks import call_in_hooks, check_hooks, inner_forward
 from difa_compile.layout import Layout
 from difa_compile.passes.site import Site
@@ -29,7 +30,8 @@ class ModelInspection:
 
     ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
     on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
-    ``graphs``: how many graphs Dynamo made; one is the rule.
+    ``graphs``: how many graphs Dynamo made; one is the rule. ``sample``: sizes of the noisy sample behind its first
+    dimension (:class:`Capture`).
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class ModelInspection:
     site_infos: tuple[SiteInfo, ...]
     records: tuple[Record, ...]
     graphs: int
+    sample: tuple[int, ...] | None = None
 
 
 class _Stop(Exception):
@@ -61,6 +64,7 @@ def inspect_model(
 
     Raises:
         NoAttentionError: the model has no attention that a plan could act on.
+        UnsupportedModelError: the model cannot be captured as one graph.
         UnsupportedPipelineError, ModelLoadError: no transformer, or hooks between its layers
             (:func:`difa_compile.hooks.check_hooks`), or no inputs could be made up for it.
     """
@@ -114,8 +118,11 @@ def inspect_model(
             try:
                 with answering():
                     attempt(fullgraph=True)
-            except (Unsupported, UserError):  # it stays in pieces
-                attempt()
+            except (Unsupported, UserError) as failure:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} cannot be captured as one graph: {why_not_whole(failure)}; a plan needs "
+                    "the whole model in one graph"
+                ) from failure
     finally:
         model.train(training)
         if name and hasattr(model_or_pipe, "maybe_free_model_hooks"):
@@ -132,7 +139,7 @@ def inspect_model(
     records = tuple(record for capture in captures for record in limits(capture))
     records += other_attention(model, [site.path for site in sites])
     infos = tuple(site.info for capture in captures for site in capture.sites)
-    return ModelInspection(model, sites, infos, records, graphs)
+    return ModelInspection(model, sites, infos, records, graphs, captures[0].sample)
 
 
 def private_forward(model: nn.Module) -> Callable[..., Any]:

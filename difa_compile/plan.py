@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from difa_compile import plan_json, plan_text
 from difa_compile.cost import flops_saved
 from difa_compile.decision import Decision
-from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError
+from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError, SitesMismatchError
 from difa_compile.guidance import stated_guidance
-from difa_compile.plan_data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
+from difa_compile.plan_data import Cell, ModelInfo, Settings, SiteInfo, Sizes, Trial, model_digest
 from difa_compile.plan_json import SCHEMA_VERSION
 from difa_compile.schedule import (
     Bucket,
@@ -167,7 +167,8 @@ class Plan:
     # --- fitting a model ---------------------------------------------------------------------------------------------
 
     def validate(self, model: nn.Module | None = None, sites: Sequence[SiteInfo] | None = None) -> None:
-        """Raise :class:`PlanMismatchError`, saying what differs, unless the plan was made for this model and sites.
+        """Raise :class:`PlanMismatchError`, saying what differs, unless the plan was made for this model and sites
+        (:class:`SitesMismatchError` where these have other names).
 
         The model is compared by class and config, not by weights; the sites by path, order, kind, sizes and token grid.
         """
@@ -196,7 +197,9 @@ class Plan:
             few = differences[:8]
             if len(differences) > len(few):
                 few.append(f"and {len(differences) - len(few)} more")
-            raise PlanMismatchError(f"the plan {self.digest[:12]} does not fit: {'; '.join(few)}. Remedy: {remedy}")
+            others = sites is not None and {site.path for site in sites} != {site.path for site in self.sites}
+            mismatch = SitesMismatchError if others else PlanMismatchError
+            raise mismatch(f"the plan {self.digest[:12]} does not fit: {'; '.join(few)}. Remedy: {remedy}")
 
     @classmethod
     def from_rule(
@@ -225,7 +228,9 @@ class Plan:
         inspection = inspect_model(model_or_pipe, inputs)
         sites = tuple(inspection.site_infos)
         rows = tuple(tuple(_cell(rule(step, site), step, site) for site in sites) for step in range(steps))
-        settings = Settings(method="rule", guidance=cfg.form, conditional_half=cfg.conditional_half)
+        settings = Settings(
+            method="rule", guidance=cfg.form, conditional_half=cfg.conditional_half, sample=inspection.sample
+        )
         return cls(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 
     # --- other sizes and schedules -----------------------------------------------------------------------------------
@@ -260,7 +265,8 @@ class Plan:
             tuple(carried(cell, old, new) for cell, old, new in zip(row, self.sites, sites, strict=True))
             for row in self.rows
         )
-        return replace(self, sites=tuple(sites), rows=rows)
+        sample = self.settings.sample if same_but_for_text(sites, self.sites) else None
+        return replace(self, sites=tuple(sites), rows=rows, settings=replace(self.settings, sample=sample))
 
     def resolve(
         self, steps: int, scheduler: object | None = None, *, progress: Sequence[float] | None = None
@@ -412,16 +418,25 @@ def _site_differences(plan: Sequence[SiteInfo], here: Sequence[SiteInfo]) -> lis
     ]
 
 
-def same_but_for_text(one: Sequence[SiteInfo], other: Sequence[SiteInfo]) -> bool:
-    """Whether two models have the same sites over the same image, whatever the number of text tokens beside it."""
+def same_but_for_text(
+    one: Sequence[SiteInfo], other: Sequence[SiteInfo], samples: tuple[Sizes | None, Sizes | None] = (None, None)
+) -> bool:
+    """Whether two models have the same sites over the same image, whatever the number of text tokens beside it.
 
-    def image(site: SiteInfo) -> SiteInfo | tuple[object, ...]:
-        if site.layout is None:
-            return site
-        whole = site.tokens == site.keys
-        return site.path, site.kind, site.heads, site.head_dim, site.width, site.layout.grid, whole
+    A site whose layout is known in both shows its image. Where it is not, nothing tells image and text tokens apart:
+    then the noisy samples must be known to have the same sizes. ``samples``: those of the two (``Settings.sample``).
+    """
+    same_sample = samples[0] is not None and samples[0] == samples[1]
 
-    return [image(site) for site in one] == [image(site) for site in other]
+    def alike(mine: SiteInfo, theirs: SiteInfo) -> bool:
+        if replace(mine, tokens=1, layout=None) != replace(theirs, tokens=1, layout=None):
+            return False
+        if mine.layout is None or theirs.layout is None:
+            return mine == theirs or same_sample
+        whole = (mine.tokens == mine.keys) == (theirs.tokens == theirs.keys)
+        return whole and mine.layout.grid == theirs.layout.grid
+
+    return len(one) == len(other) and all(alike(*pair) for pair in zip(one, other, strict=True))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
 MAX_PARAMETERS = 10**18
 
+Sizes = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class SiteInfo:
@@ -148,7 +150,9 @@ class Settings:
     ``method`` is ``greedy`` (calibrated, the first candidate below the threshold), ``weighed`` (calibrated, what saves
     most for its loss) or ``rule`` (written by hand: no threshold, no loss). ``guidance``: the CFG
     halves in one ``batched`` call, in ``two-call`` steps, or ``none``. ``conditional_half``: which half of the batch is
-    the conditional one, 0 or 1. ``torch``, ``diffusers``: versions, ``None`` if not installed.
+    the conditional one, 0 or 1. ``torch``, ``diffusers``: versions, ``None`` if not installed. ``sample``: sizes of the
+    noisy sample behind its first dimension, ``None`` if not known; they tell whether tokens that no layout tells apart
+    are more or fewer because of the text.
     """
 
     method: str
@@ -160,6 +164,7 @@ class Settings:
     conditional_half: int | None = None
     torch: str | None = field(default_factory=lambda: _installed("torch"))
     diffusers: str | None = field(default_factory=lambda: _installed("diffusers"))
+    sample: Sizes | None = None
 
     def __post_init__(self) -> None:
         _choice(self.method, METHODS, "settings: method")
@@ -178,6 +183,10 @@ class Settings:
             raise PlanFormatError(
                 f"settings: conditional_half is {quoted(self.conditional_half)}; it must be 0, 1 or null"
             )
+        if self.sample is not None:
+            object.__setattr__(self, "sample", tuple(self.sample))
+            for size in self.sample:
+                _whole(size, "settings: sample", at_least=0)
 
 
 def model_digest(model: nn.Module) -> ModelInfo:

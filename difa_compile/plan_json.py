@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from difa_compile.decision import Decision
@@ -133,6 +134,7 @@ def _settings_json(settings: Settings) -> dict[str, object]:
         "conditional_half": settings.conditional_half,
         "torch": settings.torch,
         "diffusers": settings.diffusers,
+        **({} if settings.sample is None else {"sample": list(settings.sample)}),
     }
 
 
@@ -217,9 +219,10 @@ def _read_settings(value: object) -> Settings:
         "torch",
         "diffusers",
     )
-    fields = as_object(value, "settings", keys)
+    fields = as_object(value, "settings", keys, optional=("sample",))
     as_list(fields["candidates"], "settings.candidates")
-    return Settings(*(fields[key] for key in keys))
+    sample = tuple(as_list(fields["sample"], "settings.sample")) if "sample" in fields else None
+    return replace(Settings(*(fields[key] for key in keys)), sample=sample)
 
 
 def _read_site(value: object, where: str) -> SiteInfo:

@@ -218,6 +218,7 @@ class Search:
             candidates=self.settings.candidates,
             guidance="none" if self.guidance == "two-call" and not self._two_calls else self.guidance,
             conditional_half=self.settings.conditional_half if self.guidance == "batched" else None,
+            sample=self._captures[0].sample,
         )
         return Plan(model_digest(self.models[0]), settings, self._sites, self.progress, tuple(self.saved.rows))
 
@@ -293,7 +294,7 @@ class Search:
                 self._candidates.append(self._costed(capture, index, candidates))
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
-        elif not same_but_for_text(sites, self._sites):
+        elif not same_but_for_text(sites, self._sites, (capture.sample, self._captures[0].sample)):
             raise CalibrationError(
                 "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
                 "changed; calibrate with inputs of one size"

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from difa_compile.answering import answering
+from difa_compile.breaks import why_not_whole
 from difa_compile.errors import DifaError, InputValuesError, UnsupportedPipelineError
 from difa_compile.following import Following
 from difa_compile.hooks import call_in_hooks, check_hooks, global_hooks, inner_forward
@@ -312,9 +313,9 @@ def _run_inside(
             inner_forward(model)(*args, **kwargs)
             with answering():
                 return _run_inside(compiled, model, args, kwargs, retry=False)
-        reason = str(failure).strip().splitlines()[0]
         raise UnsupportedPipelineError(
-            f"{name} cannot be captured as one graph: {reason}; a plan needs the whole model in one graph"
+            f"{name} cannot be captured as one graph: {why_not_whole(failure)}; a plan needs the whole model in one "
+            "graph"
         ) from failure
     except RuntimeError as failure:
         if "found no compiled frames" not in str(failure):

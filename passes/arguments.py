@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -28,7 +28,7 @@ def name_arguments(graph: fx.Graph) -> None:
 
     To be called while Dynamo compiles the graph: later nobody knows what function it was captured from.
     """
-    frame = _captured_frame()
+    frame = captured_frame()
     if frame is None:
         return
     code, variables = frame
@@ -51,7 +51,7 @@ def name_arguments(graph: fx.Graph) -> None:
             node.meta[_NAME] = names[position] if position < len(names) else f"{args}[{index}]"
 
 
-def _captured_frame() -> tuple[CodeType, Mapping[str, Any]] | None:
+def captured_frame() -> tuple[CodeType, Mapping[str, Any]] | None:
     """Code and local variables of the function that Dynamo is capturing in this thread; None where it captures none."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -114,3 +114,9 @@ def _position(node: fx.Node) -> float:
     """Where an input without a name stands among ``*args``; infinity for those that have a name."""
     found = re.fullmatch(r"\w+\[(\d+)\]", argument_name(node))
     return int(found[1]) if found else math.inf
+
+
+def sample_sizes(latents: Sequence[fx.Node]) -> tuple[int, ...] | None:
+    """Sizes of the noisy sample behind its first dimension (the batch; of the samples in a list, the channels)."""
+    found = {shape_of(latent)[1:] for latent in latents}
+    return found.pop() if len(found) == 1 else None

@@ -96,13 +96,18 @@ def follow_axes(
     graph: fx.Graph,
     sources: Mapping[fx.Node, Extents | tuple[Extents, ...]],
     ranges: Mapping[fx.Node, range] | None = None,
+    *,
+    sample: int | None = None,
 ) -> dict[fx.Node, Extents]:
     """Extents of every value that shows an axis of ``sources``; other values are left out.
 
     ``sources``: nodes with the extents of their values, of a tuple-valued node one per element. ``ranges``: nodes
-    that are known to hold the numbers of a range, so that indexing with them is a slice.
+    that are known to hold the numbers of a range, so that indexing with them is a slice. ``sample``: values that are
+    written one entry of the first dimension at a time enumerate what this one does, whatever the others do; by default
+    what all of them do.
     """
     known: dict[fx.Node, Extents] = {}
+    entries: dict[fx.Node, list[Extents]] = {}
     several: dict[fx.Node, tuple[Extents, ...]] = {}
     """Of tuple-valued nodes: extents per element."""
     for source, extents in sources.items():
@@ -114,7 +119,7 @@ def follow_axes(
         if node.op not in ("call_function", "call_method") or node in sources:
             continue
         if op_name(node) == "setitem":
-            _written(node, known, ranges or {})
+            _written(node, known, entries, ranges or {}, sample)
             continue
         if not any(source in known or source in several for source in node.all_input_nodes):
             continue
@@ -143,28 +148,61 @@ def _as_slices(items: Sequence[Any], ranges: Mapping[fx.Node, range]) -> list[An
     return [slice(numbers.start, numbers.stop, numbers.step) if item is tensors[0] else item for item in items]
 
 
-def _written(node: fx.Node, known: dict[fx.Node, Extents], ranges: Mapping[fx.Node, range]) -> None:
+def _written(
+    node: fx.Node,
+    known: dict[fx.Node, Extents],
+    entries: dict[fx.Node, list[Extents]],
+    ranges: Mapping[fx.Node, range],
+    sample: int | None,
+) -> None:
     """Take note of ``target[index] = value``: what the target enumerates after it.
 
     Dimensions that the index leaves whole are the value's; along one that it cuts, the value stands in its place; a
     target that was something else before, or is written by an index that is not a slice, is other from then on.
+
+    A number in front of the slices names one entry of the first dimension: one sample of a batch, which a loop fills
+    with its own text and image. ``entries`` keeps what those of a target enumerate, each for itself; the target
+    enumerates what all of them do (or number ``sample`` does).
     """
     target, index, value = node.args[:3]
     if not isinstance(target, fx.Node):
         return
     root = alias_root(target)
     items = _as_slices(index if isinstance(index, tuple) else [index], ranges)
-    rank = len(shape_of(target))
+    sizes = shape_of(target)
+    theirs = known.get(value) if isinstance(value, fx.Node) else None
+    mine = known.get(target)
+    entry = items.pop(0) if items and type(items[0]) is int else None
     if any(not isinstance(item, slice) and item is not Ellipsis for item in items):
+        found = None
+    elif entry is None:
+        found = _overwritten(sizes, items, mine, theirs)
+        entries.pop(target, None)
+    else:
+        each = entries.setdefault(target, [mine[1:] if mine else tuple(map(other, sizes[1:]))] * sizes[0])
+        each[entry] = _overwritten(sizes[1:], items, each[entry], theirs)
+        chosen = each if sample is None else [each[min(sample, sizes[0] - 1)]]
+        found = (other(sizes[0]), *(_common([one[i] for one in chosen]) for i in range(len(sizes) - 1)))
+    if found is None:
+        entries.pop(target, None)
         known.pop(target, None)
         known.pop(root, None)
-        return
+    elif found != mine:
+        known[target] = found
+        if root is not target:  # what else sees that memory is not told apart
+            entries.pop(root, None)
+            known.pop(root, None)
+
+
+def _overwritten(sizes: Sequence[int], items: Sequence[Any], mine: Extents | None, theirs: Extents | None) -> Extents:
+    """What a value of these ``sizes`` enumerates once another was written to a part of it.
+
+    ``items``: the index, slices and Ellipsis alone. ``mine``, ``theirs``: what the two enumerate before.
+    """
+    rank = len(sizes)
     place = items.index(Ellipsis) if Ellipsis in items else len(items)
     slices = [item for item in items if item is not Ellipsis]
     slices = [*slices[:place], *[slice(None)] * (rank - len(slices)), *slices[place:]]
-    theirs = known.get(value) if isinstance(value, fx.Node) else None
-    mine = known.get(target)
-    sizes = shape_of(target)
     covers = [range(size)[item] for item, size in zip(slices, sizes, strict=True)]
     cut = [i for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)) if len(covered) != size]
     found = []
@@ -178,10 +216,7 @@ def _written(node: fx.Node, known: dict[fx.Node, Extents], ranges: Mapping[fx.No
             found.append(_placed(before or other(size), given or other(len(covered)), covered.start))
         else:
             found.append(other(size))
-    if tuple(found) != mine:
-        known[target] = tuple(found)
-        if root is not target:  # what else sees that memory is not told apart
-            known.pop(root, None)
+    return tuple(found)
 
 
 def _placed(whole: Extent, part: Extent, start: int) -> Extent:

@@ -76,6 +76,8 @@ class LayoutFinder:
 
     def why_not_followed(self, sequence: fx.Node) -> str:
         """The reason where a sequence shows no axis of the noisy sample."""
+        if apart := self.samples_apart(sequence):
+            return apart
         given = [node for node in self.graph.find_nodes(op="placeholder") if not is_of_model(node)]
         others = [node for node in given if node not in self.latents and len(shape_of(node)) >= 3]
         for node in sorted(others, key=lambda each: -math.prod(shape_of(each))):
@@ -83,6 +85,22 @@ class LayoutFinder:
             if extents is not None and any(axis.index not in (0, None) for part in extents[2] for axis in part.axes):
                 return f"the tokens are those of the input {argument_name(node)}, not of the noisy sample; give layout="
         return "the graph does not show how the tokens follow from the noisy sample; give layout="
+
+    def samples_apart(self, sequence: fx.Node) -> str:
+        """The reason where samples are put into a sequence one by one, each at places of its own; else ""."""
+        if not any(op_name(node) == "setitem" and begins_with_number(node.args[1]) for node in self.graph.nodes):
+            return ""
+        found: dict[Layout, None] = {}
+        for sample in range(shape_of(sequence)[0]):
+            extents = follow_axes(self.graph, sample_axes(self.latents), self.ranges, sample=sample).get(sequence)
+            layout = None if extents is None else self.read(sequence, extents[2], extents[0])[0]
+            if layout is None:
+                return ""
+            found[layout] = None
+            if len(found) > 1:
+                places = " and ".join(map(str, found))
+                return f"the samples of the batch stand differently in the sequence ({places}): texts of other lengths"
+        return ""
 
     @cached_property
     def lines(self) -> dict[fx.Node, Extents]:
@@ -162,6 +180,12 @@ class LayoutFinder:
 def is_of_model(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter, a buffer or a tensor attribute of the model."""
     return is_parameter(node) or node.name.strip("_").startswith("l_self_")
+
+
+def begins_with_number(index: Any) -> bool:
+    """Whether an index picks one entry of the first dimension."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return type(first) is int
 
 
 def repeated(part: Part) -> list[tuple[int, tuple[int, ...]]]:

@@ -40,6 +40,7 @@ from difa_compile.plan import (
     SiteInfo,
     Trial,
     model_digest,
+    same_but_for_text,
 )
 from difa_compile.schedule import assign_roles, uniform_progress
 
@@ -696,3 +697,34 @@ def test_numbers_that_no_plan_can_hold_are_errors_of_ours(value: object) -> None
         with pytest.raises(PlanFormatError) as caught:
             make()
         assert len(str(caught.value)) < 500
+
+
+def test_texts_of_other_lengths_are_no_other_image():
+    """A site's grid shows its image; where a site has none, the noisy sample has to be known, and the same."""
+    known = SiteInfo("a", "joint", 2, 16, 7 + 24, 32, Layout((4, 6), before=7))
+    unknown = SiteInfo("b", "joint", 2, 16, 31, 32)
+    longer = dataclasses.replace(known, tokens=9 + 24, layout=Layout((4, 6), before=9))
+    wider = dataclasses.replace(known, tokens=7 + 26, layout=Layout((2, 13), before=7))
+    more = dataclasses.replace(unknown, tokens=33)
+    same, other, nothing = ((8, 12), (8, 12)), ((8, 12), (4, 26)), (None, None)
+    for samples in (same, other, nothing):
+        assert same_but_for_text([known], [longer], samples)
+        assert not same_but_for_text([known], [wider], samples)
+        assert same_but_for_text([unknown], [unknown], samples)
+        assert same_but_for_text([unknown], [more], samples) is (samples is same)
+        assert same_but_for_text([known], [dataclasses.replace(longer, layout=None)], samples) is (samples is same)
+        assert same_but_for_text([longer, more], [known, unknown], samples) is (samples is same)
+        assert not same_but_for_text([known, unknown], [known], samples)
+    for change in ({"path": "c"}, {"kind": "self"}, {"heads": 4}, {"head_dim": 8}, {"width": 64}):
+        assert not same_but_for_text([unknown], [dataclasses.replace(more, **change)], same)
+
+
+def test_the_sample_of_a_plan_is_kept_as_long_as_it_is_known():
+    settings = dataclasses.replace(GREEDY, sample=(4, 32, 32))
+    plan = Plan(MODEL, settings, (site(0),), uniform_progress(1), ((Cell(FULL),),))
+    assert Plan.from_json(plan.to_json()).settings.sample == (4, 32, 32)
+    assert "sample" not in dataclasses.replace(plan, settings=GREEDY).to_json()
+    assert plan.resized([site(0)]).settings.sample == (4, 32, 32)
+    assert plan.resized([site(0, 32)]).settings.sample is None
+    with pytest.raises(PlanFormatError, match=r"settings: sample is 1\.5"):
+        dataclasses.replace(GREEDY, sample=(4, 1.5))

@@ -1,12 +1,16 @@
 """Token layouts read off graphs and position ids; those of whole models are in test_find_attention.py."""
 
 import math
+import operator
+import random
+import re
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from difa_compile.layout import Layout
+from difa_compile.passes.axes import follow_axes, sample_axes
 from difa_compile.passes.layouts import packed_grid, position_tables
 from tests.tiny_models import Attention, BareAttention, captured, graph_of, sites_of
 
@@ -312,3 +316,71 @@ def test_sizes_of_other_inputs_are_no_grid():
 
     module, values = graph_of(WithText().eval(), {"x": torch.randn(2, 16, 8), "text": torch.randn(2, 8, 8)})
     assert sites_of(module, values)[0].layout is None
+
+
+# Sequences that a loop fills sample by sample
+
+
+class Filled(BareAttention):
+    """Text and image of each sample are written into a sequence of zeros; ``lengths``: of the texts."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths = lengths
+
+    def forward(self, hidden_states, text):
+        image = hidden_states.flatten(2).transpose(1, 2)
+        tokens = image.shape[1]
+        whole = image.new_zeros(len(self.lengths), max(self.lengths) + tokens, image.shape[2])
+        for i, length in enumerate(self.lengths):
+            whole[i, :length] = text[i, :length]
+            whole[i, length : length + tokens] = image[i]
+        return super().forward(whole)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "layout", "reason"),
+    [
+        ((5, 5), Layout((3, 4), before=5), ""),
+        ((5, 7), None, r"stand differently in the sequence \(5\+3x4\+2 and 7\+3x4\): texts of other lengths"),
+    ],
+)
+def test_samples_put_into_a_sequence_one_by_one(lengths, layout, reason):
+    inputs = {"hidden_states": torch.randn(2, 16, 3, 4), "text": torch.randn(2, 7, 16)}
+    (site,) = sites_of(*graph_of(Filled(lengths).eval(), inputs))
+    assert site.layout == layout
+    assert re.search(reason, site.layout_reason)
+
+
+def test_what_is_said_of_written_values_is_what_they_hold():
+    """Random writes, whole and of one sample: where positions of the sample are said to stand, there they are."""
+    chance = random.Random(0)
+    told = 0
+    for _ in range(300):
+        graph, samples, tokens, length = fx.Graph(), chance.choice((1, 2, 3)), 4, chance.choice((6, 8))
+        latent = graph.placeholder("hidden_states")
+        latent.meta["example_value"] = torch.arange(1.0, tokens + 1)[None, :, None].expand(samples, tokens, 1)
+        whole = graph.call_function(torch.zeros, ((samples, length, 1),))
+        whole.meta["example_value"] = torch.zeros(samples, length, 1)
+        one = graph.call_function(operator.getitem, (latent, 0))
+        one.meta["example_value"] = latent.meta["example_value"][0]
+        places = [chance.randrange(length - tokens + 1) for _ in range(2)]
+        for number in range(chance.randrange(1, 2 * samples + 2)):
+            start = chance.choice(places)
+            stretch = slice(start, start + tokens)
+            entry = number % samples if chance.random() < 0.8 else chance.randrange(-samples, samples)
+            kinds = [((entry, stretch), one), ((slice(None), stretch), latent), ((entry, ..., slice(None)), 0.0)]
+            index, value = chance.choices(kinds, (8, 1, 1))[0]
+            graph.call_function(operator.setitem, (whole, index, value))
+        graph.output(whole)
+        held = fx.Interpreter(fx.GraphModule({}, graph)).run(latent.meta["example_value"])
+        found = follow_axes(graph, sample_axes([latent])).get(whole)
+        at = 0
+        for part in found[1] if found else ():
+            if part.known and part.axes[0].index == 1:
+                told += 1
+                first = part.axes[0].first + 1
+                wanted = torch.arange(first, first + part.length).expand(samples, -1)
+                assert torch.equal(held[:, at : at + part.length, 0], wanted.float()), graph
+            at += part.length
+    assert told > 60
