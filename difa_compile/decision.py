@@ -33,16 +33,25 @@ class WindowShape(StrEnum):
     """``|dy| <= radius`` and ``|dx| <= radius``; with time also ``|dt| <= radius``."""
 
 
+MAX_RADIUS = 2**63 - 1
+"""Plans, graphs and kernels hold a radius in 64 bits."""
+
+
 @dataclass(frozen=True, order=True)
 class Window:
-    """A neighbourhood of ``radius`` tokens (>= 1) around each image token."""
+    """A neighbourhood of ``radius`` tokens (1 to 2^63 - 1) around each image token; one that covers the grid is full
+    attention."""
 
     shape: WindowShape | str
     radius: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or self.radius < 1:
-            raise DecisionError(f"window radius is {self.radius!r}; give a whole number of tokens, at least 1")
+        whole = isinstance(self.radius, int) and not isinstance(self.radius, bool)
+        if whole and self.radius > MAX_RADIUS:
+            raise DecisionError("window radius is over 2^63 - 1; a radius of the grid's size covers everything")
+        if not whole or self.radius < 1:
+            given = repr(self.radius) if not whole or self.radius > -MAX_RADIUS else "below -2^63"
+            raise DecisionError(f"window radius is {given}; give a whole number of tokens, at least 1")
         if self.shape not in list(WindowShape):
             raise DecisionError(f"window shape {self.shape!r} is unknown; choose one of {', '.join(WindowShape)}")
         object.__setattr__(self, "shape", WindowShape(self.shape))
@@ -57,15 +66,28 @@ class Window:
         """
         ratio = math.prod(new) / math.prod(old)
         factor = ratio if self.shape is WindowShape.BAND else ratio ** (1 / max(len(old), len(new)))
-        return Window(self.shape, max(1, round(self.radius * factor)))
+        return Window(self.shape, min(max(1, round(self.radius * factor)), MAX_RADIUS))
+
+    def within(self, grid: Sequence[int]) -> Window:
+        """The same window on ``grid`` with no larger radius than makes a difference there.
+
+        What computes with a radius does so after this: its square then is at most that of the grid's diagonal.
+        """
+        if self.shape is WindowShape.BAND:
+            covering = math.prod(grid) - 1
+        elif self.shape is WindowShape.BOX:
+            covering = max(grid) - 1
+        else:
+            covering = math.isqrt(sum((size - 1) ** 2 for size in grid)) + 1
+        return self if self.radius <= covering else Window(self.shape, max(1, covering))
 
     @classmethod
     def parse(cls, text: str) -> Window:
         """Read ``"band:128"``; the inverse of ``str``. Raises :class:`DecisionError`."""
-        match = re.fullmatch(r"(\w+):(\d+)", text)
+        match = re.fullmatch(r"(\w+):0*([0-9]+)", text)
         if not match:
             raise DecisionError(f"window {text!r} is not of the form SHAPE:RADIUS, for instance band:128 or disc:8")
-        return cls(match[1], int(match[2]))
+        return cls(match[1], int(match[2][: len(str(MAX_RADIUS)) + 1]))  # digits beyond these change nothing
 
 
 class Kind(StrEnum):
@@ -108,7 +130,7 @@ class Decision:
     @classmethod
     def parse(cls, text: str) -> Decision:
         """Read what ``str`` writes: ``"full"``, ``"window(band:128)+residual+cfg"``, ``"reuse"``."""
-        match = re.fullmatch(r"(full|reuse|window\((\w+:\d+)\)(\+residual)?)(\+cfg)?", text)
+        match = re.fullmatch(r"(full|reuse|window\((\w+:[0-9]+)\)(\+residual)?)(\+cfg)?", text)
         if not match:
             raise DecisionError(
                 f"decision {text!r} is not understood; write full, reuse, window(SHAPE:RADIUS) or "

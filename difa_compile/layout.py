@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from difa_compile.errors import LayoutError
 
+MAX_TOKENS = 2**31 - 1
+"""Of one sequence: their pairs, and the squared distances on any grid of so many, are numbers of 64 bits."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,6 +29,11 @@ class Layout:
             raise LayoutError(f"grid {self.grid} must have one to three sizes of at least 1: (H, W) or (T, H, W)")
         if self.before < 0 or self.after < 0:
             raise LayoutError(f"token counts before ({self.before}) and after ({self.after}) must not be negative")
+        if self.tokens > MAX_TOKENS:
+            raise LayoutError(
+                f"grid {self.grid} and the tokens before ({self.before}) and after ({self.after}) it are over 2^31 - 1 "
+                "tokens, the most that one sequence may have; give the sizes in tokens, not in pixels"
+            )
 
     @property
     def image_tokens(self) -> int:
