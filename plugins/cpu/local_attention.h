@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <new>
@@ -402,6 +403,7 @@ class Worker {
     for (int c = 0; c < Tile / kLanes; ++c) maximum_[c] = all(-kInfinity), sum_[c] = Floats{};
     int64_t total = 0;
     for (const Run& run : runs) total += run.count;
+    smaller_ = static_cast<float>(std::bit_width(static_cast<uint64_t>(total)) + 1);
     const int64_t chunks = (total + kChunk - 1) / kChunk;
     size_t at_run = 0;
     int64_t used = 0, done = 0;
@@ -565,6 +567,7 @@ class Worker {
   //
   // The maximum is taken off before anything is multiplied: the largest score's difference is then 0 however large it is,
   // and all others are below. A NaN is never the maximum, and makes its own probability and thereby the sum NaN.
+  // Probabilities are smaller by a power of two than they are, so that no sum of values is larger than the largest.
   template <bool Disc>
   void normalise(int count, const Neighbourhood<Tile>* neighbourhood, int64_t batch, int64_t head,
                  const Place<Tile>& place) {
@@ -594,7 +597,7 @@ class Worker {
       const Floats shrink = exp2((maximum_[c] - base) * factor);
       Floats sum = sum_[c] * shrink;
       for (int j = 0; j < count; ++j) {
-        const Floats p = exp2((load(scores + j * Tile) - base) * factor);
+        const Floats p = exp2((load(scores + j * Tile) - base) * factor, smaller_);
         store(scores + j * Tile, p);
         sum += p;
       }
@@ -664,6 +667,7 @@ class Worker {
 
   const Problem& p_;
   const float sign_, scale_;  // of the scale: its sign, which the queries have, and its size
+  float smaller_;             // probabilities are by 2^-smaller_
   const int query_units_;
   Buffer query_, staged_, scores_, out_, keys_, values_;
   alignas(64) Floats maximum_[Tile / kLanes], sum_[Tile / kLanes];

@@ -39,10 +39,11 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// 2^x for x <= 0 with a relative error below 2e-7 (the polynomial's own: 3e-9); 0 below 2^-127, NaN for every NaN.
-inline Floats exp2(Floats x) {
-  x = larger(all(-127.0f), x);
-  const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it leaves the whole part of x, plus 127, in the low bits
+// 2^(x - smaller) for x <= 0 and a whole number 0 <= smaller < 127 with a relative error below 2e-7 (the polynomial's
+// own: 3e-9); 0 below 2^-127, NaN for every NaN.
+inline Floats exp2(Floats x, float smaller = 0) {
+  x = larger(all(smaller - 127), x);
+  const float magic = 12582912.0f + 127 - smaller;  // 1.5 * 2^23: adding it leaves the exponent's bits in the low ones
   const Floats shifted = x + magic;
   const Floats f = x - (shifted - magic);  // in [-0.5, 0.5]
   Floats p = all(1.5461445e-4f);

@@ -93,8 +93,8 @@ def extremes(dtypes=tuple(UNIT)):
 
 
 def assert_right(found: torch.Tensor, case: Extreme) -> None:
-    """NaN for the queries that see one. Where no operand is NaN and SDPA's output is finite, a finite one, and the exact
-    one within what float32's rounding of the scores, the dtype's of the output and lost subnormals explain.
+    """NaN for the queries that see one. Where no operand is NaN and SDPA's output is finite, a finite one, and the
+    exact one within what float32's rounding of the scores, the dtype's of the output and lost subnormals explain.
 
     Scores that a sum of their terms' sizes takes over float32's largest number before they are scaled are left out: it
     depends on the order of the terms whether they are infinite, in SDPA too.
