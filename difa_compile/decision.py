@@ -23,8 +23,6 @@ from functools import lru_cache
 from difa_compile.errors import DecisionError
 from difa_compile.wording import quoted
 
-MAX_RADIUS = 10**12
-"""The largest radius of a window, far above the tokens of any sequence."""
 _WINDOW = r"([a-z]+):([0-9]+)"
 
 
@@ -39,18 +37,24 @@ class WindowShape(StrEnum):
     """``|dy| <= radius`` and ``|dx| <= radius``; with time also ``|dt| <= radius``."""
 
 
+MAX_RADIUS = 2**63 - 1
+"""Plans, graphs and kernels hold a radius in 64 bits."""
+
+
 @dataclass(frozen=True, order=True)
 class Window:
-    """A neighbourhood of ``radius`` tokens (>= 1) around each image token."""
+    """A neighbourhood of ``radius`` tokens (1 to 2^63 - 1) around each image token; one that covers the grid is full
+    attention."""
 
     shape: WindowShape | str
     radius: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or not 1 <= self.radius <= MAX_RADIUS:
+        whole = isinstance(self.radius, int) and not isinstance(self.radius, bool)
+        if not whole or not 1 <= self.radius <= MAX_RADIUS:
             raise DecisionError(
-                f"window radius is {quoted(self.radius)}; give a whole number of tokens, at least 1 and at most "
-                f"{MAX_RADIUS}"
+                f"window radius is {quoted(self.radius)}; give a whole number of tokens, at least 1, at most 2^63 - 1 "
+                "(one of the grid's size covers all)"
             )
         if not isinstance(self.shape, str) or self.shape not in list(WindowShape):
             raise DecisionError(f"window shape {quoted(self.shape)} is unknown; choose one of {', '.join(WindowShape)}")
@@ -66,7 +70,20 @@ class Window:
         """
         ratio = math.prod(new) / math.prod(old)
         factor = ratio if self.shape is WindowShape.BAND else ratio ** (1 / max(len(old), len(new)))
-        return Window(self.shape, max(1, round(self.radius * factor)))
+        return Window(self.shape, min(max(1, round(self.radius * factor)), MAX_RADIUS))
+
+    def within(self, grid: Sequence[int]) -> Window:
+        """The same window on ``grid`` with no larger radius than makes a difference there.
+
+        What computes with a radius does so after this: its square then is at most that of the grid's diagonal.
+        """
+        if self.shape is WindowShape.BAND:
+            covering = math.prod(grid) - 1
+        elif self.shape is WindowShape.BOX:
+            covering = max(grid) - 1
+        else:
+            covering = math.isqrt(sum((size - 1) ** 2 for size in grid)) + 1
+        return self if self.radius <= covering else Window(self.shape, max(1, covering))
 
     @classmethod
     def parse(cls, text: str) -> Window:
@@ -81,6 +98,7 @@ class Window:
 
 def _radius(digits: str) -> int:
     """The number, or one that is above every limit: Python refuses to read numbers of thousands of digits."""
+    digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) <= len(str(MAX_RADIUS)) else MAX_RADIUS + 1
 
 

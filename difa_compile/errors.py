@@ -19,6 +19,10 @@ class LayoutError(DifaError, ValueError):
     """A token layout that does not add up with the sequence it describes, or that is needed and unknown."""
 
 
+class OperandError(DifaError, ValueError):
+    """Tensors or numbers of one attention call that do not go together: dtype, device, storage, sizes, scale."""
+
+
 class PlanFormatError(DifaError, ValueError):
     """A plan file that is not JSON, is truncated, or has missing, unknown or ill-typed keys."""
 

@@ -27,7 +27,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, grid, before, after, shape, radius, scale, mask, pooled = inputs
     ctx.save_for_backward(query, key, value, mask)
     ctx.layout = Layout(tuple(grid), before, after)
-    ctx.window = Window(WindowShape(shape), radius)
+    ctx.window = Window(shape, radius).within(ctx.layout.grid)
     ctx.scale, ctx.pooled = scale, pooled
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from difa_compile.errors import LayoutError
 from difa_compile.wording import shown
 
-MAX_TOKENS = 2**32
-"""The most tokens of a sequence, far above any model's; beyond it, counting what a window shows would take long."""
+MAX_TOKENS = 2**31 - 1
+"""Of one sequence: their pairs, and the squared distances on any grid of so many, are numbers of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Layout:
             )
         if max(*self.grid, self.before, self.after, self.tokens) > MAX_TOKENS:
             raise LayoutError(
-                f"grid {shown(self.grid)} with {shown(self.before)} tokens before and {shown(self.after)} after has "
-                f"more than {MAX_TOKENS} tokens"
+                f"grid {shown(self.grid)} with {shown(self.before)} tokens before and {shown(self.after)} after is "
+                "over 2^31 - 1 tokens, the most that one sequence may have; give the sizes in tokens, not in pixels"
             )
 
     @property

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from difa_compile import gradient
-from difa_compile.decision import Window, WindowShape
+from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
+from difa_compile.operands import check_kinds, check_sizes
 
 LIBRARY = torch.library.Library("difa", "DEF")
 LIBRARY.define(
@@ -33,6 +34,7 @@ class LocalCall:
 
     layout: Layout
     window: Window
+    """Of no larger radius than makes a difference on the layout's grid (:meth:`Window.within`)."""
     scale: float | None
     shape: tuple[int, ...]
     """(batch, heads, tokens, head_dim) of the query."""
@@ -46,6 +48,9 @@ class LocalCall:
     """Channels of a value; 0 stands for head_dim."""
     pooled: int = 0
     """Further keys at the end, which only image queries see."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", self.window.within(self.layout.grid))
 
     @property
     def rows(self) -> slice:
@@ -125,6 +130,12 @@ def local_attention(
     Returns:
         (B, H, L, E), laid out in memory as (B, L, H, E). Gradients for query, key and value follow from the reference
         formula, in memory linear in tokens (:mod:`difa_compile.gradient`); a mask gets none.
+
+    Raises:
+        LayoutError: tokens do not add up with the layout, or no kernel serves the call.
+        OperandError: the tensors do not go together, or are none that a kernel can read
+            (:mod:`difa_compile.operands`).
+        DecisionError: no such window.
     """
     where = (list(layout.grid), layout.before, layout.after, str(window.shape), window.radius)
     out: Tensor = torch.ops.difa.local_attention(query, key, value, *where, scale, mask, pooled)
@@ -145,11 +156,11 @@ def _local_attention(
     pooled: int = 0,
 ) -> Tensor:
     layout = Layout(tuple(grid), before, after)
-    layout.check(key.shape[2] - pooled, "difa::local_attention")
-    layout.rows(query.shape[2])  # raises for another number of queries
+    check_kinds(query, key, value, mask)
+    check_sizes(query, key, value, mask, layout, pooled, scale)
     call = LocalCall(
         layout,
-        Window(WindowShape(shape), radius),
+        Window(shape, radius),
         scale,
         tuple(query.shape),
         query.dtype,
@@ -159,11 +170,26 @@ def _local_attention(
         value.shape[3],
         pooled,
     )
+    if 0 in (*query.shape[:3], value.shape[3]):
+        return _local_attention_fake(query, key, value)
     out = choose_kernel(call).run(query, key, value, mask, call)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _local_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+def _local_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: object = None,
+    before: object = None,
+    after: object = None,
+    shape: object = None,
+    radius: object = None,
+    scale: object = None,
+    mask: Tensor | None = None,
+    pooled: object = 0,
+) -> Tensor:
+    check_kinds(query, key, value, mask)
     batch, heads, tokens = query.shape[:3]
     return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
 

@@ -6,8 +6,11 @@ import math
 from functools import lru_cache
 
 from difa_compile.decision import Window, WindowShape
-from difa_compile.errors import LayoutError
+from difa_compile.errors import DecisionError, LayoutError
 from difa_compile.layout import Layout
+
+MAX_LINES = 2**21
+"""Lines of an unbounded disc that are counted, some seconds' work."""
 
 
 def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> int:
@@ -15,7 +18,7 @@ def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> 
 
     ``tokens`` queries: all of the layout's or those of ``layout.rows``. Without window they see every key. With one,
     text sees and is seen by everything and image tokens see the image tokens of their neighbourhood. Work grows with
-    all but the largest size of the grid, not with the number of pairs.
+    all sides of the grid but the longest, not with the number of pairs.
     Raises :class:`LayoutError` if a window meets no layout, or a layout of another number of tokens.
     """
     if window is None:
@@ -26,7 +29,9 @@ def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> 
         layout.check(tokens, f"window {window}")
     image = layout.image_tokens
     other = layout.tokens - image
-    return (tokens - image) * layout.tokens + image * other + _image_pairs(layout.grid, window)
+    grid = tuple(sorted(size for size in layout.grid if size > 1)) or (1,)  # the order of the axes changes no count
+    near = _image_pairs(grid, window.within(grid))
+    return (tokens - image) * layout.tokens + image * other + near
 
 
 @lru_cache(maxsize=1024)
@@ -35,6 +40,8 @@ def _image_pairs(grid: tuple[int, ...], window: Window) -> int:
     radius = window.radius
     if window.shape is WindowShape.BAND:
         return _axis_pairs(math.prod(grid), radius)
+    if window.shape is WindowShape.DISC and radius * radius > sum((size - 1) ** 2 for size in grid):
+        return math.prod(grid) ** 2
     if window.shape is WindowShape.BOX:
         return math.prod(_axis_pairs(size, radius) for size in grid)
     return _disc_pairs(tuple(sorted(grid)), radius * radius - 1)  # a disc is the same from all sides
@@ -61,13 +68,19 @@ def _disc_pairs(grid: tuple[int, ...], budget: int) -> int:
 def window_keys(window: Window, dims: int = 2) -> int:
     """Image keys that an interior token sees on an unbounded grid of ``dims`` dimensions, itself included.
 
-    A disc of radius 8, 16, 32 on an image has 193, 793, 3205. A band is 1-D whatever the grid.
+    A disc of radius 8, 16, 32 on an image has 193, 793, 3205. A band is 1-D whatever the grid. A disc is counted line
+    by line. Raises :class:`DecisionError` for one of more than 2^21 lines, far more than any image or video has.
     """
     side = 2 * window.radius + 1
     if window.shape is WindowShape.BAND:
         return side
     if window.shape is WindowShape.BOX:
         return int(side**dims)
+    if dims > 1 and (2 * window.radius - 1) ** (dims - 1) > MAX_LINES:
+        raise DecisionError(
+            f"the keys of {window} on an unbounded grid of {dims} dimensions are too many to count; count those on a "
+            "grid with visible_pairs"
+        )
     return _ball(dims, window.radius * window.radius - 1)
 
 

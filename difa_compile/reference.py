@@ -26,6 +26,7 @@ def visible_pairs(layout: Layout, window: Window, query: Tensor, key: Tensor) ->
     everything (arrow attention, arXiv 2503.22796). Tokens beyond the layout's are pooled keys, which the image's
     queries see and others do not.
     """
+    window = window.within(layout.grid)
     first, last = layout.before, layout.before + layout.image_tokens
     pooled = key >= layout.tokens
     image_query = (query >= first) & (query < last)
@@ -51,18 +52,31 @@ def attention(
 ) -> Tensor:
     """Softmax attention. query (B, H, L, D), key and value (B, K, S, D), K a divisor of H; returns (B, H, L, D).
 
-    ``mask`` broadcasts to (B, H, L, S): bool, True = visible, or a number added to each score. A query that sees no key
-    gives 0. ``scale`` defaults to 1 / sqrt(D).
+    Half precision is computed in float32 and rounded once, as kernels do.
+
+    ``mask`` broadcasts to (B, H, L, S): bool, True = visible, or a number added to each score, -inf hiding it whatever
+    it is. A query that sees no key gives 0. ``scale`` defaults to 1 / sqrt(D).
+
+    A NaN in a query or key makes those queries NaN that see it, and no others. One in a value makes those NaN that see
+    it, and may make others so: hidden values are multiplied by 0, as all kernels do.
     """
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    groups = query.shape[1] // key.shape[1]
+    dtype, factor = query.dtype, default_scale(query.shape[-1]) if scale is None else scale
+    if dtype in (torch.float16, torch.bfloat16):  # their scores, before the scale, may be over float16's largest number
+        query, key, value = query.float(), key.float(), value.float()
+    groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(-2, -1)) * factor
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+        scores = (scores if mask.dtype == torch.bool else scores + mask).masked_fill(hidden, float("-inf"))
     blind = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ value
+    return (scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ value).to(dtype)
+
+
+def default_scale(head_dim: int) -> float:
+    """1 / sqrt(D); 1 for a head without channels, whose scores are all 0."""
+    return max(head_dim, 1) ** -0.5
 
 
 def local_attention(

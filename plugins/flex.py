@@ -35,7 +35,7 @@ def why_not(call: LocalCall) -> str | None:
         return f"{call.layout.tokens} tokens: pays from {least}"
     if call.device.type == "cpu" and call.dtype is not torch.float32:
         return f"slower than dense attention in {call.dtype} on the CPU"
-    if call.shape[-1] & (call.shape[-1] - 1):
+    if call.shape[-1] & (call.shape[-1] - 1) or not call.shape[-1]:
         return f"head dimension {call.shape[-1]} is not a power of two"
     return None
 

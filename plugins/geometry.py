@@ -28,6 +28,7 @@ class Geometry:
     @classmethod
     def of(cls, layout: Layout, window: Window) -> Geometry:
         """The geometry of ``window`` on the image of ``layout``."""
+        window = window.within(layout.grid)
         grid = tuple(size for size in layout.grid if size > 1) or (1,)
         radius, disc = window.radius, window.shape is WindowShape.DISC
         if window.shape is WindowShape.BAND or _covers(grid, window):

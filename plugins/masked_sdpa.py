@@ -43,6 +43,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Lo
     bias = window_mask(call.layout, call.window, call.device, call.dtype, call.shape[2], call.pooled)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+        if bias.dtype != call.dtype:  # SDPA takes its own dtype or float32
+            bias = bias.float()
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scale, enable_gqa=grouped)
 

@@ -59,6 +59,7 @@ def best(layout: Layout, window: Window, queries: int, pooled: int = 0) -> tuple
     ``queries`` and ``pooled`` as in :class:`~difa_compile.ops.LocalCall`. The model's own order is kept unless another
     one takes clearly fewer.
     """
+    window = window.within(layout.grid)
     own = visited_blocks(layout, window, None, queries, pooled)
     found = {strips: visited_blocks(layout, window, strips, queries, pooled) for strips in _candidates(layout, window)}
     if not found:
@@ -72,6 +73,7 @@ def visited_blocks(layout: Layout, window: Window, strips: Strips | None, querie
 
     Judged by the boxes on the grid that the blocks' tokens span, so no fewer than those that do hold one.
     """
+    window = window.within(layout.grid)
     keys = _Blocks.of(layout, window, strips, slice(0, layout.tokens), pooled)
     mine = _Blocks.of(layout, window, strips, layout.rows(queries), 0)
     count = 0
@@ -130,7 +132,8 @@ class _Blocks:
 
     def sees(self, keys: _Blocks, window: Window) -> Tensor:
         """(blocks, blocks of keys) bool: a pair in them may be visible."""
-        gaps = torch.maximum(self.low[:, None] - keys.high, keys.low - self.high[:, None]).clamp(min=0, max=1 << 20)
+        apart = torch.maximum(self.low[:, None] - keys.high, keys.low - self.high[:, None])
+        gaps = apart.clamp(min=0, max=window.radius + 1)  # out of reach is far enough: no square overflows
         if window.shape is WindowShape.DISC:
             near = (gaps * gaps).sum(-1) < window.radius * window.radius
         else:

@@ -14,9 +14,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -55,6 +59,70 @@ struct Problem {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
+
+// Bounds. A problem is checked once, by `place` and `check`, which throw std::invalid_argument; all that follows relies
+// on them.
+
+constexpr int64_t kMostPlaces = int64_t{1} << 24;  // places on the grid are counted in float32, exact up to here
+constexpr int64_t kMostDisc = 4096;                // and so are squared distances
+constexpr int64_t kMostOthers = int64_t{1} << 30;  // other tokens on one side, pooled keys: products fit 64 bits
+constexpr int kMostChannels = 1024;
+constexpr float kMostScale = 1e38f;
+
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("local attention on the CPU: ") + what);
+}
+
+// Sets the geometry: the grid's `dims` sizes, tokens and keys around it, the queries' number, the window.
+//
+// The window may be of any radius. What is kept is the same window in its plainest form: one that covers the grid is a
+// box on a grid of one dimension, a disc on one dimension is a box, axes of one token stand first, and no radius is
+// larger than the grid.
+inline void place(Problem& p, const int64_t* grid, int64_t dims, int64_t before, int64_t after, int64_t pooled,
+                  int64_t queries, Form form, int64_t radius) {
+  require(dims >= 1 && dims <= 3, "the grid must have one to three sizes");
+  int64_t image = 1, largest = 1, diagonal = 0;
+  for (int64_t i = 0; i < dims; ++i) {
+    require(grid[i] >= 1, "the grid's sizes must be at least 1");
+    require(grid[i] <= kMostPlaces / image, "the grid must have at most 2^24 tokens");
+    image *= grid[i];
+    largest = std::max(largest, grid[i]);
+    diagonal += (grid[i] - 1) * (grid[i] - 1);  // of sizes whose product is below 2^25
+  }
+  require(before >= 0 && after >= 0 && pooled >= 0, "before, after and pooled must not be negative");
+  require(std::max({before, after, pooled}) <= kMostOthers, "before, after and pooled must be at most 2^30");
+  require(radius >= 1, "the radius must be at least 1");
+  radius = std::min(radius, 2 * kMostPlaces);  // reaches over any diagonal
+  std::fill(std::begin(p.grid), std::end(p.grid), 1);
+  if (form == Form::kBox ? radius >= largest - 1 : radius * radius > diagonal) {
+    p.grid[2] = image;
+    p.form = Form::kBox, p.radius = image;
+  } else {
+    int axis = 2;
+    for (int64_t i = dims - 1; i >= 0; --i)
+      if (grid[i] > 1) p.grid[axis--] = grid[i];
+    const bool line = axis == 1;
+    p.form = line ? Form::kBox : form;
+    p.radius = line && form == Form::kDisc ? radius - 1 : radius;
+    require(p.form == Form::kBox || radius <= kMostDisc, "a disc's radius must be at most 4096 unless it covers the grid");
+  }
+  p.before = before, p.after = after, p.pooled = pooled, p.queries = queries;
+  require(queries == p.tokens() || queries == image || queries == image + after,
+          "the queries are neither all tokens, nor the image's, nor these and those after them");
+  p.first = queries == p.tokens() ? 0 : before;
+}
+
+// Checks the sizes of a problem that `place` was called for. Batch and heads are those of memory that exists.
+inline void check(const Problem& p) {
+  require(p.batch >= 1 && p.heads >= 1 && p.key_heads >= 1, "batch and heads must be at least 1");
+  require(p.heads % p.key_heads == 0, "the key heads must divide the query heads");
+  require(std::min(p.head_dim, p.value_dim) >= 1 && std::max(p.head_dim, p.value_dim) <= kMostChannels,
+          "the head dimension and the values' must be 1 to 1024");
+  int64_t rows;
+  require(!__builtin_mul_overflow(p.batch, p.heads, &rows) && !__builtin_mul_overflow(rows, p.queries, &rows),
+          "the output does not fit 64 bits");
+  require(std::fabs(p.scale) <= kMostScale, "the scale must be a number of at most 1e38");
+}
 
 // Products. Both multiply a broadcast number with a vector of queries; they differ in what a unit of 32 bits holds.
 
@@ -206,8 +274,12 @@ class Patch {
   }
 
   int64_t keys() const {
-    int64_t keys = 0;
-    rows([&](int64_t, int64_t, int64_t first, int64_t last) { keys += last - first + 1; });
+    int64_t keys = p_.form == Form::kBox ? 1 : 0;
+    if (p_.form == Form::kBox)
+      for (int i = 0; i < 3; ++i)
+        keys *= std::min(p_.grid[i] - 1, high_[i] + p_.radius) - std::max<int64_t>(0, low_[i] - p_.radius) + 1;
+    else
+      rows([&](int64_t, int64_t, int64_t first, int64_t last) { keys += last - first + 1; });
     return keys;
   }
 
@@ -309,6 +381,8 @@ class Worker {
  public:
   explicit Worker(const Problem& problem)
       : p_(problem),
+        sign_(sign_of(problem)),
+        scale_(sign_ == 0 ? 1.0f : std::fabs(problem.scale)),
         query_units_((p_.head_dim + Units::kPerUnit - 1) / Units::kPerUnit),
         query_(query_units_ * Tile),
         staged_(Tile * std::max(p_.head_dim, p_.value_dim) + kLanes * Tile),
@@ -329,6 +403,7 @@ class Worker {
     for (int c = 0; c < Tile / kLanes; ++c) maximum_[c] = all(-kInfinity), sum_[c] = Floats{};
     int64_t total = 0;
     for (const Run& run : runs) total += run.count;
+    smaller_ = static_cast<float>(std::bit_width(static_cast<uint64_t>(total)) + 1);
     const int64_t chunks = (total + kChunk - 1) / kChunk;
     size_t at_run = 0;
     int64_t used = 0, done = 0;
@@ -375,9 +450,22 @@ class Worker {
         std::memset(row, 0, query_units_ * sizeof(float));
       } else {
         stage(query + place.query[q] * p_.query_strides.token, p_.query_strides.channel, p_.head_dim, row);
+        if (sign_ != 1) turn(row);
       }
     }
     transpose(rows, query_units_, Tile, query_units_, query_.data(), Tile);
+  }
+
+  // The sign of the scale goes on to the queries, so that the largest score is that of the largest probability. So does
+  // a scale of nothing (as this thread's arithmetic sees it), for what hides a pair is an infinity.
+  static float sign_of(const Problem& p) {
+    return std::fabs(p.scale) * kLog2E == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+  }
+
+  void turn(float* row) const {
+    using Number = std::conditional_t<kPairs, T, float>;
+    Number* numbers = reinterpret_cast<Number*>(row);
+    for (int i = 0; i < p_.head_dim; ++i) from_float(to_float(numbers[i]) * sign_, numbers[i]);
   }
 
   // One row as units.
@@ -460,30 +548,33 @@ class Worker {
 
   // Probabilities of two keys per unit, in place.
   void pack_probabilities(int count) {
+#if defined(__AVX512BF16__)
     float* p = scores_.data();
     if (count % 2) std::memset(p + count * Tile, 0, Tile * sizeof(float));
-    const auto rounded = [](Floats value) {
-      const Ints bits = reinterpret_cast<Ints>(value);
-      return bits + 0x7fff + ((bits >> 16) & 1);
-    };
+    alignas(64) static constexpr uint16_t kPaired[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i paired = _mm512_load_si512(kPaired);
     for (int j = 0; j < (count + 1) / 2; ++j)
       for (int c = 0; c < Tile; c += kLanes) {
-        const Ints low = (rounded(load(p + 2 * j * Tile + c)) >> 16) & 0xffff;
-        const Ints high = rounded(load(p + (2 * j + 1) * Tile + c)) & static_cast<int32_t>(0xffff0000);
-        store(p + j * Tile + c, reinterpret_cast<Floats>(low | high));
+        const __m512 low = (__m512)load(p + 2 * j * Tile + c), high = (__m512)load(p + (2 * j + 1) * Tile + c);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // `low` in the lower half; NaN stays NaN
+        store(p + j * Tile + c, (Floats)_mm512_permutexvar_epi16(paired, both));
       }
+#endif
   }
 
   // Scores to probabilities relative to the running maximum, which may rise; what is summed so far is scaled to it.
+  //
+  // The maximum is taken off before anything is multiplied: the largest score's difference is then 0 however large it is,
+  // and all others are below. A NaN is never the maximum, and makes its own probability and thereby the sum NaN.
+  // Probabilities are smaller by a power of two than they are, so that no sum of values is larger than the largest.
   template <bool Disc>
   void normalise(int count, const Neighbourhood<Tile>* neighbourhood, int64_t batch, int64_t head,
                  const Place<Tile>& place) {
     const bool masked = p_.mask_type != MaskType::kNone;
     if (masked) apply_mask(count, batch, head, place);
-    // Scores stay as they are until the exponential, where product and difference are rounded once. A factor of nothing
-    // is replaced by next to nothing, for hidden pairs are infinities.
-    const float factor = masked ? 1.0f : p_.scale == 0 ? 1e-30f : p_.scale * kLog2E;
-    const Floats hidden = all(factor > 0 ? -kInfinity : kInfinity);
+    const float factor = masked ? kLog2E : scale_ * kLog2E;
+    const Floats hidden = all(-kInfinity);
     for (int c = 0; c < Tile / kLanes; ++c) {
       float* scores = scores_.data() + c * kLanes;
       Floats top = maximum_[c];
@@ -497,16 +588,16 @@ class Worker {
             score = (Disc ? distance * distance : larger(distance, -distance)) <= reach ? score : hidden;
             store(scores + j * Tile, score);
           }
-          top = larger(score * factor, top);
+          top = larger(score, top);
         }
       } else {
-        for (int j = 0; j < count; ++j) top = larger(load(scores + j * Tile) * factor, top);
+        for (int j = 0; j < count; ++j) top = larger(load(scores + j * Tile), top);
       }
       const Floats base = top == -kInfinity ? all(0.0f) : top;
-      const Floats shrink = exp2(maximum_[c] - base);
+      const Floats shrink = exp2((maximum_[c] - base) * factor);
       Floats sum = sum_[c] * shrink;
       for (int j = 0; j < count; ++j) {
-        const Floats p = exp2(load(scores + j * Tile) * factor - base);
+        const Floats p = exp2((load(scores + j * Tile) - base) * factor, smaller_);
         store(scores + j * Tile, p);
         sum += p;
       }
@@ -519,35 +610,34 @@ class Worker {
     }
   }
 
-  // Scales the scores and puts the model's own mask on them.
+  // Scales the scores and puts the model's own mask on them. What is added in natural units, as masks have it, cannot
+  // overflow where theirs does not.
   void apply_mask(int count, int64_t batch, int64_t head, const Place<Tile>& place) {
     const Strides& s = p_.mask_strides;
     const int64_t start = batch * s.batch + head * s.head;
-    const float factor = p_.scale * kLog2E;
+    const auto put = [this](float score, float bias) { return bias == -kInfinity ? bias : score * scale_ + bias; };
     for (int j = 0; j < count; ++j) {
       float* scores = scores_.data() + j * Tile;
       const int64_t column = start + token_[j] * s.channel;
       if (s.token == 0) {
         const float one = bias(column);
-        for (int c = 0; c < Tile; c += kLanes) store(scores + c, load(scores + c) * factor + one);
+        if (one == -kInfinity)
+          std::fill_n(scores, Tile, one);
+        else
+          for (int c = 0; c < Tile; c += kLanes) store(scores + c, load(scores + c) * scale_ + one);
       } else {
         for (int q = 0; q < Tile; ++q)
-          scores[q] = scores[q] * factor + (place.query[q] < 0 ? 0.0f : bias(column + place.query[q] * s.token));
+          scores[q] = put(scores[q], place.query[q] < 0 ? 0.0f : bias(column + place.query[q] * s.token));
       }
     }
-  }
-
-  // The least finite number, which masks hold for want of infinity, must not become infinite.
-  static float in_base_two(float bias) {
-    return bias == -kInfinity ? bias : std::max(bias * kLog2E, std::numeric_limits<float>::lowest());
   }
 
   float bias(int64_t index) const {
     switch (p_.mask_type) {
       case MaskType::kBool: return static_cast<const uint8_t*>(p_.mask)[index] ? 0.0f : -kInfinity;
-      case MaskType::kFloat: return in_base_two(static_cast<const float*>(p_.mask)[index]);
-      case MaskType::kBFloat16: return in_base_two(to_float(static_cast<const BFloat16*>(p_.mask)[index]));
-      case MaskType::kHalf: return in_base_two(to_float(static_cast<const Half*>(p_.mask)[index]));
+      case MaskType::kFloat: return static_cast<const float*>(p_.mask)[index];
+      case MaskType::kBFloat16: return to_float(static_cast<const BFloat16*>(p_.mask)[index]);
+      case MaskType::kHalf: return to_float(static_cast<const Half*>(p_.mask)[index]);
       default: return 0.0f;
     }
   }
@@ -576,6 +666,8 @@ class Worker {
   }
 
   const Problem& p_;
+  const float sign_, scale_;  // of the scale: its sign, which the queries have, and its size
+  float smaller_;             // probabilities are by 2^-smaller_
   const int query_units_;
   Buffer query_, staged_, scores_, out_, keys_, values_;
   alignas(64) Floats maximum_[Tile / kLanes], sum_[Tile / kLanes];
@@ -601,14 +693,28 @@ class Attention {
 
   int64_t tasks() const { return p_.batch * p_.heads * (image_tiles_ + other_tiles_); }
 
-  // Per head: the tiles, and the keys that each of them goes through, added up.
+  // Per head: the tiles, and the keys that each of them goes through, added up. Takes time by the window's reach, not by
+  // the number of tiles: a tile sees the keys at distance 0 on an axis that are its own, and one on each side at every
+  // other, as far as the grid goes.
   std::pair<int64_t, int64_t> work_per_head() const {
-    int64_t keys = other_tiles_ * p_.tokens();
-    int64_t low[3];
-    for (low[0] = 0; low[0] < p_.grid[0]; low[0] += shape_.size[0])
-      for (low[1] = 0; low[1] < p_.grid[1]; low[1] += shape_.size[1])
-        for (low[2] = 0; low[2] < p_.grid[2]; low[2] += shape_.size[2])
-          keys += Patch(p_, low, shape_).keys() + p_.before + p_.after + p_.pooled;
+    const bool disc = p_.form == Form::kDisc;
+    const int64_t far = disc ? p_.radius - 1 : p_.radius;
+    std::vector<int64_t> at[3];  // keys at each distance from a tile along an axis, over all tiles of that axis
+    for (int i = 0; i < 3; ++i)
+      for (int64_t d = 0; d <= std::min(far, p_.grid[i] - 1); ++d) {
+        const int64_t side = shape_.size[i], beyond = std::min(tiles_[i], (d + side - 1) / side);
+        at[i].push_back(d == 0 ? p_.grid[i] : tiles_[i] - beyond + (p_.grid[i] - d) / side);
+      }
+    for (size_t d = 1; d < at[2].size(); ++d) at[2][d] += at[2][d - 1];
+    int64_t keys = 0;
+    for (int64_t t = 0; t < std::ssize(at[0]); ++t)
+      for (int64_t y = 0; y < std::ssize(at[1]); ++y) {
+        const int64_t rest = p_.radius * p_.radius - 1 - t * t - y * y;
+        if (disc && rest < 0) break;
+        const int64_t wide = disc ? static_cast<int64_t>(std::sqrt(static_cast<double>(rest))) : far;
+        keys += at[0][t] * at[1][y] * at[2][std::min<int64_t>(wide, std::ssize(at[2]) - 1)];
+      }
+    keys += image_tiles_ * (p_.before + p_.after + p_.pooled) + other_tiles_ * p_.tokens();
     return {image_tiles_ + other_tiles_, keys};
   }
 

@@ -21,17 +21,29 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), may_alias));
 typedef float UnalignedFloats __attribute__((vector_size(kLanes * 4), may_alias, aligned(4)));
 typedef int32_t UnalignedInts __attribute__((vector_size(kLanes * 4), may_alias, aligned(4)));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
 inline void store(float* to, Floats value) { *reinterpret_cast<UnalignedFloats*>(to) = value; }
 inline Floats all(float value) { return Floats{} + value; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where a is NaN
+// The larger of two numbers; b where one is NaN.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
-// 2^x with a relative error below 2e-7 (the polynomial's own: 3e-9); 0 below 2^-126, NaN for NaN.
-inline Floats exp2(Floats x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the whole part of x in the low bits
+// 2^(x - smaller) for x <= 0 and a whole number 0 <= smaller < 127 with a relative error below 2e-7 (the polynomial's
+// own: 3e-9); 0 below 2^-127, NaN for every NaN.
+inline Floats exp2(Floats x, float smaller = 0) {
+  x = larger(all(smaller - 127), x);
+  const float magic = 12582912.0f + 127 - smaller;  // 1.5 * 2^23: adding it leaves the exponent's bits in the low ones
   const Floats shifted = x + magic;
   const Floats f = x - (shifted - magic);  // in [-0.5, 0.5]
   Floats p = all(1.5461445e-4f);
@@ -41,8 +53,8 @@ inline Floats exp2(Floats x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314721e-1f;
   p = p * f + 1.0f;
-  const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
-  return x < -126.0f ? all(0.0f) : scaled;
+  // The power of two is a factor and not added to p's exponent: whatever bits a NaN has, a product with it is NaN.
+  return p * reinterpret_cast<Floats>(reinterpret_cast<Words>(shifted) << 23);
 }
 
 // Storage types other than float. Arithmetic is in float.

@@ -92,17 +92,17 @@ def _scores(query, key, DOT: tl.constexpr):
 def _attend(acc, total, top, scores, value_ptrs, value_mask, scale, MASK: tl.constexpr, DOT: tl.constexpr):
     """One step of the online softmax. ``scores`` (M, N) are -inf where hidden; ``scale`` is in log2.
 
-    Scores are unscaled, but under an "added" mask scaled and in natural units: masks hold the lowest number there is,
-    so that the maximum has to be taken off before anything is multiplied.
+    Scores are unscaled, but under an "added" mask scaled and in natural units. The maximum is taken off before anything
+    is multiplied: the largest score's difference is then 0 however large it is, the lowest number that masks hold
+    included.
     """
+    above = tl.maximum(top, tl.max(scores, 1))
     if MASK == "added":
-        above = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2((scores - above[:, None]) * 1.4426950408889634)
         fade = tl.exp2((top - above) * 1.4426950408889634)
     else:
-        above = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - above[:, None])
-        fade = tl.exp2(top - above)
+        weights = tl.exp2((scores - above[:, None]) * scale)
+        fade = tl.exp2((top - above) * scale)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
     value = tl.load(value_ptrs, mask=value_mask, other=0.0)

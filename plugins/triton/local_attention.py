@@ -18,6 +18,7 @@ from torch import Tensor
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
+from difa_compile.operands import check_kinds, check_sizes
 from difa_compile.ops import LocalCall, LocalKernel
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
@@ -110,7 +111,8 @@ def attend(
         (B, H, L, DV), laid out in memory as (B, L, H, DV).
 
     Raises:
-        LayoutError: token counts, heads or the mask's sizes do not go with the layout or each other.
+        LayoutError: token counts do not go with the layout.
+        OperandError: dtypes, devices, heads or the mask do not go together.
     """
     return _launch(query, key, value, layout, window, scale, mask, config, with_full=False, residual=False)[0]
 
@@ -162,7 +164,11 @@ def _launch(
 
     from difa_compile.plugins.triton.kernels import local_attention_kernel
 
-    _check(query, key, value, layout)
+    check_kinds(query, key, value, mask)
+    check_sizes(query, key, value, mask, layout, max(0, key.shape[2] - layout.tokens), scale)
+    reason = _unserved(call_of(query, key, value, layout, window, scale, mask))
+    if reason is not None:
+        raise LayoutError(f"the Triton kernel does not serve local attention {window} on {layout}: {reason}")
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     batch, heads, tokens, _ = query.shape
     kind, mask_arguments = _mask_arguments(mask, (batch, heads, tokens, key.shape[2]))
@@ -219,28 +225,28 @@ def _launch(
     return outputs[0], outputs[-1]
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
-    if key.shape[2] < layout.tokens:
-        layout.check(key.shape[2], "local attention")
-    layout.rows(query.shape[2])  # raises for another number of queries
-    same = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[3] == query.shape[3]
-    if not same or query.shape[1] % key.shape[1]:
-        raise LayoutError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together; "
-            "give (B, H, L, D), (B, G, S, D) and (B, G, S, DV) with H a multiple of G"
-        )
+def call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: Window,
+    scale: float | None,
+    mask: Tensor | None,
+) -> LocalCall:
+    """What these operands ask for."""
+    pooled, masked = key.shape[2] - layout.tokens, mask is not None
+    shape = tuple(query.shape)
+    return LocalCall(
+        layout, window, scale, shape, query.dtype, query.device, masked, key.shape[1], value.shape[3], pooled
+    )
 
 
 def _mask_arguments(mask: Tensor | None, shape: Shape) -> tuple[str, tuple[Tensor | None, int, int, int, int]]:
     """The kind of a mask and its launch arguments: memory and strides, 0 along axes of ``shape`` that it broadcasts."""
     if mask is None:
         return "none", (None, 0, 0, 0, 0)
-    try:
-        seen = mask.expand(shape)
-    except RuntimeError as error:
-        raise LayoutError(
-            f"a mask of shape {tuple(mask.shape)} does not broadcast to {shape}, which is (batch, heads, queries, keys)"
-        ) from error
+    seen = mask.expand(shape)
     kind = "bool" if mask.dtype == torch.bool else "added"
     if kind == "bool":
         seen = seen.view(torch.uint8)

@@ -256,6 +256,9 @@ def test_what_it_does_not_serve_it_says():
     assert cpu.why_not(call_of(device="cuda")) == "runs on the CPU"
     assert cpu.why_not(call_of(dtype=torch.float64)) == "not for torch.float64"
     assert "head dimension 2048" in cpu.why_not(call_of(dim=2048))
-    assert "radius 5000" in cpu.why_not(call_of(window="disc:5000"))
+    assert "radius 5000" in cpu.why_not(call_of(grid=(2, 8192), window="disc:5000"))
+    assert cpu.why_not(call_of(grid=(1, 8192), window="disc:5000")) is None  # a band, in truth
+    assert cpu.why_not(call_of(window="disc:5000")) is None  # covers the grid
     assert cpu.why_not(call_of(window="band:5000")) is None
+    assert "head dimension 0" in cpu.why_not(call_of(dim=0))
     assert "image tokens" in cpu.why_not(call_of(grid=(2**13, 2**13)))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from difa_compile import reference
 from difa_compile.decision import Window
-from difa_compile.errors import LayoutError
+from difa_compile.errors import LayoutError, OperandError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall
 from difa_compile.plugins.geometry import Geometry
@@ -216,15 +216,19 @@ def test_a_missing_toolchain_and_an_old_device_are_reasons(monkeypatch):
 def test_operands_that_do_not_go_together_are_refused():
     layout, window = Layout((4, 4), 1), Window("disc", 2)
     query = torch.zeros(1, 3, 17, 16)
-    with pytest.raises(LayoutError, match="H a multiple of G"):
-        kernel._check(query, torch.zeros(1, 2, 17, 16), torch.zeros(1, 2, 17, 16), layout)
-    with pytest.raises(LayoutError, match="H a multiple of G"):
-        kernel._check(query, query, torch.zeros(1, 3, 18, 16), layout)
+    with pytest.raises(OperandError, match="H a multiple of G"):
+        kernel.attend(query, torch.zeros(1, 2, 17, 16), torch.zeros(1, 2, 17, 16), layout, window)
+    with pytest.raises(OperandError, match="H a multiple of G"):
+        kernel.attend(query, query, torch.zeros(1, 3, 18, 16), layout, window)
+    with pytest.raises(OperandError, match=r"the value is torch.bfloat16, the query torch.float32"):
+        kernel.attend(query, query, query.bfloat16(), layout, window)
+    with pytest.raises(LayoutError, match=r"scale -1\.0 is not positive"):
+        kernel.attend(query, query, query, layout, window, -1.0)
     with pytest.raises(LayoutError, match="the attention sequence has 15"):
-        kernel._check(query, query[:, :, :15], query[:, :, :15], layout)
+        kernel.attend(query, query[:, :, :15], query[:, :, :15], layout, window)
     with pytest.raises(LayoutError, match="15 queries are neither"):
-        kernel._check(query[:, :, :15], query, query, layout)
-    with pytest.raises(LayoutError, match=r"a mask of shape \(5, 17\) does not broadcast to \(1, 3, 17, 17\)"):
+        kernel.attend(query[:, :, :15], query, query, layout, window)
+    with pytest.raises(OperandError, match=r"a mask of shape \(5, 17\) does not broadcast to \(1, 3, 17, 17\)"):
         kernel.attend(query, query, query, layout, window, mask=torch.zeros(5, 17))
     with pytest.raises(LayoutError, match="full attention beside"):
         kernel.local_and_full(query, torch.zeros(1, 3, 20, 16), torch.zeros(1, 3, 20, 16), layout, window)
