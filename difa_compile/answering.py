@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -125,7 +125,8 @@ def constant(tx: Any, variable: Any, truth: bool = False) -> Any:
         return None
     question = tx.output.create_proxy("call_function", asked, (variable.as_proxy(), truth), {}).node
     try:
-        (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input)
+        with outside_model(tx):
+            (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input)
     except (Unanswerable, RuntimeError):
         tracer.graph.erase_node(question)
         return None
@@ -147,11 +148,18 @@ def answered(env: ShapeEnv, expression: sympy.Basic) -> sympy.Basic:
         if node is None or tx.output.current_tracer.parent is not None:
             continue  # of an operation in progress
         try:
-            (value,) = real_values(tx.output.nn_modules, graph, [node], real_input)
+            with outside_model(tx):
+                (value,) = real_values(tx.output.nn_modules, graph, [node], real_input)
             settle(env, node, value)
         except Unanswerable:
             unanswered.add(symbol)
     return env.replace(expression)
+
+
+def outside_model(tx: Any) -> AbstractContextManager[None]:
+    """Within this block autocast is as it is around the model that is traced, whose own regions are in its graph."""
+    restored: AbstractContextManager[None] = tx.output.restore_global_state()
+    return restored
 
 
 def real_input(node: fx.Node) -> Any:

@@ -26,6 +26,7 @@ from difa_compile.passes.arguments import latent_inputs, name_arguments
 from difa_compile.passes.batch import annotate_batch
 from difa_compile.passes.canonical import canonical
 from difa_compile.passes.find_attention import attention_inputs, find_attention
+from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.pipeline import rewrite
 from difa_compile.passes.positions import HeldPositions
 from difa_compile.passes.questions import answer
@@ -262,9 +263,11 @@ class Capture:
 
     def _setting(self, site_index: int) -> Setting:
         site = self.sites[site_index]
-        query, _, value = (node.meta["example_value"] for node in attention_inputs(site.region.attention))
+        _, _, value = (node.meta["example_value"] for node in attention_inputs(site.region.attention))
+        attended = tensor_of(site.region.attention)  # of the dtype that is computed in, to which autocast may cast
+        dtype = value.dtype if attended is None else attended.dtype
         return Setting(
-            site.query_shape[0], query.dtype, query.device, site.key_shape[1], value.shape[-1], site.mask != "none"
+            site.query_shape[0], dtype, value.device, site.key_shape[1], value.shape[-1], site.mask != "none"
         )
 
     def seconds(self, site_index: int, role: Role | Decision) -> float | None:
