@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -125,8 +125,7 @@ def constant(tx: Any, variable: Any, truth: bool = False) -> Any:
         return None
     question = tx.output.create_proxy("call_function", asked, (variable.as_proxy(), truth), {}).node
     try:
-        with outside_model(tx):
-            (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input)
+        (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input, autocast_around(tx))
     except (Unanswerable, RuntimeError):
         tracer.graph.erase_node(question)
         return None
@@ -148,18 +147,27 @@ def answered(env: ShapeEnv, expression: sympy.Basic) -> sympy.Basic:
         if node is None or tx.output.current_tracer.parent is not None:
             continue  # of an operation in progress
         try:
-            with outside_model(tx):
-                (value,) = real_values(tx.output.nn_modules, graph, [node], real_input)
+            (value,) = real_values(tx.output.nn_modules, graph, [node], real_input, autocast_around(tx))
             settle(env, node, value)
         except Unanswerable:
             unanswered.add(symbol)
     return env.replace(expression)
 
 
-def outside_model(tx: Any) -> AbstractContextManager[None]:
-    """Within this block autocast is as it is around the model that is traced, whose own regions are in its graph."""
-    restored: AbstractContextManager[None] = tx.output.restore_global_state()
-    return restored
+def autocast_around(tx: Any) -> Callable[[], None]:
+    """Sets autocast, in the thread that calls it, to what it is around the model that is traced.
+
+    What it is in the thread that traces tells nothing: there the model's own regions are entered, which its graph has
+    too, and within an operation autocast is off.
+    """
+    found = dict(tx.output.tracing_context.global_context.global_state)
+
+    def put() -> None:
+        for name, (put_one, value) in found.items():
+            if name.startswith("autocast"):
+                put_one(value)
+
+    return put
 
 
 def real_input(node: fx.Node) -> Any:

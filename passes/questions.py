@@ -190,21 +190,22 @@ def real_values(
     graph: fx.Graph,
     ends: Sequence[fx.Node],
     real: Callable[[fx.Node], Any],
+    set_autocast: Callable[[], None] | None = None,
 ) -> tuple[Any, ...]:
     """The values of some nodes for the inputs that ``real`` gives. Raises :class:`Unanswerable`.
 
     Runs in a thread of its own, on the same stream: while a model is traced, this thread's operations may be diverted
-    at any level, down to fake kernels. Autocast is set there as it is in this thread.
+    at any level, down to fake kernels. There ``set_autocast`` is called first; None: autocast is as in this thread.
     """
     piece = Slice(owner, graph, ends)
     values = [real(node) for node in piece.inputs]
     device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda), None)
     stream = torch.cuda.stream(None if device is None else torch.cuda.current_stream(device))
 
-    autocast = Autocast.now()
+    prepare = set_autocast or Autocast.now().set
 
     def run() -> tuple[Any, ...]:
-        autocast.set()
+        prepare()
         with stream:
             return piece(values)
 
