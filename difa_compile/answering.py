@@ -125,7 +125,7 @@ def constant(tx: Any, variable: Any, truth: bool = False) -> Any:
         return None
     question = tx.output.create_proxy("call_function", asked, (variable.as_proxy(), truth), {}).node
     try:
-        (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input)
+        (value,) = real_values(tx.output.nn_modules, tracer.graph, [question], real_input, autocast_around(tx))
     except (Unanswerable, RuntimeError):
         tracer.graph.erase_node(question)
         return None
@@ -147,11 +147,27 @@ def answered(env: ShapeEnv, expression: sympy.Basic) -> sympy.Basic:
         if node is None or tx.output.current_tracer.parent is not None:
             continue  # of an operation in progress
         try:
-            (value,) = real_values(tx.output.nn_modules, graph, [node], real_input)
+            (value,) = real_values(tx.output.nn_modules, graph, [node], real_input, autocast_around(tx))
             settle(env, node, value)
         except Unanswerable:
             unanswered.add(symbol)
     return env.replace(expression)
+
+
+def autocast_around(tx: Any) -> Callable[[], None]:
+    """Sets autocast, in the thread that calls it, to what it is around the model that is traced.
+
+    What it is in the thread that traces tells nothing: there the model's own regions are entered, which its graph has
+    too, and within an operation autocast is off.
+    """
+    found = dict(tx.output.tracing_context.global_context.global_state)
+
+    def put() -> None:
+        for name, (put_one, value) in found.items():
+            if name.startswith("autocast"):
+                put_one(value)
+
+    return put
 
 
 def real_input(node: fx.Node) -> Any:

@@ -30,6 +30,7 @@ from difa_compile.errors import (
 )
 from difa_compile.inductor import Config, inductor, inductor_config, uses_cuda_graphs
 from difa_compile.layout import Layout
+from difa_compile.passes.autocast import autocast_kept, runs_regions
 from difa_compile.plan import RESIZES, Plan
 from difa_compile.run import active_run, call_without_run
 
@@ -199,7 +200,14 @@ def compiler_named(name: str, config: Config | None = None) -> Compiler:
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph as it is, for debugging and for exact comparisons."""
     del example_inputs
-    return module.forward
+    if not runs_regions(module.graph):
+        return module.forward
+
+    def run(*args: Any) -> Any:
+        with autocast_kept():  # a graph that fails does not leave the region it has entered
+            return module.forward(*args)
+
+    return run
 
 
 def raiser(error: DifaError) -> Callable[..., Any]:

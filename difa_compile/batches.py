@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from difa_compile.passes.autocast import Autocast
 from difa_compile.passes.graph import copy_module, operation
 from difa_compile.passes.questions import BINDINGS, brings_in_sizes
 
@@ -150,14 +151,15 @@ class _Resizable:
 
 def pattern_of(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, Numbers]:
     """What a graph computes, its whole numbers left blank, and these numbers: sizes and strides of the inputs, then
-    the arguments of its nodes, in order. A graph with attributes of its own is equal to itself alone."""
+    the arguments of its nodes, in order. A graph with attributes of its own is equal to itself alone. What autocast is
+    set to around the graph is part of what it computes."""
     numbers: list[int] = []
 
     def blank(number: int) -> _Name:
         numbers.append(number)
         return _Name("#")
 
-    lines = []
+    lines = [f"autocast {Autocast.now()}"]
     for value in example_inputs:
         if isinstance(value, Tensor):
             numbers += [*value.shape, *value.stride()]

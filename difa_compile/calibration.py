@@ -34,6 +34,7 @@ from difa_compile.errors import (
 from difa_compile.following import Following
 from difa_compile.guidance import conditional_half_of, guidance_is_on, guidance_of
 from difa_compile.machine_profile import current
+from difa_compile.passes.autocast import Autocast
 from difa_compile.pipeline import check_scheduler, find_transformers
 from difa_compile.plan import Plan, model_digest
 from difa_compile.plan_data import LOSSES
@@ -114,7 +115,9 @@ def calibrate(
             {"class": type(pipe.scheduler).__name__, "config": _plain(getattr(pipe.scheduler, "config", None))}
         ),
         "inputs": digest_of(call),
-        "settings": digest_of({**settings.identity(), "steps": steps, "torch": torch.__version__}),
+        "settings": digest_of(
+            {**settings.identity(), "steps": steps, "torch": torch.__version__, "autocast": str(Autocast.now())}
+        ),
     }
     saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
     search = Search(models, settings, saved, _bar if progress else None)

@@ -268,9 +268,11 @@ class Capture:
 
     def _setting(self, site_index: int) -> Setting:
         site = self.sites[site_index]
-        query, _, value = (node.meta["example_value"] for node in attention_inputs(site.region.attention))
+        _, _, value = (node.meta["example_value"] for node in attention_inputs(site.region.attention))
+        attended = tensor_of(site.region.attention)  # of the dtype that is computed in, to which autocast may cast
+        dtype = value.dtype if attended is None else attended.dtype
         return Setting(
-            site.query_shape[0], query.dtype, query.device, site.key_shape[1], value.shape[-1], site.mask != "none"
+            site.query_shape[0], dtype, value.device, site.key_shape[1], value.shape[-1], site.mask != "none"
         )
 
     def seconds(self, site_index: int, role: Role | Decision) -> float | None:

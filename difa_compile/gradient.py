@@ -48,10 +48,11 @@ def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ]
         seen = reference.visible_pairs(layout, window, queries[:, None] + first_token, keys[None, :])
         own = None if mask is None else mask.index_select(2, queries).index_select(3, keys)
-        with torch.enable_grad():
-            q, k, v = parts
-            out = reference.attention(q, k, v, reference.combined(seen, own), ctx.scale)
-        found = torch.autograd.grad(out, parts, upstream.index_select(2, queries).to(wide))
+        with torch.autocast(query.device.type, enabled=False):  # what was cast is; here all is as wide as it is
+            with torch.enable_grad():
+                q, k, v = parts
+                out = reference.attention(q, k, v, reference.combined(seen, own), ctx.scale)
+            found = torch.autograd.grad(out, parts, upstream.index_select(2, queries).to(wide))
         for total, part, at in zip(gradients, found, (queries, keys, keys), strict=True):
             total.index_add_(2, at, part)
     done = tuple(

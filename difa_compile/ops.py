@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,8 @@ def local_attention(
 
     Returns:
         (B, H, L, E), laid out in memory as (B, L, H, E). Gradients for query, key and value follow from the reference
-        formula, in memory linear in tokens (:mod:`difa_compile.gradient`); a mask gets none.
+        formula, in memory linear in tokens (:mod:`difa_compile.gradient`); a mask gets none. Under ``torch.autocast``
+        query, key, value and mask are cast as ``scaled_dot_product_attention``'s are.
 
     Raises:
         LayoutError: tokens do not add up with the layout, or no kernel serves the call.
@@ -176,6 +178,37 @@ def _local_attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _cast_rule(key: str, device_type: str) -> Callable[..., Tensor]:
+    """What the op does under autocast for a device type: what autocast does to ``scaled_dot_product_attention``."""
+    keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key))
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(value: Any) -> Any:
+            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device_type
+            return value.to(dtype) if eligible and value.dtype != torch.float64 else value
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            out: Tensor = torch.ops.difa.local_attention(
+                *map(cast, args), **{name: cast(value) for name, value in kwargs.items()}
+            )
+            return out
+
+    return run
+
+
+def _register_autocast() -> None:
+    """Give the op an autocast rule on every device where ``scaled_dot_product_attention`` has one.
+
+    ``torch.library.register_autocast`` is no use: it casts to one dtype, whatever autocast's is.
+    """
+    for device_type in torch._C._autocast_supported_devices():  # type: ignore[attr-defined]
+        key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
+        if torch._C._dispatch_has_kernel_for_dispatch_key("aten::scaled_dot_product_attention", key):
+            LIBRARY.impl("local_attention", _cast_rule(key, device_type), key)
+
+
 def _local_attention_fake(
     query: Tensor,
     key: Tensor,
@@ -195,6 +228,7 @@ def _local_attention_fake(
 
 
 LIBRARY.impl("local_attention", _local_attention, "CompositeExplicitAutograd")
+_register_autocast()
 torch.library.register_fake("difa::local_attention", _local_attention_fake, lib=LIBRARY)
 torch.library.register_autograd("difa::local_attention", gradient.backward, setup_context=gradient.save, lib=LIBRARY)
 

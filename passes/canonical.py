@@ -11,12 +11,16 @@ Recognised, besides that function itself:
 A form is left alone where the function cannot say the same: attention weights that are used elsewhere, biases on keys,
 sliding windows, a softmax over anything but the products of two streams of tokens (a gate, a pooler). The graph that
 runs a plan of full attention is never touched: this works on the copy that plans rewrite.
+
+Autocast casts what ``scaled_dot_product_attention`` is given. Where it did not cast the form, or not in all its parts
+(scores in float32, in a region of their own that turns autocast off), the function stands in such a region.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from difa_compile.passes.autocast import ENTER, EXIT, autocast_of, casts_at
 from difa_compile.passes.graph import argument, is_parameter, op_name, shape_of, tensor_of
 from difa_compile.passes.variant import refresh, start_variant
 
@@ -73,6 +78,28 @@ class Writer:
         refresh(node)
         return node
 
+    @contextmanager
+    def uncast(self, like: fx.Node) -> Iterator[None]:
+        """What is written within this block stands in a region without autocast on the device of ``like``."""
+        settings = (device_of(like), None, False, None)
+        with self.place.graph.inserting_before(self.place):
+            enter = self.place.graph.call_function(ENTER, settings)
+        yield
+        with self.place.graph.inserting_before(self.place):
+            leave = self.place.graph.call_function(EXIT, (enter,))
+        for node in (enter, leave):
+            node.meta = {key: value for key, value in self.place.meta.items() if key not in ("example_value", "val")}
+
+    def attention(self, *streams: fx.Node, dtype: torch.dtype | None = None, **options: Any) -> fx.Node:
+        """The attention call. ``dtype``: of its result; without autocast where that would give another. None: any."""
+        query = streams[0]
+        with autocast_of(self.place):
+            on, lower = torch.is_autocast_enabled(device_of(query)), torch.get_autocast_dtype(device_of(query))
+        if not on or dtype_of(query) == torch.float64 or dtype in (None, lower):
+            return self(SDPA, *streams, **options)
+        with self.uncast(query):
+            return self(SDPA, *streams, **options)
+
 
 # --- explicit ---------------------------------------------------------------------------------------------------------
 
@@ -114,6 +141,11 @@ class Scores:
     fill: float | None
     """What hidden pairs are filled with, where the mask is True; None if the mask is added."""
     chain: list[fx.Node]
+
+    @property
+    def place(self) -> fx.Node:
+        """The product of queries and keys."""
+        return self.chain[-1]
 
 
 @dataclass(frozen=True)
@@ -178,7 +210,8 @@ def attended(node: fx.Node, product: Product) -> bool:
     query, key = (arranged(write, stream, letters, wanted) for stream, letters, wanted in streams)
     value = arranged(write, product.right, product.right_letters, roles.batch + roles.contracted + roles.added)
     mask = arranged_mask(write, scores.mask, product.left_letters, roles.batch + roles.kept + roles.contracted)
-    result = attention_of(write, query, key, value, mask, scores)
+    cast = casts_at((node, scores.place), device_of(query)) is not None
+    result = attention_of(write, query, key, value, mask, scores, cast)
     result = arranged(write, result, roles.batch + roles.kept + roles.added, product.out)
     result = converted(write, result, dtype_of(node))
     node.replace_all_uses_with(result)
@@ -224,9 +257,9 @@ def arranged_mask(write: Writer, mask: fx.Node | None, letters: str, wanted: str
 
 
 def attention_of(
-    write: Writer, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, scores: Scores
+    write: Writer, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, scores: Scores, cast: bool
 ) -> fx.Node:
-    """The attention call on (B, H, L, D), or on (B, L, D) as one head."""
+    """The attention call on (B, H, L, D), or on (B, L, D) as one head. ``cast``: by autocast, where it is on."""
     dtype = dtype_of(query)
     streams = [query, key, value]
     if mask is not None and scores.fill == -math.inf:
@@ -242,7 +275,7 @@ def attention_of(
         if mask is not None and len(shape_of(mask)) == 3:
             mask = write("unsqueeze", mask, 1)
     streams = [converted(write, stream, dtype) for stream in streams]
-    result = write(SDPA, *streams, attn_mask=mask, scale=scores.scale)
+    result = write.attention(*streams, dtype=None if cast else dtype, attn_mask=mask, scale=scores.scale)
     return write("squeeze", result, 1) if flat else result
 
 
@@ -250,6 +283,13 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     value = tensor_of(node)
     assert value is not None
     return value.dtype
+
+
+def device_of(node: fx.Node) -> str:
+    """The device type of a node's value."""
+    value = tensor_of(node)
+    assert value is not None
+    return value.device.type
 
 
 def converted(write: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -392,7 +432,7 @@ def multi_head(node: fx.Node) -> bool:
     for each in projected:
         length, batch, _ = shape_of(each)  # (L, B, heads * D) -> (B, heads, L, D)
         split.append(write("permute", write("view", write("contiguous", each), length, batch, heads, -1), 1, 2, 0, 3))
-    attended = write("permute", write(SDPA, *split), 2, 0, 1, 3)
+    attended = write("permute", write.attention(*split), 2, 0, 1, 3)
     flat = write("flatten", attended, 2)
     result = write(F.linear, flat, given["out_proj_weight"], given["out_proj_bias"])
     for user in outputs:
@@ -448,7 +488,9 @@ def flash(node: fx.Node) -> bool:
     streams = [write("transpose", given[each], 1, 2) for each in ("q", "k", "v")]
     scale, causal = given["softmax_scale"], given["causal"]
     grouped = {} if shape_of(streams[0])[1] == shape_of(streams[1])[1] else {"enable_gqa": True}
-    result = write("transpose", write(SDPA, *streams, is_causal=bool(causal), scale=scale, **grouped), 1, 2)
+    dtype = dtype_of(streams[0])  # the function takes what it is given
+    attended = write.attention(*streams, dtype=dtype, is_causal=bool(causal), scale=scale, **grouped)
+    result = write("transpose", attended, 1, 2)
     for user in outputs:
         user.replace_all_uses_with(result)
     for user in [] if direct else list(node.users):
@@ -473,13 +515,19 @@ def flex(node: fx.Node) -> bool:
         return False  # the log-sum-exp is used
     write = Writer(node)
     grouped = {} if shape_of(query)[1] == shape_of(key)[1] else {"enable_gqa": True}  # type: ignore[arg-type]
-    result = write(SDPA, query, key, value, scale=scale, **grouped)
+    result = write.attention(query, key, value, dtype=first_of(node).dtype, scale=scale, **grouped)  # type: ignore[arg-type]
     for user in outputs:
         user.replace_all_uses_with(result)
     for user in list(node.users):
         node.graph.erase_node(user)
     node.graph.erase_node(node)
     return True
+
+
+def first_of(node: fx.Node) -> torch.Tensor:
+    """The first of a node's values."""
+    value: torch.Tensor = node.meta.get("example_value", node.meta.get("val"))[0]
+    return value
 
 
 def is_one_block(block_mask: tuple[Any, ...], query: object, key: object) -> bool:

@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 
 from difa_compile.errors import InputValuesError
 from difa_compile.ops import SIZED
+from difa_compile.passes.autocast import Autocast, autocast_kept, is_exit, open_at
 from difa_compile.passes.graph import alias_root, mutated_argument, op_name, reaching, tensor_of
 
 BINDINGS = "unbacked_bindings"
@@ -55,6 +56,8 @@ fx.node.has_side_effect(asked)  # keeps Dynamo from removing a node whose value 
 class Slice:
     """The nodes that lead to some questions, as a program of their own; what equal nodes compute is computed once.
 
+    Nodes stand in the autocast regions of the graph in which they stood.
+
     ``inputs``: the placeholders it needs. Calling it with their real values gives the questions' values, in order.
     Raises :class:`Unanswerable` where the network's weights or random numbers are needed.
     """
@@ -65,12 +68,14 @@ class Slice:
         written = {alias_root(node) for node in needed if mutated_argument(node) is not None}
         program, mapping, known = fx.Graph(), dict[fx.Node, fx.Node](), dict[Any, fx.Node]()
         found: dict[fx.Node, fx.Node] = {}
+        regions = {node: open_at(node) for node in (*needed, *targets)}
+        entered = {enter for each in regions.values() for enter in each}
 
         def copy(node: fx.Node, at: Callable[[fx.Node], fx.Node]) -> fx.Node:
             fresh = program.node_copy(node, at)
             kwargs = tuple(sorted(fresh.kwargs.items()))
             written_out = repr((fresh.args, kwargs))  # for Python 1, 1.0 and True are equal
-            key = (fresh.op, fresh.target, fresh.args, kwargs, written_out)
+            key = (fresh.op, fresh.target, fresh.args, kwargs, written_out, regions[node])
             if written or node.op == "placeholder":  # two equal nodes may stand before and after a write
                 return fresh
             try:
@@ -82,7 +87,9 @@ class Slice:
             return same
 
         for node in graph.nodes:
-            if node in needed:
+            if node in entered or (is_exit(node) and node.args[0] in entered):
+                mapping[node] = program.node_copy(node, mapping.__getitem__)
+            elif node in needed:
                 mapping[node] = copy(node, mapping.__getitem__)
             if node in targets:
                 if node in needed:
@@ -103,7 +110,7 @@ class Slice:
         values = list(values)
         for i in self._written:
             values[i] = values[i].clone()
-        with torch.no_grad():
+        with torch.no_grad(), autocast_kept():
             results: tuple[Any, ...] = self._module(*values)
         return results
 
@@ -183,18 +190,22 @@ def real_values(
     graph: fx.Graph,
     ends: Sequence[fx.Node],
     real: Callable[[fx.Node], Any],
+    set_autocast: Callable[[], None] | None = None,
 ) -> tuple[Any, ...]:
     """The values of some nodes for the inputs that ``real`` gives. Raises :class:`Unanswerable`.
 
     Runs in a thread of its own, on the same stream: while a model is traced, this thread's operations may be diverted
-    at any level, down to fake kernels.
+    at any level, down to fake kernels. There ``set_autocast`` is called first; None: autocast is as in this thread.
     """
     piece = Slice(owner, graph, ends)
     values = [real(node) for node in piece.inputs]
     device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda), None)
     stream = torch.cuda.stream(None if device is None else torch.cuda.current_stream(device))
 
+    prepare = set_autocast or Autocast.now().set
+
     def run() -> tuple[Any, ...]:
+        prepare()
         with stream:
             return piece(values)
 

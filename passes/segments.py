@@ -5,7 +5,8 @@ the nodes between two such blocks. Segments run one after the other on a list of
 take equal decisions share one compiled function and differ in the values they are given.
 
 Values that cross a cut are laid out row by row. A cut that would part a region, or part an in-place write from the
-value it writes, is not made.
+value it writes, is not made. A cut inside an autocast region of the graph is: the segment before it leaves the region
+at its end, the one after it enters it again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from difa_compile.passes.autocast import EXIT, is_enter, is_exit, open_at
 from difa_compile.passes.graph import (
     alias_root,
     block_path,
@@ -112,7 +114,9 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[S
     ]
     for node in body:
         users = [place[user] for user in node.users if user in place]
-        if users and tensor_of(node) is None:  # a tuple (split, chunk) stays with what takes it apart
+        if (
+            users and tensor_of(node) is None and not is_enter(node)
+        ):  # a tuple (split, chunk) stays with what takes it apart
             forbidden.append((place[node], max(users)))
     return sorted(
         start for start in starts if start < len(body) and not any(first < start <= last for first, last in forbidden)
@@ -128,8 +132,16 @@ def build_segment(
 ) -> Segment:
     """Copy one piece into a graph of its own and number its outputs."""
     inside = set(piece)
-    inputs = list(dict.fromkeys(source for node in piece for source in node.all_input_nodes if source not in inside))
-    outputs = [node for node in piece if node in returned or any(user not in inside for user in node.users)]
+    inputs = list(
+        dict.fromkeys(
+            source for node in piece for source in node.all_input_nodes if source not in inside and not is_enter(source)
+        )
+    )
+    outputs = [
+        node
+        for node in piece
+        if not is_enter(node) and (node in returned or any(user not in inside for user in node.users))
+    ]
     outputs = [
         node for node in outputs if node in returned or any(u.op != "output" and u not in inside for u in node.users)
     ]
@@ -143,8 +155,17 @@ def build_segment(
             fresh.meta["example_value"] = value.contiguous()
         fresh._dynamo_source = getattr(node, "_dynamo_source", None)
         mapping[node] = fresh
+    regions = list(open_at(piece[0]))
+    for node in regions:
+        mapping[node] = graph.node_copy(node)
     for node in piece:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        if is_enter(node):
+            regions.append(node)
+        elif is_exit(node):
+            regions.remove(node.args[0])  # type: ignore[arg-type]
+    for node in reversed(regions):
+        graph.call_function(EXIT, (mapping[node],)).meta = dict(node.meta)
     graph.output(tuple(contiguous(graph, mapping[node]) for node in outputs))
     built = fx.GraphModule(module, graph)
     keep_origin(built, module)

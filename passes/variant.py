@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from difa_compile.passes.autocast import autocast_of
 from difa_compile.passes.graph import copy_module, tensor_of
 from difa_compile.passes.site import Region, Site
 from difa_compile.schedule import Role
@@ -136,7 +137,10 @@ def move_site(site: Site, mapping: dict[fx.Node, fx.Node]) -> Site:
 
 
 def refresh(node: fx.Node) -> None:
-    """Recompute a node's fake value from its arguments' fake values. Raises what the op raises on a wrong shape."""
+    """Recompute a node's fake value from its arguments' fake values, cast as autocast casts where the node stands.
+
+    Raises what the op raises on a wrong shape.
+    """
 
     def value_of(argument: fx.Node) -> object:
         return argument.meta.get("example_value", argument.meta.get("val"))
@@ -144,7 +148,7 @@ def refresh(node: fx.Node) -> None:
     args: Any = fx.map_arg(node.args, value_of)  # type: ignore[arg-type]
     kwargs: Any = fx.map_arg(node.kwargs, value_of)  # type: ignore[arg-type]
     fake_mode = next((v.fake_mode for v in _tensors((args, kwargs)) if hasattr(v, "fake_mode")), None)
-    with torch.no_grad(), fake_mode if fake_mode is not None else torch.no_grad():
+    with torch.no_grad(), autocast_of(node), fake_mode if fake_mode is not None else torch.no_grad():
         if node.op == "call_method":
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif node.target is operator.setitem:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind
-from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument
+from difa_compile.passes.autocast import autocast_kept
+from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument, tensor_of
 from difa_compile.passes.pipeline import Rewritten, rewrite
 from difa_compile.passes.share_cfg import why_not_shared
 from difa_compile.passes.site import Site
@@ -32,7 +33,8 @@ from difa_compile.passes.variant import Context
 from difa_compile.schedule import FULL_ROLE, Role
 
 SHARING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative to the largest value; another batch size may choose another matrix kernel."""
+"""Relative to the largest value; another batch size may choose another matrix kernel. By the coarsest dtype that a
+graph computes in: under autocast a result in float32 is no closer than the bfloat16 it was made from."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Proof:
 
 def prove(module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context) -> Proof:
     """Put site ``index`` of a graph to the test. ``inputs``: real values of the graph."""
-    reason = why_not_reused(module, sites, index, inputs, context)
+    with autocast_kept():
+        reason = why_not_reused(module, sites, index, inputs, context)
     if reason is not None:
         return Proof(reason, reason)
-    return Proof(None, why_not_halved(module, sites, index, inputs, context))
+    with autocast_kept():
+        return Proof(None, why_not_halved(module, sites, index, inputs, context))
 
 
 def run_with(
@@ -92,11 +96,12 @@ def why_not_reused(
         left = rewrite(module, sites, row, context).module
     except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
-    if not agree(found, expected, packed):
+    dtype = coarsest(module)
+    if not agree(found, expected, packed, dtype):
         return "reusing the region's own output does not reproduce the full output"
     if sum(map(is_attention, left.graph.nodes)) >= sum(map(is_attention, module.graph.nodes)):
         return "reuse would save nothing: the attention's result is written to in place and then used"
-    if not agree(taken, foreign, foreign_packed):
+    if not agree(taken, foreign, foreign_packed, dtype):
         return "the region holds more than its attention: what is reused depends on other values of its step"
     return None
 
@@ -113,7 +118,8 @@ def why_not_halved(
         found = with_equal_halves(rewrite(module, sites, roles, context), index, inputs)
     except Exception as error:  # as above
         return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
-    if not all(close(a, b) for a, b in zip(expected, found, strict=True)):
+    dtype = coarsest(module)
+    if not all(close(a, b, dtype) for a, b in zip(expected, found, strict=True)):
         return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     return None
 
@@ -126,15 +132,17 @@ def with_equal_halves(variant: Rewritten, index: int, inputs: Sequence[Any]) -> 
     return result
 
 
-def agree(found: Sequence[Any], expected: Sequence[Any], packed: Sequence[Any]) -> bool:
+def agree(
+    found: Sequence[Any], expected: Sequence[Any], packed: Sequence[Any], dtype: torch.dtype = torch.float64
+) -> bool:
     """Whether results are those expected: to the bit, or up to the rounding that contiguous outputs bring about.
 
-    ``packed``: the results with the region's outputs made contiguous.
+    ``packed``: the results with the region's outputs made contiguous. ``dtype``: the coarsest that they were made in.
     """
     if all(same(a, b) for a, b in zip(found, expected, strict=True)):
         return True
     exact = all(same(a, b) for a, b in zip(found, packed, strict=True))
-    return exact and all(close(a, b) for a, b in zip(found, expected, strict=True))
+    return exact and all(close(a, b, dtype) for a, b in zip(found, expected, strict=True))
 
 
 def contiguous(value: Any) -> Any:
@@ -143,9 +151,10 @@ def contiguous(value: Any) -> Any:
 
 def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether two graphs give the same on real values, up to the rounding of another kernel."""
-    with torch.no_grad():
+    with torch.no_grad(), autocast_kept():
         left, right = one(*fresh(one, inputs)), other(*fresh(other, inputs))
-    return all(close(a, b) for a, b in zip(left, right, strict=True))
+    dtype = coarsest(one)
+    return all(close(a, b, dtype) for a, b in zip(left, right, strict=True))
 
 
 class Replay(fx.Interpreter):
@@ -206,10 +215,20 @@ def same(one: Any, other: Any) -> bool:
     return one.shape == other.shape and bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())
 
 
-def close(one: Any, other: Any) -> bool:
+def coarsest(module: fx.GraphModule) -> torch.dtype:
+    """Of the floating-point dtypes that a graph's operations give, the one with the fewest digits; float64 if none."""
+    values = [tensor_of(node) for node in module.graph.nodes if node.op != "placeholder"]
+    found = {value.dtype for value in values if value is not None and value.dtype.is_floating_point}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def close(one: Any, other: Any, dtype: torch.dtype) -> bool:
+    """Whether two values are equal up to rounding in ``dtype`` or in their own, whichever is coarser."""
     if not isinstance(one, Tensor) or not one.is_floating_point():
         return same(one, other)
-    tolerance = SHARING_TOLERANCE.get(one.dtype, 5e-2)
+    if one.dtype != other.dtype:
+        return False
+    tolerance = max(SHARING_TOLERANCE.get(each, 5e-2) for each in (one.dtype, dtype))
     scale = one.abs().amax().clamp_min(1e-6) if one.numel() else 1.0
     return one.shape == other.shape and bool(((one - other).abs() <= tolerance * scale).all())
 

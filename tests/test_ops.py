@@ -1,7 +1,10 @@
 """difa::local_attention and its kernels, against the reference in float64."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +13,7 @@ from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
 from difa_compile.ops import LocalCall, choose_kernel, local_attention, local_kernels
+from difa_compile.passes.autocast import Autocast
 from difa_compile.plugins import flex, masked_sdpa
 from tests.tolerances import assert_as_good_as_the_reference
 
@@ -268,3 +272,123 @@ def test_kernels_give_reasons():
 def test_no_kernel_names_every_reason():
     with pytest.raises(LayoutError, match=r"CPU: not for.*FlexAttention: .*float64.*masked SDPA: 65536 tokens"):
         choose_kernel(call_of(256, torch.float64))
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALL, NEAR, WIDE = Layout((3, 4), before=2), Window("disc", 2), Window("box", 4)
+
+
+def cast_by_hand(layout, window, mask, *streams, dtype):
+    """Local attention outside of autocast on values that are cast here; float64 is left alone, as autocast does."""
+    streams, mask = [
+        [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in each]
+        for each in (streams, (mask,))
+    ]
+    with torch.autocast("cpu", enabled=False):
+        return local_attention(*streams, layout, window, mask=mask[0])
+
+
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_casts_what_it_casts_for_scaled_dot_product_attention(cast_to):
+    """Every mixture of dtypes that it serves: the same dtype, to the bit the values cast by hand, near dense ones."""
+    made = operands(SMALL, 2, 8, torch.float64)
+    seen = torch.rand(14, 14, generator=torch.Generator().manual_seed(0)) > 0.2
+    bias = torch.randn(14, 14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    masks = (None, seen, *(bias.to(dtype) for dtype in DTYPES))
+    served = 0
+    with torch.autocast("cpu", cast_to):
+        for dtypes in itertools.product(DTYPES, repeat=3):
+            query, key, value = (x.to(dtype) for x, dtype in zip(made, dtypes, strict=True))
+            for mask in masks:
+                try:
+                    dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+                except RuntimeError:
+                    continue
+                served += 1
+                found = local_attention(query, key, value, SMALL, NEAR, mask=mask)
+                assert found.dtype == dense.dtype
+                assert torch.equal(found, cast_by_hand(SMALL, NEAR, mask, query, key, value, dtype=cast_to))
+                everything = local_attention(query, key, value, SMALL, WIDE, mask=mask)
+                exact = F.scaled_dot_product_attention(*made, attn_mask=bias if mask is not None else None)
+                if mask is not None and mask.dtype != torch.bool:
+                    rounding = (dense - exact).abs().max()
+                    assert (everything - exact).abs().max() <= 2 * rounding + torch.finfo(dense.dtype).eps
+    assert served >= 27 * 5 + 2, "float32, bfloat16 and float16 in any mixture, and float64 alone"
+
+
+def test_autocast_of_another_device_or_turned_off_casts_nothing():
+    made = operands(SMALL, 2, 8, torch.float32)
+    plain = local_attention(*made, SMALL, NEAR)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local_attention(*made, SMALL, NEAR).dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(local_attention(*made, SMALL, NEAR), plain)
+        with torch.autocast("cpu", torch.float16):
+            assert local_attention(*made, SMALL, NEAR).dtype == torch.float16
+        assert local_attention(*made, SMALL, NEAR).dtype == torch.bfloat16
+    assert torch.equal(local_attention(*made, SMALL, NEAR), plain)
+
+
+def test_autocast_has_a_rule_wherever_scaled_dot_product_attention_has_one():
+    for device in torch._C._autocast_supported_devices():
+        key = "Autocast" + torch._C._dispatch_key_for_device(device)
+        theirs, ours = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+            for name in ("aten::scaled_dot_product_attention", "difa::local_attention")
+        )
+        assert theirs == ours, device
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_values_are_cast_as_real_ones(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = Autocast.now()
+    torch.set_autocast_enabled(device, True)  # torch.autocast would ask for the device
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            query, key, value = (torch.empty(2, 2, 14, 8, device=device) for _ in range(3))
+            found = local_attention(query, key, value.bfloat16(), SMALL, NEAR)
+            assert found.dtype == F.scaled_dot_product_attention(query, key, value.bfloat16()).dtype == torch.bfloat16
+    finally:
+        before.set()
+
+
+@pytest.mark.parametrize("backward_under_autocast", [False, True])
+def test_gradients_under_autocast_are_those_of_the_values_cast_by_hand(backward_under_autocast):
+    query, key, value = operands(SMALL, 2, 8, torch.float32)
+    mixed = (query, key, value.bfloat16())
+    ours, by_hand = ([x.clone().requires_grad_() for x in mixed] for _ in range(2))
+    wanted = cast_by_hand(SMALL, NEAR, None, *by_hand, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = local_attention(*ours, SMALL, NEAR)
+        if backward_under_autocast:
+            found.sum().backward()
+    if not backward_under_autocast:
+        found.sum().backward()
+    wanted.sum().backward()
+    for one, two, operand in zip(ours, by_hand, mixed, strict=True):
+        assert one.grad.dtype == operand.dtype
+        assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["around", "inside"])
+def test_compiled_it_is_cast_as_eagerly(backend, place):
+    def inner(query, key, value):
+        return local_attention(query, key, value, SMALL, NEAR) * 2
+
+    def region(*streams):
+        with torch.autocast("cpu", torch.float16):
+            return inner(*streams)
+
+    query, key, value = operands(SMALL, 2, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        function = inner if place == "around" else region
+        wanted = function(query, key, value.bfloat16())
+        found = torch.compile(function, backend=backend, fullgraph=True)(query, key, value.bfloat16())
+    assert found.dtype == (torch.bfloat16 if place == "around" else torch.float16)
+    assert torch.equal(found, wanted)
