@@ -684,12 +684,16 @@ def test_plans_kept_with_the_benchmarks_are_read_and_written_as_they_are(path: P
     assert Plan.load(path).to_json() == path.read_text()
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**5000), float("nan"), True, "1", None, [10**5000]])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**5000), float("nan"), True, "1", None, [10**5000]],
+    ids=["400 digits", "5000 digits", "nan", "true", "text", "none", "list"],
+)
 def test_numbers_that_no_plan_can_hold_are_errors_of_ours(value: object) -> None:
     for make in (
         lambda: Trial(FULL, 0.1, value),  # type: ignore[arg-type]
         lambda: Cell(FULL, (), value),  # type: ignore[arg-type]
-        lambda: Settings("greedy", conditional_half=value or "x"),  # type: ignore[arg-type]
+        lambda: Settings("greedy", threshold=value, conditional_half=2),  # type: ignore[arg-type]
         lambda: SiteInfo("site", "self", value, 8, 16, 16),  # type: ignore[arg-type]
         lambda: ModelInfo("Model", "ab", value),  # type: ignore[arg-type]
     ):
