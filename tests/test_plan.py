@@ -694,7 +694,7 @@ def test_numbers_that_no_plan_can_hold_are_errors_of_ours(value: object) -> None
     for make in (
         lambda: Trial(FULL, 0.1, value),  # type: ignore[arg-type]
         lambda: Cell(FULL, (), value),  # type: ignore[arg-type]
-        lambda: Settings("greedy", conditional_half=value or "x"),  # type: ignore[arg-type]
+        lambda: Settings("greedy", threshold=value, conditional_half=2),  # type: ignore[arg-type]
         lambda: SiteInfo("site", "self", value, 8, 16, 16),  # type: ignore[arg-type]
         lambda: ModelInfo("Model", "ab", value),  # type: ignore[arg-type]
     ):
