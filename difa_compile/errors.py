@@ -68,7 +68,8 @@ class CachesLostWarning(UserWarning):
 
 
 class PlanNotFollowedError(RunError):
-    """``strict=True`` and a call of the model that ran it as it is, because nothing was compiled."""
+    """A call of a model with a plan where nothing is compiled; if the model ran as it is, an error for ``strict=True``
+    and else a warning."""
 
 
 class PlanNotFollowedWarning(UserWarning):

@@ -203,7 +203,7 @@ def _register_autocast() -> None:
 
     ``torch.library.register_autocast`` is no use: it casts to one dtype, whatever autocast's is.
     """
-    for device_type in torch._C._autocast_supported_devices():  # type: ignore[attr-defined]
+    for device_type in torch._C._autocast_supported_devices():
         key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
         if torch._C._dispatch_has_kernel_for_dispatch_key("aten::scaled_dot_product_attention", key):
             LIBRARY.impl("local_attention", _cast_rule(key, device_type), key)

@@ -130,9 +130,8 @@ class _Followed:
         if run is not None and run.calls == calls and run not in self._said:
             text = (
                 f"step {run.index}: {type(self._model).__name__} was called as it is, without its plan, because "
-                "nothing was compiled; torch.compile is switched off (TORCHDYNAMO_DISABLE, "
-                "torch.compiler.set_stance, torch._dynamo.config.disable) or the call stands in a region that Dynamo "
-                "leaves alone (torch.compiler.disable). Switch it on, or remove the plan"
+                "nothing was compiled; torch.compile is switched off (torch.compiler.set_stance) or the call stands in "
+                "a region that Dynamo leaves alone (torch.compiler.disable). Switch it on, or remove the plan"
             )
             if self._strict:
                 raise PlanNotFollowedError(text)

@@ -186,7 +186,7 @@ class Settings:
         if self.sample is not None:
             object.__setattr__(self, "sample", tuple(self.sample))
             for size in self.sample:
-                _whole(size, "settings: sample", at_least=0)
+                _whole(size, "settings: sample", 0, MAX_TOKENS)
 
 
 def model_digest(model: nn.Module) -> ModelInfo:

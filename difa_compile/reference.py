@@ -76,7 +76,7 @@ def attention(
 
 def default_scale(head_dim: int) -> float:
     """1 / sqrt(D); 1 for a head without channels, whose scores are all 0."""
-    return max(head_dim, 1) ** -0.5
+    return float(max(head_dim, 1) ** -0.5)
 
 
 def local_attention(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from torch import nn
 
 from difa_compile.answering import answering
 from difa_compile.breaks import why_not_whole
-from difa_compile.errors import DifaError, InputValuesError, UnsupportedPipelineError
+from difa_compile.errors import DifaError, InputValuesError, PlanNotFollowedError, UnsupportedPipelineError
 from difa_compile.following import Following
 from difa_compile.hooks import call_in_hooks, check_hooks, global_hooks, inner_forward
 from difa_compile.run import is_sampled
@@ -279,7 +280,7 @@ def run_compiled(
     the values it is called with (:func:`~difa_compile.answering.answering`).
 
     An error of this package that Dynamo wrapped is raised as itself. Raises :class:`UnsupportedPipelineError` if the
-    model cannot be captured as one graph.
+    model cannot be captured as one graph, :class:`PlanNotFollowedError` where Dynamo compiles nothing.
     """
     return call_in_hooks(model, lambda *a, **k: _run_inside(compiled, model, a, k), args, kwargs)
 
@@ -320,6 +321,13 @@ def _run_inside(
     except RuntimeError as failure:
         if "found no compiled frames" not in str(failure):
             raise
+        skipped = next(iter(re.findall(r"^- .*: (.+)$", str(failure), re.MULTILINE)), "")
+        if "disabled" in skipped or "dispatch mode" in skipped:
+            raise PlanNotFollowedError(
+                f"{name} cannot be run with its plan, because nothing is compiled here ({skipped}); switch "
+                "torch.compile on (TORCHDYNAMO_DISABLE, torch._dynamo.config.disable), leave the mode that is around "
+                "the call, or remove the plan"
+            ) from failure
         raise UnsupportedPipelineError(
             f"Dynamo no longer compiles {name}: another model of this class, compiled with torch.compile in this "
             "process, was called with more input shapes than torch._dynamo.config.recompile_limit. Raise it, or "

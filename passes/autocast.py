@@ -59,7 +59,7 @@ class Autocast:
     @staticmethod
     def now() -> Autocast:
         """The calling thread's."""
-        devices = torch._C._autocast_supported_devices()  # type: ignore[attr-defined]
+        devices = torch._C._autocast_supported_devices()
         return Autocast(
             tuple((each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in devices),
             torch.is_autocast_cache_enabled(),

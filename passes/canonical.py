@@ -526,7 +526,8 @@ def flex(node: fx.Node) -> bool:
 
 def first_of(node: fx.Node) -> torch.Tensor:
     """The first of a node's values."""
-    value: torch.Tensor = node.meta.get("example_value", node.meta.get("val"))[0]
+    values: Any = node.meta.get("example_value", node.meta.get("val"))
+    value: torch.Tensor = values[0]
     return value
 
 
