@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from difa_compile.plugins.geometry import Geometry, Sizes
 
 
@@ -132,11 +134,9 @@ def _shapes(count: int, rank: int) -> list[Sizes]:
 @lru_cache(maxsize=4096)
 def _visits(size: int, tile: int, patch: int, reach: int) -> int:
     """Patches visited along one axis, summed over the tiles of that axis."""
-    total = 0
-    for corner in range(0, size, tile):
-        first, end = max(corner - reach, 0), min(corner + tile + reach, size)
-        total += math.ceil((end - first) / patch)
-    return total
+    corner = torch.arange(0, size, tile)
+    spans = (corner + tile + reach).clamp(max=size) - (corner - reach).clamp(min=0)
+    return int(((spans + patch - 1) // patch).sum())
 
 
 def _disc_share(radius: int, tile: tuple[int, ...], patch: tuple[int, ...]) -> float:
