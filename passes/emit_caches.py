@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from difa_compile.passes.share_cfg import twice
 from difa_compile.passes.variant import Context, Variant, output_cache, residual_cache
 from difa_compile.passes.window import insert_local
 
@@ -21,7 +22,7 @@ def emit_caches(variant: Variant, context: Context) -> None:
             local = insert_local(variant, target, target.role.residual_window)
             residual = variant.call_after(local, torch.sub, (target.attention, local))
             if target.halved:
-                residual = variant.call_after(residual, torch.cat, ([residual, residual],), {"dim": 0})
+                residual = twice(variant, residual, residual, 0)
             variant.write_cache(residual_cache(target.site.path), residual)
         if target.role.emit_output:
             for i, output in enumerate(target.outputs):

@@ -9,11 +9,9 @@ Before: ``y = region(x); out = x0 + gate * y``. After: ``y = cache.<site>.output
 
 from __future__ import annotations
 
-import torch
-
 from difa_compile.decision import Kind
 from difa_compile.passes.erase import erase_region
-from difa_compile.passes.share_cfg import narrow_to_half
+from difa_compile.passes.share_cfg import narrow_to_half, twice
 from difa_compile.passes.variant import Context, Variant, output_cache
 
 
@@ -31,7 +29,7 @@ def reuse(variant: Variant, context: Context) -> None:
             if decision.cfg_shared:
                 dim = output.meta["batch_dim"]
                 half = narrow_to_half(variant, cached, cached, dim, context)
-                value = variant.call_after(half, torch.cat, ([half, half],), {"dim": dim})
+                value = twice(variant, half, half, dim)
             for user in [user for user in output.users if user not in inside]:
                 user.replace_input_with(output, value)
             target.outputs[i] = value

@@ -1,6 +1,6 @@
 """CFG sharing: compute the conditional half of the batch, copy it to the other half (ASC, arXiv 2406.08552).
 
-Before: ``y = region(x)`` on a batch [a, b]. After: ``h = region(x[half]); y = cat([h, h])``.
+Before: ``y = region(x)`` on a batch [a, b]. After: ``h = region(x[half]); y = h, twice``.
 
 1. Region inputs that carry the batch (:mod:`difa_compile.passes.batch`) are cut to the conditional half.
 2. Batch sizes that Dynamo baked into reshapes inside the region are halved.
@@ -70,6 +70,14 @@ def narrow_to_half(variant: Variant, place: fx.Node, value: fx.Node, dim: int, c
     return variant.call_after(place, torch.narrow, (value, dim, context.conditional_half * half, half))
 
 
+def twice(variant: Variant, place: fx.Node, half: fx.Node, dim: int) -> fx.Node:
+    """``half`` in both halves along its batch dimension.
+
+    By ``repeat``: what ``cat`` is given autocast promotes, and it refuses the one half-precision dtype under the other.
+    """
+    return variant.call_after(place, "repeat", (half, *(1 + (i == dim) for i in range(len(shape_of(half))))))
+
+
 def shared_part(region: Region) -> tuple[fx.Node, ...]:
     """The nodes of a region that nothing outside needs: those to compute on half the batch.
 
@@ -116,7 +124,7 @@ def halve(variant: Variant, target: Target, context: Context) -> None:
         check_half(node, whole[node])
     for i, output in enumerate(region.outputs):
         dim = output.meta["batch_dim"]
-        doubled = variant.call_after(output, torch.cat, ([output, output],), {"dim": dim})
+        doubled = twice(variant, output, output, dim)
         going_on = {*part, doubled}  # the region itself goes on with the half
         for user in [user for user in output.users if user not in going_on]:
             user.replace_input_with(output, doubled)

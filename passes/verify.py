@@ -206,7 +206,7 @@ def double_half(value: Any, dim: int | None) -> Any:
     if dim is None or not isinstance(value, Tensor) or value.shape[dim] % 2:
         return value
     half = value.narrow(dim, 0, value.shape[dim] // 2)
-    return torch.cat([half, half], dim)
+    return half.repeat(*(1 + (i == dim % value.ndim) for i in range(value.ndim)))  # cat is autocast's business
 
 
 def same(one: Any, other: Any) -> bool:
