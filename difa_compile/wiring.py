@@ -321,7 +321,7 @@ def _run_inside(
     except RuntimeError as failure:
         if "found no compiled frames" not in str(failure):
             raise
-        skipped = next(iter(re.findall(r"^- .*: (.+)$", str(failure), re.MULTILINE)), "")
+        skipped = next(iter(re.findall(r"^ *- .*: (.+)$", str(failure), re.MULTILINE)), "")
         if "disabled" in skipped or "dispatch mode" in skipped:
             raise PlanNotFollowedError(
                 f"{name} cannot be run with its plan, because nothing is compiled here ({skipped}); switch "
