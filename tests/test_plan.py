@@ -439,7 +439,7 @@ def inspected(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A model whose inspection finds two sites."""
     model = _Plain()
     fake = types.ModuleType("difa_compile.inspect")
-    found = types.SimpleNamespace(model=model, site_infos=(site(0), site(1)))
+    found = types.SimpleNamespace(model=model, site_infos=(site(0), site(1)), sample=(4, 32, 32))
     fake.inspect_model = lambda given, inputs=None: found if given is model else None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "difa_compile.inspect", fake)
     return model
@@ -460,6 +460,7 @@ def test_from_rule(inspected: nn.Module) -> None:
     assert plan.rows[1][0].flops_saved == 0.5
     assert plan.settings.method == "rule"
     assert (plan.settings.guidance, plan.settings.conditional_half) == ("batched", 0)
+    assert plan.settings.sample == (4, 32, 32)
     assert plan.progress == uniform_progress(3)
     plan.validate(inspected)
     assert Plan.from_json(plan.to_json()) == plan
