@@ -48,8 +48,7 @@ def check_kinds(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
             )
         if tensor.dtype != query.dtype:
             raise OperandError(
-                f"local attention: the {name} is {tensor.dtype}, the query {query.dtype}; cast them to one dtype "
-                "(autocast casts the operands of scaled_dot_product_attention, not those of other ops)"
+                f"local attention: the {name} is {tensor.dtype}, the query {query.dtype}; cast them to one dtype"
             )
 
 

@@ -114,9 +114,8 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[S
     ]
     for node in body:
         users = [place[user] for user in node.users if user in place]
-        if (
-            users and tensor_of(node) is None and not is_enter(node)
-        ):  # a tuple (split, chunk) stays with what takes it apart
+        # A tuple (split, chunk) stays with what takes it apart.
+        if users and tensor_of(node) is None and not is_enter(node):
             forbidden.append((place[node], max(users)))
     return sorted(
         start for start in starts if start < len(body) and not any(first < start <= last for first, last in forbidden)
