@@ -9,6 +9,7 @@ in float32 (in bfloat16 the dense kernel stays ahead); on CUDA from 4096 tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -100,9 +101,15 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Lo
     if strips is not None:
         keys, mine, back = orders(layout, strips, call.device, queries, call.pooled)
         query, key, value = query.index_select(2, mine), key.index_select(2, keys), value.index_select(2, keys)
+    spoilt: Tensor | None = None
+    if call.device.type == "cpu":  # whose FlexAttention makes numbers of scores that are NaN, but not of values
+        spoilt = query.isnan().any(-1, keepdim=True)
+        value = value.masked_fill(key.isnan().any(-1, keepdim=True), math.nan)
     grouped = key.shape[1] != query.shape[1]
     with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
         out = compiled_flex_attention(query, key, value, block_mask=blocks, scale=call.scale, enable_gqa=grouped)
+    if spoilt is not None:
+        out = out.masked_fill(spoilt, math.nan)
     return out if back is None else out.index_select(2, back)
 
 

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from difa_compile.plugins import cpu
 from difa_compile.plugins.cpu import build
@@ -20,16 +19,12 @@ def instructions(name):
     if name == "this machine's":
         return build.instruction_flags()
     if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the other instruction sets are x86's")
-    if name == "none":
-        return ()
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("AVX2 is this machine's own, or it has none")
-    return ("-mavx2", "-mfma", "-mf16c")
+        pytest.skip("this processor's own instructions cannot be left out")
+    return ()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["this machine's", "AVX2", "none"])
+@pytest.mark.parametrize("name", ["this machine's", "none"])
 def test_random_and_hostile_calls_stay_in_bounds(name, tmp_path):
     """Random calls in blocks of memory without a byte to spare, checked against the definition; numbers from the edges
     of 64 bits, which are refused or kept in bounds."""
@@ -44,5 +39,5 @@ def test_random_and_hostile_calls_stay_in_bounds(name, tmp_path):
         pytest.skip(f"{compiler} has no sanitizers: {built.stderr.strip().splitlines()[-1]}")
     assert built.returncode == 0, built.stderr[:2000]
     env = os.environ | {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0"}
-    run = subprocess.run([program, "1", "500", "5000"], env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run([program, "1", "400", "5000"], env=env, capture_output=True, text=True, check=False)
     assert run.stdout == "ok\n", run.stderr[:4000]
