@@ -207,6 +207,7 @@ def test_a_pipeline_compiles_twice_for_any_number_of_batch_sizes(inner, monkeypa
     remove(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_compiled_twice(family):
     """Shared halves, joint attention, rotary tables, video: all numbers that change follow the batch."""

@@ -165,6 +165,7 @@ def test_no_model_has_code_of_its_own():
             assert not (isinstance(named, str) and named in classes), f"{name} names {named}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dit", "flux"])
 def test_a_variant_goes_through_torch_export(family):
     """What export starts from: the same variants, as functions of inputs and caches and of nothing else."""

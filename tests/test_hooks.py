@@ -66,6 +66,7 @@ def pipe():
 # The hook around the whole transformer
 
 
+@pytest.mark.slow
 def test_a_hook_around_the_transformer_brings_the_weights_for_every_planned_call(pipe):
     wanted = sample_plainly(pipe, ROWS)
     full = sample(pipe)
@@ -85,6 +86,7 @@ def test_a_hook_around_the_transformer_brings_the_weights_for_every_planned_call
     assert np.array_equal(sample(pipe), full)
 
 
+@pytest.mark.slow
 def test_calibration_and_inspection_run_within_the_hook(pipe):
     settings = {"steps": 3, "threshold": 0.5, "inner": "eager", "progress": False}
     sites = inspect_model(pipe, LABELS).site_infos

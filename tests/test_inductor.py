@@ -45,6 +45,7 @@ def told(monkeypatch):
         yield positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dit", "sd3", "flux"])
 def test_parameters_are_static_inputs_of_every_compiled_graph(family, told):
     """Else CUDA graphs would copy the weights at every call."""

@@ -131,6 +131,7 @@ def test_wheel_holds_all_sources_and_data_and_nothing_generic(wheel):
     assert shipped <= names, shipped - names
 
 
+@pytest.mark.slow
 def test_installed_wheel_serves_the_demo_model(installed, tmp_path):
     out = run_python(
         """

@@ -444,6 +444,7 @@ def test_a_plan_serves_texts_of_any_length_beside_the_image():
                 assert_near(call(fast, now), expected([decision] * len(expected.modules), now))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shorter", ["cond", "uncond"])
 def test_joint_attention_to_texts_of_two_lengths_is_not_shared_across_the_calls(shorter):
     model, inputs, _, _ = captured("sd3")

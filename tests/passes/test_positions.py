@@ -313,6 +313,7 @@ def test_tokens_of_another_input_say_whose_they_are():
     assert site.layout_reason == "the tokens are those of the input sound, not of the noisy sample; give layout="
 
 
+@pytest.mark.slow
 def test_images_of_another_form_with_as_many_tokens_are_captured_anew():
     """Equal shapes, other position ids: the windows must follow them, and a timestep is no position."""
     model, _ = flux()

@@ -18,6 +18,7 @@ def lora_case(request):
     return CASES[request.param]
 
 
+@pytest.mark.slow
 def test_lora_loaded_before_apply(lora_case):
     case = lora_case
     pipe = case.make()
@@ -35,6 +36,7 @@ def test_lora_loaded_before_apply(lora_case):
     assert torch.equal(case.sample(pipe), full)
 
 
+@pytest.mark.slow
 def test_lora_loaded_changed_and_taken_off_after_apply(lora_case):
     case = lora_case
     pipe = case.make()
@@ -89,6 +91,7 @@ def test_lora_fused_into_the_weights_after_apply(lora_case):
     assert distance(fused, before) > 50 * CLOSE
 
 
+@pytest.mark.slow
 def test_calibration_follows_the_lora(lora_case):
     case = lora_case
     pipe = case.make()
@@ -143,6 +146,7 @@ def lora_life(pipe, one, two):
     yield "unloaded", False
 
 
+@pytest.mark.slow
 def test_life_of_a_lora_while_a_plan_is_applied(lora_case, lora_weights):
     case = lora_case
     pipe = case.make()
@@ -159,6 +163,7 @@ def test_life_of_a_lora_while_a_plan_is_applied(lora_case, lora_weights):
         last = latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_plan_applied_on_a_loaded_lora(lora_case, lora_weights, fused):
     """With and without fusing; the plan is calibrated with the LoRA, and both are taken off in either order."""
