@@ -200,6 +200,7 @@ def test_a_change_after_apply_counts_as_one_before(name, plan):
         assert close(sample(late, steps=1), first), "the hook is gone again"
 
 
+@pytest.mark.slow
 def test_the_scale_of_a_lora_may_change():
     pipe, plain = tiny_pipeline(), tiny_pipeline()
     for each in (pipe, plain):

@@ -244,6 +244,7 @@ def test_equal_blocks_within_one_region_are_compiled_once():
 # --- pipelines --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_called_with_and_without_autocast_in_turn():
     """Two captures, each right: full attention is the pipeline without a plan, a window is something else."""
     pipe = tiny_pipeline()

@@ -244,6 +244,7 @@ def test_without_it_every_batch_size_is_compiled(monkeypatch):
     assert applied.captures[0].compiled_variants > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_an_any_batch_and_nothing_else():
     pipe = tiny_pipeline()
     plan = Plan.from_rule(pipe, 1, lambda step, site: FULL)

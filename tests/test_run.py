@@ -430,6 +430,7 @@ def joint_by_hand(model, tokens):
     return Altered(model, paths, [Layout((4, 6), after=tokens)] * len(paths), 0, Window.parse("band:3"))
 
 
+@pytest.mark.slow
 def test_a_plan_serves_texts_of_any_length_beside_the_image():
     """Made for 7 tokens of text; in joint attention other lengths make other sizes, but the image is the same."""
     model, inputs, _, _ = captured("sd3")

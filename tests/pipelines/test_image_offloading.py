@@ -12,6 +12,7 @@ from difa_compile.pipeline import apply, remove
 from tests.pipelines.image_cases import CASES, close
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux_true_cfg"])
 def test_model_offload(name):
     """Weights are moved by a hook around each component, which the pipeline renews after every call."""

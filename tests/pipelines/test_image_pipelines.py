@@ -177,6 +177,7 @@ def test_plan_of_another_image_size_is_refused(name):
 # Calibration
 
 
+@pytest.mark.slow
 def test_calibrated_plan_applies_and_comes_out_the_same_twice(case):
     pipe = case.make()
     settings = {
@@ -395,6 +396,7 @@ def test_rule_is_stretched_over_what_image_to_image_leaves_of_the_schedule():
     assert applied.last_run.steps == 3
 
 
+@pytest.mark.slow
 def test_calibrated_plan_is_entered_half_way_by_image_to_image():
     """A plan found with text to image, on the same transformer: what it left to reuse before the entry is made full."""
     pipe = SD3.make()

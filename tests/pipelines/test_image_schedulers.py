@@ -71,6 +71,7 @@ def test_calibrated_plan_is_carried_onto_another_scheduler():
         applied = apply(pipe, plan, inner="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize("shifting", [False, True])
 def test_flow_matching_with_fixed_and_dynamic_shift(name, shifting):

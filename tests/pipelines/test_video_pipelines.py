@@ -154,6 +154,7 @@ def test_plan_that_shares_is_refused_where_guidance_is_off(family):
     assert error(tiny.frames(), wanted) < CLOSE
 
 
+@pytest.mark.slow
 def test_calibrated_plan_applies_and_is_found_again(family, tmp_path):
     tiny, _ = family
     inputs = {name: value for name, value in tiny.arguments.items() if name != "num_inference_steps"}
@@ -256,6 +257,7 @@ def test_other_number_of_steps(family):
     assert len(applied.captures) == 1
 
 
+@pytest.mark.slow
 def test_several_prompts_and_videos(family):
     tiny, rows = family
     plan = plan_of(tiny, rows)
@@ -273,6 +275,7 @@ def by_hand_on_a_copy(tiny, plan, **arguments):
     return by_hand(tiny, plan, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan, UniPC", "latte", "cogvideox 5b, DPM"])
 def test_two_pipelines_of_one_class_follow_plans_of_their_own(name, tmp_path):
     """One after the other, and one within a call of the other: the second samples in the middle of the first's run."""
@@ -342,6 +345,7 @@ def test_wan_with_texts_of_two_lengths(tiny_wan, shares):
     assert len(applied.captures) == 2
 
 
+@pytest.mark.slow
 def test_wan_two_sizes_one_after_the_other(tiny_wan):
     """(64, 96) is the plan's own size; windows keep their radius on the others."""
     sizes = [{"height": 64, "width": 96}, {"height": 96, "width": 48}, {"num_frames": 5}]
@@ -430,6 +434,7 @@ def call_in_progress(pipe):
     return run
 
 
+@pytest.mark.slow
 def test_wan_with_a_second_transformer_calibrated(tmp_path):
     tiny = wan_with_experts(tmp_path)
     inputs = {name: value for name, value in tiny.arguments.items() if name != "num_inference_steps"}
@@ -502,6 +507,7 @@ def test_plan_made_for_a_batch_of_halves_is_refused_by_wan(tiny_wan):
         Plan.from_rule(tiny_wan.pipe, 2, lambda step, site: FULL, conditional_half=1)
 
 
+@pytest.mark.slow
 def test_wan_calibrated_with_texts_of_two_lengths(tiny_wan, tmp_path):
     texts = texts_of_two_lengths()
     unwanted = ("num_inference_steps", "prompt", "negative_prompt")
@@ -537,6 +543,7 @@ def test_cogvideox_with_fused_projections(tmp_path):
     assert all_carried_out(applied)
 
 
+@pytest.mark.slow
 def test_latte_without_its_attention_along_time(tmp_path):
     """Half of the sites are not there: a plan made so fits, one with all sites does not."""
     tiny = latte(tmp_path)

@@ -119,6 +119,7 @@ def test_it_computes_the_reference(case):
     run_case(case)
 
 
+@pytest.mark.slow
 def test_it_computes_the_reference_with_avx2_alone():
     """The same source for processors without AVX-512, in a process of its own."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
