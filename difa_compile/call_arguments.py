@@ -108,10 +108,13 @@ def _check_labels(pipe: Any, labels: object) -> None:
 
 
 def _fits(value: object, parameter: inspect.Parameter) -> bool:
-    """Whether a plain value may stand for a parameter. An annotation that its own default breaks proves nothing."""
+    """Whether a plain value may stand for a parameter. An annotation that its own default breaks proves nothing, and
+    diffusers writes one text where it takes several, too (``negative_prompt`` of PixArt)."""
     default = parameter.default
     if value is None or type(value) not in _PLAIN:
         return True
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value) and value:
+        return _admits(parameter.annotation, value) or _admits(parameter.annotation, value[0])
     if default is not parameter.empty and default is not None and not _admits(parameter.annotation, default):
         return True
     return _admits(parameter.annotation, value)

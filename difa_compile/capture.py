@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from difa_compile.cost import Setting, seconds_text, site_seconds, without_window
 from difa_compile.decision import FULL, Decision, Kind
-from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
+from difa_compile.errors import LayoutError, NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.machine_profile import Profile, current
 from difa_compile.passes.arguments import latent_inputs, name_arguments, sample_sizes
@@ -151,6 +151,8 @@ class Capture:
                 f"the graph has {len(self.all_sites)} attention calls, none of them self- or joint attention of the "
                 "denoised tokens through scaled_dot_product_attention; there is nothing a plan could change"
             )
+        if layout is not None and all(site.layout is None for site in self.sites):
+            raise LayoutError(f"{self.sites[0].path}: {self.sites[0].layout_reason}; give the layout of the sequence")
         for site in self.sites:
             check_sizes((*attention_inputs(site.region.attention), *site.region.interior))
         self.split = split_at_blocks(module, self.sites)

@@ -322,6 +322,8 @@ def _run_inside(
         if "found no compiled frames" not in str(failure):
             raise
         skipped = next(iter(re.findall(r"^ *- .*: (.+)$", str(failure), re.MULTILINE)), "")
+        if torch._dynamo.config.disable:  # said by torch only where it would have captured something now
+            skipped = "tracing is disabled"
         if "disabled" in skipped or "dispatch mode" in skipped:
             raise PlanNotFollowedError(
                 f"{name} cannot be run with its plan, because nothing is compiled here ({skipped}); switch "

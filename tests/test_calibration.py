@@ -22,6 +22,7 @@ from difa_compile.errors import (
     NonFiniteError,
     NotAppliedError,
     OutputError,
+    PipelineCallError,
     ScheduleError,
     ThresholdError,
     UnsupportedPipelineError,
@@ -354,7 +355,7 @@ def test_state_of_another_calibration_is_refused(pipe, tmp_path):
 
 
 def test_a_call_that_fails_at_once_leaves_nothing_that_refuses_the_next(pipe, whole, tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(PipelineCallError):
         quick(pipe, {**inputs(), "no_such_argument": 1}, state=tmp_path / "state.json")
     with interrupted_after(pipe, 0), pytest.raises(KeyboardInterrupt) as interrupt:
         quick(pipe, inputs(seed=4), state=tmp_path / "state.json")

@@ -26,7 +26,7 @@ diffusers = pytest.importorskip("diffusers")
         (int, [1, 0, -3], [True, 1.0, "1", [1], {}]),
         (float, [1, 1.5, -3], [True, "1", [1.0]]),
         (bool, [True, False], [0, 1, "true"]),
-        (str, ["", "a"], [1, ["a"], {}]),
+        (str, ["", "a", ["a", "b"]], [1, [1], ["a", 1], {}]),
         (Optional[int], [1], ["1", 1.5]),  # noqa: UP045
         (int | None, [1], ["1", 1.5]),
         (Union[str, list[str]], ["a", ["a", "b"], []], [1, [1], ["a", 1], {}]),  # noqa: UP007

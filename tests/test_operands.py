@@ -245,7 +245,7 @@ def test_a_radius_beyond_64_bits_is_refused(radius):
 
 
 def test_digits_without_end_are_a_radius_beyond_64_bits():
-    with pytest.raises(DecisionError, match="over 2\\^63 - 1"):
+    with pytest.raises(DecisionError, match="at most 2\\^63 - 1"):
         Window.parse("disc:" + "9" * 6000)
     assert Window.parse("disc:" + "0" * 6000 + "8") == Window("disc", 8)
 

@@ -36,6 +36,7 @@ MODELS = {
     "chronoedit": [],  # text and image embeddings are told apart by a text of 512 tokens
     "cogview4": ["CogView4Transformer2DModel"],
     "cosmos": ["CosmosTransformer3DModel", "Cosmos3OmniTransformer"],
+    "joyimage": ["JoyImageEditTransformer3DModel"],
     "flux": ["FluxTransformer2DModel"],
     "flux2": ["Flux2Transformer2DModel"],
     "glm_image": ["GlmImageTransformer2DModel"],
