@@ -332,8 +332,9 @@ def _run_inside(
             ) from failure
         raise UnsupportedPipelineError(
             f"Dynamo no longer compiles {name}: another model of this class, compiled with torch.compile in this "
-            "process, was called with more input shapes than torch._dynamo.config.recompile_limit. Raise it, or "
-            "compile the other with dynamic=True, and call torch._dynamo.reset() to start over"
+            "process, was called with more input shapes than torch._dynamo.config.recompile_limit (raise it, or "
+            "compile the other with dynamic=True), or one was called while torch.compile was switched off. Call "
+            "torch._dynamo.reset() to start over"
         ) from failure
 
 

@@ -316,6 +316,9 @@ def test_a_plan_that_dynamo_was_told_to_leave_out_is_said(strict):
         with pytest.warns(PlanNotFollowedWarning, match="torch.compile is switched off") as said:
             assert close(sample(pipe, steps=3), full)
     assert len([each for each in said if each.category is PlanNotFollowedWarning]) == 1
+    with pytest.raises(UnsupportedPipelineError, match=r"while torch\.compile was switched off\. Call"):
+        sample(pipe, steps=3)  # Dynamo has noted that it is to leave this code alone
+    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error", PlanNotFollowedWarning)
         assert not close(sample(pipe, steps=3), full)

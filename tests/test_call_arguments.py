@@ -26,7 +26,7 @@ diffusers = pytest.importorskip("diffusers")
         (int, [1, 0, -3], [True, 1.0, "1", [1], {}]),
         (float, [1, 1.5, -3], [True, "1", [1.0]]),
         (bool, [True, False], [0, 1, "true"]),
-        (str, ["", "a", ["a", "b"]], [1, [1], ["a", 1], {}]),
+        (str, ["", "a"], [1, ["a"], {}]),
         (Optional[int], [1], ["1", 1.5]),  # noqa: UP045
         (int | None, [1], ["1", 1.5]),
         (Union[str, list[str]], ["a", ["a", "b"], []], [1, [1], ["a", 1], {}]),  # noqa: UP007
@@ -63,6 +63,18 @@ class Odd:
 class OpenEnded:
     def __call__(self, *, prompt: str = "", **kwargs):
         """Takes any name."""
+
+
+class Single:
+    def __call__(self, prompt: str | list[str] = "", negative_prompt: str = ""):
+        """One text is written where several are taken, as in PixArt."""
+
+
+def test_several_texts_go_where_one_is_written():
+    check_call(Single(), {"prompt": ["a", "b"], "negative_prompt": ["c", "d"]})
+    for wrong in ([1], ["a", 1], 1):
+        with pytest.raises(PipelineCallError, match=r"negative_prompt is .* takes str there"):
+            check_call(Single(), {"negative_prompt": wrong})
 
 
 def test_what_cannot_be_judged_passes():
