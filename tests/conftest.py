@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             given = marker.kwargs.get("reason") or (marker.name == "skip" and marker.args)
             if marker.name in ("skip", "skipif", "xfail") and not given:
                 raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.{marker.name} must give a reason")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts this process and those it starts; processes that run tests for another one ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

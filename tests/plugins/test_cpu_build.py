@@ -455,14 +455,6 @@ def test_a_compiler_that_hangs_when_asked_for_its_version_is_none(fake, no_compi
         build.build()
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C interrupts, as in a program of its own; processes that run tests for another one ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_the_compiler_can_be_interrupted(fake, tmp_path):
     fake.write(HANGS.format(tmp_path / "child"))
