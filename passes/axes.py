@@ -158,7 +158,8 @@ def _written(
     """Take note of ``target[index] = value``: what the target enumerates after it.
 
     Dimensions that the index leaves whole are the value's; along one that it cuts, the value stands in its place; a
-    target that was something else before, or is written by an index that is not a slice, is other from then on.
+    target that was something else before, or is written by an index that is not a slice between plain numbers, is other
+    from then on.
 
     A number in front of the slices names one entry of the first dimension: one sample of a batch, which a loop fills
     with its own text and image. ``entries`` keeps what those of a target enumerate, each for itself; the target
@@ -173,7 +174,7 @@ def _written(
     theirs = known.get(value) if isinstance(value, fx.Node) else None
     mine = known.get(target)
     entry = items.pop(0) if items and type(items[0]) is int else None
-    if any(not isinstance(item, slice) and item is not Ellipsis for item in items):
+    if any(item is not Ellipsis and not _is_known_slice(item) for item in items):
         found = None
     elif entry is None:
         found = _overwritten(sizes, items, mine, theirs)
@@ -192,6 +193,13 @@ def _written(
         if root is not target:  # what else sees that memory is not told apart
             entries.pop(root, None)
             known.pop(root, None)
+
+
+def _is_known_slice(item: object) -> bool:
+    """Whether an item of an index is a slice between plain numbers, not between values that the graph computes."""
+    return isinstance(item, slice) and all(
+        each is None or type(each) is int for each in (item.start, item.stop, item.step)
+    )
 
 
 def _overwritten(sizes: Sequence[int], items: Sequence[Any], mine: Extents | None, theirs: Extents | None) -> Extents:

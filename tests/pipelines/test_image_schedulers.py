@@ -17,6 +17,8 @@ from difa_compile import calibrate
 from difa_compile.pipeline import apply, remove
 from tests.pipelines.image_cases import CASES, CLOSE, close, distance
 
+pytestmark = pytest.mark.keeps_graphs
+
 V = {"prediction_type": "v_prediction"}
 SCHEDULERS = {
     "ddim": (DDIMScheduler(clip_sample=False, **V), 6),

@@ -37,6 +37,8 @@ PIPELINES = {
     "cogvideox 1.5, DDIM": (lambda folder: cogvideox(folder, "1.5", "ddim"), COGVIDEOX_ROWS),
 }
 
+pytestmark = pytest.mark.keeps_graphs
+
 
 @pytest.fixture(params=PIPELINES)
 def case(request, tmp_path):
