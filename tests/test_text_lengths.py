@@ -269,7 +269,7 @@ def check(case):
     outputs = pipe()
     assert applied.last_run.calls == 4
     assert [record for record in applied.records if record.outcome == "skipped"] == []
-    captures = dict(zip(("cond", "uncond"), applied.captures, strict=True))
+    captures = {"cond": applied.captures[0], "uncond": applied.captures[-1]}  # one, where a mask changes no size
     remove(pipe)
     wanted = case.by_hand(captures, plan.decisions[1])
     assert error(outputs, wanted) < CLOSE
