@@ -6,7 +6,7 @@ import torch
 from difa_compile.backend import eager
 from difa_compile.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Window
-from difa_compile.errors import NoAttentionError, PlanMismatchError, SiteSkippedError
+from difa_compile.errors import LayoutError, NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.schedule import FULL_ROLE, Role, assign_roles
 from tests.altered import Altered
@@ -246,5 +246,5 @@ def test_a_layout_given_by_the_user_is_used_and_must_add_up():
     _, _, module, values = captured_plain()
     capture = Capture(module, values, eager, layout=Layout((2, 10), before=3, after=1))
     assert {site.layout for site in capture.sites} == {Layout((2, 10), before=3, after=1)}
-    wrong = Capture(module, values, eager, layout=Layout((5, 5)))
-    assert "25 tokens" in wrong.why_not(0, Decision.parse("window(band:2)"))
+    with pytest.raises(LayoutError, match="the given layout 5x5 has 25 tokens, the sequence has 24; give the layout"):
+        Capture(module, values, eager, layout=Layout((5, 5)))
