@@ -11,9 +11,9 @@ from torch import Tensor
 
 import difa_compile
 from difa_compile import FULL, Plan
-from difa_compile.cost import plan_flops
+from difa_compile.plan.cost import plan_flops
 from difa_compile.demo.digits import NUM_CLASSES
-from difa_compile.schedule import buckets
+from difa_compile.plan.schedule import buckets
 
 from ._common import ROOT, Row
 

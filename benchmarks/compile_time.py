@@ -24,8 +24,8 @@ import torch
 
 import difa_compile
 from difa_compile import FULL, Decision, Plan, Window, WindowShape
-from difa_compile.example_inputs import example_inputs
-from difa_compile.schedule import buckets
+from difa_compile.pipeline.example_inputs import example_inputs
+from difa_compile.plan.schedule import buckets
 
 from . import _demo
 from ._common import RESULTS, ROOT, Row, write_result

@@ -19,9 +19,9 @@ import torch
 
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.machine_profile import FullCall, Profile
-from difa_compile.ops import LocalCall
-from difa_compile.tune import DTYPES, cases, full_case, linear_case, local_case, seconds_of, tune
+from difa_compile.machine.profile import FullCall, Profile
+from difa_compile.ops.kernels import LocalCall
+from difa_compile.machine.tune import DTYPES, cases, full_case, linear_case, local_case, seconds_of, tune
 
 from ._common import RESULTS, Row, write_result
 
@@ -38,7 +38,7 @@ SHAPES: tuple[tuple[int, int, Layout, tuple[str, ...], int], ...] = (
     (1, 1, Layout((96, 96)), ("disc:16", "band:1152"), 72),
     (1, 1, Layout((112, 112), 512), ("disc:12",), 128),
 )
-"""Batch, heads, layout, windows, head dimension. None is among those of :func:`difa_compile.tune.cases`."""
+"""Batch, heads, layout, windows, head dimension. None is among those of :func:`difa_compile.machine.tune.cases`."""
 LINEARS = ((400, 640, 640), (2304, 1024, 1024), (3000, 512, 1536))
 
 

@@ -31,10 +31,10 @@ from torch import fx, nn
 
 import difa_compile
 from difa_compile import FULL, Decision, Plan
-from difa_compile.capture import Capture
-from difa_compile.inductor import inductor
-from difa_compile.schedule import FULL_ROLE
-from difa_compile.stitch import Row as Stitched
+from difa_compile.backend.capture import Capture
+from difa_compile.backend.inductor import inductor
+from difa_compile.plan.schedule import FULL_ROLE
+from difa_compile.backend.stitch import Row as Stitched
 
 from ._common import RESULTS, ROOT, Row, interleave, write_result
 

@@ -27,8 +27,8 @@ from torch import nn
 
 import difa_compile
 from difa_compile import FULL, REUSE, Decision, Plan
-from difa_compile.cost import cost_breakdown
-from difa_compile.plan import SiteInfo
+from difa_compile.plan.cost import cost_breakdown
+from difa_compile.plan.plan import SiteInfo
 
 from ._common import RESULTS, Row, interleave, write_result
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import difa_compile
 from difa_compile import Decision, Kind, Window, WindowShape
-from difa_compile.metrics import psnr
+from difa_compile.comparison.metrics import psnr
 
 from . import _demo
 from ._common import RESULTS, Row, interleave, write_result

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from difa_compile.batches import AnyBatch
-    from difa_compile.calibration import calibrate
+    from difa_compile.backend.batch_sizes import AnyBatch
+    from difa_compile.calibration.calibrate import calibrate
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
-    from difa_compile.inspect import inspect_model
+    from difa_compile.pipeline.inspection import inspect_model
     from difa_compile.layout import Layout
-    from difa_compile.loading import load_pipeline
-    from difa_compile.pipeline import apply, remove
-    from difa_compile.plan import Plan
-    from difa_compile.run import Run, sampling
+    from difa_compile.pipeline.loading import load_pipeline
+    from difa_compile.pipeline.apply import apply, remove
+    from difa_compile.plan.plan import Plan
+    from difa_compile.backend.run import Run, sampling
 
 _HOME = {
     "FULL": "decision",

@@ -2,5 +2,5 @@
 
 A bucket's rewritten graph goes through ``torch.export`` and becomes one engine (ONNX, TensorRT, AOTInductor); a bundle
 is a folder with the engines of all buckets, one weight file, the plan and a manifest. Nothing in the package imports
-this one: it stands on :mod:`difa_compile.plan` and :mod:`difa_compile.passes`, and has no passes of its own.
+this one: it stands on :mod:`difa_compile.plan.plan` and :mod:`difa_compile.passes`, and has no passes of its own.
 """

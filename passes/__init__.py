@@ -2,5 +2,5 @@
 
 One pass per file, named after what it does; the module docstring shows the graph before and after and what is left
 untouched. A rewriting pass is a function ``(variant, context) -> None`` that acts on the sites whose role concerns it.
-Their order is one visible tuple, ``PASSES`` in :mod:`difa_compile.passes.pipeline`, with the reason for it.
+Their order is one visible tuple, ``PASSES`` in :mod:`difa_compile.passes.order`, with the reason for it.
 """

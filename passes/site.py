@@ -9,7 +9,7 @@ from torch import fx
 
 from difa_compile.layout import Layout
 from difa_compile.passes.graph import shape_of
-from difa_compile.plan_data import SiteInfo
+from difa_compile.plan.data import SiteInfo
 
 
 class SiteKind(StrEnum):

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from difa_compile.passes.autocast import autocast_of
 from difa_compile.passes.graph import copy_module, tensor_of
 from difa_compile.passes.site import Region, Site
-from difa_compile.schedule import Role
+from difa_compile.plan.schedule import Role
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Kernels behind the ops of :mod:`difa_compile.ops`.
+"""Kernels behind the ops of :mod:`difa_compile.ops.local_attention`.
 
 One folder per place a kernel runs in: ``cpu/`` (C++), ``triton/`` (CUDA), ``tensorrt/`` (plugin), ``ort/`` (ONNX
 Runtime). A kernel registers itself as an implementation of an op and is imported when it is first wanted, so that a

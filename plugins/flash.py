@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from difa_compile.ops import LocalCall, LocalKernel
+from difa_compile.ops.kernels import LocalCall, LocalKernel
 from difa_compile.plugins.geometry import Geometry
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops import LocalCall, LocalKernel
-from difa_compile.reference import visible_pairs
+from difa_compile.ops.kernels import LocalCall, LocalKernel
+from difa_compile.ops.reference import visible_pairs
 
 MAX_TOKENS = 16384
 """Beyond this the mask alone takes more than 1 GiB in float32."""

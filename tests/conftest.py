@@ -49,10 +49,10 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture
 def profile_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts a made-up profile of this machine (:func:`tests.profiles.made_up`) in force; returns its path."""
+    """Puts a made-up profile of this machine (:func:`tests.support.profiles.made_up`) in force; returns its path."""
 
     def put(**options: Any) -> Path:
-        from tests.profiles import made_up
+        from tests.support.profiles import made_up
 
         path = tmp_path / "profile.json"
         monkeypatch.setenv("DIFA_PROFILE", str(path))

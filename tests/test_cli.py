@@ -21,11 +21,11 @@ from difa_compile.cli.demo import require
 from difa_compile.cli.inputs import call_inputs, image_captions, images_per_call, seeds_for
 from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError, NonFiniteError
-from difa_compile.machine_profile import current
-from difa_compile.plan import Plan
+from difa_compile.machine.profile import current
+from difa_compile.plan.plan import Plan
 from difa_compile.report.stored import StoredComparison
-from tests.profiles import made_up
-from tests.report.sample import MACHINE, make_comparison, make_plan
+from tests.support.profiles import made_up
+from tests.support.report_sample import MACHINE, make_comparison, make_plan
 
 COMMANDS = ("demo", "calibrate", "tune", "inspect", "compare", "report")
 
@@ -195,8 +195,8 @@ def search(monkeypatch, plan):
             raise seen["raises"]
         return plan
 
-    monkeypatch.setattr("difa_compile.loading.load_pipeline", lambda name: Loaded())
-    monkeypatch.setattr("difa_compile.calibration.calibrate", calibrate)
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.calibration.calibrate.calibrate", calibrate)
     return seen
 
 
@@ -276,10 +276,10 @@ def measure(monkeypatch, plan):
             raise seen["raises"]
         return make_comparison(chosen, images=10 * len(options["seeds"]))
 
-    import difa_compile.compare
+    import difa_compile.comparison.compare
 
-    monkeypatch.setattr("difa_compile.loading.load_pipeline", lambda name: Loaded())
-    monkeypatch.setattr(difa_compile.compare, "compare", compare)
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr(difa_compile.comparison.compare, "compare", compare)
     return seen
 
 

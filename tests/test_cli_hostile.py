@@ -29,9 +29,9 @@ from difa_compile.cli.app import app
 from difa_compile.cli.inputs import LARGEST_FILE, LARGEST_SEED, call_inputs, image_captions
 from difa_compile.cli.tables import print_plan, print_records, print_sites
 from difa_compile.errors import DifaError, PlanFormatError
-from difa_compile.machine_profile import ELEMENTWISE
+from difa_compile.machine.profile import ELEMENTWISE
 from difa_compile.wording import shown
-from tests.report.sample import make_plan
+from tests.support.report_sample import make_plan
 
 ROOT = Path(difa_compile.__file__).parents[1]
 WIDTH = 400
@@ -71,14 +71,14 @@ def reached(monkeypatch, tmp_path):
 
         return stand_in
 
-    import difa_compile.calibration
-    import difa_compile.compare
-    import difa_compile.loading
+    import difa_compile.calibration.calibrate
+    import difa_compile.comparison.compare
+    import difa_compile.pipeline.loading
     from difa_compile.cli import tune
 
-    monkeypatch.setattr(difa_compile.loading, "load_pipeline", noting("loaded", Pipeline()))
-    monkeypatch.setattr(difa_compile.calibration, "calibrate", noting("search"))
-    monkeypatch.setattr(difa_compile.compare, "compare", noting("measure"))
+    monkeypatch.setattr(difa_compile.pipeline.loading, "load_pipeline", noting("loaded", Pipeline()))
+    monkeypatch.setattr(difa_compile.calibration.calibrate, "calibrate", noting("search"))
+    monkeypatch.setattr(difa_compile.comparison.compare, "compare", noting("measure"))
     monkeypatch.setattr(sys.modules[tune.__name__], "tune", noting("tune"))
     monkeypatch.setattr("difa_compile.cli.demo.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
@@ -223,7 +223,7 @@ def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_f
 def kept(tmp_path):
     """A comparison on disk, in the folder ``kept``."""
     from difa_compile.report.stored import StoredComparison
-    from tests.report.sample import MACHINE, make_comparison
+    from tests.support.report_sample import MACHINE, make_comparison
 
     plan = make_plan(4, 2)
     StoredComparison(plan, make_comparison(plan, images=10), "Kept", "difa", MACHINE, {}).save(tmp_path / "kept")
@@ -397,7 +397,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_is_not_loaded(damage, demo_folder, monkeypatch):
-    monkeypatch.setattr("difa_compile.calibration.calibrate", explode(AssertionError("it was loaded")))
+    monkeypatch.setattr("difa_compile.calibration.calibrate.calibrate", explode(AssertionError("it was loaded")))
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
     name, change = DAMAGE[damage]
     path = demo_folder / name
@@ -416,7 +416,7 @@ def test_a_plan_of_another_model_is_refused_before_sampling(plan_file, tmp_path,
     from diffusers import DiTPipeline
 
     monkeypatch.setattr(DiTPipeline, "__call__", explode(AssertionError("it was called")))
-    monkeypatch.setattr("difa_compile.compare.check_call", lambda pipe, call: None)
+    monkeypatch.setattr("difa_compile.comparison.compare.check_call", lambda pipe, call: None)
     monkeypatch.setattr("difa_compile.cli.inputs.check_call", lambda pipe, call: None)
     assert refused("compare", "demo", plan_file, "-o", tmp_path / "out", code=1).startswith("plan mismatch error")
 
@@ -486,7 +486,7 @@ def explode(error):
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("difa_compile.plan.Plan.load", explode(AssertionError("never [red]\x1b[2J" + "x" * 9000)))
+    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(AssertionError("never [red]\x1b[2J" + "x" * 9000)))
     result = run("inspect", __file__)
     assert result.exit_code == 1
     assert "unexpected error" in result.stderr
@@ -501,14 +501,14 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 
 def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/difa")
-    monkeypatch.setattr("difa_compile.plan.Plan.load", explode(KeyError("never")))
+    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(KeyError("never")))
     assert "Traceback (most recent call last)" in run("inspect", __file__).stderr
 
 
 @pytest.mark.parametrize("option", [("--debug",), ()], ids=["option", "environment"])
 @pytest.mark.parametrize("error", [KeyError("x"), PlanFormatError("x"), KeyboardInterrupt(), MemoryError()])
 def test_debug_raises_whatever_it_is(error, option, monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.Plan.load", explode(error))
+    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(error))
     assert get_raised(*option, "inspect", __file__, DIFA_DEBUG="" if option else "1") is error
 
 
@@ -527,21 +527,21 @@ def get_raised(*arguments, **env):
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory")],
 )
 def test_a_lack_of_memory_is_no_mistake_of_ours(error, monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.Plan.load", explode(error))
+    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(error))
     assert refused("inspect", __file__, code=1).startswith("out of memory")
 
 
 def test_an_error_that_says_too_much_is_cut(monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.Plan.load", explode(PlanFormatError("\x1b[2J" + "y" * 100_000)))
+    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(PlanFormatError("\x1b[2J" + "y" * 100_000)))
     assert "characters more" in refused("inspect", __file__, code=1)
 
 
 def test_ctrl_c_at_any_point_of_a_command(monkeypatch, plan_file):
     """Wherever it arrives: while options are read, files loaded, tables printed, the plan saved."""
     for place in (
-        "difa_compile.plan.Plan.load",
+        "difa_compile.plan.plan.Plan.load",
         "difa_compile.cli.app.print_plan",
-        "difa_compile.plan.Plan.summary",
+        "difa_compile.plan.plan.Plan.summary",
         "difa_compile.cli.failures.GuardedGroup.make_context",
     ):
         with monkeypatch.context() as patch:
@@ -793,7 +793,7 @@ def test_foreign_names_in_tables_stand_as_they_are(text, capsys):
     from dataclasses import replace
 
     from difa_compile.cli.tune import print_profile
-    from tests.profiles import made_up
+    from tests.support.profiles import made_up
 
     console = Console(width=20_000)
     plan = make_plan(4, 2)

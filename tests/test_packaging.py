@@ -136,7 +136,7 @@ def test_installed_wheel_serves_the_demo_model(installed, tmp_path):
     out = run_python(
         """
         import difa_compile, difa_compile.passes, difa_compile.plugins, difa_compile.export
-        from difa_compile.loading import load_pipeline
+        from difa_compile.pipeline.loading import load_pipeline
         pipe = load_pipeline("demo")
         print(difa_compile.__file__)
         print(type(pipe).__name__, len(pipe.transformer.transformer_blocks))
@@ -156,8 +156,8 @@ def test_torch_compile_finds_the_backend_with_no_import_of_ours(tmp_path):
         assert "difa" in torch._dynamo.list_backends(exclude_tags=())
         assert "difa_compile" not in sys.modules
         backend = torch._dynamo.lookup_backend("difa")
-        import difa_compile.backend
-        print(backend is difa_compile.backend.difa)
+        import difa_compile.backend.entry
+        print(backend is difa_compile.backend.entry.difa)
         """,
         cwd=tmp_path,
     )
@@ -179,7 +179,7 @@ def test_import_needs_torch_only(tmp_path):
         import difa_compile
         for name in difa_compile.__all__:
             getattr(difa_compile, name)
-        import difa_compile.backend
+        import difa_compile.backend.entry
         """,
         cwd=tmp_path,
     )

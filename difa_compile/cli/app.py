@@ -31,9 +31,9 @@ from difa_compile.cli.inputs import (
     seeds_for,
 )
 from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
-from difa_compile.loading import DEMO
+from difa_compile.pipeline.loading import DEMO
 from difa_compile.wording import shown, visible
-from difa_compile.writing import check_target, check_writable
+from difa_compile.files.writing import check_target, check_writable
 
 app = typer.Typer(
     name="difa",
@@ -164,8 +164,8 @@ def calibrate(
 ) -> None:
     """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
     require("diffusers", "tqdm")
-    from difa_compile.calibration import calibrate as search
-    from difa_compile.calibration import check_settings
+    from difa_compile.calibration.calibrate import calibrate as search
+    from difa_compile.calibration.calibrate import check_settings
     from difa_compile.cli.tune import measure_if_unknown, profile_for
 
     names = [name.strip() for name in candidates.split(",")] if candidates is not None else None
@@ -212,8 +212,8 @@ def tune(
     The profile is kept for this machine, torch and number of threads; DIFA_PROFILE names another file, or is off.
     """
     from difa_compile.cli.tune import measure, print_profile
-    from difa_compile.machine_profile import place
-    from difa_compile.tune import DTYPES
+    from difa_compile.machine.profile import place
+    from difa_compile.machine.tune import DTYPES
 
     dtypes = tuple(map(dtype_named, dtype)) if dtype else DTYPES
     check_device(device)
@@ -239,8 +239,8 @@ def inspect(
 
 
 def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
-    from difa_compile.machine_profile import current
-    from difa_compile.plan import Plan
+    from difa_compile.machine.profile import current
+    from difa_compile.plan.plan import Plan
 
     plan = Plan.load(path)
     if not as_json:
@@ -252,8 +252,8 @@ def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
 
 def _inspect_model(console: Console, name: str, as_json: bool) -> None:
     require("diffusers")
-    from difa_compile.inspect import inspect_model
-    from difa_compile.loading import load_model
+    from difa_compile.pipeline.inspection import inspect_model
+    from difa_compile.pipeline.loading import load_model
 
     hush_diffusers()
     model = load_model(name)
@@ -318,9 +318,9 @@ def compare(
 ) -> None:
     """Sample a model in full and under a plan, with the same seeds; measure, and write images, figures and the page."""
     require("diffusers", "torchmetrics", "tqdm", "jinja2", "PIL")
-    from difa_compile.compare import compare as measure
+    from difa_compile.comparison.compare import compare as measure
     from difa_compile.demo.judge import load_judge
-    from difa_compile.plan import Plan
+    from difa_compile.plan.plan import Plan
     from difa_compile.report import describe_machine, describe_versions
     from difa_compile.report.stored import StoredComparison
 

@@ -19,11 +19,11 @@ from difa_compile.cli.inputs import DEMO_GUIDANCE, DEMO_LABELS, image_captions, 
 from difa_compile.cli.tables import print_comparison
 from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError
-from difa_compile.plan import Plan
+from difa_compile.plan.plan import Plan
 from difa_compile.report import describe_machine, describe_versions
 from difa_compile.report.stored import PLAN_NAME, StoredComparison
 from difa_compile.wording import shown
-from difa_compile.writing import check_writable
+from difa_compile.files.writing import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,8 @@ class DemoOptions:
 def run_demo(options: DemoOptions, console: Console) -> Path:
     """The whole demo; returns the path of the page. What can be known to fail is tried before the long work."""
     require("torchmetrics", "jinja2", "PIL", "diffusers", "tqdm")
-    from difa_compile.calibration import calibrate, check_settings
-    from difa_compile.compare import compare
+    from difa_compile.calibration.calibrate import calibrate, check_settings
+    from difa_compile.comparison.compare import compare
     from difa_compile.demo.judge import load_judge
 
     check_settings(options.steps, options.threshold, options.window, None, "paper", "auto")

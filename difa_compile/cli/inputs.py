@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import typer
 
-from difa_compile.call_arguments import check_call
-from difa_compile.loading import DEMO
+from difa_compile.pipeline.call_arguments import check_call
+from difa_compile.pipeline.loading import DEMO
 from difa_compile.wording import quoted, shown, visible
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def open_pipeline(model: str, device: str | None, call: dict[str, Any] | None = 
 
     ``call``: what it is going to be called with, which is checked. Raises what ``load_pipeline`` and ``check_call`` do.
     """
-    from difa_compile.loading import load_pipeline
+    from difa_compile.pipeline.loading import load_pipeline
 
     hush_diffusers()
     pipe = load_pipeline(model)

@@ -2,6 +2,6 @@
 
 from difa_compile.report.machine import describe_machine, describe_versions
 from difa_compile.report.write import write_report
-from difa_compile.writing import check_writable
+from difa_compile.files.writing import check_writable
 
 __all__ = ["check_writable", "describe_machine", "describe_versions", "write_report"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from difa_compile.decision import Decision, Kind, Window
-from difa_compile.plan import Cell, Plan, Trial
+from difa_compile.plan.plan import Cell, Plan, Trial
 from difa_compile.wording import shown
 
 _LIGHT = {

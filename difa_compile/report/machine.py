@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 import difa_compile
-from difa_compile.machine_profile import processor
+from difa_compile.machine.profile import processor
 
 _PACKAGES = ("diffusers", "transformers", "accelerate", "torchmetrics", "numpy")
 

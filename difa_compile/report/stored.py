@@ -1,6 +1,6 @@
 """A comparison as a folder, so that its page can be made again: ``plan.json``, ``comparison.json``, ``images.npz``.
 
-``comparison.json`` is framed and guarded as plans are (:mod:`difa_compile.documents`), and binds the other two by their
+``comparison.json`` is framed and guarded as plans are (:mod:`difa_compile.files.documents`), and binds the other two by their
 digests, so that three files make one comparison or none.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from difa_compile.documents import (
+from difa_compile.files.documents import (
     ARCHIVE_ERRORS,
     Format,
     Unfit,
@@ -30,16 +30,16 @@ from difa_compile.documents import (
     open_plain,
 )
 from difa_compile.errors import ComparisonFormatError
-from difa_compile.plan import Plan
+from difa_compile.plan.plan import Plan
 from difa_compile.report.write import write_report
 from difa_compile.wording import shown
-from difa_compile.writing import write_together
+from difa_compile.files.writing import write_together
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difa_compile.compare import Comparison, Operations, Timing
+    from difa_compile.comparison.compare import Comparison, Operations, Timing
 
 SCHEMA_VERSION = 2
 PLAN_NAME, COMPARISON_NAME, IMAGES_NAME = "plan.json", "comparison.json", "images.npz"
@@ -147,7 +147,7 @@ class StoredComparison:
                 f"{plan.digest[:12]}; {COMPARISON.remedy}"
             )
         full, planned = _read_images(folder / IMAGES_NAME, texts["images"], count)
-        from difa_compile.compare import Comparison
+        from difa_compile.comparison.compare import Comparison
 
         comparison = Comparison(**read, images_full=full, images_planned=planned)
         return cls(plan, comparison, texts["title"], texts["command"], tables["machine"], tables["versions"], captions)
@@ -173,8 +173,8 @@ def _writable(text: str) -> str:
 
 def _read_comparison(value: object) -> dict[str, Any]:
     """The fields of a :class:`Comparison`, but for the images. Raises ``ValueError``."""
-    from difa_compile.capture import Record
-    from difa_compile.compare import Comparison, Quality
+    from difa_compile.backend.capture import Record
+    from difa_compile.comparison.compare import Comparison, Quality
 
     images = ("images_full", "images_planned")
     names = [field.name for field in fields(Comparison) if field.name not in images]
@@ -220,7 +220,7 @@ def _read_comparison(value: object) -> dict[str, Any]:
 
 
 def _read_timing(value: object, where: str) -> Timing:
-    from difa_compile.compare import Timing
+    from difa_compile.comparison.compare import Timing
 
     content = as_object(value, where, ("call_seconds", "calls", "first_call", "seconds_per_step", "step_seconds"))
 
@@ -234,7 +234,7 @@ def _read_timing(value: object, where: str) -> Timing:
 
 
 def _read_operations(value: object, where: str) -> Operations:
-    from difa_compile.compare import Operations
+    from difa_compile.comparison.compare import Operations
 
     content = as_object(value, where, ("share", "full_per_step", "planned_per_step"))
     as_number(content["share"], f"{where}.share")  # follows from the others

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from difa_compile import metrics
-from difa_compile.plan import Plan
+from difa_compile.comparison import metrics
+from difa_compile.plan.plan import Plan
 from difa_compile.report.charts import Chart, step_chart
 from difa_compile.report.heatmap import HeatMap, heat_map
 from difa_compile.report.pictures import SMALL, Panel, Picture, amplification, data_uri, difference
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difa_compile.capture import Record
-    from difa_compile.compare import Comparison, Quality
+    from difa_compile.backend.capture import Record
+    from difa_compile.comparison.compare import Comparison, Quality
 
 EMBEDDED = 48
 """At most so many seeds are shown; the figures always cover all of them."""

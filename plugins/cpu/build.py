@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from difa_compile.errors import CacheFolderError, KernelBuildError
-from difa_compile.folders import code_folder, private_code_folder
+from difa_compile.files.cache_folder import code_folder, private_code_folder
 from difa_compile.plugins.cpu.compiler import FULL, Compiler, compile_library, find_compiler, time_limit
 from difa_compile.plugins.cpu.kept import Found, discard, find, keep, locked, sweep, why_no_library, work_folder
 

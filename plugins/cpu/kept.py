@@ -6,7 +6,7 @@ kept beside it, and one rename puts a library in place or leaves what was there.
 
 Loading a damaged library ends the process (a truncated one by SIGBUS), which no caller can catch; hence the
 check. What happens between the check and the load is up to those who may write to the folder, which others may not
-(:mod:`difa_compile.trust`); who runs this package replaces files and never writes into them.
+(:mod:`difa_compile.files.trust`); who runs this package replaces files and never writes into them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from difa_compile.errors import KernelBuildError
-from difa_compile.trust import why_untrusted
+from difa_compile.files.trust import why_untrusted
 
 PREFIX = "local_attention-"
 WORK_PREFIX = ".building-"

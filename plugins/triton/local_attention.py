@@ -18,8 +18,8 @@ from torch import Tensor
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
-from difa_compile.operands import check_kinds, check_sizes
-from difa_compile.ops import LocalCall, LocalKernel
+from difa_compile.ops.operands import check_kinds, check_sizes
+from difa_compile.ops.kernels import LocalCall, LocalKernel
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config, Form
@@ -93,7 +93,7 @@ def attend(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """Local attention, specified by :func:`difa_compile.reference.local_attention`.
+    """Local attention, specified by :func:`difa_compile.ops.reference.local_attention`.
 
     Args:
         query: (B, H, L, D), L = ``layout.tokens``, or fewer, those of ``layout.rows``: the image's, with or without the
@@ -136,7 +136,7 @@ def local_and_full(
 
     Arguments as for :func:`attend`; a mask holds for both results; pooled keys have no part in full attention and are
     refused. ``residual``: the first
-    result is ``full - local`` (:func:`difa_compile.reference.residual`, of the rounded outputs).
+    result is ``full - local`` (:func:`difa_compile.ops.reference.residual`, of the rounded outputs).
 
     Returns:
         (local or residual, full), each (B, H, L, DV), laid out in memory as (B, L, H, DV).

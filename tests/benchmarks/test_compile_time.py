@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.compile_time import draw_rows
 from difa_compile import FULL
-from difa_compile.schedule import assign_roles, buckets
+from difa_compile.plan.schedule import assign_roles, buckets
 
 
 def test_rows_are_distinct_valid_and_the_same_each_time():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import _demo
-from difa_compile.plan import Plan
+from difa_compile.plan.plan import Plan
 
 THRESHOLDS = (0.05, 0.1, 0.15)
 

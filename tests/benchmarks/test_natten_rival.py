@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import natten_rival
-from difa_compile import reference
+from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
 

@@ -5,7 +5,7 @@ import torch
 
 from difa_compile.passes.graph import alias_root, mutated_argument
 from difa_compile.passes.segments import split_at_blocks
-from tests.tiny_models import FAMILIES, BareAttention, captured, captured_plain, graph_of, in_place, sites_of
+from tests.support.tiny_models import FAMILIES, BareAttention, captured, captured_plain, graph_of, in_place, sites_of
 
 pytest.importorskip("diffusers")
 

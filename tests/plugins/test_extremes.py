@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile import reference
+from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops import LocalCall
+from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins import cpu, flex, masked_sdpa
-from tests.plugins.extremes import EXPONENTS, Extreme, assert_right, extremes
+from tests.support.extremes import EXPONENTS, Extreme, assert_right, extremes
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -78,7 +78,7 @@ def test_flex_attention():
 @pytest.mark.slow
 def test_the_triton_kernel_interpreted():
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "tests.plugins.extremes"]
+    command = [sys.executable, "-m", "tests.support.extremes"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("done"), done.stderr[-2000:]

@@ -8,10 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from difa_compile import ops, reference
+from difa_compile import ops
+from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops import LocalCall
+from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins import flash
 
 CUDA = torch.device("cuda")

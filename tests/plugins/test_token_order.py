@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile import reference
+from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops import LocalCall
+from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins import flex
 from difa_compile.plugins.token_order import BLOCK, Strips, best, visited_blocks
-from tests.tolerances import assert_as_good_as_the_reference
+from tests.support.tolerances import assert_as_good_as_the_reference
 
 grids = (
     st.lists(st.integers(1, 24), min_size=1, max_size=3).map(tuple).filter(lambda g: 1 <= torch.Size(g).numel() < 900)

@@ -15,17 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile import reference
+from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError, OperandError
 from difa_compile.layout import Layout
-from difa_compile.ops import LocalCall
+from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton import local_attention as kernel
 from difa_compile.plugins.triton.configs import Config, Form
 from difa_compile.plugins.triton.tiling import choose
-from tests.plugins.triton_cases import CASES, operands
+from tests.support.triton_cases import CASES, operands
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 def interpreted():
     pytest.importorskip("triton", reason="triton is not installed")
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.plugins.triton_cases"]
+    command = [sys.executable, "-m", "tests.support.triton_cases"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -382,7 +382,7 @@ def test_launch_arguments_of_one_compile(window):
 def test_on_a_gpu_the_kernel_is_the_reference(name):
     """The interpreter's cases with the table's configuration, on the device."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from tests.plugins.triton_cases import expected, largest, model_mask
+    from tests.support.triton_cases import expected, largest, model_mask
 
     case = CASES[name]
     made = operands(case)

@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from difa_compile.capture import Record
+from difa_compile.backend.capture import Record
 from difa_compile.report import write_report
 from difa_compile.report.view import build_page
 from difa_compile.report.write import render
 from difa_compile.wording import shown, visible
-from tests.report.sample import MACHINE, make_comparison, make_plan
+from tests.support.report_sample import MACHINE, make_comparison, make_plan
 
 MARK = "@@"
 """Stands at both ends of every foreign text, so that it can be found again on the page."""

@@ -15,14 +15,14 @@ from PIL import Image
 
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import OutputError
-from difa_compile.plan import Cell, Plan, Trial
+from difa_compile.plan.plan import Cell, Plan, Trial
 from difa_compile.report import check_writable, describe_machine, describe_versions, write_report
 from difa_compile.report.charts import nice_step, step_chart
 from difa_compile.report.heatmap import heat_map
 from difa_compile.report.pictures import amplification, data_uri, difference
 from difa_compile.report.view import flops, seconds, size
-from difa_compile.writing import write_whole
-from tests.report.sample import MACHINE, make_comparison, make_plan
+from difa_compile.files.writing import write_whole
+from tests.support.report_sample import MACHINE, make_comparison, make_plan
 
 VOID = {"meta", "link", "img", "br", "col", "input", "line", "rect"}
 
@@ -402,7 +402,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("difa_compile.writing.os.replace", interrupted)
+    monkeypatch.setattr("difa_compile.files.writing.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_whole(target, b"new", "the page")
     assert target.read_text() == "old"

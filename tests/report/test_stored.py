@@ -13,7 +13,7 @@ import pytest
 
 from difa_compile.errors import ComparisonFormatError, OutputError, PlanFormatError
 from difa_compile.report.stored import COMPARISON, StoredComparison
-from tests.report.sample import MACHINE, make_comparison, make_plan
+from tests.support.report_sample import MACHINE, make_comparison, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_a_kill_between_the_files_cannot_mix_two_comparisons(stored, folder, mon
         done.append(target)
         rename(source, target)
 
-    monkeypatch.setattr("difa_compile.writing.os.replace", killed)
+    monkeypatch.setattr("difa_compile.files.writing.os.replace", killed)
     for stop in range(3):
         done.clear()
         with pytest.raises(KeyboardInterrupt):

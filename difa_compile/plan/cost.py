@@ -1,0 +1,343 @@
+"""Cost model: operations of attention, counted from the decisions alone, and seconds, predicted from a machine profile.
+
+Two conventions are in use and both are given everywhere:
+
+* *attention*: ``4 * sum(mask) * inner``, the products q k^T and p v only (CLEAR, arXiv 2412.16112);
+* *with projections*: that plus ``8 * tokens * width * inner`` for q, k, v and output projection (DiTFastAttn,
+  arXiv 2406.08552, table 2).
+
+``inner`` is heads x head_dim; one multiply-add is two operations; softmax, norms and copies are not counted. All counts
+are whole numbers for ONE element of the batch. Where the CFG halves share one computation, an element costs half.
+
+Seconds (:func:`site_seconds`) are of a whole batch on one machine, and need its profile
+(:mod:`difa_compile.machine.profile`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.layout import Layout
+from difa_compile.machine.profile import ELEMENTWISE, LINEAR, FullCall, Profile, elementwise_work, linear_work
+from difa_compile.ops.kernels import LocalCall
+from difa_compile.ops.pairs import visible_pairs
+from difa_compile.plan.data import SiteInfo
+from difa_compile.plan.schedule import Role
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one site at one step: q k^T and p v (``attention``); q, k, v and output ``projections``."""
+
+    attention: int
+    projections: int
+
+    @property
+    def total(self) -> int:
+        """Operations with projections."""
+        return self.attention + self.projections
+
+    def count(self, with_projections: bool) -> int:
+        """Operations in one of the two conventions."""
+        return self.total if with_projections else self.attention
+
+
+def attention_flops(
+    decision: Decision,
+    *,
+    tokens: int,
+    layout: Layout | None,
+    heads: int,
+    head_dim: int,
+    width: int,
+    residual_window: Window | None = None,
+) -> Flops:
+    """Operations of one site at one step, for one element of the batch.
+
+    ``residual_window``: the step also takes a residual against this window, hence computes window attention too
+    (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing; CFG
+    sharing costs half. Raises :class:`LayoutError` as :func:`visible_pairs` does.
+    """
+    if decision.kind is Kind.REUSE:
+        return Flops(0, 0)
+    inner = heads * head_dim
+    pairs = visible_pairs(layout, decision.window, tokens)
+    if residual_window is not None:
+        pairs += visible_pairs(layout, residual_window, tokens)
+    halves = 1 if decision.cfg_shared else 2
+    return Flops(2 * halves * pairs * inner, 4 * halves * tokens * width * inner)
+
+
+def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
+    """:func:`attention_flops` of a role (taking a residual counted in) or of a bare decision at ``site``.
+
+    Where the layout is unknown no window can be carried out, so a windowed site counts as the full one that will run.
+    """
+    decision, residual_window = _carried_out(role, site)
+    return attention_flops(
+        decision,
+        tokens=site.tokens,
+        layout=site.layout,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        width=site.width,
+        residual_window=residual_window,
+    )
+
+
+def _carried_out(role: Role | Decision, site: SiteInfo) -> tuple[Decision, Window | None]:
+    """The decision that will run and the window its residual is taken against: none where the layout is unknown."""
+    decision, residual_window = (role.decision, role.residual_window) if isinstance(role, Role) else (role, None)
+    if site.layout is not None:
+        return decision, residual_window
+    return without_window(decision), None
+
+
+def without_window(decision: Decision) -> Decision:
+    """Full attention in place of a window, sharing the CFG halves as before; any other decision as it is."""
+    return decision if decision.window is None else Decision(Kind.FULL, None, decision.cfg_shared)
+
+
+def full_flops(site: SiteInfo) -> Flops:
+    """Operations of ``site`` as the model computes it."""
+    return Flops(4 * site.tokens * site.keys * site.inner, 8 * site.tokens * site.width * site.inner)
+
+
+def flops_saved(decision: Decision, site: SiteInfo) -> float:
+    """Share of the site's operations, projections included, that ``decision`` does not compute; in [0, 1]."""
+    return 1.0 - site_flops(decision, site).total / full_flops(site).total
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a prediction needs to know beside the site: ``batch`` elements (both CFG halves), dtype, device.
+
+    ``key_heads``, ``value_dim``: as in :class:`~difa_compile.ops.local_attention.LocalCall`. ``masked``: the attention has a mask of
+    its own.
+    """
+
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    key_heads: int | None = None
+    value_dim: int = 0
+    masked: bool = False
+
+
+def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profile: Profile) -> float | None:
+    """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
+
+    A role that takes a residual computes its window as well. Reuse takes no time; CFG sharing that of half the batch
+    and a copy. None where the profile cannot tell: a dtype or kernel that was not measured, attention under a mask.
+    """
+    decision, residual_window = _carried_out(role, site)
+    if decision.kind is Kind.REUSE:
+        return 0.0
+    if setting.masked:
+        return None
+    batch = max(1, setting.batch // 2) if decision.cfg_shared else setting.batch
+    dtype, device = setting.dtype, setting.device
+
+    def attention(window: Window | None) -> float | None:
+        if window is None:
+            call = FullCall(
+                batch, site.heads, site.tokens, site.keys, site.head_dim, setting.value_dim, setting.key_heads
+            )
+            return profile.full_seconds(call, dtype)
+        assert site.layout is not None
+        shape = (batch, site.heads, site.tokens, site.head_dim)
+        return profile.local_seconds(
+            LocalCall(site.layout, window, None, shape, dtype, device, False, setting.key_heads, setting.value_dim)
+        )
+
+    def passes(elements: int, reads: float) -> float | None:
+        return profile.seconds(ELEMENTWISE, dtype, elementwise_work(elements, dtype, device, reads))
+
+    into = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.width, site.inner))
+    out = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.inner, site.width))
+    parts = [into, into, into, out, attention(decision.window)]
+    if decision.kind is Kind.WINDOW_RESIDUAL:
+        parts.append(passes(batch * site.tokens * site.inner, 2))
+    if residual_window is not None:
+        parts += [attention(residual_window), passes(batch * site.tokens * site.inner, 2)]
+    if decision.cfg_shared:
+        parts.append(passes(setting.batch * site.tokens * site.width, 0.5))
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+class Costed(Protocol):
+    """What can be costed: a plan or a resolved plan."""
+
+    @property
+    def sites(self) -> tuple[SiteInfo, ...]: ...
+
+    @property
+    def roles(self) -> tuple[tuple[Role, ...], ...]: ...
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Operations of a whole run in one convention, for one element of the batch.
+
+    ``full[site]``: of the unmodified model, the same at every step. ``planned[step][site]``: with the plan, residuals
+    counted in. ``residuals[step][site]``: the part of ``planned`` spent on taking residuals.
+    """
+
+    with_projections: bool
+    full: tuple[int, ...]
+    planned: tuple[tuple[int, ...], ...]
+    residuals: tuple[tuple[int, ...], ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.planned)
+
+    @property
+    def full_per_step(self) -> int:
+        """Operations of the unmodified model in any one step."""
+        return sum(self.full)
+
+    @property
+    def full_per_site(self) -> tuple[int, ...]:
+        """Operations of the unmodified model over the whole run, per site."""
+        return tuple(flops * self.steps for flops in self.full)
+
+    @property
+    def planned_per_step(self) -> tuple[int, ...]:
+        return tuple(sum(row) for row in self.planned)
+
+    @property
+    def planned_per_site(self) -> tuple[int, ...]:
+        return tuple(sum(column) for column in zip(*self.planned, strict=True))
+
+    @property
+    def total_full(self) -> int:
+        return self.full_per_step * self.steps
+
+    @property
+    def total_planned(self) -> int:
+        return sum(self.planned_per_step)
+
+    @property
+    def total_residuals(self) -> int:
+        """Operations spent on taking residuals; part of ``total_planned``."""
+        return sum(map(sum, self.residuals))
+
+    @property
+    def share(self) -> float:
+        """Planned over full: 1 computes everything, 0 nothing."""
+        return self.total_planned / self.total_full
+
+    @property
+    def share_per_step(self) -> tuple[float, ...]:
+        return tuple(flops / self.full_per_step for flops in self.planned_per_step)
+
+    @property
+    def share_per_site(self) -> tuple[float, ...]:
+        full = self.full_per_site
+        return tuple(planned / whole for planned, whole in zip(self.planned_per_site, full, strict=True))
+
+
+def plan_flops(plan: Costed, with_projections: bool) -> PlanCost:
+    """Operations of a :class:`Plan` or :class:`ResolvedPlan` over its schedule, in one of the two conventions."""
+    sites = plan.sites
+    planned = []
+    residuals = []
+    for row in plan.roles:
+        bare = [site_flops(role.decision, site).count(with_projections) for role, site in zip(row, sites, strict=True)]
+        with_residual = [site_flops(role, site).count(with_projections) for role, site in zip(row, sites, strict=True)]
+        planned.append(tuple(with_residual))
+        residuals.append(tuple(all_ - part for all_, part in zip(with_residual, bare, strict=True)))
+    full = tuple(full_flops(site).count(with_projections) for site in sites)
+    return PlanCost(with_projections, full, tuple(planned), tuple(residuals))
+
+
+@dataclass(frozen=True)
+class PlanSeconds:
+    """Predicted seconds of a whole run's attention sites on one machine, with projections, for ``batch`` elements."""
+
+    dtype: torch.dtype
+    batch: int
+    full: float
+    planned: float
+    extrapolated: bool
+    """Whether a site has more tokens than were measured."""
+
+
+def plan_seconds(plan: Costed, profile: Profile, dtype: torch.dtype, batch: int) -> PlanSeconds | None:
+    """Predicted seconds of a plan over its schedule; None where the profile cannot tell. Masks are not known here."""
+    setting = Setting(batch, dtype, torch.device(profile.machine.device))
+    known: dict[tuple[SiteInfo, Role | Decision], float | None] = {}
+
+    def seconds(role: Role | Decision, site: SiteInfo) -> float | None:
+        if (site, role) not in known:
+            known[site, role] = site_seconds(role, site, setting, profile)
+        return known[site, role]
+
+    planned = [seconds(role, site) for row in plan.roles for role, site in zip(row, plan.sites, strict=True)]
+    full = [seconds(FULL, site) for site in plan.sites]
+    totals = [sum(part for part in parts if part is not None) for parts in (full, planned)]
+    if None in planned or None in full:
+        return None
+    extrapolated = any(profile.extrapolates(site.keys, dtype) for site in plan.sites)
+    return PlanSeconds(dtype, batch, totals[0] * len(plan.roles), totals[1], extrapolated)
+
+
+@dataclass(frozen=True)
+class CostBreakdown:
+    """The cost of a plan in both conventions, and in predicted seconds per dtype measured, if there is a profile."""
+
+    attention: PlanCost
+    with_projections: PlanCost
+    seconds: tuple[PlanSeconds, ...] = ()
+
+    def lines(self) -> tuple[str, ...]:
+        """Lines of text: share of full and operations of a run, for one image of a batch; then predicted seconds."""
+        counted = tuple(
+            f"{name:<32} {100 * cost.share:5.1f} % of full  ({_scaled(cost.total_planned)} of "
+            f"{_scaled(cost.total_full)}, {_scaled(cost.total_residuals)} of it for residuals)"
+            for name, cost in (
+                ("attention FLOPs, q k^T and p v", self.attention),
+                ("attention FLOPs with projections", self.with_projections),
+            )
+        )
+        predicted = tuple(
+            f"{'predicted time, ' + str(one.dtype).removeprefix('torch.'):<32} {100 * one.planned / one.full:5.1f} % "
+            f"of full  ({seconds_text(one.planned)} of {seconds_text(one.full)} on this machine, batch of {one.batch}"
+            f"{', extrapolated' if one.extrapolated else ''})"
+            for one in self.seconds
+        )
+        return counted + predicted
+
+
+def cost_breakdown(plan: Costed, profile: Profile | None = None, batch: int = 1) -> CostBreakdown:
+    """The cost of a plan or resolved plan in both conventions, per step and per site.
+
+    With a ``profile`` also the predicted seconds for a batch of ``batch`` in each dtype that it covers.
+    """
+    found = [plan_seconds(plan, profile, dtype, batch) for dtype in profile.dtypes] if profile is not None else []
+    seconds = tuple(one for one in found if one is not None)
+    return CostBreakdown(plan_flops(plan, False), plan_flops(plan, True), seconds)
+
+
+def seconds_text(seconds: float) -> str:
+    """``seconds`` with a unit: ``3.1 ms``."""
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _scaled(flops: int) -> str:
+    """``flops`` with a unit: ``12.3 GFLOP``."""
+    value = float(flops)
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} PFLOP"

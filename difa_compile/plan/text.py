@@ -1,0 +1,204 @@
+"""Plans as plain text for people: summaries, differences, and the map of sites by steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from difa_compile.plan.cost import cost_breakdown
+from difa_compile.decision import Decision, Kind
+from difa_compile.plan.data import Cell, SiteInfo
+from difa_compile.wording import shown
+
+if TYPE_CHECKING:
+    from difa_compile.machine.profile import Profile
+    from difa_compile.plan.plan import Difference, Plan, ResolvedPlan
+
+_LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: "."}
+_SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ","}
+_PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
+_SHAPES = 8  # different shapes of sites that are told
+_LEGEND = "F full  W window  R window+residual  . reuse; f w r , the same with the CFG halves shared"
+
+
+def letter(decision: Decision) -> str:
+    """One character for a decision, as in the map: lower case (a comma for reuse) where the CFG halves are shared."""
+    return (_SHARED if decision.cfg_shared else _LETTERS)[decision.kind]
+
+
+def summary(plan: Plan, profile: Profile | None = None) -> str:
+    """The text of :meth:`Plan.summary`."""
+    model, settings = plan.model, plan.settings
+    made = [settings.method]
+    if settings.threshold is not None:
+        made.append(f"threshold {settings.threshold:g}")
+    if settings.loss is not None:
+        made.append(f"loss of the {settings.loss}")
+    if settings.window is not None:
+        made.append(f"window {shown(settings.window)}")
+    half = "" if settings.conditional_half is None else f" (conditional half {settings.conditional_half})"
+    made.append(f"guidance {settings.guidance}{half}")
+    versions = (("torch", settings.torch), ("diffusers", settings.diffusers))
+    made += [f"{name} {shown(version)}" for name, version in versions if version is not None]
+    config = f"config {shown(model.config_digest[:12])}, {model.parameters:,} parameters"
+    lines = [
+        f"plan {plan.digest[:12]} for {shown(model.class_name)} ({config})",
+        f"made: {', '.join(made)}",
+    ]
+    if settings.candidates:
+        lines.append(f"candidates: {shown(', '.join(settings.candidates), 1000)}")
+    lines += [
+        f"{plan.steps} steps, progress {plan.progress[0]:.3f} to {plan.progress[-1]:.3f}; {_sites(plan.sites)}",
+        "",
+    ]
+    lines += _counts(plan.decisions)
+    batch = 1 if settings.guidance == "none" else 2
+    lines += ["", *cost_breakdown(plan, profile, batch).lines(), _distinct(len(plan.buckets), plan.steps)]
+    measured = _measured(plan.rows, plan.sites)
+    if measured:
+        lines.append(measured)
+    return "\n".join([*lines, "", *_map(plan.decisions, plan.sites)]) + "\n"
+
+
+def resolved_summary(resolved: ResolvedPlan) -> str:
+    """The text of :meth:`ResolvedPlan.summary`."""
+    plan = resolved.plan
+    lines = [
+        f"plan {plan.digest[:12]} of {plan.steps} steps on a schedule of {resolved.steps}, progress "
+        f"{resolved.progress[0]:.3f} to {resolved.progress[-1]:.3f}; {_sites(plan.sites)}",
+        "",
+        *_counts(resolved.rows),
+        "",
+        *cost_breakdown(resolved).lines(),
+        _distinct(len(resolved.buckets), resolved.steps),
+        f"promoted to full, because the step that fills the cache fell out: {len(resolved.promotions)}",
+    ]
+    lines += [
+        f"  step {promotion.step}, {_path(plan.sites[promotion.site])}: {promotion.wanted}; {promotion.reason}"
+        for promotion in resolved.promotions
+    ]
+    return "\n".join([*lines, "", *_map(resolved.rows, plan.sites)]) + "\n"
+
+
+def difference(mine: Plan, theirs: Plan) -> str:
+    """The text of :meth:`Plan.diff_text`."""
+    differences = mine.diff(theirs)
+    lines = [f"plan {mine.digest[:12]} (mine) and plan {theirs.digest[:12]} (theirs)"]
+    lines += _fields("model", mine.model.__dict__, theirs.model.__dict__)
+    lines += _fields("settings", mine.settings.__dict__, theirs.settings.__dict__)
+    lines += [
+        f"site {_path(a)}: {a.shape} -> {b.shape}" for a, b in zip(mine.sites, theirs.sites, strict=True) if a != b
+    ]
+    if mine.progress != theirs.progress:
+        first = next(step for step in range(mine.steps) if mine.progress[step] != theirs.progress[step])
+        lines.append(f"progress differs from step {first} on: {mine.progress[first]:g} -> {theirs.progress[first]:g}")
+    cells = mine.steps * len(mine.sites)
+    lines.append(f"{len(differences)} of {cells} cells differ")
+    if not differences:
+        return "\n".join(lines) + "\n"
+    for name, a, b in zip(
+        ("attention FLOPs", "with projections"),
+        (cost_breakdown(mine).attention, cost_breakdown(mine).with_projections),
+        (cost_breakdown(theirs).attention, cost_breakdown(theirs).with_projections),
+        strict=True,
+    ):
+        lines.append(f"{name}: {100 * a.share:.1f} % -> {100 * b.share:.1f} % of full")
+    changes = Counter((str(item.mine), str(item.theirs)) for item in differences)
+    lines += ["", "changes, mine -> theirs"]
+    lines += [
+        f"{count:6}  {a} -> {b}" for (a, b), count in sorted(changes.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    lines += ["", "where"]
+    lines += _where(differences, mine.sites)
+    return "\n".join(lines) + "\n"
+
+
+def _fields(name: str, mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
+    return [
+        f"{name}.{key}: {shown(value)} -> {shown(theirs[key])}" for key, value in mine.items() if value != theirs[key]
+    ]
+
+
+def _where(differences: Sequence[Difference], sites: Sequence[SiteInfo]) -> list[str]:
+    """One line per site and change, with its steps as ranges."""
+    steps: dict[tuple[int, str], list[int]] = {}
+    for item in differences:
+        steps.setdefault((item.site, f"{item.mine} -> {item.theirs}"), []).append(item.step)
+    width = max(len(_path(sites[site])) for site in {item.site for item in differences})
+    return [
+        f"  {_path(sites[site]):<{width}}  steps {_ranges(at)}: {change}"
+        for (site, change), at in sorted(steps.items())
+    ]
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` as ``1-3, 7``."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _sites(sites: Sequence[SiteInfo]) -> str:
+    """``6 sites, self, 6 heads x 64, ...``, or one entry per distinct shape."""
+    shapes = Counter(site.shape for site in sites)
+    count = f"{len(sites)} site" + ("s" if len(sites) > 1 else "")
+    if len(shapes) == 1:
+        return f"{count}, {next(iter(shapes))}"
+    told = [f"{number} x ({shape})" for shape, number in list(shapes.items())[:_SHAPES]]
+    more = [f"and {len(shapes) - len(told)} other shapes"] if len(shapes) > len(told) else []
+    return f"{count}: " + "; ".join(told + more)
+
+
+def _path(site: SiteInfo) -> str:
+    return shown(site.path, _PATH)
+
+
+def _counts(rows: Iterable[Sequence[Decision]]) -> list[str]:
+    """A table of decisions, most frequent first."""
+    counts = Counter(decision for row in rows for decision in row)
+    total = counts.total()
+    width = max(len("decision"), *(len(str(decision)) for decision in counts))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    return [f"   {'decision':<{width}}  cells   share"] + [
+        f"{letter(decision)}  {decision!s:<{width}}  {count:5}  {100 * count / total:5.1f} %"
+        for decision, count in ordered
+    ]
+
+
+def _distinct(variants: int, steps: int) -> str:
+    return f"distinct rows: {variants} of {steps} (each is one variant of the graph)"
+
+
+def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str | None:
+    """How many candidates were measured, and the largest loss that was accepted."""
+    trials = sum(trial.loss is not None for row in rows for cell in row for trial in cell.trials)
+    chosen = [
+        (trial.loss, step, site)
+        for step, row in enumerate(rows)
+        for site, cell in enumerate(row)
+        for trial in cell.trials
+        if trial.loss is not None and trial.decision == cell.decision
+    ]
+    if not trials:
+        return None
+    text = f"candidates measured: {trials}"
+    if chosen:
+        loss, step, site = max(chosen)
+        text += f", accepted: {len(chosen)}, largest accepted loss {loss:.4g} (step {step}, {_path(sites[site])})"
+    return text
+
+
+def _map(rows: Sequence[Sequence[Decision]], sites: Sequence[SiteInfo]) -> list[str]:
+    """One line per site, one character per step, under a ruler that marks every tenth step."""
+    paths = [_path(site) for site in sites]
+    width = max(len("step"), *map(len, paths))
+    ruler = "".join(f"{step:<10}" for step in range(0, len(rows), 10)).rstrip()
+    lines = [f"{'step':<{width}}  {ruler}"]
+    for index, path in enumerate(paths):
+        lines.append(f"{path:<{width}}  {''.join(letter(row[index]) for row in rows)}")
+    return [*lines, _LEGEND]

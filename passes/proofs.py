@@ -1,0 +1,237 @@
+"""Let a region prove itself, on real values and eagerly, before a plan may act on it.
+
+1. *Reuse of its own output* must give what full attention gives, to the bit: the region is not too narrow.
+2. *Reuse of another input's output* must give what the graph gives with that input's attention in place of its own, to
+   the bit: the region is not too wide, nothing of the present input (a gate, a norm) is cached with the attention.
+3. *Sharing of CFG halves* where the halves of what goes into the region are equal must give what not sharing gives, up
+   to what another batch size does to rounding.
+
+A cache is contiguous, and what reads it may round otherwise than where it read the same numbers with other strides:
+where 1 or 2 hold up to rounding only, they must hold to the bit with the region's outputs made contiguous.
+
+A site that fails 1 or 2 is not reused and not shared; one that fails 3 is not shared. Windows leave the region as it
+is and need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.passes.autocast import autocast_kept
+from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument, tensor_of
+from difa_compile.passes.order import Rewritten, rewrite
+from difa_compile.passes.rewrite.share_cfg import why_not_shared
+from difa_compile.passes.site import Site
+from difa_compile.passes.variant import Context
+from difa_compile.plan.schedule import FULL_ROLE, Role
+
+SHARING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative to the largest value; another batch size may choose another matrix kernel. By the coarsest dtype that a
+graph computes in: under autocast a result in float32 is no closer than the bfloat16 it was made from."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Why a site's region must not be reused, and why its CFG halves must not be shared; None where they may."""
+
+    reuse: str | None = None
+    sharing: str | None = None
+
+
+def prove(module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context) -> Proof:
+    """Put site ``index`` of a graph to the test. ``inputs``: real values of the graph."""
+    with autocast_kept():
+        reason = why_not_reused(module, sites, index, inputs, context)
+    if reason is not None:
+        return Proof(reason, reason)
+    with autocast_kept():
+        return Proof(None, why_not_halved(module, sites, index, inputs, context))
+
+
+def run_with(
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    index: int,
+    role: Role,
+    values: Sequence[Any],
+    caches: Mapping[str, Tensor],
+    context: Context,
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """Outputs and written caches with ``role`` at one site and all others full."""
+    variant = rewrite(module, sites, [role if i == index else FULL_ROLE for i in range(len(sites))], context)
+    results = variant.module(*fresh(module, values), *[caches[name] for name in variant.cache_inputs])
+    cut = len(results) - len(variant.cache_outputs)
+    return list(results[:cut]), dict(zip(variant.cache_outputs, results[cut:], strict=True))
+
+
+def why_not_reused(
+    module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
+) -> str | None:
+    region = sites[index].region
+    if any(is_attention(node) for node in region.interior if node is not region.attention):
+        return "another attention call lies within its region"
+    other = [
+        elsewhere(value) if not is_parameter(node) else value
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    try:
+        expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context)
+        found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context)
+        attended = Replay(module)
+        attended.run(*fresh(module, inputs))
+        stored = dict.fromkeys(region.outputs, contiguous)
+        packed = Replay(module, changed=stored).run(*fresh(module, inputs))
+        given = {region.attention: attended.values[region.attention]}
+        foreign = Replay(module, given).run(*fresh(module, other))
+        foreign_packed = Replay(module, given, stored).run(*fresh(module, other))
+        taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context)
+        row = [Role(REUSE) if i == index else FULL_ROLE for i in range(len(sites))]
+        left = rewrite(module, sites, row, context).module
+    except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
+        return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
+    dtype = coarsest(module)
+    if not agree(found, expected, packed, dtype):
+        return "reusing the region's own output does not reproduce the full output"
+    if sum(map(is_attention, left.graph.nodes)) >= sum(map(is_attention, module.graph.nodes)):
+        return "reuse would save nothing: the attention's result is written to in place and then used"
+    if not agree(taken, foreign, foreign_packed, dtype):
+        return "the region holds more than its attention: what is reused depends on other values of its step"
+    return None
+
+
+def why_not_halved(
+    module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
+) -> str | None:
+    shared = Role(Decision(Kind.FULL, cfg_shared=True))
+    if context.conditional_half is None or why_not_shared(module, sites[index], shared, context) is not None:
+        return None  # said when sharing is asked for
+    roles = [shared if i == index else FULL_ROLE for i in range(len(sites))]
+    try:
+        expected = with_equal_halves(rewrite(module, sites, [FULL_ROLE] * len(sites), context), index, inputs)
+        found = with_equal_halves(rewrite(module, sites, roles, context), index, inputs)
+    except Exception as error:  # as above
+        return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
+    dtype = coarsest(module)
+    if not all(close(a, b, dtype) for a, b in zip(expected, found, strict=True)):
+        return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
+    return None
+
+
+def with_equal_halves(variant: Rewritten, index: int, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Outputs where what goes into a site's region has its first half of the batch in both halves."""
+    into = [node for node in variant.sites[index].region.inputs if not is_parameter(node)]
+    doubled = {node: partial(double_half, dim=node.meta.get("batch_dim")) for node in into}
+    result: Sequence[Any] = Replay(variant.module, changed=doubled).run(*fresh(variant.module, inputs))
+    return result
+
+
+def agree(
+    found: Sequence[Any], expected: Sequence[Any], packed: Sequence[Any], dtype: torch.dtype = torch.float64
+) -> bool:
+    """Whether results are those expected: to the bit, or up to the rounding that contiguous outputs bring about.
+
+    ``packed``: the results with the region's outputs made contiguous. ``dtype``: the coarsest that they were made in.
+    """
+    if all(same(a, b) for a, b in zip(found, expected, strict=True)):
+        return True
+    exact = all(same(a, b) for a, b in zip(found, packed, strict=True))
+    return exact and all(close(a, b, dtype) for a, b in zip(found, expected, strict=True))
+
+
+def contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether two graphs give the same on real values, up to the rounding of another kernel."""
+    with torch.no_grad(), autocast_kept():
+        left, right = one(*fresh(one, inputs)), other(*fresh(other, inputs))
+    dtype = coarsest(one)
+    return all(close(a, b, dtype) for a, b in zip(left, right, strict=True))
+
+
+class Replay(fx.Interpreter):
+    """Runs a graph node by node, keeping the attentions' values.
+
+    Values of nodes in ``given`` are taken instead of computed; those of nodes in ``changed`` go through its function.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        given: Mapping[fx.Node, Any] | None = None,
+        changed: Mapping[fx.Node, Callable[[Any], Any]] | None = None,
+    ) -> None:
+        super().__init__(module)
+        self.given = given or {}
+        self.changed = changed or {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self.given[n] if n in self.given else super().run_node(n)
+        if n in self.changed:
+            value = self.changed[n](value)
+        if is_attention(n):
+            self.values[n] = value
+        return value
+
+
+def elsewhere(value: Any) -> Any:
+    """Another input of the same shape: floating-point values are moved, by an amount that differs from row to row."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    moves = torch.linspace(-0.5, 0.5, value.numel(), dtype=torch.float32, device=value.device)
+    return (value.float() + moves.reshape(value.shape)).to(value.dtype)
+
+
+def fresh(module: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
+    """The values, with a copy in place of each that the graph writes to."""
+    written = {alias_root(node) for node in module.graph.nodes if mutated_argument(node) is not None}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return [
+        value.clone() if node in written and isinstance(value, Tensor) else value
+        for node, value in zip(placeholders, values, strict=True)
+    ]
+
+
+def double_half(value: Any, dim: int | None) -> Any:
+    """A value whose first half of the batch stands in both halves."""
+    if dim is None or not isinstance(value, Tensor) or value.shape[dim] % 2:
+        return value
+    half = value.narrow(dim, 0, value.shape[dim] // 2)
+    return half.repeat(*(1 + (i == dim % value.ndim) for i in range(value.ndim)))  # cat is autocast's business
+
+
+def same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor):
+        return bool(one == other)
+    return one.shape == other.shape and bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())
+
+
+def coarsest(module: fx.GraphModule) -> torch.dtype:
+    """Of the floating-point dtypes that a graph's operations give, the one with the fewest digits; float64 if none."""
+    values = [tensor_of(node) for node in module.graph.nodes if node.op != "placeholder"]
+    found = {value.dtype for value in values if value is not None and value.dtype.is_floating_point}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def close(one: Any, other: Any, dtype: torch.dtype) -> bool:
+    """Whether two values are equal up to rounding in ``dtype`` or in their own, whichever is coarser."""
+    if not isinstance(one, Tensor) or not one.is_floating_point():
+        return same(one, other)
+    if one.dtype != other.dtype:
+        return False
+    tolerance = max(SHARING_TOLERANCE.get(each, 5e-2) for each in (one.dtype, dtype))
+    scale = one.abs().amax().clamp_min(1e-6) if one.numel() else 1.0
+    return one.shape == other.shape and bool(((one - other).abs() <= tolerance * scale).all())
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else ""

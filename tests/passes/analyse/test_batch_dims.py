@@ -1,0 +1,142 @@
+"""Which dimension carries the batch: in whole models, and op by op."""
+
+import pytest
+import torch
+from torch import nn
+
+from difa_compile.passes.prepare.arguments import latent_inputs
+from difa_compile.passes.analyse.batch_dims import annotate_batch, indexed, regrouped
+from difa_compile.passes.analyse.find_attention import attention_inputs
+from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
+from tests.support.tiny_models import FAMILIES, Attention, BareAttention, captured, captured_plain, graph_of, sites_of
+
+pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_regions_of_whole_models(family):
+    """Two heads, and a batch of two: sizes alone would not tell them apart."""
+    _, _, module, values = captured(family)
+    for site in sites_of(module, values):
+        for node in (*attention_inputs(site.region.attention), *site.region.outputs):
+            assert node.meta["batch_dim"] == 0
+        for node in site.region.interior:
+            if tensor_of(node) is not None:
+                dim = node.meta["batch_dim"]
+                assert shape_of(node)[dim] in (2, 2 * shape_of(node)[dim] // 2)
+        assert not any("batch_dim" in node.meta for node in site.region.inputs if is_parameter(node))
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3"])
+def test_annotated_dimensions_follow_the_batch_size(family):
+    """The same model at another batch size: exactly the annotated dimensions change, in proportion."""
+    two, four = (captured(family, batch)[2] for batch in (2, 4))
+    for module in (two, four):
+        annotate_batch(module.graph, latent_inputs(module.graph))
+    ones, others = list(two.graph.nodes), list(four.graph.nodes)
+    assert [node.target for node in ones if node.op == "call_function"] == [
+        node.target for node in others if node.op == "call_function"
+    ]
+    known = 0
+    for one, other in zip(ones, others, strict=True):
+        small, large = shape_of(one), shape_of(other)
+        moved = [dim for dim in range(len(small)) if small[dim] != large[dim]]
+        if "batch_dim" in one.meta and tensor_of(one) is not None:
+            assert moved == [one.meta["batch_dim"]], one
+            assert large[moved[0]] == 2 * small[moved[0]]
+            known += 1
+    assert known > 50
+
+
+def test_the_plain_model_with_writes_in_place():
+    _, _, module, values = captured_plain(rotate=True)
+    for site in sites_of(module, values):
+        assert all(node.meta["batch_dim"] == 0 for node in site.region.outputs)
+
+
+class Transposed(nn.Module):
+    """The batch wanders: to the end, into a stack, through a chunk and back."""
+
+    def forward(self, x):
+        last = x.permute(1, 2, 0)
+        stacked = torch.stack([last, last], 0)
+        one, _ = stacked.transpose(0, 3).chunk(2, dim=1)
+        return one + 1, last * torch.arange(2.0), x.reshape(-1), x.sum(0)
+
+
+def test_the_batch_is_followed_through_layout_ops():
+    module, _ = graph_of(Transposed(), {"x": torch.randn(2, 5, 6)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    found = {node.name: node.meta.get("batch_dim") for node in module.graph.nodes}
+    by_target = {str(node.target): node.meta.get("batch_dim") for node in module.graph.nodes}
+    assert by_target["permute"] == 2
+    assert by_target["transpose"] == 0
+    assert [dim for name, dim in found.items() if name.startswith("stack")] == [3]
+    assert by_target["sum"] is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "pairs"),
+    [
+        ((2, 6, 8), (12, 8), [(0, 0), (1, 2)]),
+        ((12, 8), (2, 6, 8), [(0, 0), (2, 1)]),
+        ((2, 6, 8), (2, 6, 2, 4), [(0, 0), (1, 1), (2, 2)]),
+        ((2, 1, 8), (2, 8, 1), [(0, 0), (1, 2)]),
+        ((2, 3, 4), (24,), [(0, 0)]),
+        ((4, 3), (3, 4), [(0, 0)]),
+    ],
+)
+def test_reshapes(before, after, pairs):
+    assert list(regrouped(before, after)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("index", "kept"),
+    [
+        ((slice(None), None), [(0, 0), (1, None), (2, 1), (3, 2)]),
+        ((Ellipsis, None), [(0, 0), (1, 1), (2, 2), (3, None)]),
+        (0, [(0, 1), (1, 2)]),
+        ((Ellipsis, slice(0, 2)), [(0, 0), (1, 1), (2, 2)]),
+        ((slice(None), 1), [(0, 0), (1, 2)]),
+    ],
+)
+def test_indexing(index, kept):
+    assert indexed(index, 3) == kept
+
+
+def test_a_mask_without_a_batch_dimension_is_the_same_for_all_samples():
+    """A bias of (heads, L, L) with as many heads as samples."""
+
+    class Biased(BareAttention):
+        def forward(self, x, bias):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return x + self.o(
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+            )
+
+    module, _ = graph_of(Biased().eval(), {"x": torch.randn(2, 6, 16), "bias": torch.randn(2, 6, 6)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    bias = next(
+        n for n in module.graph.nodes if n.op == "placeholder" and "bias_" in n.name and shape_of(n) == (2, 6, 6)
+    )
+    assert "batch_dim" not in bias.meta
+
+
+def test_the_batch_is_followed_into_a_sequence_that_is_put_together_by_index():
+    class Together(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(16, 2)
+
+        def forward(self, x, text, places, mask):
+            y = text.new_zeros(2, 9, 16).index_copy(1, torch.arange(3), text).index_copy(1, places, x)
+            seen = (mask.bool() & ~(mask == 2)).int()
+            return self.attention(y) * seen[..., None]
+
+    inputs = {"x": torch.randn(2, 6, 16), "text": torch.randn(2, 3, 16), "places": torch.arange(3, 9)}
+    module, _ = graph_of(Together().eval(), {**inputs, "mask": torch.ones(2, 9, dtype=torch.long)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    carried = {node.name: node.meta.get("batch_dim") for node in module.graph.find_nodes(op="placeholder")}
+    assert {name.strip("_"): dim for name, dim in carried.items() if "self" not in name} == {
+        "l_x": 0, "l_text": 0, "l_places": None, "l_mask": 0
+    }  # fmt: skip

@@ -1,0 +1,109 @@
+"""Reuse: what is left of the graph, and that what was erased is exactly the region."""
+
+import pytest
+import torch
+
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.passes.rewrite.erase import erase_region
+from difa_compile.passes.graph import alias_root, mutated_argument
+from difa_compile.passes.order import rewrite
+from difa_compile.passes.variant import Context, start_variant
+from difa_compile.plan.schedule import FULL_ROLE, Role
+from tests.support.tiny_models import captured, captured_plain, counts, in_place, sites_of
+
+pytest.importorskip("diffusers")
+
+
+def variant_of(module, values, role, half=0):
+    sites = sites_of(module, values)
+    return rewrite(module, sites, [role] * len(sites), Context(half))
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "left"),
+    [
+        ("dit", (22, 2), (14, 0)),
+        ("pixart", (26, 4), (18, 2)),
+        ("sd3", (32, 2), (17, 0)),
+        ("flux", (48, 4), (26, 0)),
+        ("wan", (26, 4), (18, 2)),
+    ],
+)
+def test_linears_and_attentions_left(family, full, left):
+    _, _, module, values = captured(family)
+    window = Decision.parse("window(band:2)")
+    assert counts(module) == full
+    assert counts(variant_of(module, values, FULL_ROLE).module) == full
+    assert counts(variant_of(module, values, Role(FULL, emit_output=True)).module) == full
+    assert counts(variant_of(module, values, Role(window)).module) == full
+    assert counts(variant_of(module, values, Role(Decision.parse("full+cfg"))).module) == full
+    assert counts(variant_of(module, values, Role(REUSE)).module) == left
+    assert counts(variant_of(module, values, Role(Decision.parse("reuse+cfg"))).module) == left
+    sites = len(sites_of(module, values))
+    residual = Role(FULL, emit_residual=True, residual_window=window.window)
+    assert counts(variant_of(module, values, residual).module) == (full[0], full[1] + sites)
+
+
+def test_the_original_graph_stays_as_it_was():
+    _, _, module, values = captured("sd3")
+    before = [(node.op, node.name, str(node.args), str(node.kwargs)) for node in module.graph.nodes]
+    for text in ("reuse", "reuse+cfg", "full+cfg", "window(band:2)+residual+cfg"):
+        variant_of(module, values, Role(Decision.parse(text)))
+    assert [(node.op, node.name, str(node.args), str(node.kwargs)) for node in module.graph.nodes] == before
+
+
+def test_joint_attention_has_one_cache_per_stream_that_is_read():
+    _, _, module, values = captured("sd3")
+    variant = variant_of(module, values, Role(REUSE))
+    assert variant.cache_outputs == ()
+    assert set(variant.cache_inputs) == {
+        "cache.transformer_blocks.0.attn.output.0",
+        "cache.transformer_blocks.0.attn.output.1",
+        "cache.transformer_blocks.1.attn.output.0",
+    }, "the last block drops its text stream"
+
+
+def test_writes_in_place_go_with_the_region_and_only_with_it():
+    """The rotary embedding writes slice by slice into an empty tensor; reuse must take the writes along."""
+    model, inputs, module, values = captured_plain(rotate=True)
+    assert sum(in_place(node) for node in module.graph.nodes) == 8
+    inside = {node for site in sites_of(module, values) for node in site.region.interior}
+    assert all(node in inside for node in module.graph.nodes if in_place(node))
+    variant = variant_of(module, values, Role(REUSE))
+    left = [node.name for node in variant.module.graph.nodes]
+    assert not [name for name in left if name.startswith(("setitem", "empty_like", "linear_q"))]
+    assert not any(mutated_argument(node) is not None for node in variant.module.graph.nodes)
+    emit = variant_of(module, values, Role(FULL, emit_output=True))
+    results = emit.module(*values)
+    with torch.no_grad():
+        assert torch.equal(results[0], model(**inputs))
+    again = variant.module(*values, *results[1:])
+    assert torch.equal(again[0], results[0])
+
+
+def test_a_single_site_is_reused_and_the_other_left():
+    _, _, module, values = captured_plain(rotate=True)
+    sites = sites_of(module, values)
+    variant = rewrite(module, sites, [FULL_ROLE, Role(REUSE)], Context())
+    linears, attentions = counts(variant.module)
+    assert (linears, attentions) == (counts(module)[0] - 2, 1)
+    assert sum(in_place(node) for node in variant.module.graph.nodes) == 4
+    assert variant.cache_inputs == ("cache.layers.1.attention.output.0",)
+
+
+def test_erasing_keeps_what_others_still_use():
+    """A region whose output is still read stays whole, its in-place writes included."""
+    _, _, module, values = captured_plain(rotate=True)
+    sites = sites_of(module, values)
+    variant = start_variant(module, sites, [FULL_ROLE] * 2)
+    before = len(variant.graph.nodes)
+    erase_region(variant.targets[0].site.region.interior)
+    assert len(variant.graph.nodes) == before
+    assert torch.equal(variant.finish()(*values)[0], module(*values)[0])
+
+
+def test_alias_root_follows_views_to_the_memory():
+    module = captured_plain(rotate=True)[2]
+    roots = {alias_root(node).name for node in module.graph.nodes if in_place(node)}
+    assert len(roots) == 4
+    assert all(name.startswith("out") or "empty" in name for name in roots), roots

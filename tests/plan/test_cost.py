@@ -1,0 +1,244 @@
+"""The cost model against brute force and against the tables of both papers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from decimal import ROUND_HALF_UP, Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difa_compile.plan.cost import (
+    Flops,
+    attention_flops,
+    cost_breakdown,
+    flops_saved,
+    full_flops,
+    plan_flops,
+    site_flops,
+)
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.errors import LayoutError
+from difa_compile.layout import Layout
+from difa_compile.ops.pairs import visible_pairs, window_keys
+from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo
+from difa_compile.plan.schedule import Role, uniform_progress
+
+layouts = st.builds(
+    Layout, st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), st.integers(0, 3), st.integers(0, 3)
+)
+windows = st.builds(Window, st.sampled_from(WindowShape), st.integers(1, 9))
+
+
+def brute_force_pairs(layout: Layout, window: Window) -> int:
+    """The mask written out pair by pair, straight from the definitions."""
+    cells = list(itertools.product(*(range(size) for size in layout.grid)))
+    radius = window.radius
+    sees: dict[WindowShape, Callable[[int, int], bool]] = {
+        WindowShape.BAND: lambda i, j: abs(i - j) <= radius,
+        WindowShape.BOX: lambda i, j: all(abs(a - b) <= radius for a, b in zip(cells[i], cells[j], strict=True)),
+        WindowShape.DISC: lambda i, j: sum((a - b) ** 2 for a, b in zip(cells[i], cells[j], strict=True)) < radius**2,
+    }
+    first, end = layout.before, layout.before + layout.image_tokens
+    count = 0
+    for query, key in itertools.product(range(layout.tokens), repeat=2):
+        is_image = first <= query < end and first <= key < end
+        count += not is_image or sees[window.shape](query - first, key - first)
+    return count
+
+
+@settings(max_examples=60)
+@given(layouts, windows)
+def test_visible_pairs_match_brute_force(layout: Layout, window: Window) -> None:
+    assert visible_pairs(layout, window, layout.tokens) == brute_force_pairs(layout, window)
+
+
+@given(layouts, windows)
+def test_keys_that_are_no_queries_ask_for_nothing(layout: Layout, window: Window) -> None:
+    """Without the tokens before the image as queries, their rows of the mask are missing, which are full."""
+    whole = visible_pairs(layout, window, layout.tokens)
+    fewer = visible_pairs(layout, window, layout.image_tokens + layout.after)
+    assert fewer == whole - layout.before * layout.tokens
+
+
+@given(layouts)
+def test_a_window_over_everything_sees_everything(layout: Layout) -> None:
+    for shape in WindowShape:
+        assert visible_pairs(layout, Window(shape, 10**6), layout.tokens) == layout.tokens**2
+    assert visible_pairs(None, None, layout.tokens) == layout.tokens**2
+
+
+@pytest.mark.parametrize("window", [Window(WindowShape.BAND, 2), Window(WindowShape.DISC, 2)])
+def test_a_window_needs_a_fitting_layout(window: Window) -> None:
+    with pytest.raises(LayoutError, match="needs a token layout"):
+        visible_pairs(None, window, 16)
+    with pytest.raises(LayoutError, match="16 tokens but the attention sequence has 17"):
+        visible_pairs(Layout((4, 4)), window, 17)
+
+
+@pytest.mark.parametrize(("radius", "keys"), [(8, 193), (16, 793), (32, 3205)])
+def test_clear_neighbour_counts(radius: int, keys: int) -> None:
+    """CLEAR, interior neighbours of an image token."""
+    assert window_keys(Window(WindowShape.DISC, radius)) == keys
+
+
+@given(windows, st.integers(1, 3))
+def test_window_keys_match_brute_force(window: Window, dims: int) -> None:
+    if window.shape is WindowShape.BAND:
+        dims = 1
+    offsets = itertools.product(range(-window.radius, window.radius + 1), repeat=dims)
+    inside = [
+        offset
+        for offset in offsets
+        if window.shape is not WindowShape.DISC or sum(o * o for o in offset) < window.radius**2
+    ]
+    assert window_keys(window, dims) == len(inside)
+
+
+# DiTFastAttn, table 2: share of attention FLOPs, projections included, d = 1152, band of N/8 per side. The window
+# column is known to three digits, the others as printed.
+@pytest.mark.parametrize(
+    ("side", "printed_window", "printed_window_cfg"), [(32, "76.5", "38"), (64, "51.0", "26"), (128, "32.9", "16")]
+)
+def test_ditfastattn_table_2(side: int, printed_window: str, printed_window_cfg: str) -> None:
+    tokens = side * side
+    site = SiteInfo("blocks.0.attn1", "self", 16, 72, tokens, 1152, Layout((side, side)))
+    window = Window(WindowShape.BAND, tokens // 8)
+
+    def share(decision: Decision) -> float:
+        return 100 * site_flops(decision, site).total / full_flops(site).total
+
+    assert f"{share(Decision(Kind.WINDOW_RESIDUAL, window)):.1f}" == printed_window
+    assert f"{share(Decision(Kind.WINDOW_RESIDUAL, window, True)):.0f}" == printed_window_cfg
+    assert share(Decision(Kind.FULL, None, True)) == 50
+    assert share(REUSE) == 0
+    assert share(FULL) == 100
+
+
+# CLEAR, GFLOPs per layer of FLUX: 4 * sum(mask) * c with c = 3072, 512 text tokens, 16 pixels per token. The 8192
+# column is printed in tens (dense: with five digits), rounded from whole GFLOPs: 13 084.97 -> 13 085 -> 13 090.
+@pytest.mark.parametrize(
+    ("radius", "printed"),
+    [
+        (None, ["260.9", "3507.9", "53604.4", "847730"]),
+        (8, ["63.5", "246.2", "979.3", "3920"]),
+        (16, ["86.6", "352.6", "1433.2", "5790"]),
+        (32, ["154.1", "724.3", "3141.7", "13090"]),
+    ],
+)
+def test_clear_gflops_table(radius: int | None, printed: list[str]) -> None:
+    decision = FULL if radius is None else Decision(Kind.WINDOW, Window(WindowShape.DISC, radius))
+    found = []
+    for pixels in (1024, 2048, 4096, 8192):
+        layout = Layout((pixels // 16, pixels // 16), before=512)
+        flops = attention_flops(decision, tokens=layout.tokens, layout=layout, heads=24, head_dim=128, width=3072)
+        gflops = Decimal(flops.attention) / 10**9
+        if pixels < 8192:
+            found.append(str(gflops.quantize(Decimal("0.1"))))
+        else:
+            whole = gflops.quantize(Decimal(1), ROUND_HALF_UP)
+            found.append(str(int((whole / 10).quantize(Decimal(1), ROUND_HALF_UP)) * 10))
+    assert found == printed
+
+
+def test_projections_and_attention_are_counted_apart() -> None:
+    site = SiteInfo("a", "joint", 3, 5, 8, 7, Layout((2, 3), before=2))
+    assert full_flops(site) == Flops(attention=4 * 64 * 15, projections=8 * 8 * 7 * 15)
+    assert site_flops(FULL, site) == full_flops(site)
+    assert full_flops(site).count(False) == 3840
+    assert full_flops(site).count(True) == 3840 + 6720
+
+
+def test_taking_a_residual_costs_the_window_attention() -> None:
+    site = SiteInfo("a", "self", 2, 4, 16, 8, Layout((4, 4)))
+    window = Window(WindowShape.BAND, 3)
+    plain = site_flops(FULL, site)
+    taking = site_flops(Role(FULL, emit_residual=True, residual_window=window), site)
+    assert taking.projections == plain.projections
+    windowed = site_flops(Decision(Kind.WINDOW, window), site)
+    assert taking.attention == plain.attention + windowed.attention
+    shared = Decision(Kind.FULL, None, True)
+    assert 2 * site_flops(Role(shared, emit_residual=True, residual_window=window), site).total == taking.total
+
+
+def test_where_no_layout_is_known_a_window_counts_as_full() -> None:
+    site = SiteInfo("a", "self", 2, 4, 16, 8, None)
+    assert site_flops(Decision(Kind.WINDOW, Window(WindowShape.BAND, 3)), site) == full_flops(site)
+    assert flops_saved(Decision(Kind.WINDOW, Window(WindowShape.BAND, 3), True), site) == 0.5
+
+
+@given(layouts, windows, st.booleans())
+def test_saved_is_a_share(layout: Layout, window: Window, shared: bool) -> None:
+    site = SiteInfo("a", "self", 2, 4, layout.tokens, 8, layout)
+    for decision in (Decision(Kind.FULL, None, shared), Decision(Kind.WINDOW, window, shared), REUSE):
+        saved = flops_saved(decision, site)
+        assert 0 <= saved <= 1
+        assert shared is False or saved >= 0.5
+
+
+def small_plan() -> Plan:
+    """Two sites of different size, three steps: full; full taking a residual and window; window+residual and reuse."""
+    window = Window(WindowShape.BAND, 2)
+    sites = (
+        SiteInfo("a", "self", 2, 4, 16, 8, Layout((4, 4))),
+        SiteInfo("b", "self", 1, 4, 4, 8, Layout((2, 2))),
+    )
+    decisions = [
+        [FULL, FULL],
+        [FULL, Decision(Kind.WINDOW, window, True)],
+        [Decision(Kind.WINDOW_RESIDUAL, window), REUSE],
+    ]
+    return Plan(
+        ModelInfo("Toy", "0" * 64, 10),
+        Settings("rule"),
+        sites,
+        uniform_progress(3),
+        tuple(tuple(Cell(decision) for decision in row) for row in decisions),
+    )
+
+
+def test_plan_flops_by_hand() -> None:
+    plan = small_plan()
+    cost = plan_flops(plan, with_projections=False)
+    band_a = 16 * 5 - 2 * 3  # pairs of 16 tokens at most 2 apart
+    band_b = 4 * 5 - 2 * 3
+    full_a, full_b = 4 * 256 * 8, 4 * 16 * 4
+    assert cost.full == (full_a, full_b)
+    assert cost.planned == (
+        (full_a, full_b),
+        (full_a + 4 * band_a * 8, 2 * band_b * 4),
+        (4 * band_a * 8, 0),
+    )
+    assert cost.residuals == ((0, 0), (4 * band_a * 8, 0), (0, 0))
+    assert cost.total_residuals == 4 * band_a * 8
+    assert cost.total_full == 3 * (full_a + full_b)
+    assert cost.total_planned == sum(cost.planned_per_step) == sum(cost.planned_per_site)
+    assert cost.full_per_site == (3 * full_a, 3 * full_b)
+    assert cost.share == cost.total_planned / cost.total_full
+    assert cost.share_per_step[0] == 1
+    assert cost.share_per_site[1] == pytest.approx((full_b + 2 * band_b * 4) / (3 * full_b))
+
+
+def test_projections_add_the_same_to_full_and_window() -> None:
+    plan = small_plan()
+    without, with_ = (plan_flops(plan, convention) for convention in (False, True))
+    projections_a, projections_b = 8 * 16 * 8 * 8, 8 * 4 * 8 * 4
+    assert [a - b for a, b in zip(with_.full, without.full, strict=True)] == [projections_a, projections_b]
+    added = [
+        tuple(a - b for a, b in zip(x, y, strict=True)) for x, y in zip(with_.planned, without.planned, strict=True)
+    ]
+    assert added == [(projections_a, projections_b), (projections_a, projections_b // 2), (projections_a, 0)]
+    assert with_.residuals == without.residuals
+
+
+def test_breakdown_gives_both_conventions_for_plans_and_resolved_plans() -> None:
+    plan = small_plan()
+    breakdown = cost_breakdown(plan)
+    assert breakdown.attention == plan_flops(plan, False)
+    assert breakdown.with_projections == plan_flops(plan, True)
+    assert cost_breakdown(plan.resolve(3)) == breakdown
+    first, second = breakdown.lines()
+    assert f"{100 * breakdown.attention.share:.1f} % of full" in first
+    assert f"{100 * breakdown.with_projections.share:.1f} % of full" in second

@@ -1,0 +1,509 @@
+"""Look-ahead roles, buckets, progress, and the mapping of one schedule onto another."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.errors import DecisionError, ScheduleError
+from difa_compile.plan.schedule import (
+    FULL_ROLE,
+    Bucket,
+    Promotion,
+    Role,
+    assign_roles,
+    buckets,
+    check_progress,
+    nearest_steps,
+    normalised_progress,
+    scheduler_progress,
+    take_rows,
+    uniform_progress,
+)
+
+W1, W2 = Window(WindowShape.BAND, 4), Window(WindowShape.DISC, 3)
+FULL_CFG = Decision(Kind.FULL, None, True)
+WINDOW = Decision(Kind.WINDOW, W1)
+RESIDUAL = Decision(Kind.WINDOW_RESIDUAL, W1)
+RESIDUAL_2 = Decision(Kind.WINDOW_RESIDUAL, W2)
+LETTERS = {
+    "F": FULL,
+    "f": FULL_CFG,
+    "W": WINDOW,
+    "R": RESIDUAL,
+    "r": Decision(Kind.WINDOW_RESIDUAL, W1, True),
+    "Q": RESIDUAL_2,
+    ".": REUSE,
+    ",": Decision(Kind.REUSE, None, True),
+}
+
+
+def column(text: str) -> list[Decision]:
+    return [LETTERS[letter] for letter in text]
+
+
+def rows(*columns: str) -> list[tuple[Decision, ...]]:
+    """Rows of a schedule from one string per site, one letter per step."""
+    return [tuple(LETTERS[letter] for letter in letters) for letters in zip(*columns, strict=True)]
+
+
+def text(rows_: tuple[tuple[Decision, ...], ...], site: int = 0) -> str:
+    names = {decision: letter for letter, decision in LETTERS.items()}
+    return "".join(names[row[site]] for row in rows_)
+
+
+def made_valid(decisions: list[Decision]) -> list[Decision]:
+    """Readers without filler become full, and all residuals of one full step take the window of the first."""
+    valid: list[Decision] = []
+    window: Window | None = None
+    for wanted in decisions:
+        decision = wanted
+        if decision.kind is Kind.REUSE and not valid:
+            decision = FULL
+        if decision.kind is Kind.WINDOW_RESIDUAL:
+            if not any(earlier.is_full for earlier in valid):
+                decision = FULL
+            else:
+                window = window or decision.window
+                decision = Decision(Kind.WINDOW_RESIDUAL, window, decision.cfg_shared)
+        if decision.is_full:
+            window = None
+        valid.append(decision)
+    return valid
+
+
+def schedules(min_steps: int = 1, max_steps: int = 60) -> st.SearchStrategy[list[tuple[Decision, ...]]]:
+    """Valid rows of 1 to 3 sites."""
+
+    def of(size: tuple[int, int]) -> st.SearchStrategy[list[tuple[Decision, ...]]]:
+        steps, sites = size
+        one = st.lists(st.sampled_from(list(LETTERS.values())), min_size=steps, max_size=steps).map(made_valid)
+        return st.lists(one, min_size=sites, max_size=sites).map(lambda columns: list(zip(*columns, strict=True)))
+
+    return st.tuples(st.integers(min_steps, max_steps), st.integers(1, 3)).flatmap(of)
+
+
+# --- roles -----------------------------------------------------------------------------------------------------------
+
+
+def outputs(decisions: str) -> str:
+    return "".join(" >"[role[0].emit_output] for role in assign_roles(rows(decisions)))
+
+
+def residuals(decisions: str) -> list[str | None]:
+    return [role[0].residual_window and str(role[0].residual_window) for role in assign_roles(rows(decisions))]
+
+
+@pytest.mark.parametrize(
+    ("decisions", "written"),
+    [
+        ("FFF", "   "),
+        ("F.F", ">  "),
+        ("F...F.", ">   > "),
+        ("FW.", " > "),
+        ("FR.R.", " > > "),
+        ("W.", "> "),
+        ("f,", "> "),
+    ],
+)
+def test_outputs_are_written_just_before_a_reuse(decisions: str, written: str) -> None:
+    assert outputs(decisions) == written
+
+
+@pytest.mark.parametrize(
+    ("decisions", "windows"),
+    [
+        ("FF", [None, None]),
+        ("FR", ["band:4", None]),
+        ("FFR", [None, "band:4", None]),  # the next full step takes over
+        ("F.RWR", ["band:4", None, None, None, None]),  # neither reuse nor window refreshes it
+        ("fr", ["band:4", None]),  # full+cfg counts as full
+        ("FRFQ", ["band:4", None, "disc:3", None]),
+        ("FWF", [None, None, None]),  # a window without residual reads nothing
+    ],
+)
+def test_residuals_are_taken_where_one_is_read_before_the_next_full_step(
+    decisions: str, windows: list[str | None]
+) -> None:
+    assert residuals(decisions) == windows
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("FF", ".F"), "step 0, site 1: reuse needs the output"),
+        (("..",), "step 0, site 0: reuse"),
+        (("FF", "FF", "WR"), r"step 1, site 2: window\(band:4\)\+residual needs the residual"),
+        (("R",), "step 0, site 0"),
+        (("FRQ",), "step 2, site 0: .*residual of step 0, which step 1 reads with window band:4"),
+    ],
+)
+def test_readers_without_filler_are_refused(columns: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        assign_roles(rows(*columns))
+
+
+def test_empty_and_ragged_schedules_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="at least one step"):
+        assign_roles([])
+    with pytest.raises(ScheduleError, match="step 1 has decisions for 1 sites, but step 0 has 2"):
+        assign_roles([(FULL, FULL), (FULL,)])
+
+
+@given(schedules())
+def test_roles_carry_out_the_plan(plan: list[tuple[Decision, ...]]) -> None:
+    """Run the caches: each reader finds what the definition says, and nothing is written that nobody reads."""
+    roles = assign_roles(plan)
+    assert [tuple(role.decision for role in row) for row in roles] == plan
+    for site in range(len(plan[0])):
+        output: int | None = None
+        residual: tuple[int, Window | None] | None = None
+        unread: set[tuple[str, int]] = set()
+        for step, row in enumerate(roles):
+            role = row[site]
+            earlier = range(step)
+            if role.reads_output:
+                assert output == max(s for s in earlier if plan[s][site].kind is not Kind.REUSE)
+                unread.discard(("output", output))
+            if role.reads_residual:
+                last_full = max(s for s in earlier if plan[s][site].is_full)
+                assert residual == (last_full, role.decision.window)
+                unread.discard(("residual", last_full))
+            if role.emit_output:
+                output = step
+                unread.add(("output", step))
+            if role.emit_residual:
+                residual = (step, role.residual_window)
+                unread.add(("residual", step))
+            # contract 2: in one variant a cache is an input or an output, never both
+            assert not (role.emit_output and role.reads_output)
+            assert not (role.emit_residual and role.reads_residual)
+        assert not unread
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (REUSE, True),
+        (WINDOW, False, True, W1),
+        (FULL, False, True),
+        (FULL, False, False, W1),
+    ],
+)
+def test_roles_that_contradict_themselves_are_refused(arguments: tuple[object, ...]) -> None:
+    with pytest.raises(DecisionError):
+        Role(*arguments)  # type: ignore[arg-type]
+
+
+def test_role_text() -> None:
+    assert str(FULL_ROLE) == "full"
+    assert str(Role(FULL, True, True, W1)) == "full >output >residual(band:4)"
+
+
+# --- buckets ---------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_group_equal_rows_in_order_of_first_step() -> None:
+    roles = assign_roles(rows("F.F..F", "FFFFFF"))
+    writing, plain, reusing = (Role(FULL, True), FULL_ROLE), (FULL_ROLE, FULL_ROLE), (Role(REUSE), FULL_ROLE)
+    assert buckets(roles) == (Bucket(writing, (0, 2)), Bucket(reusing, (1, 3, 4)), Bucket(plain, (5,)))
+
+
+@given(schedules())
+def test_buckets_partition_the_steps(plan: list[tuple[Decision, ...]]) -> None:
+    roles = assign_roles(plan)
+    found = buckets(roles)
+    assert sorted(step for bucket in found for step in bucket.steps) == list(range(len(plan)))
+    assert all(roles[step] == bucket.row for bucket in found for step in bucket.steps)
+    assert len({bucket.row for bucket in found}) == len(found)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_progress_is_trailing() -> None:
+    assert uniform_progress(4) == (1.0, 0.75, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "4"])
+def test_the_number_of_steps_must_be_positive_and_whole(steps: object) -> None:
+    with pytest.raises(ScheduleError, match="number of steps"):
+        uniform_progress(steps)  # type: ignore[arg-type]
+
+
+def test_normalised_progress() -> None:
+    assert normalised_progress([1000, 750, 750, 1], 1000) == (1.0, 0.75, 0.75, 0.001)
+    assert normalised_progress([1000.0001, -0.0001], 1000) == (1.0, 0.0)
+    assert normalised_progress([0, 250, 500], 1000) == (1.0, 0.75, 0.5)  # inverted sigmas count from the other end
+    assert normalised_progress([7], 10) == (0.7,)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "message"),
+    [
+        ([], "empty"),
+        ([1200, 3], "step 0: timestep 1200.0 lies outside"),
+        ([5, -1], "step 1: timestep -1.0"),
+        ([float("nan")], "step 0"),
+        ([900, 500, 700], "step 2: progress rises"),
+    ],
+)
+def test_odd_timesteps_are_refused(timesteps: list[float], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        normalised_progress(timesteps, 1000)
+    with pytest.raises(ScheduleError, match="training timesteps"):
+        normalised_progress([1], 0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "message"), [([], "empty"), ([1.5], r"\[0, 1\]"), ([float("nan")], r"\[0, 1\]"), ([0.1, 0.2], "rises")]
+)
+def test_odd_progress_is_refused(progress: list[float], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        check_progress(progress)
+
+
+class _Config:
+    num_train_timesteps = 1000
+
+
+class _Scheduler:
+    """As diffusers' schedulers behave: unset until ``set_timesteps``; ``calls`` model calls per step."""
+
+    def __init__(self, calls: int = 1, needs_mu: bool = False) -> None:
+        self.config = _Config()
+        self.calls, self.needs_mu = calls, needs_mu
+        self.num_inference_steps: int | None = None
+        self.timesteps = list(range(999, -1, -1))
+
+    def set_timesteps(self, steps: int) -> None:
+        if self.needs_mu:
+            raise ValueError("mu is missing")
+        self.num_inference_steps = steps
+        self.timesteps = [1000 - 1000 * step // steps for step in range(steps) for _ in range(self.calls)]
+
+
+def test_scheduler_is_copied_unless_it_is_set() -> None:
+    fresh = _Scheduler()
+    before = copy.deepcopy(fresh.__dict__, {id(fresh.config): fresh.config})
+    assert scheduler_progress(fresh, 4) == (1.0, 0.75, 0.5, 0.25)
+    assert fresh.__dict__ == before
+    fresh.num_inference_steps, fresh.timesteps = 4, [800, 600, 400, 200]  # custom sigmas
+    assert scheduler_progress(fresh, 4) == (0.8, 0.6, 0.4, 0.2)
+    assert scheduler_progress(fresh, 2) == (1.0, 0.5)
+
+
+def test_second_order_schedulers_have_one_value_per_model_call() -> None:
+    assert scheduler_progress(_Scheduler(calls=2), 2) == (1.0, 1.0, 0.5, 0.5)
+
+
+def test_a_scheduler_that_cannot_be_set_says_what_to_do() -> None:
+    with pytest.raises(
+        ScheduleError, match=r"_Scheduler cannot be set to 4 steps here .mu is missing.*set its timesteps"
+    ):
+        scheduler_progress(_Scheduler(needs_mu=True), 4)
+    with pytest.raises(ScheduleError, match="object has no timesteps"):
+        scheduler_progress(object(), 4)
+
+
+def test_real_schedulers() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the schedulers are diffusers'")
+    ddim = diffusers.DDIMScheduler()
+    assert scheduler_progress(ddim, 50)[:2] == (0.98, 0.96)
+    assert len(scheduler_progress(diffusers.HeunDiscreteScheduler(), 10)) == 19
+    assert scheduler_progress(diffusers.DPMSolverMultistepScheduler(), 20)[0] == pytest.approx(1, abs=0.01)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert scheduler_progress(flow, 8)[0] == 1.0
+    inverted = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    assert scheduler_progress(inverted, 8) == pytest.approx(
+        scheduler_progress(diffusers.FlowMatchEulerDiscreteScheduler(), 8)
+    )
+    shifting = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ScheduleError, match="set its timesteps first"):
+        scheduler_progress(shifting, 8)
+    shifting.set_timesteps(8, mu=1.0)
+    assert len(scheduler_progress(shifting, 8)) == 8
+
+
+# --- mapping ---------------------------------------------------------------------------------------------------------
+
+progresses = (
+    st.lists(st.integers(0, 1000), min_size=1, max_size=40)
+    .map(lambda values: tuple(value / 1000 for value in sorted(values, reverse=True)))
+    .map(check_progress)
+)
+
+
+@given(progresses)
+def test_same_progress_maps_to_itself(progress: tuple[float, ...]) -> None:
+    assert nearest_steps(progress, progress) == tuple(range(len(progress)))
+
+
+@given(progresses, progresses)
+def test_mapping_is_nearest_and_never_goes_back(own: tuple[float, ...], wanted: tuple[float, ...]) -> None:
+    found = nearest_steps(own, wanted)
+    assert list(found) == sorted(found)
+    for value, step in zip(wanted, found, strict=True):
+        closest = min(abs(candidate - value) for candidate in own)
+        assert abs(own[step] - value) == pytest.approx(closest, abs=1e-8)
+    distinct = tuple(dict.fromkeys(own))
+    assert nearest_steps(distinct, tuple(dict.fromkeys(wanted))) == tuple(
+        min(range(len(distinct)), key=lambda step: (round(abs(distinct[step] - value), 6), step))
+        for value in dict.fromkeys(wanted)
+    )
+
+
+def test_ties_go_to_the_earlier_step() -> None:
+    assert nearest_steps((1.0, 0.5), (0.75,)) == (0,)
+    # 0.35 lies half-way between 0.36 and 0.34, but in floats a little nearer to 0.34
+    fifty = uniform_progress(50)
+    assert abs(fifty[33] - 0.35) < abs(fifty[32] - 0.35)
+    assert nearest_steps(fifty, (0.35,)) == (32,)
+
+
+def test_repeated_timesteps_are_matched_in_order() -> None:
+    assert nearest_steps((1.0, 1.0, 0.5, 0.5), (1.0, 1.0, 0.6, 0.6, 0.4)) == (0, 1, 2, 3, 3)
+    assert nearest_steps((1.0, 0.5), (1.0, 1.0, 0.5)) == (0, 0, 1)
+    assert nearest_steps((1.0, 1.0, 0.5), (1.0, 0.5)) == (0, 2)
+
+
+# --- taking rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "source_steps", "taken", "promoted"),
+    [
+        ("F.F.", (0, 1, 2, 3), "F.F.", []),
+        ("F.F.", (0, 2), "FF", []),
+        ("F.F.", (1, 3), "FF", [0, 1]),  # both fillers fell out
+        ("F..", (1, 2), "F.", [0]),  # the promoted reader fills the cache for the next
+        ("F.F.", (0, 3), "FF", [1]),  # an older output of the same site will not do
+        ("F.,", (2,), "f", [0]),  # the CFG flag is kept
+        ("FRF", (1, 2), "FF", [0]),
+        ("FFR", (0, 2), "FF", [1]),
+        ("Fr", (1,), "f", [0]),
+        ("FW.R", (0, 2, 3), "FFR", [1]),  # the promoted reuse is a full step: a fresher residual
+        ("FRR", (1, 1, 2), "FRR", [0]),
+        ("FW.R", (0, 1, 2, 3), "FW.R", []),
+        ("FW.", (0, 0, 1, 1, 2, 2), "FFWW..", []),
+        ("FWR", (1, 2), "WF", [1]),
+    ],
+)
+def test_promotion_cases(plan: str, source_steps: tuple[int, ...], taken: str, promoted: list[int]) -> None:
+    result, promotions = take_rows(rows(plan), source_steps)
+    assert text(result) == taken
+    assert [promotion.step for promotion in promotions] == promoted
+    assert all(promotion.wanted == column(plan)[source_steps[promotion.step]] for promotion in promotions)
+
+
+def test_promotions_say_why() -> None:
+    _, promotions = take_rows(rows("FF", "F."), (1,))
+    reason = "it reads the output of the plan's step 0, which no earlier step of this schedule follows"
+    assert promotions == (Promotion(0, 1, REUSE, reason),)
+
+
+@pytest.mark.parametrize("source_steps", [(0, 2), (-1,), (1, 0)])
+def test_impossible_sources_are_refused(source_steps: tuple[int, ...]) -> None:
+    with pytest.raises(ScheduleError, match="must not go back"):
+        take_rows(rows("F."), source_steps)
+
+
+@st.composite
+def taken(draw: st.DrawFn) -> tuple[list[tuple[Decision, ...]], tuple[int, ...]]:
+    plan = draw(schedules())
+    sources = draw(st.lists(st.integers(0, len(plan) - 1), min_size=1, max_size=80))
+    return plan, tuple(sorted(sources))
+
+
+@given(taken())
+def test_every_reader_finds_something_recent_enough(case: tuple[list[tuple[Decision, ...]], tuple[int, ...]]) -> None:
+    plan, source_steps = case
+    result, promotions = take_rows(plan, source_steps)
+    assign_roles(result)  # every reader has a filler, and no two windows meet at one residual
+    promoted = {(promotion.step, promotion.site): promotion for promotion in promotions}
+    assert len(promoted) == len(promotions)
+    for step, source in enumerate(source_steps):
+        for site, decision in enumerate(result[step]):
+            planned = plan[source][site]
+            if (step, site) in promoted:
+                assert promoted[step, site].wanted == planned
+                assert planned.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL)
+                assert decision == Decision(Kind.FULL, None, planned.cfg_shared)
+            else:
+                assert decision == planned
+
+
+def fills(decision: Decision, reader: Decision) -> bool:
+    return decision.is_full if reader.kind is Kind.WINDOW_RESIDUAL else decision.kind is not Kind.REUSE
+
+
+@given(taken())
+def test_promotion_happens_where_the_filler_fell_out_and_only_there(
+    case: tuple[list[tuple[Decision, ...]], tuple[int, ...]],
+) -> None:
+    plan, source_steps = case
+    result, promotions = take_rows(plan, source_steps)
+    promoted = {(promotion.step, promotion.site) for promotion in promotions}
+    for step, source in enumerate(source_steps):
+        for site in range(len(plan[0])):
+            reader = plan[source][site]
+            if reader.kind not in (Kind.REUSE, Kind.WINDOW_RESIDUAL):
+                continue
+            needed = max(row for row in range(source) if fills(plan[row][site], reader))
+            followed = needed in source_steps[:step]
+            if (step, site) in promoted:
+                assert not followed
+            else:
+                # what is read is the wanted filler, or a reader of the same gap that was promoted before
+                latest = max(s for s in range(step) if fills(result[s][site], reader))
+                assert source_steps[latest] == needed or (
+                    (latest, site) in promoted and needed < source_steps[latest] <= source
+                )
+                assert followed or (latest, site) in promoted
+
+
+@given(schedules())
+def test_the_same_rows_are_taken_unchanged(plan: list[tuple[Decision, ...]]) -> None:
+    assert take_rows(plan, range(len(plan))) == (tuple(plan), ())
+
+
+@given(schedules(max_steps=20), st.integers(1, 4))
+def test_repeating_every_row_promotes_nothing(plan: list[tuple[Decision, ...]], times: int) -> None:
+    repeated = [step for step in range(len(plan)) for _ in range(times)]
+    assert take_rows(plan, repeated)[1] == ()
+
+
+def nearest_by_trying_all(own, wanted):
+    """The definition of :func:`nearest_steps`, every step against every other."""
+    groups = []
+    for step, value in enumerate(own):
+        if step and abs(value - own[step - 1]) <= 1e-9:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    found, visit = [], 0
+    for step, value in enumerate(wanted):
+        visit = visit + 1 if step and abs(value - wanted[step - 1]) <= 1e-9 else 0
+        distances = [abs(own[group[0]] - value) for group in groups]
+        group = groups[next(i for i, distance in enumerate(distances) if distance <= min(distances) + 1e-9)]
+        found.append(max(group[min(visit, len(group) - 1)], found[-1] if found else 0))
+    return tuple(found)
+
+
+falling = st.lists(
+    st.one_of(
+        st.integers(0, 24).map(lambda n: n / 24), st.floats(0, 1), st.integers(0, 4).map(lambda n: 0.5 + n * 4e-10)
+    ),
+    min_size=1,
+    max_size=20,
+).map(lambda values: tuple(sorted(values, reverse=True)))
+
+
+@settings(max_examples=400)
+@given(falling, falling)
+def test_nearest_steps_are_those_of_the_definition(own, wanted):
+    assert nearest_steps(own, wanted) == nearest_by_trying_all(own, wanted)
