@@ -11,8 +11,9 @@ from torch import Tensor
 
 import difa_compile
 from difa_compile import FULL, Plan
-from difa_compile.plan.cost import plan_flops
 from difa_compile.demo.digits import NUM_CLASSES
+from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.cost import plan_flops
 from difa_compile.plan.schedule import buckets
 
 from ._common import ROOT, Row
@@ -48,7 +49,7 @@ def labels_of(count: int, start: int = 0) -> list[int]:
 
 
 def full_plan(pipe: Any, steps: int) -> Plan:
-    return Plan.from_rule(pipe, steps, lambda step, site: FULL)
+    return plan_from_rule(pipe, steps, lambda step, site: FULL)
 
 
 def plan_path(model: str, threshold: float, steps: int, rank: str) -> Path:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window, WindowShape
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plugins import cpu, flex, masked_sdpa, token_order

@@ -40,9 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plugins import flash

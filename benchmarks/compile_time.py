@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import difa_compile
-from difa_compile import FULL, Decision, Plan, Window, WindowShape
+from difa_compile import FULL, Decision, Window, WindowShape
 from difa_compile.pipeline.example_inputs import example_inputs
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.schedule import buckets
 
 from . import _demo
@@ -75,7 +76,7 @@ def worker(model: str, rows: int, batch: int) -> None:
         else:
             paths = [info.path for info in difa_compile.inspect_model(transformer, inputs).site_infos]
             wanted = draw_rows(rows, len(paths))
-            plan = Plan.from_rule(
+            plan = plan_from_rule(
                 transformer,
                 rows,
                 lambda step, site: wanted[step][paths.index(site.path)],

@@ -20,8 +20,8 @@ import torch
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
 from difa_compile.machine.profile import FullCall, Profile
-from difa_compile.ops.kernels import LocalCall
 from difa_compile.machine.tune import DTYPES, cases, full_case, linear_case, local_case, seconds_of, tune
+from difa_compile.ops.kernels import LocalCall
 
 from ._common import RESULTS, Row, write_result
 

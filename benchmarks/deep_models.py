@@ -30,11 +30,12 @@ import torch
 from torch import fx, nn
 
 import difa_compile
-from difa_compile import FULL, Decision, Plan
+from difa_compile import FULL, Decision
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.inductor import inductor
-from difa_compile.plan.schedule import FULL_ROLE
 from difa_compile.backend.stitch import Row as Stitched
+from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.schedule import FULL_ROLE
 
 from ._common import RESULTS, ROOT, Row, interleave, write_result
 
@@ -111,7 +112,7 @@ def worker(name: str, repeats: int) -> list[Row]:
         rows.append({"model": name, "case": "inductor, full", "sites": len(paths), "compile_seconds": plain_compile})
 
         wanted = six_kinds(len(paths))
-        plan = Plan.from_rule(
+        plan = plan_from_rule(
             model,
             STEPS,
             lambda step, site: wanted[step][paths.index(site.path)],

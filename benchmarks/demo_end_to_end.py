@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import difa_compile
+from difa_compile.comparison.metrics import frechet_distance, judge_agreement, judged_right, psnr, ssim
 from difa_compile.demo.digits import load_split, sample_batch
 from difa_compile.demo.judge import DigitJudge, load_judge
-from difa_compile.comparison.metrics import frechet_distance, judge_agreement, judged_right, psnr, ssim
 
 from . import _demo
 from ._common import RESULTS, Row, interleave, write_result

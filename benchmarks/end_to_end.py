@@ -27,6 +27,7 @@ from torch import nn
 
 import difa_compile
 from difa_compile import FULL, REUSE, Decision, Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.cost import cost_breakdown
 from difa_compile.plan.plan import SiteInfo
 
@@ -125,7 +126,7 @@ def plans(shaped: Shaped, steps: int) -> dict[str, Plan]:
             REUSE,
             Decision.parse(f"{disc}+residual"),
         ][step % 4]
-    return {name: Plan.from_rule(shaped.model, steps, rule, inputs=shaped.inputs) for name, rule in rules.items()}
+    return {name: plan_from_rule(shaped.model, steps, rule, inputs=shaped.inputs) for name, rule in rules.items()}
 
 
 def measure(name: str, side: int, dtype: torch.dtype, repeats: int) -> list[Row]:
@@ -138,7 +139,7 @@ def measure(name: str, side: int, dtype: torch.dtype, repeats: int) -> list[Row]
     with torch.no_grad():
         made = plans(shaped, steps)
         if side == SIDES[0]:
-            made = {"difa, full plan": Plan.from_rule(shaped.model, steps, lambda *_: FULL, inputs=shaped.inputs)} | {
+            made = {"difa, full plan": plan_from_rule(shaped.model, steps, lambda *_: FULL, inputs=shaped.inputs)} | {
                 f"difa, {key}": plan for key, plan in made.items()
             }
         else:

@@ -26,17 +26,17 @@ from torch import Tensor, fx
 from benchmarks._common import RESULTS, Row, write_result
 from benchmarks.zoo.check import call, shifted
 from benchmarks.zoo.registry import Example, build, reasons, registered
+from difa_compile.backend.capture import Capture
 from difa_compile.backend.dynamo_answers import answering
 from difa_compile.backend.entry import eager
 from difa_compile.backend.graph_breaks import why_not_whole
-from difa_compile.backend.capture import Capture
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError
 from difa_compile.layout import Layout
+from difa_compile.ops.reference import attention, visible
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.graph import is_attention, op_name, tensor_of
 from difa_compile.passes.site import Site
-from difa_compile.ops.reference import attention, visible
 from difa_compile.plan.schedule import Role
 
 BAND = Window(WindowShape.BAND, 3)

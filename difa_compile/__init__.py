@@ -16,34 +16,36 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
+    from difa_compile.backend.run import Run, sampling
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
-    from difa_compile.pipeline.inspection import inspect_model
     from difa_compile.layout import Layout
-    from difa_compile.pipeline.loading import load_pipeline
     from difa_compile.pipeline.apply import apply, remove
+    from difa_compile.pipeline.inspection import inspect_model
+    from difa_compile.pipeline.loading import load_pipeline
+    from difa_compile.pipeline.rules import plan_from_rule
     from difa_compile.plan.plan import Plan
-    from difa_compile.backend.run import Run, sampling
 
 _HOME = {
     "FULL": "decision",
     "REUSE": "decision",
-    "AnyBatch": "batches",
+    "AnyBatch": "backend.batch_sizes",
     "Decision": "decision",
     "DifaError": "errors",
     "Kind": "decision",
     "Layout": "layout",
-    "Plan": "plan",
-    "Run": "run",
+    "Plan": "plan.plan",
+    "Run": "backend.run",
     "Window": "decision",
     "WindowShape": "decision",
-    "apply": "pipeline",
-    "calibrate": "calibration",
-    "inspect_model": "inspect",
-    "load_pipeline": "loading",
-    "remove": "pipeline",
-    "sampling": "run",
+    "apply": "pipeline.apply",
+    "calibrate": "calibration.calibrate",
+    "inspect_model": "pipeline.inspection",
+    "load_pipeline": "pipeline.loading",
+    "plan_from_rule": "pipeline.rules",
+    "remove": "pipeline.apply",
+    "sampling": "backend.run",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "calibrate",
     "inspect_model",
     "load_pipeline",
+    "plan_from_rule",
     "remove",
     "sampling",
 ]

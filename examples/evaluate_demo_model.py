@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks._common import RESULTS, commit, machine, table, versions
+from difa_compile.comparison.metrics import frechet_distance, judged_classes
 from difa_compile.demo import load_demo
 from difa_compile.demo.digits import NUM_CLASSES, load_split, sample_batch
 from difa_compile.demo.judge import load_judge
-from difa_compile.comparison.metrics import frechet_distance, judged_classes
 
 
 def parse_arguments() -> argparse.Namespace:

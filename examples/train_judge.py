@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from difa_compile.comparison.metrics import judged_classes
 from difa_compile.demo.digits import IMAGE_SIZE, DigitSplit, load_split, render, sample_batch
 from difa_compile.demo.judge import DigitJudge, load_judge, save_judge
-from difa_compile.comparison.metrics import judged_classes
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "difa_compile" / "demo" / "judge.safetensors"
 

@@ -14,9 +14,9 @@ from torch import fx
 from difa_compile.passes.rewrite.emit_caches import emit_caches
 from difa_compile.passes.rewrite.reuse import reuse
 from difa_compile.passes.rewrite.share_cfg import share_cfg
+from difa_compile.passes.rewrite.window import window
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import Context, start_variant
-from difa_compile.passes.rewrite.window import window
 from difa_compile.plan.schedule import Role
 
 PASSES = (reuse, share_cfg, window, emit_caches)

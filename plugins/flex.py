@@ -20,8 +20,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
 from difa_compile.ops.kernels import LocalCall, LocalKernel
-from difa_compile.plugins.token_order import BLOCK, Strips, best
 from difa_compile.ops.reference import visible_pairs
+from difa_compile.plugins.token_order import BLOCK, Strips, best
 
 MIN_TOKENS = {"cpu": 16384, "cuda": 4096}
 
@@ -114,7 +114,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Lo
 
 
 def work(call: LocalCall) -> tuple[int, int]:
-    """Pairs in the blocks that are gone through, and keys read for them; :class:`~difa_compile.ops.local_attention.LocalKernel`."""
+    """Pairs in the blocks that are gone through, and keys read for them;
+    :class:`~difa_compile.ops.kernels.LocalKernel`."""
     _, blocks = best(call.layout, call.window, call.shape[2], call.pooled)
     return blocks * BLOCK * BLOCK, blocks * BLOCK
 

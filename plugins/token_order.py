@@ -56,8 +56,8 @@ class Strips:
 def best(layout: Layout, window: Window, queries: int, pooled: int = 0) -> tuple[Strips | None, int]:
     """The order that takes the fewest blocks, None for the model's own, and how many pairs of blocks it takes.
 
-    ``queries`` and ``pooled`` as in :class:`~difa_compile.ops.local_attention.LocalCall`. The model's own order is kept unless another
-    one takes clearly fewer.
+    ``queries`` and ``pooled`` as in :class:`~difa_compile.ops.kernels.LocalCall`. The model's own order is kept unless
+    another one takes clearly fewer.
     """
     window = window.within(layout.grid)
     own = visited_blocks(layout, window, None, queries, pooled)

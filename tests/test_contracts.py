@@ -8,26 +8,34 @@ import ast
 import functools
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor import compile_fx
 
-from difa_compile.backend.entry import difa, eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import difa, eager
+from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.passes.graph import is_attention, is_linear
 from difa_compile.passes.order import PASSES, rewrite
 from difa_compile.passes.variant import Context
 from difa_compile.plan.plan import Plan
-from difa_compile.backend.run import sampling
 from difa_compile.plan.schedule import FULL_ROLE, Role
-from tests.support.tiny_models import FAMILIES, at_step, captured, captured_plain, family_plan, plain, plain_plan, sites_of
+from tests.support.places import ROOT
+from tests.support.tiny_models import (
+    FAMILIES,
+    at_step,
+    captured,
+    captured_plain,
+    family_plan,
+    plain,
+    plain_plan,
+    sites_of,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
-ROOT = Path(__file__).parents[1]
 D = Decision.parse
 
 PINNED = {

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 import difa_compile
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("passes", "plugins", "export")
 OPTIONAL = (
     "accelerate",

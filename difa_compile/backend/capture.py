@@ -17,28 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from difa_compile.plan.cost import Setting, seconds_text, site_seconds, without_window
+from difa_compile.backend.stitch import Link, Row, stitch
 from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import LayoutError, NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout
 from difa_compile.machine.profile import Profile, current
-from difa_compile.passes.prepare.arguments import latent_inputs, name_arguments, sample_sizes
 from difa_compile.passes.analyse.batch_dims import annotate_batch
-from difa_compile.passes.prepare.canonical import canonical
 from difa_compile.passes.analyse.find_attention import attention_inputs, find_attention
+from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.order import rewrite
-from difa_compile.passes.analyse.positions import HeldPositions
+from difa_compile.passes.prepare.arguments import latent_inputs, name_arguments, sample_sizes
+from difa_compile.passes.prepare.canonical import canonical
 from difa_compile.passes.prepare.questions import answer
-from difa_compile.passes.segments import Segment, split_at_blocks, structure_of
-from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.prepare.specialize import check_sizes, specialize
-from difa_compile.passes.variant import Context
 from difa_compile.passes.proofs import Proof, computes_the_same, fresh, prove
+from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.rewrite.window import why_not_window
+from difa_compile.passes.segments import Segment, split_at_blocks, structure_of
+from difa_compile.passes.variant import Context
+from difa_compile.plan.cost import Setting, seconds_text, site_seconds, without_window
 from difa_compile.plan.plan import Plan, same_but_for_text
 from difa_compile.plan.schedule import FULL_ROLE, Role, assign_roles
-from difa_compile.backend.stitch import Link, Row, stitch
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """Turns a graph and example inputs into a function of the same inputs that returns a list or tuple."""

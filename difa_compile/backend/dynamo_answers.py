@@ -2,8 +2,8 @@
 
 A branch on a tensor (``if is_text_only:``), a list of lengths (``mask.sum(1).tolist()``) or a size that Python code
 needs as a number ends a capture by Dynamo. Within :func:`answering` such a question is answered while the model is
-traced, if its inputs alone answer it (:mod:`difa_compile.passes.prepare.questions`): the few nodes that lead to it run on the
-real inputs. The graph keeps the question, so that every later call is checked for the answer.
+traced, if its inputs alone answer it (:mod:`difa_compile.passes.prepare.questions`): the few nodes that lead to it run
+on the real inputs. The graph keeps the question, so that every later call is checked for the answer.
 
 This is the only module that reaches into Dynamo's translation: three places of it are replaced for the time of a
 capture, for the thread that captures. Where a version of torch has them elsewhere, nothing is replaced, and such

@@ -1,8 +1,8 @@
 """The ``torch.compile`` backend: ``torch.compile(model, backend="difa", options={"plan": plan})``.
 
 Dynamo hands over the whole model as one graph per input shape. Without a plan the graph goes to inductor as it is.
-With one it becomes a :class:`~difa_compile.backend.capture.Capture`, and what is returned to Dynamo is a plain function that
-asks the active run which step it is; Dynamo sees nothing of that, so switching variants never recompiles.
+With one it becomes a :class:`~difa_compile.backend.capture.Capture`, and what is returned to Dynamo is a plain function
+that asks the active run which step it is; Dynamo sees nothing of that, so switching variants never recompiles.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import fx
 
 from difa_compile.backend.batch_sizes import AnyBatch
-from difa_compile.backend.graph_breaks import why_piece
 from difa_compile.backend.capture import Capture, Compiler
+from difa_compile.backend.graph_breaks import why_piece
+from difa_compile.backend.inductor import Config, inductor, inductor_config, uses_cuda_graphs
+from difa_compile.backend.run import active_run, call_without_run
 from difa_compile.errors import (
     DecisionError,
     DifaError,
@@ -28,11 +30,9 @@ from difa_compile.errors import (
     SitesMismatchError,
     UnsupportedModelError,
 )
-from difa_compile.backend.inductor import Config, inductor, inductor_config, uses_cuda_graphs
 from difa_compile.layout import Layout
 from difa_compile.passes.autocast import autocast_kept, runs_regions
 from difa_compile.plan.plan import RESIZES, Plan
-from difa_compile.backend.run import active_run, call_without_run
 
 OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower", "dynamic")
 
@@ -47,8 +47,8 @@ def difa(
     """Compile a Dynamo graph according to a plan.
 
     Options:
-        plan: a :class:`~difa_compile.plan.plan.Plan` or the path of one; None compiles the graph as inductor does, but lets
-            calibration drive it.
+        plan: a :class:`~difa_compile.plan.plan.Plan` or the path of one; None compiles the graph as inductor does, but
+            lets calibration drive it.
         strict: a decision that can't be carried out is a :class:`SiteSkippedError` instead of a record.
         layout: the :class:`Layout` of the attention sequence, for models whose graph does not show it.
         cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional, or ``{"two_call": True}``, the

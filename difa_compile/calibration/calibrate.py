@@ -1,4 +1,5 @@
-"""Calibration: a plan for a pipeline, found by sampling once with :mod:`difa_compile.calibration.search` in place of a plan."""
+"""Calibration: a plan for a pipeline, found by sampling once with :mod:`difa_compile.calibration.search` in place of a
+plan."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from difa_compile.backend.entry import difa
+from difa_compile.backend.run import Run
+from difa_compile.calibration.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
 from difa_compile.calibration.state import (
     CalibrationState,
     default_path,
@@ -19,7 +22,6 @@ from difa_compile.calibration.state import (
     generators_in,
     weights_digest,
 )
-from difa_compile.pipeline.call_arguments import check_call, refused
 from difa_compile.decision import Window
 from difa_compile.errors import (
     DecisionError,
@@ -31,16 +33,15 @@ from difa_compile.errors import (
     ThresholdError,
     UnsupportedPipelineError,
 )
-from difa_compile.pipeline.schedule_follower import Following
-from difa_compile.pipeline.guidance import conditional_half_of, guidance_is_on, guidance_of
 from difa_compile.machine.profile import current
 from difa_compile.passes.autocast import Autocast
 from difa_compile.pipeline.apply import check_scheduler, find_transformers
-from difa_compile.plan.plan import Plan, model_digest
-from difa_compile.plan.data import LOSSES
-from difa_compile.backend.run import Run
-from difa_compile.calibration.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
+from difa_compile.pipeline.call_arguments import check_call, refused
+from difa_compile.pipeline.guidance import conditional_half_of, guidance_is_on, guidance_of
+from difa_compile.pipeline.schedule_follower import Following
 from difa_compile.pipeline.wiring import Wiring, compile_forward, wiring_of
+from difa_compile.plan.data import LOSSES
+from difa_compile.plan.plan import Plan, model_digest
 from difa_compile.wording import quoted, shown
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
@@ -74,10 +75,10 @@ def calibrate(
     site is noted with the reason in the plan. ``rank``: how one is chosen among those below the threshold.
     ``"published"``: the first, in DiTFastAttn's order or yours; its program chooses so by ``loss="code"``, while under
     the loss that its paper states, our default, more passes. ``"time"`` and ``"flops"``: the one that saves most for
-    what it changes (the price in :mod:`difa_compile.calibration.search`), if it saves a larger share of the site's cost than the
-    share of the threshold that it uses up. Cost is time as this machine's profile predicts it (``difa tune``), and
-    windows that are predicted to be no faster than full attention are left out, noted with both times; or operations.
-    ``"auto"`` is ``"time"`` where there is a profile, else ``"flops"``. ``loss``: see :func:`loss_of`.
+    what it changes (the price in :mod:`difa_compile.calibration.search`), if it saves a larger share of the site's cost
+    than the share of the threshold that it uses up. Cost is time as this machine's profile predicts it (``difa tune``),
+    and windows that are predicted to be no faster than full attention are left out, noted with both times; or
+    operations. ``"auto"`` is ``"time"`` where there is a profile, else ``"flops"``. ``loss``: see :func:`loss_of`.
     ``conditional_half``: 0 or 1, where the pipeline's order of guidance halves is not known. ``inner``: what compiles
     the candidates, ``"inductor"`` or ``"eager"`` (no waiting for compilation, slower calls). A ``generator`` in
     ``inputs`` is put back to its state afterwards; without one, sampling is seeded with 0.

@@ -35,13 +35,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from difa_compile.calibration.state import CalibrationState
 from difa_compile.backend.capture import batch_of
-from difa_compile.plan.cost import flops_saved
+from difa_compile.backend.run import Run
+from difa_compile.calibration.state import CalibrationState
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
 from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
+from difa_compile.plan.cost import flops_saved
 from difa_compile.plan.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest, same_but_for_text
-from difa_compile.backend.run import Run
 from difa_compile.plan.schedule import Role
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from types import FunctionType, MethodType
 import torch
 from torch import Tensor, nn
 
-from difa_compile.files.documents import Format, as_mapping, as_text
 from difa_compile.errors import CalibrationStateError
 from difa_compile.files.cache_folder import cache_folder
-from difa_compile.plan.plan import Cell
-from difa_compile.plan.json_form import MOST_BYTES, cell_json, read_rows
-from difa_compile.wording import shown
+from difa_compile.files.documents import Format, as_mapping, as_text
 from difa_compile.files.writing import check_target, write_whole
+from difa_compile.plan.json_form import MOST_BYTES, cell_json, read_rows
+from difa_compile.plan.plan import Cell
+from difa_compile.wording import shown
 
 STATE_VERSION = 3
 SAMPLES = 256

@@ -6,9 +6,6 @@ import importlib.util
 import os
 import signal
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
-
 
 def main() -> None:
     """Entry point of the console script ``difa``. Ends the process in any case."""
@@ -48,4 +45,4 @@ def _stop(*_: object) -> None:
     try:
         os.write(2, b"difa: stopped by Ctrl-C\n")
     finally:
-        os._exit(INTERRUPTED)
+        os._exit(130)  # 128 + SIGINT, as shells have it

@@ -31,9 +31,9 @@ from difa_compile.cli.inputs import (
     seeds_for,
 )
 from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
+from difa_compile.files.writing import check_target, check_writable
 from difa_compile.pipeline.loading import DEMO
 from difa_compile.wording import shown, visible
-from difa_compile.files.writing import check_target, check_writable
 
 app = typer.Typer(
     name="difa",

@@ -19,11 +19,11 @@ from difa_compile.cli.inputs import DEMO_GUIDANCE, DEMO_LABELS, image_captions, 
 from difa_compile.cli.tables import print_comparison
 from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError
+from difa_compile.files.writing import check_writable
 from difa_compile.plan.plan import Plan
 from difa_compile.report import describe_machine, describe_versions
 from difa_compile.report.stored import PLAN_NAME, StoredComparison
 from difa_compile.wording import shown
-from difa_compile.files.writing import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 from typer.core import TyperGroup
 
-from difa_compile.cli import INTERRUPTED
-from difa_compile.cli.terminal import finished, keep_traceback, watched_output
+from difa_compile.cli.terminal import INTERRUPTED, finished, keep_traceback, watched_output
 from difa_compile.errors import DifaError
 from difa_compile.wording import shown, visible
 

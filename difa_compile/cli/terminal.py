@@ -18,6 +18,9 @@ from typing import Any, TextIO
 
 from difa_compile.wording import visible
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
 PIPE_CLOSED = 141
 """Exit code when the reader of our output has gone: 128 + SIGPIPE, as shells have it."""
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from difa_compile.demo.digits import IMAGE_SIZE, NUM_CLASSES
-from difa_compile.files.documents import ARCHIVE_ERRORS, open_plain, read_at_most
 from difa_compile.errors import MissingDependencyError, ModelLoadError
-from difa_compile.wording import shown
+from difa_compile.files.documents import ARCHIVE_ERRORS, open_plain, read_at_most
 from difa_compile.files.writing import write_whole
+from difa_compile.wording import shown
 
 WEIGHTS_NAME = "judge.safetensors"
 MOST_BYTES = 2**26

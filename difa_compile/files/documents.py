@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Never
 
 from difa_compile.errors import DifaError
-from difa_compile.wording import quoted, shown
 from difa_compile.files.writing import kind_of
+from difa_compile.wording import quoted, shown
 
 MOST_CONTAINERS = 12_000_000
 """Objects and lists of a document: 1000 steps x 1000 sites with ten trials each have so many."""

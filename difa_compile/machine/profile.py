@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 
-from difa_compile.files.documents import Format, Unfit, as_list, as_mapping, as_number, as_object, as_text, as_whole
 from difa_compile.errors import LayoutError, OutputError, ProfileError
 from difa_compile.files.cache_folder import cache_folder
+from difa_compile.files.documents import Format, Unfit, as_list, as_mapping, as_number, as_object, as_text, as_whole
+from difa_compile.files.writing import write_whole
 from difa_compile.ops.kernels import KERNEL_MODULES, LocalCall, LocalKernel, choose_kernel
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.wording import quoted, shown
-from difa_compile.files.writing import write_whole
 
 PROFILE_VERSION = 2
 PROFILE = Format(

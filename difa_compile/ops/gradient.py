@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window, WindowShape
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 
 PAIRS_AT_ONCE = 2**20
 """Query-key pairs per head that are held at a time."""

@@ -4,8 +4,8 @@
     images = pipe(class_labels=[1, 2], num_inference_steps=30).images
     difa_compile.remove(pipe)
 
-``pipe.transformer`` stays the same object with the same weights; see :mod:`difa_compile.pipeline.wiring` for what is attached
-where. Every call of the pipeline is a run of its own, which ends when the call returns or raises.
+``pipe.transformer`` stays the same object with the same weights; see :mod:`difa_compile.pipeline.wiring` for what is
+attached where. Every call of the pipeline is a run of its own, which ends when the call returns or raises.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from difa_compile.backend.entry import compiler_named, difa
 from difa_compile.backend.batch_sizes import AnyBatch
 from difa_compile.backend.capture import batch_of
+from difa_compile.backend.entry import compiler_named, difa
+from difa_compile.backend.inductor import inductor_config
+from difa_compile.backend.run import Run, run_of
 from difa_compile.decision import Kind
 from difa_compile.errors import (
     DecisionError,
@@ -32,14 +34,12 @@ from difa_compile.errors import (
     PlanNotFollowedWarning,
     UnsupportedPipelineError,
 )
-from difa_compile.pipeline.schedule_follower import Following, RunStats
+from difa_compile.layout import Layout
 from difa_compile.pipeline.guidance import conditional_half_of, guidance_is_on, guidance_of, how_to_guide
 from difa_compile.pipeline.module_hooks import check_hooks
-from difa_compile.backend.inductor import inductor_config
-from difa_compile.layout import Layout
-from difa_compile.plan.plan import RESIZES, Plan
-from difa_compile.backend.run import Run, run_of
+from difa_compile.pipeline.schedule_follower import Following, RunStats
 from difa_compile.pipeline.wiring import Wiring, compile_forward, wiring_of
+from difa_compile.plan.plan import RESIZES, Plan
 
 if TYPE_CHECKING:
     from difa_compile.backend.capture import Capture, Record
@@ -219,10 +219,10 @@ def apply(
     graphs, ``"inductor"`` or, for debugging, ``"eager"``. ``resize``: ``"fraction"`` or ``"tokens"`` carries the plan
     onto other image sizes than its own (:meth:`Plan.resized`); without it they are errors. ``mode``: of
     ``torch.compile``, for instance ``"reduce-overhead"``; ``inductor_options``: values of ``torch._inductor.config``.
-    ``dynamic``: what is compiled at the second batch size serves all others (:mod:`difa_compile.backend.batch_sizes`), instead of
-    compiling for each. ``allow_slower``: windows that are predicted slower than full attention on this machine, by a
-    profile that ``difa tune`` measured, are carried out all the same; by default they are left full and recorded as
-    skipped.
+    ``dynamic``: what is compiled at the second batch size serves all others (:mod:`difa_compile.backend.batch_sizes`),
+    instead of compiling for each. ``allow_slower``: windows that are predicted slower than full attention on this
+    machine, by a profile that ``difa tune`` measured, are carried out all the same; by default they are left full and
+    recorded as skipped.
 
     Raises :class:`NotAppliedError` if the pipeline carries a plan already, :class:`UnsupportedPipelineError` without a
     transformer or scheduler or if the plan shares guidance halves and it is not known which is which,

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from difa_compile.backend.capture import Capture, Record
 from difa_compile.backend.dynamo_answers import answering
 from difa_compile.backend.entry import eager
 from difa_compile.backend.graph_breaks import why_not_whole
-from difa_compile.backend.capture import Capture, Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError
-from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, inner_forward
 from difa_compile.layout import Layout
 from difa_compile.passes.site import Site
+from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, inner_forward
 from difa_compile.plan.data import SiteInfo
 
 
@@ -70,8 +70,8 @@ def inspect_model(
     """
     from torch._dynamo.exc import Unsupported, UserError
 
-    from difa_compile.pipeline.example_inputs import example_inputs, pipeline_inputs
     from difa_compile.pipeline.apply import find_transformer
+    from difa_compile.pipeline.example_inputs import example_inputs, pipeline_inputs
 
     name, model = find_transformer(model_or_pipe)
     args: tuple[Any, ...] = ()

@@ -24,8 +24,8 @@ from difa_compile.errors import ScheduleError, UnsupportedPipelineError
 from difa_compile.plan.schedule import normalised_progress
 
 if TYPE_CHECKING:
-    from difa_compile.plan.plan import Promotion
     from difa_compile.backend.run import Run
+    from difa_compile.plan.plan import Promotion
 
 T = TypeVar("T")
 

@@ -3,8 +3,8 @@
 Three objects are touched, each on the instance only:
 
 1. the pipeline and its scheduler get a subclass of their class with the same name, which opens a
-   :class:`~difa_compile.pipeline.schedule_follower.Following` around ``__call__`` and tells it of the scheduler's methods. Copies and
-   pickles are of the original class;
+   :class:`~difa_compile.pipeline.schedule_follower.Following` around ``__call__`` and tells it of the scheduler's
+   methods. Copies and pickles are of the original class;
 2. each transformer's compiled call becomes a dispatcher: within a call of a wired pipeline it runs that pipeline's
    compiled forward, otherwise the forward as it was. So pipelines may share a transformer or a scheduler;
 3. the transformer's ``cache_context``, if it has one, also names the branch of the run.
@@ -30,10 +30,10 @@ from torch import nn
 
 from difa_compile.backend.dynamo_answers import answering
 from difa_compile.backend.graph_breaks import why_not_whole
-from difa_compile.errors import DifaError, InputValuesError, PlanNotFollowedError, UnsupportedPipelineError
-from difa_compile.pipeline.schedule_follower import Following
-from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, global_hooks, inner_forward
 from difa_compile.backend.run import is_sampled
+from difa_compile.errors import DifaError, InputValuesError, PlanNotFollowedError, UnsupportedPipelineError
+from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, global_hooks, inner_forward
+from difa_compile.pipeline.schedule_follower import Following
 
 MOST_SHAPES = 64
 """Compiled graphs (input shapes times wired pipelines) that all models of one class may have; more are an error. Where

@@ -59,8 +59,8 @@ def attention_flops(
     """Operations of one site at one step, for one element of the batch.
 
     ``residual_window``: the step also takes a residual against this window, hence computes window attention too
-    (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing; CFG
-    sharing costs half. Raises :class:`LayoutError` as :func:`visible_pairs` does.
+    (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing;
+    CFG sharing costs half. Raises :class:`LayoutError` as :func:`visible_pairs` does.
     """
     if decision.kind is Kind.REUSE:
         return Flops(0, 0)
@@ -116,8 +116,8 @@ def flops_saved(decision: Decision, site: SiteInfo) -> float:
 class Setting:
     """What a prediction needs to know beside the site: ``batch`` elements (both CFG halves), dtype, device.
 
-    ``key_heads``, ``value_dim``: as in :class:`~difa_compile.ops.local_attention.LocalCall`. ``masked``: the attention has a mask of
-    its own.
+    ``key_heads``, ``value_dim``: as in :class:`~difa_compile.ops.kernels.LocalCall`. ``masked``: the attention has a
+    mask of its own.
     """
 
     batch: int

@@ -234,3 +234,13 @@ def _number(value: object, what: str, at_least: float) -> float:
     if not math.isfinite(number) or number < at_least:
         raise PlanFormatError(f"{what} is {quoted(value)}; it must be a finite number, at least {at_least:g}")
     return number
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell in which two plans disagree; ``site`` is an index."""
+
+    step: int
+    site: int
+    mine: Decision
+    theirs: Decision

@@ -33,8 +33,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from difa_compile.decision import Decision
-from difa_compile.files.documents import Format, Unfit, as_list, as_number, as_object, as_text, as_whole
 from difa_compile.errors import DecisionError, PlanDigestError, PlanFormatError, PlanVersionError
+from difa_compile.files.documents import Format, Unfit, as_list, as_number, as_object, as_text, as_whole
 from difa_compile.layout import Layout
 from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo, Trial
 

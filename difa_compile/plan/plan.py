@@ -8,19 +8,19 @@ settings it was made for, and is refused where they differ. See contract 6 of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difa_compile.plan.plan import json_form as plan_json
-from difa_compile.plan.plan import text as plan_text
-from difa_compile.plan.cost import flops_saved
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError, SitesMismatchError
-from difa_compile.pipeline.guidance import stated_guidance
-from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo, Sizes, Trial, model_digest
+from difa_compile.files.writing import write_whole
+from difa_compile.plan import json_form
+from difa_compile.plan import text as plan_text
+from difa_compile.plan.cost import flops_saved
+from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo, Sizes, Trial, model_digest
 from difa_compile.plan.json_form import SCHEMA_VERSION
 from difa_compile.plan.schedule import (
     Bucket,
@@ -36,7 +36,6 @@ from difa_compile.plan.schedule import (
     uniform_progress,
 )
 from difa_compile.wording import quoted, shown
-from difa_compile.files.writing import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,23 +62,13 @@ RESIZES = ("fraction", "tokens")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One cell in which two plans disagree; ``site`` is an index."""
-
-    step: int
-    site: int
-    mine: Decision
-    theirs: Decision
-
-
-@dataclass(frozen=True)
 class Plan:
     """All decisions over a sampling schedule: ``rows[step][site]``, sites in execution order.
 
     ``progress[step]`` lies in [0, 1] and never rises. A plan that exists can run: construction raises
     :class:`ScheduleError` if there is no step, progress is out of order or a reader has no earlier filler
-    (:func:`difa_compile.plan.schedule.assign_roles`), and :class:`PlanFormatError` if rows, sites and progress do not add
-    up.
+    (:func:`difa_compile.plan.schedule.assign_roles`), and :class:`PlanFormatError` if rows, sites and progress do not
+    add up.
     """
 
     model: ModelInfo
@@ -131,13 +120,13 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of the plan's canonical JSON; enters every cache key."""
-        return plan_json.digest(self.model, self.settings, self.sites, self.progress, self.rows)
+        return json_form.digest(self.model, self.settings, self.sites, self.progress, self.rows)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """The text of a plan file: one line per site and per cell."""
-        return plan_json.write(self.model, self.settings, self.sites, self.progress, self.rows)
+        return json_form.write(self.model, self.settings, self.sites, self.progress, self.rows)
 
     @classmethod
     def from_json(cls, text: str, where: str = "given") -> Plan:
@@ -146,10 +135,10 @@ class Plan:
         Raises :class:`PlanFormatError` if the text is not JSON, truncated, or has missing, unknown or ill-typed keys or
         NaN; :class:`PlanVersionError`; :class:`PlanDigestError` if it was edited; :class:`ScheduleError`.
         """
-        return cls._checked(plan_json.read(text, where), where)
+        return cls._checked(json_form.read(text, where), where)
 
     @classmethod
-    def _checked(cls, parts: plan_json.Parts, where: object) -> Plan:
+    def _checked(cls, parts: json_form.Parts, where: object) -> Plan:
         """A plan from what was read; errors name the file."""
         try:
             return cls(*parts)
@@ -163,7 +152,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises as :meth:`from_json`, also where the file cannot be read."""
-        return cls._checked(plan_json.load(path), path)
+        return cls._checked(json_form.load(path), path)
 
     # --- fitting a model ---------------------------------------------------------------------------------------------
 
@@ -201,38 +190,6 @@ class Plan:
             others = sites is not None and {site.path for site in sites} != {site.path for site in self.sites}
             mismatch = SitesMismatchError if others else PlanMismatchError
             raise mismatch(f"the plan {self.digest[:12]} does not fit: {'; '.join(few)}. Remedy: {remedy}")
-
-    @classmethod
-    def from_rule(
-        cls,
-        model_or_pipe: object,
-        steps: int,
-        rule: Callable[[int, SiteInfo], Decision],
-        *,
-        inputs: dict[str, object] | None = None,
-        conditional_half: int | None = None,
-        guidance: str | None = None,
-    ) -> Plan:
-        """Write a plan by hand: ``rule(step, site)`` is asked for every step and every site, steps outer.
-
-        ``inputs``: keyword arguments of one call, as for :func:`difa_compile.pipeline.inspection.inspect_model`.
-        ``conditional_half`` and ``guidance`` are for rules that share guidance halves, where the pipeline's way is not
-        known: which half of a batched call is conditional (0 or 1), or ``"two-call"``. Such a plan has seen no
-        schedule: its progress is uniform, and :meth:`resolve` goes by the position in the run. Raises
-        :class:`ScheduleError` for a reader without filler or a wrong number of steps, :class:`DecisionError` if the
-        rule returns no decision or what is said of guidance contradicts the pipeline, and what inspecting raises.
-        """
-        from difa_compile.pipeline.inspection import inspect_model
-
-        check_steps(steps)
-        cfg = stated_guidance(model_or_pipe, guidance, conditional_half)
-        inspection = inspect_model(model_or_pipe, inputs)
-        sites = tuple(inspection.site_infos)
-        rows = tuple(tuple(_cell(rule(step, site), step, site) for site in sites) for step in range(steps))
-        settings = Settings(
-            method="rule", guidance=cfg.form, conditional_half=cfg.conditional_half, sample=inspection.sample
-        )
-        return cls(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 
     # --- other sizes and schedules -----------------------------------------------------------------------------------
 
@@ -277,8 +234,8 @@ class Plan:
         The schedule is ``progress`` (``steps`` values falling from 1 to 0), or that of a diffusers ``scheduler``, whose
         timesteps are read if already set for ``steps`` and else found on a copy (a second-order scheduler calls the
         model more than ``steps`` times: one row per call), or, with neither, the plan's own spacing stretched to
-        ``steps``. Readers whose filler fell out become full (:func:`difa_compile.plan.schedule.take_rows`). A plan written
-        by a rule has no timesteps: its steps are matched by their position in the run instead. Raises
+        ``steps``. Readers whose filler fell out become full (:func:`difa_compile.plan.schedule.take_rows`). A plan
+        written by a rule has no timesteps: its steps are matched by their position in the run instead. Raises
         :class:`ScheduleError`.
         """
         check_steps(steps)
@@ -326,7 +283,7 @@ class Plan:
 
     def diff_text(self, other: Plan) -> str:
         """What differs from ``other``, to read: settings, cost, which decisions became which, and where."""
-        return plan_text.difference(self, other)
+        return plan_text.difference(self, other, self.diff(other))
 
     def summary(self, profile: Profile | None = None) -> str:
         """The plan to read: origin, counts per decision, cost, distinct rows, and a map of sites by steps.
@@ -377,12 +334,6 @@ class ResolvedPlan:
     def summary(self) -> str:
         """The schedule to read: cost, promotions, distinct rows, and a map of sites by steps."""
         return plan_text.resolved_summary(self)
-
-
-def _cell(decision: object, step: int, site: SiteInfo) -> Cell:
-    if not isinstance(decision, Decision):
-        raise DecisionError(f"the rule returned {decision!r} for step {step}, site {site.path}; it must be a Decision")
-    return Cell(decision, (), flops_saved(decision, site))
 
 
 def _stretched(progress: Sequence[float], steps: int) -> tuple[float, ...]:

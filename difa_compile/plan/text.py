@@ -4,16 +4,53 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from difa_compile.plan.cost import cost_breakdown
 from difa_compile.decision import Decision, Kind
-from difa_compile.plan.data import Cell, SiteInfo
+from difa_compile.machine.profile import Profile
+from difa_compile.plan.cost import Costed, cost_breakdown
+from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo
+from difa_compile.plan.schedule import Bucket, Promotion
 from difa_compile.wording import shown
 
-if TYPE_CHECKING:
-    from difa_compile.machine.profile import Profile
-    from difa_compile.plan.plan import Difference, Plan, ResolvedPlan
+
+class PlanView(Costed, Protocol):
+    """What is told of a plan."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def progress(self) -> tuple[float, ...]: ...
+    @property
+    def rows(self) -> tuple[tuple[Cell, ...], ...]: ...
+    @property
+    def decisions(self) -> tuple[tuple[Decision, ...], ...]: ...
+    @property
+    def buckets(self) -> tuple[Bucket, ...]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+
+
+class ResolvedView(Costed, Protocol):
+    """What is told of a plan that was carried onto another schedule."""
+
+    @property
+    def plan(self) -> PlanView: ...
+    @property
+    def progress(self) -> tuple[float, ...]: ...
+    @property
+    def rows(self) -> tuple[tuple[Decision, ...], ...]: ...
+    @property
+    def buckets(self) -> tuple[Bucket, ...]: ...
+    @property
+    def promotions(self) -> tuple[Promotion, ...]: ...
+    @property
+    def steps(self) -> int: ...
+
 
 _LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: "."}
 _SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ","}
@@ -27,7 +64,7 @@ def letter(decision: Decision) -> str:
     return (_SHARED if decision.cfg_shared else _LETTERS)[decision.kind]
 
 
-def summary(plan: Plan, profile: Profile | None = None) -> str:
+def summary(plan: PlanView, profile: Profile | None = None) -> str:
     """The text of :meth:`Plan.summary`."""
     model, settings = plan.model, plan.settings
     made = [settings.method]
@@ -61,7 +98,7 @@ def summary(plan: Plan, profile: Profile | None = None) -> str:
     return "\n".join([*lines, "", *_map(plan.decisions, plan.sites)]) + "\n"
 
 
-def resolved_summary(resolved: ResolvedPlan) -> str:
+def resolved_summary(resolved: ResolvedView) -> str:
     """The text of :meth:`ResolvedPlan.summary`."""
     plan = resolved.plan
     lines = [
@@ -81,9 +118,8 @@ def resolved_summary(resolved: ResolvedPlan) -> str:
     return "\n".join([*lines, "", *_map(resolved.rows, plan.sites)]) + "\n"
 
 
-def difference(mine: Plan, theirs: Plan) -> str:
+def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Difference]) -> str:
     """The text of :meth:`Plan.diff_text`."""
-    differences = mine.diff(theirs)
     lines = [f"plan {mine.digest[:12]} (mine) and plan {theirs.digest[:12]} (theirs)"]
     lines += _fields("model", mine.model.__dict__, theirs.model.__dict__)
     lines += _fields("settings", mine.settings.__dict__, theirs.settings.__dict__)

@@ -1,7 +1,7 @@
 """The report: one self-contained page that shows a plan and what it gained and lost."""
 
+from difa_compile.files.writing import check_writable
 from difa_compile.report.machine import describe_machine, describe_versions
 from difa_compile.report.write import write_report
-from difa_compile.files.writing import check_writable
 
 __all__ = ["check_writable", "describe_machine", "describe_versions", "write_report"]

@@ -1,7 +1,7 @@
 """A comparison as a folder, so that its page can be made again: ``plan.json``, ``comparison.json``, ``images.npz``.
 
-``comparison.json`` is framed and guarded as plans are (:mod:`difa_compile.files.documents`), and binds the other two by their
-digests, so that three files make one comparison or none.
+``comparison.json`` is framed and guarded as plans are (:mod:`difa_compile.files.documents`), and binds the other two by
+their digests, so that three files make one comparison or none.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from difa_compile.errors import ComparisonFormatError
 from difa_compile.files.documents import (
     ARCHIVE_ERRORS,
     Format,
@@ -29,11 +30,10 @@ from difa_compile.files.documents import (
     as_whole,
     open_plain,
 )
-from difa_compile.errors import ComparisonFormatError
+from difa_compile.files.writing import write_together
 from difa_compile.plan.plan import Plan
 from difa_compile.report.write import write_report
 from difa_compile.wording import shown
-from difa_compile.files.writing import write_together
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from difa_compile.errors import MissingDependencyError
+from difa_compile.files.writing import write_whole
 from difa_compile.plan.plan import Plan
 from difa_compile.report.machine import describe_versions
 from difa_compile.report.view import Page, build_page
 from difa_compile.wording import visible
-from difa_compile.files.writing import write_whole
 
 if TYPE_CHECKING:
     from difa_compile.backend.capture import Record

@@ -6,8 +6,9 @@ convolution keeps the order along an axis; permutes move axes, concatenations pu
 attention the dimension of the tokens reads, say, ``7 others, then H x W``, and where spatial and temporal attention
 alternate, ``H x W`` at one site and ``T`` at the next, with the rest in the batch.
 
-The same is done from position ids, meshes of coordinates and tables of angles (:mod:`difa_compile.passes.analyse.positions`),
-whose rows enumerate a grid: where they meet the tokens, they tell what grid those are.
+The same is done from position ids, meshes of coordinates and tables of angles
+(:mod:`difa_compile.passes.analyse.positions`), whose rows enumerate a grid: where they meet the tokens, they tell what
+grid those are.
 
 Only what an op is known to do to positions is followed. Behind any other op a dimension is *other*: of known length, of
 unknown order. Nothing is concluded from sizes alone.

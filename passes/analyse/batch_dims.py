@@ -7,7 +7,8 @@ dimension is indexed per sample and so carries the batch too; nothing is conclud
 divisible.
 
 What an op does not let through stays unlinked: sites behind it cannot share CFG halves and say so. If a value is left
-half decided, halving gives a shape that does not fit, which :mod:`difa_compile.passes.rewrite.share_cfg` checks node by node.
+half decided, halving gives a shape that does not fit, which :mod:`difa_compile.passes.rewrite.share_cfg` checks node by
+node.
 """
 
 from __future__ import annotations

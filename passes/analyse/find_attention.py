@@ -24,7 +24,7 @@ from typing import Any
 from torch import fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.prepare.arguments import latent_inputs
+from difa_compile.passes.analyse.token_grids import LayoutFinder
 from difa_compile.passes.graph import (
     LAYOUT,
     alias_root,
@@ -41,7 +41,7 @@ from difa_compile.passes.graph import (
     reaching,
     shape_of,
 )
-from difa_compile.passes.analyse.token_grids import LayoutFinder
+from difa_compile.passes.prepare.arguments import latent_inputs
 from difa_compile.passes.site import Region, Site, SiteKind
 
 

@@ -7,8 +7,9 @@ Three things in a graph enumerate positions:
    (:func:`grid_of_table`);
 3. *meshes of coordinates* that the graph itself builds.
 
-Each is followed to where it meets the tokens, as the noisy sample's own axes are (:mod:`difa_compile.passes.analyse.axes`).
-So it is known for which tokens a grid holds, also where those of several images and texts stand in one sequence.
+Each is followed to where it meets the tokens, as the noisy sample's own axes are
+(:mod:`difa_compile.passes.analyse.axes`). So it is known for which tokens a grid holds, also where those of several
+images and texts stand in one sequence.
 
 The values of the example inputs are read. So a layout holds for these values: :class:`HeldPositions` tells a later call
 that has others in tensors of equal shapes.

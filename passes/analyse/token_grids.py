@@ -1,11 +1,11 @@
 """Read token layouts off a graph: the image grid of a site, and where other tokens stand beside it.
 
-What a site's sequence enumerates comes from following the axes of the noisy sample (:mod:`difa_compile.passes.analyse.axes`).
-Where the sample comes in packed, as (batch, tokens, channels), its tokens are one axis, and what grid they are is
-looked for, in this order, in
+What a site's sequence enumerates comes from following the axes of the noisy sample
+(:mod:`difa_compile.passes.analyse.axes`). Where the sample comes in packed, as (batch, tokens, channels), its tokens
+are one axis, and what grid they are is looked for, in this order, in
 
-1. positions that meet the tokens (:mod:`difa_compile.passes.analyse.positions`), for all of them or for some: text or further
-   images may be packed with them;
+1. positions that meet the tokens (:mod:`difa_compile.passes.analyse.positions`), for all of them or for some: text or
+   further images may be packed with them;
 2. position ids among the inputs that enumerate a grid row by row (:func:`packed_grid`);
 3. the sizes that the graph itself lays positions out with (:func:`grids_built`): a mesh of coordinates, or tables of
    angles whose leading dimensions are merged into as many rows as there are tokens;
@@ -29,10 +29,17 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.prepare.arguments import argument_name
 from difa_compile.passes.analyse.axes import Axis, Extent, Extents, Part, follow_axes, sample_axes
+from difa_compile.passes.analyse.positions import (
+    LINE,
+    follow_lines,
+    follow_positions,
+    inputs_of,
+    ranges_known,
+    tables_of,
+)
 from difa_compile.passes.graph import influenced_by, is_parameter, op_name, shape_of
-from difa_compile.passes.analyse.positions import LINE, follow_lines, follow_positions, inputs_of, ranges_known, tables_of
+from difa_compile.passes.prepare.arguments import argument_name
 
 
 class LayoutFinder:

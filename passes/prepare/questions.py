@@ -307,7 +307,7 @@ def sources(graph: fx.Graph) -> list[fx.Node]:
 
 
 def hold_to_size(node: fx.Node) -> None:
-    """Pass a value on through :data:`~difa_compile.ops.local_attention.SIZED`."""
+    """Pass a value on through :data:`~difa_compile.ops.sized.SIZED`."""
     value = tensor_of(node)
     assert value is not None
     with node.graph.inserting_after(node):
@@ -362,8 +362,8 @@ def answer(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Questions:
     """Answer a captured graph's questions with its real inputs, in place, and return them.
 
     Sizes that are so known become plain numbers in the values' metadata, and results of such sizes pass through
-    :data:`~difa_compile.ops.local_attention.SIZED`, which holds them to it. What the inputs alone do not answer stays symbolic, and so
-    does a number that no size depends on.
+    :data:`~difa_compile.ops.sized.SIZED`, which holds them to it. What the inputs alone do not answer stays symbolic,
+    and so does a number that no size depends on.
     """
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")

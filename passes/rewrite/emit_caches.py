@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from difa_compile.passes.rewrite.share_cfg import twice
-from difa_compile.passes.variant import Context, Variant, output_cache, residual_cache
 from difa_compile.passes.rewrite.window import insert_local
+from difa_compile.passes.variant import Context, Variant, output_cache, residual_cache
 
 
 def emit_caches(variant: Variant, context: Context) -> None:

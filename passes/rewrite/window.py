@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from difa_compile import ops
 from difa_compile.decision import Kind, Window
+from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.graph import argument
 from difa_compile.passes.rewrite.share_cfg import narrow_to_half
@@ -50,9 +50,7 @@ def insert_local(variant: Variant, target: Target, neighbourhood: Window) -> fx.
     query, key, value = attention_inputs(target.attention)
     where = (list(layout.grid), layout.before, layout.after, str(neighbourhood.shape), neighbourhood.radius)
     mask = argument(target.attention, 3, "attn_mask")
-    return variant.call_after(
-        target.attention, ops.LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask)
-    )
+    return variant.call_after(target.attention, LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask))
 
 
 def unhalved(target: Target, node: fx.Node) -> fx.Node:

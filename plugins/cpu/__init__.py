@@ -13,9 +13,9 @@ from torch import Tensor
 
 from difa_compile.decision import WindowShape
 from difa_compile.ops.kernels import LocalCall, LocalKernel
+from difa_compile.ops.reference import default_scale
 from difa_compile.plugins.cpu.build import why_not_built
 from difa_compile.plugins.geometry import Geometry
-from difa_compile.ops.reference import default_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The bounds of local_attention.h, which are checked there.

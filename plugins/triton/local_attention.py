@@ -18,8 +18,8 @@ from torch import Tensor
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
-from difa_compile.ops.operands import check_kinds, check_sizes
 from difa_compile.ops.kernels import LocalCall, LocalKernel
+from difa_compile.ops.operands import check_kinds, check_sizes
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config, Form

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import difa_compile
-from difa_compile.backend.entry import eager
 from difa_compile.backend.batch_sizes import AnyBatch, pattern_of, proportions, unit_of
+from difa_compile.backend.entry import eager
+from difa_compile.backend.inductor import inductor
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import DecisionError
-from difa_compile.backend.inductor import inductor
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_models import FAMILIES, at_step, family_plan
 from tests.support.tiny_pipelines import sample, sample_plainly, tiny_pipeline
 
@@ -194,7 +194,7 @@ def test_a_pipeline_compiles_twice_for_any_number_of_batch_sizes(inner, monkeypa
     made = []
     monkeypatch.setattr("difa_compile.pipeline.apply.AnyBatch", lambda: made.append(AnyBatch()) or made[-1])
     pipe = tiny_pipeline()
-    plan = Plan.from_rule(pipe, len(ROWS), lambda step, site: ROWS[step])
+    plan = plan_from_rule(pipe, len(ROWS), lambda step, site: ROWS[step])
     rows, window = [(decision, decision) for decision in ROWS], Window("band", 2)
     wanted = {count: sample_plainly(pipe, rows, residual_window=window, labels=[1] * count) for count in (2, 3, 5, 1)}
     applied = apply(pipe, plan, inner=inner, strict=True, dynamic=True)
@@ -236,7 +236,7 @@ def test_every_family_is_compiled_twice(family):
 def test_without_it_every_batch_size_is_compiled(monkeypatch):
     monkeypatch.setattr("difa_compile.pipeline.apply.AnyBatch", None)
     pipe = tiny_pipeline()
-    plan = Plan.from_rule(pipe, len(ROWS), lambda step, site: ROWS[step])
+    plan = plan_from_rule(pipe, len(ROWS), lambda step, site: ROWS[step])
     applied = apply(pipe, plan, inner="eager")
     for count in (1, 2, 3):
         sample(pipe, labels=[1] * count)
@@ -247,7 +247,7 @@ def test_without_it_every_batch_size_is_compiled(monkeypatch):
 @pytest.mark.slow
 def test_a_compiled_model_takes_an_any_batch_and_nothing_else():
     pipe = tiny_pipeline()
-    plan = Plan.from_rule(pipe, 1, lambda step, site: FULL)
+    plan = plan_from_rule(pipe, 1, lambda step, site: FULL)
     batches = AnyBatch()
     options = {"plan": plan, "inner": "eager", "dynamic": batches}
     compiled = torch.compile(pipe.transformer, backend="difa", options=options, dynamic=False)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import LayoutError, NoAttentionError, PlanMismatchError, SiteSkippedError
 from difa_compile.layout import Layout

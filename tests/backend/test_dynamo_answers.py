@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from difa_compile.backend.capture import Capture
 from difa_compile.backend.dynamo_answers import answering
 from difa_compile.backend.entry import difa, eager
-from difa_compile.backend.capture import Capture
+from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import InputValuesError, UnsupportedPipelineError
 from difa_compile.pipeline.inspection import inspect_model
-from difa_compile.backend.run import sampling
 from difa_compile.pipeline.wiring import compile_forward, run_compiled
 from tests.support.tiny_models import PlainTransformer, plan_of, sharpened
 

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.backends.registry import list_backends, register_backend
 
 from difa_compile.backend.entry import difa
+from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
     DecisionError,
@@ -18,7 +19,6 @@ from difa_compile.errors import (
     RunError,
     SiteSkippedError,
 )
-from difa_compile.backend.run import sampling
 from tests.support.tiny_models import (
     FAMILIES,
     Average,
@@ -187,7 +187,9 @@ def test_a_misspelt_resize_is_refused_at_once():
 @pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_without_a_plan_a_mode_is_inductors(monkeypatch, mode):
     given = []
-    monkeypatch.setattr("difa_compile.backend.entry.inductor", lambda module, inputs, config: given.append(dict(config)))
+    monkeypatch.setattr(
+        "difa_compile.backend.entry.inductor", lambda module, inputs, config: given.append(dict(config))
+    )
     difa(*graph_of(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}), mode=mode)
     assert given == [torch._inductor.list_mode_options(mode)]
 

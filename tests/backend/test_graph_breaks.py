@@ -12,6 +12,7 @@ from benchmarks.zoo.registry import build
 from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import SitesMismatchError, UnsupportedModelError
 from difa_compile.pipeline.inspection import inspect_model
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo
 from tests.support.tiny_models import Attention, PlainTransformer
 
@@ -29,7 +30,7 @@ def compiled(model, plan):
 
 
 def reusing(model, inputs):
-    return Plan.from_rule(model, 2, lambda step, _: REUSE if step else FULL, inputs=dict(inputs))
+    return plan_from_rule(model, 2, lambda step, _: REUSE if step else FULL, inputs=dict(inputs))
 
 
 class Broken(PlainTransformer):

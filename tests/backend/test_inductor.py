@@ -5,20 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._inductor import compile_fx
 
-from difa_compile.backend.entry import difa
 from difa_compile.backend.capture import Capture
-from difa_compile.decision import FULL, Decision
+from difa_compile.backend.entry import difa
 from difa_compile.backend.inductor import inductor, inductor_config, uses_cuda_graphs
-from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.backend.run import sampling
+from difa_compile.decision import FULL, Decision
+from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.plan.schedule import FULL_ROLE, assign_roles
+from tests.support.places import ROOT
 from tests.support.tiny_models import at_step, captured, captured_plain, plain_plan
 
 pytest.importorskip("diffusers")
@@ -198,7 +198,7 @@ from tests.support.tiny_models import plain
 
 torch.set_num_threads(1)
 model, inputs = plain(masks=("none",))
-plan = Plan.from_rule(model, 2, lambda step, site: REUSE if step else FULL, inputs=inputs)
+plan = plan_from_rule(model, 2, lambda step, site: REUSE if step else FULL, inputs=inputs)
 torch._dynamo.reset()
 counters.clear()
 fast = torch.compile(model, backend=difa, options={"plan": plan, "strict": True})
@@ -224,7 +224,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
             "PYTHONHASHSEED": seed,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
         done = subprocess.run(
             [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=300, check=False

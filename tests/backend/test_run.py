@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 
-from difa_compile.backend.entry import difa
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import difa
+from difa_compile.backend.run import Run, is_sampled, sampling
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
 from difa_compile.layout import Layout
-from difa_compile.plan.plan import Plan
-from difa_compile.backend.run import Run, is_sampled, sampling
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.altered import Altered
 from tests.support.tiny_models import (
     ATTENTIONS,
@@ -542,7 +542,7 @@ def test_what_is_handed_out_is_not_the_cache():
     torch.manual_seed(0)
     model = Naked().eval()
     x = torch.randn(2, 6, 16)
-    plan = Plan.from_rule(model, 3, lambda step, site: REUSE if step else FULL, inputs={"x": x})
+    plan = plan_from_rule(model, 3, lambda step, site: REUSE if step else FULL, inputs={"x": x})
     fast = compiled(model, plan)
     with sampling(fast, 3) as run, torch.no_grad():
         wanted = model(x)

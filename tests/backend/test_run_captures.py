@@ -7,14 +7,14 @@ import warnings
 
 import pytest
 import torch
+from tests.test_run import assert_near, by_hand, call, plain_output, with_text
 from torch import nn
 
 from difa_compile.backend.entry import difa
+from difa_compile.backend.run import Run, sampling
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import CachesLostError, CachesLostWarning, PlanNotFollowedWarning
-from difa_compile.plan.plan import Plan
-from difa_compile.backend.run import Run, sampling
-from tests.test_run import assert_near, by_hand, call, plain_output, with_text
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_models import at_step, captured, family_plan, plain, plain_plan
 
 D = Decision.parse
@@ -192,7 +192,7 @@ def test_a_model_altered_in_mid_run_goes_on_with_its_caches(name):
 def test_an_attention_altered_in_mid_run_goes_on_with_its_caches(change):
     model = switched(plain()[0])
     backend = Counting()
-    plan = Plan.from_rule(model, len(ROWS), lambda step, site: DECISIONS[step], inputs=plain()[1])
+    plan = plan_from_rule(model, len(ROWS), lambda step, site: DECISIONS[step], inputs=plain()[1])
     fast = torch.compile(model, backend=backend, dynamic=False, options={"plan": plan})
 
     def alter():

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.calibration.calibrate import calibrate
-from difa_compile.backend.capture import Capture
-from difa_compile.plan.cost import Setting, site_seconds, without_window
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import DecisionError, ProfileError, SiteSkippedError
 from difa_compile.pipeline.apply import apply, remove
+from difa_compile.plan.cost import Setting, site_seconds, without_window
 from difa_compile.plan.schedule import assign_roles
 from tests.support.profiles import made_up
 from tests.support.tiny_models import captured_plain, plain_plan

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import eager
+from difa_compile.backend.stitch import Link, source_of, stitch
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.plan.schedule import FULL_ROLE, Role
-from difa_compile.backend.stitch import Link, source_of, stitch
 from tests.support.tiny_models import captured, captured_plain
 
 pytest.importorskip("diffusers")

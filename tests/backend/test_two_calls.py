@@ -8,9 +8,9 @@ import pytest
 from difa_compile.calibration.calibrate import calibrate
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import SiteSkippedError
-from difa_compile.pipeline.guidance import Guidance
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.guidance import Guidance
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import NamedCalls, TwoCalls, sample, two_call_pipeline
 
 D = Decision.parse
@@ -40,7 +40,7 @@ def _cache_context(monkeypatch):
 
 
 def plan_of(pipe, rows):
-    return Plan.from_rule(
+    return plan_from_rule(
         pipe,
         len(rows),
         lambda step, site: D(rows[step][int(site.path.split(".")[1])]),

@@ -14,9 +14,9 @@ import torch
 from benchmarks import attention_gpu
 from benchmarks._common import ROOT
 from benchmarks.triton_aot import parse_arguments as parse_ahead
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton.configs import Config
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import natten_rival
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 
 SIDE, RADIUS = 7, 2
 TOKENS = torch.arange(SIDE * SIDE)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from difa_compile.calibration.calibrate import calibrate
-from difa_compile.calibration.state import CalibrationState
 from difa_compile.backend.capture import Capture
+from difa_compile.calibration.calibrate import calibrate
+from difa_compile.calibration.search import CANDIDATES, PUBLISHED_CANDIDATES, default_window, loss_of
+from difa_compile.calibration.state import CalibrationState
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
     CalibrationError,
@@ -27,11 +28,10 @@ from difa_compile.errors import (
     ThresholdError,
     UnsupportedPipelineError,
 )
-from difa_compile.pipeline.guidance import Guidance
 from difa_compile.layout import Layout
 from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.guidance import Guidance
 from difa_compile.plan.plan import Plan, SiteInfo
-from difa_compile.calibration.search import CANDIDATES, PUBLISHED_CANDIDATES, default_window, loss_of
 from tests.support.tiny_models import sd3
 from tests.support.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
 

@@ -15,8 +15,9 @@ from difa_compile.comparison.compare import Comparison, compare
 from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import ComparisonError, ScheduleError, UnsupportedPipelineError
 from difa_compile.layout import Layout
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.data import Cell, Settings, SiteInfo, model_digest
+from difa_compile.plan.plan import Plan
 from difa_compile.plan.schedule import uniform_progress
 
 STEPS = 4
@@ -119,7 +120,7 @@ def direct(pipe, seed):
 
 
 def rule_plan(pipe, rule):
-    return Plan.from_rule(pipe, STEPS, lambda step, site: rule(step), inputs=INPUTS)
+    return plan_from_rule(pipe, STEPS, lambda step, site: rule(step), inputs=INPUTS)
 
 
 @pytest.mark.slow

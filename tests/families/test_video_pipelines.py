@@ -9,7 +9,7 @@ import torch
 import difa_compile
 from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import DecisionError, PlanMismatchError, UnsupportedPipelineError
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.video_components import (
     ALONG_TIME,
     COGVIDEOX_ROWS,
@@ -57,7 +57,7 @@ def family(request, tmp_path):
 def plan_of(tiny, rows, **arguments):
     """A plan written by hand; its sites must be those that the family is known to have."""
     inputs = {**tiny.arguments, "output_type": "latent", **arguments}
-    plan = Plan.from_rule(
+    plan = plan_from_rule(
         tiny.pipe, len(rows), lambda step, site: rows[step][tiny.sites.index(site.path)], inputs=inputs
     )
     assert tuple(site.path for site in plan.sites) == tiny.sites
@@ -506,7 +506,7 @@ def test_plan_made_for_a_batch_of_halves_is_refused_by_wan(tiny_wan):
     with pytest.raises(PlanMismatchError, match="as batched calls have them, but WanPipeline makes two-call ones"):
         difa_compile.apply(tiny_wan.pipe, batched)
     with pytest.raises(DecisionError, match="contradicts WanPipeline"):
-        Plan.from_rule(tiny_wan.pipe, 2, lambda step, site: FULL, conditional_half=1)
+        plan_from_rule(tiny_wan.pipe, 2, lambda step, site: FULL, conditional_half=1)
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 
 import pytest
 
-from difa_compile.files import cache_folder as folders
 from difa_compile.errors import CacheFolderError
+from difa_compile.files import cache_folder as folders
 from difa_compile.files.cache_folder import cache_folder, code_folder, private_code_folder
+from tests.support.places import ROOT
 from tests.support.strangers import STRANGER, as_root, as_stranger, open_folder
 
 
@@ -138,7 +138,7 @@ assert folder.is_dir()
 print(folder)
 """
     env = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(tmp_path / "temporary"))
     assert list((tmp_path / "temporary").iterdir()) == []

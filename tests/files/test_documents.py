@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from difa_compile.files import documents
 from difa_compile.calibration.state import STATE, CalibrationState
 from difa_compile.demo.judge import load_judge
-from difa_compile.files.documents import Format, open_plain, parse_json, read_at_most
 from difa_compile.errors import (
     CalibrationStateError,
     ComparisonFormatError,
@@ -25,9 +23,11 @@ from difa_compile.errors import (
     PlanFormatError,
     ProfileError,
 )
+from difa_compile.files import documents
+from difa_compile.files.documents import Format, open_plain, parse_json, read_at_most
 from difa_compile.machine.profile import PROFILE, Profile
-from difa_compile.plan.plan import Plan
 from difa_compile.plan.json_form import PLAN
+from difa_compile.plan.plan import Plan
 from difa_compile.report.stored import COMPARISON, StoredComparison
 
 FORMATS = [PLAN, STATE, PROFILE, COMPARISON]

@@ -22,7 +22,6 @@ import torch
 
 from difa_compile.calibration.state import STATE, CalibrationState
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.files.documents import Format
 from difa_compile.errors import (
     CalibrationStateError,
     ComparisonFormatError,
@@ -30,10 +29,11 @@ from difa_compile.errors import (
     ProfileError,
     ScheduleError,
 )
+from difa_compile.files.documents import Format
 from difa_compile.layout import Layout
 from difa_compile.machine.profile import ELEMENTWISE, PROFILE, FullCall, Machine, Profile, elementwise_work
-from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
 from difa_compile.plan.json_form import PLAN
+from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
 from difa_compile.report.stored import COMPARISON, StoredComparison, _read_images
 from tests.support.mutations import damaged, edited
 from tests.support.profiles import made_up

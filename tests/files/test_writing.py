@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from difa_compile.files import writing
 from difa_compile.errors import OutputError
+from difa_compile.files import writing
 from difa_compile.files.writing import check_target, check_writable, write_together, write_whole
 
 

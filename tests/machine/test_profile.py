@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.machine import tune as tuning
-from difa_compile.plan.cost import Setting, cost_breakdown, plan_seconds, seconds_text, site_seconds
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import OutputError, ProfileError
 from difa_compile.layout import Layout
+from difa_compile.machine import tune as tuning
 from difa_compile.machine.profile import (
     ELEMENTWISE,
     Fit,
@@ -28,10 +27,11 @@ from difa_compile.machine.profile import (
 )
 from difa_compile.ops.kernels import LocalCall, LocalKernel, choose_kernel
 from difa_compile.ops.pairs import visible_pairs
-from difa_compile.plan.plan import Plan
+from difa_compile.plan.cost import Setting, cost_breakdown, plan_seconds, seconds_text, site_seconds
 from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo
-from difa_compile.plugins import cpu
+from difa_compile.plan.plan import Plan
 from difa_compile.plan.schedule import Role, uniform_progress
+from difa_compile.plugins import cpu
 from tests.support.profiles import made_up
 
 SITE = SiteInfo("blocks.0.attn1", "self", 4, 8, 24, 32, Layout((4, 6)))

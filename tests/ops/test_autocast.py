@@ -1,7 +1,8 @@
 """Models that run under autocast, or turn it on or off themselves: planned, they compute what they compute altered by
 hand under the same autocast.
 
-The oracle is :class:`tests.support.altered.Altered`, its windows computed by the same kernel on values that are cast here.
+The oracle is :class:`tests.support.altered.Altered`, its windows computed by the same kernel on values that are cast
+here.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -12,16 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import difa_compile
-from difa_compile import ops
-from difa_compile.backend.entry import eager
 from difa_compile.backend.batch_sizes import pattern_of
-from difa_compile.calibration.state import CalibrationState
 from difa_compile.backend.capture import Capture
-from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.backend.entry import eager
 from difa_compile.backend.inductor import inductor
+from difa_compile.calibration.state import CalibrationState
+from difa_compile.decision import FULL, Decision, Kind, Window
 from difa_compile.layout import Layout
+from difa_compile.ops.local_attention import local_attention
 from difa_compile.passes.proofs import SHARING_TOLERANCE
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.schedule import assign_roles
 from tests.support.altered import Altered
 from tests.support.tiny_models import ATTENTIONS, FAMILIES, Block, PlainTransformer, at_step, graph_of
@@ -51,7 +52,7 @@ class Cast(Altered):
             mask = attn_mask.to(full.dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
             with torch.autocast("cpu", enabled=False):
                 cast = (part.to(full.dtype) for part in (query, key, value))
-                near = ops.local_attention(*cast, self.layouts[index], window, options.get("scale"), mask)
+                near = local_attention(*cast, self.layouts[index], window, options.get("scale"), mask)
             if decision.kind is Kind.FULL:
                 left = full - near
                 self.residuals[index] = torch.cat([left, left]) if decision.cfg_shared else left
@@ -260,7 +261,7 @@ def test_a_pipeline_is_called_with_and_without_autocast_in_turn():
 
     before = sampled()
     for rule, same in zip(rules, (True, False), strict=True):
-        plan = Plan.from_rule(pipe, steps=2, rule=rule)
+        plan = plan_from_rule(pipe, steps=2, rule=rule)
         difa_compile.apply(pipe, plan, strict=True, inner="eager")
         found = sampled()
         difa_compile.remove(pipe)

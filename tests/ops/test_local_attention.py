@@ -8,14 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile import ops
-from difa_compile.ops.local_attention import gradient
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
+from difa_compile.ops import gradient, reference
 from difa_compile.ops.kernels import LocalCall, choose_kernel, local_kernels
-from difa_compile.ops.local_attention import local_attention
+from difa_compile.ops.local_attention import LOCAL_ATTENTION, local_attention
 from difa_compile.passes.autocast import Autocast
 from difa_compile.plugins import flex, masked_sdpa
 from tests.support.tolerances import assert_as_good_as_the_reference
@@ -90,7 +88,7 @@ def test_opcheck(strides):
     query, key, value = operands(layout, 2, 8, torch.float32, strides=strides)
     for scale, mask in ((None, None), (0.3, None), (None, torch.ones(14, 14, dtype=torch.bool))):
         torch.library.opcheck(
-            ops.LOCAL_ATTENTION,
+            LOCAL_ATTENTION,
             (query, key, value, [3, 4], 2, 0, "disc", 2, scale, mask),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static"),
         )

@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from difa_compile.ops.local_attention import gradient
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import MAX_RADIUS, Decision, Window
 from difa_compile.errors import DecisionError, DifaError, LayoutError, OperandError
 from difa_compile.layout import Layout
+from difa_compile.ops import gradient, reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.local_attention import local_attention
 from difa_compile.ops.pairs import visible_pairs, window_keys

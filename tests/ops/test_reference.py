@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from tests.support.altered import sees
 
 layouts = st.builds(

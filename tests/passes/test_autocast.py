@@ -7,11 +7,11 @@ from torch import nn
 
 from difa_compile.backend.entry import eager
 from difa_compile.passes.autocast import Autocast, autocast_kept, autocast_of, is_enter, is_exit, open_at
-from difa_compile.passes.prepare.canonical import SDPA, canonical
 from difa_compile.passes.graph import is_attention, op_name, tensor_of
+from difa_compile.passes.prepare.canonical import SDPA, canonical
 from difa_compile.passes.prepare.questions import Slice
-from difa_compile.passes.variant import refresh
 from difa_compile.passes.proofs import close, computes_the_same
+from difa_compile.passes.variant import refresh
 from tests.support.tiny_models import graph_of
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import eager
 from difa_compile.decision import REUSE, Decision
 from difa_compile.passes import verify
 from difa_compile.passes.graph import op_name
+from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, fresh, prove, same
 from difa_compile.passes.site import Region
 from difa_compile.passes.variant import Context
-from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, fresh, prove, same
 from tests.support.tiny_models import Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")

@@ -22,14 +22,14 @@ from difa_compile.errors import (
     UnsupportedPipelineError,
 )
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
 
 ROWS = [(FULL, FULL), (REUSE, FULL), (FULL, REUSE)]
 
 
 def plan_of(pipe, rows=ROWS):
-    return Plan.from_rule(
+    return plan_from_rule(
         pipe, 3, lambda step, site: rows[step][int(site.path.split(".")[1])], inputs={"class_labels": [1, 2]}
     )
 
@@ -343,7 +343,7 @@ def test_a_batch_that_loses_its_halves_in_mid_run_is_refused():
     from difa_compile.decision import Decision
 
     shared = Decision.parse("full+cfg")
-    plan = Plan.from_rule(pipe, 3, lambda step, site: shared, inputs={"class_labels": [1, 2]}, conditional_half=0)
+    plan = plan_from_rule(pipe, 3, lambda step, site: shared, inputs={"class_labels": [1, 2]}, conditional_half=0)
     apply(pipe, plan, inner="eager")
     calls = []
     model = pipe.transformer

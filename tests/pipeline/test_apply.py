@@ -23,10 +23,10 @@ from difa_compile.errors import (
     SiteSkippedError,
     UnsupportedPipelineError,
 )
-from difa_compile.pipeline.guidance import Guidance
 from difa_compile.layout import Layout
 from difa_compile.pipeline.apply import apply, find_transformer, remove
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.guidance import Guidance
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import sample, sample_plainly, tiny_pipeline, tiny_transformer
 
 WINDOW = Window("band", 3)
@@ -48,7 +48,7 @@ ROWS = [
 
 def plan_of(pipe, rows, conditional_half=0):
     """A plan written by hand, but with a schedule that counts by timestep."""
-    return Plan.from_rule(
+    return plan_from_rule(
         pipe,
         len(rows),
         lambda step, site: rows[step][int(site.path.split(".")[1])],

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from difa_compile.calibration.calibrate import calibrate
-from difa_compile.pipeline.call_arguments import _admits, check_call, refused
 from difa_compile.comparison.compare import compare
 from difa_compile.decision import FULL
 from difa_compile.errors import PipelineCallError
+from difa_compile.pipeline.call_arguments import _admits, check_call, refused
 from difa_compile.pipeline.loading import load_pipeline
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -129,7 +129,7 @@ def test_calibrate_and_compare_check_before_they_begin(arguments, message, demo,
 
 @pytest.fixture(scope="module")
 def full(demo):
-    return Plan.from_rule(demo, 2, lambda step, site: FULL)
+    return plan_from_rule(demo, 2, lambda step, site: FULL)
 
 
 @pytest.mark.parametrize("error", [ValueError("not divisible by [8]\x1b"), TypeError("not divisible by [8]\x1b")])

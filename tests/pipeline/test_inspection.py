@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from difa_compile.errors import ExampleInputsError, NoAttentionError, UnsupportedPipelineError
-from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.layout import Layout
+from difa_compile.pipeline.inspection import inspect_model
 from tests.support.tiny_models import Average, captured, dit, pixart, plain
 from tests.support.tiny_pipelines import tiny_pipeline
 

@@ -12,10 +12,10 @@ import difa_compile
 from difa_compile.comparison.compare import _compiled
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import UnsupportedPipelineError
-from difa_compile.pipeline.module_hooks import check_hooks, inner_forward, outer_hook
-from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.inspection import inspect_model
+from difa_compile.pipeline.module_hooks import check_hooks, inner_forward, outer_hook
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import sample, sample_plainly, tiny_pipeline
 
 LABELS = {"class_labels": [1, 2]}
@@ -23,7 +23,7 @@ ROWS = [(FULL, FULL), (REUSE, Decision.parse("full+cfg")), (FULL, REUSE), (REUSE
 
 
 def plan_of(pipe):
-    return Plan.from_rule(
+    return plan_from_rule(
         pipe, 4, lambda step, site: ROWS[step][int(site.path.split(".")[1])], inputs=LABELS, conditional_half=0
     )
 

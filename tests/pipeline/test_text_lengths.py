@@ -22,8 +22,8 @@ from benchmarks.zoo.registry import build
 from difa_compile.calibration.calibrate import calibrate
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import CalibrationError, PlanMismatchError
-from difa_compile.pipeline.guidance import TWO_CALLS, Guidance
 from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.guidance import TWO_CALLS, Guidance
 from difa_compile.plan.plan import Cell
 from tests.support.tiny_models import Attention, PlainTransformer
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from tests.test_following import FakeRun
 
 from difa_compile.decision import FULL
 from difa_compile.errors import PlanMismatchError, UnsupportedPipelineError
-from difa_compile.pipeline.schedule_follower import Following
 from difa_compile.pipeline.apply import apply
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.pipeline.schedule_follower import Following
 from difa_compile.pipeline.wiring import Wiring, compile_forward, run_compiled, unwired, wiring_of
-from tests.test_following import FakeRun
 from tests.support.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
 
 
@@ -371,7 +371,7 @@ def test_a_class_that_dynamo_gave_up_on_is_named_with_the_remedy():
         for labels in ([1], [1, 2], [1, 2, 3]):
             sample(other, labels=labels)
     pipe = tiny_pipeline()
-    apply(pipe, Plan.from_rule(pipe, 4, lambda step, site: FULL), inner="eager")
+    apply(pipe, plan_from_rule(pipe, 4, lambda step, site: FULL), inner="eager")
     with pytest.raises(UnsupportedPipelineError, match=r"no longer compiles DiTTransformer2DModel.*Call torch._dynamo"):
         sample(pipe)
     torch._dynamo.reset()

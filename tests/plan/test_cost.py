@@ -10,6 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.errors import LayoutError
+from difa_compile.layout import Layout
+from difa_compile.ops.pairs import visible_pairs, window_keys
 from difa_compile.plan.cost import (
     Flops,
     attention_flops,
@@ -19,10 +23,6 @@ from difa_compile.plan.cost import (
     plan_flops,
     site_flops,
 )
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
-from difa_compile.errors import LayoutError
-from difa_compile.layout import Layout
-from difa_compile.ops.pairs import visible_pairs, window_keys
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo
 from difa_compile.plan.schedule import Role, uniform_progress
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from difa_compile.files import writing
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import (
     DecisionError,
@@ -29,7 +28,9 @@ from difa_compile.errors import (
     PlanVersionError,
     ScheduleError,
 )
+from difa_compile.files import writing
 from difa_compile.layout import Layout
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.plan import (
     SCHEMA_VERSION,
     Cell,
@@ -43,6 +44,7 @@ from difa_compile.plan.plan import (
     same_but_for_text,
 )
 from difa_compile.plan.schedule import assign_roles, uniform_progress
+from tests.support.places import ROOT
 
 BAND = Window(WindowShape.BAND, 32)
 LETTERS = {
@@ -452,7 +454,7 @@ def test_from_rule(inspected: nn.Module) -> None:
         asked.append((step, at.path))
         return REUSE if step % 2 and at.path == "blocks.1.attn1" else LETTERS["f"]
 
-    plan = Plan.from_rule(inspected, 3, rule, conditional_half=0)
+    plan = plan_from_rule(inspected, 3, rule, conditional_half=0)
     assert letters(plan.decisions, 0) == "fff"
     assert letters(plan.decisions, 1) == "f.f"
     assert asked[:3] == [(0, "blocks.0.attn1"), (0, "blocks.1.attn1"), (1, "blocks.0.attn1")]
@@ -468,11 +470,11 @@ def test_from_rule(inspected: nn.Module) -> None:
 
 def test_rules_are_checked(inspected: nn.Module) -> None:
     with pytest.raises(ScheduleError, match="number of steps is 0"):
-        Plan.from_rule(inspected, 0, lambda step, at: FULL)
+        plan_from_rule(inspected, 0, lambda step, at: FULL)
     with pytest.raises(ScheduleError, match="step 0, site 0: reuse"):
-        Plan.from_rule(inspected, 2, lambda step, at: REUSE)
+        plan_from_rule(inspected, 2, lambda step, at: REUSE)
     with pytest.raises(DecisionError, match=r"returned 'full' for step 0, site blocks\.0\.attn1"):
-        Plan.from_rule(inspected, 2, lambda step, at: "full")  # type: ignore[arg-type,return-value]
+        plan_from_rule(inspected, 2, lambda step, at: "full")  # type: ignore[arg-type,return-value]
 
 
 # --- other schedules -------------------------------------------------------------------------------------------------
@@ -678,9 +680,7 @@ def test_only_the_size_may_differ():
             plan.resized(other)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "benchmarks/plans").glob("*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/plans").glob("*.json")), ids=lambda path: path.stem)
 def test_plans_kept_with_the_benchmarks_are_read_and_written_as_they_are(path: Path) -> None:
     """The form of plan files and their digests does not change within a schema version."""
     assert Plan.load(path).to_json() == path.read_text()

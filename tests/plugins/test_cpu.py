@@ -4,18 +4,18 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins import cpu
+from tests.support.places import ROOT
 
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Distance from 1 to the next number."""
@@ -138,7 +138,7 @@ for grid, shape, dtype, dim, tile in itertools.product(
 print("done")
 """
     env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("done"), done.stderr[-2000:]
 

@@ -24,12 +24,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.files import cache_folder as folders
 from difa_compile.errors import KernelBuildError
+from difa_compile.files import cache_folder as folders
 from difa_compile.plugins.cpu import build, compiler, kept
+from tests.support.places import ROOT
 from tests.support.strangers import STRANGER, as_root, as_stranger, open_folder
 
-ROOT = Path(__file__).parents[2]
 SOURCE = """
 #include <stdio.h>
 #include <stdlib.h>

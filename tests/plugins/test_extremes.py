@@ -2,19 +2,19 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins import cpu, flex, masked_sdpa
 from tests.support.extremes import EXPONENTS, Extreme, assert_right, extremes
+from tests.support.places import ROOT
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -79,6 +79,6 @@ def test_flex_attention():
 def test_the_triton_kernel_interpreted():
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "tests.support.extremes"]
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("done"), done.stderr[-2000:]

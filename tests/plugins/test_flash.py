@@ -8,11 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from difa_compile import ops
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops.kernels import LocalCall
+from difa_compile.ops import reference
+from difa_compile.ops.kernels import LocalCall, choose_kernel
 from difa_compile.plugins import flash
 
 CUDA = torch.device("cuda")
@@ -157,8 +156,8 @@ def test_a_package_that_is_absent_broken_or_old_is_a_reason(monkeypatch, package
 @pytest.mark.usefixtures("package", "hopper")
 def test_the_triton_kernel_goes_first_only_where_it_was_asked_for(monkeypatch):
     monkeypatch.delenv("DIFA_TRITON", raising=False)
-    assert ops.choose_kernel(call_of()).name == "flash-attn"
-    assert ops.choose_kernel(call_of((64, 64), "disc:8")).name == "FlexAttention"
+    assert choose_kernel(call_of()).name == "flash-attn"
+    assert choose_kernel(call_of((64, 64), "disc:8")).name == "FlexAttention"
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("DIFA_TRITON", "1")
-    assert ops.choose_kernel(call_of()).name == "Triton"
+    assert choose_kernel(call_of()).name == "Triton"

@@ -8,26 +8,25 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError, OperandError
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.plugins.geometry import Geometry
 from difa_compile.plugins.triton import configs
 from difa_compile.plugins.triton import local_attention as kernel
 from difa_compile.plugins.triton.configs import Config, Form
 from difa_compile.plugins.triton.tiling import choose
+from tests.support.places import ROOT
 from tests.support.triton_cases import CASES, operands
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 

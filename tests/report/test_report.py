@@ -15,13 +15,13 @@ from PIL import Image
 
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import OutputError
+from difa_compile.files.writing import write_whole
 from difa_compile.plan.plan import Cell, Plan, Trial
 from difa_compile.report import check_writable, describe_machine, describe_versions, write_report
 from difa_compile.report.charts import nice_step, step_chart
 from difa_compile.report.heatmap import heat_map
 from difa_compile.report.pictures import amplification, data_uri, difference
 from difa_compile.report.view import flops, seconds, size
-from difa_compile.files.writing import write_whole
 from tests.support.report_sample import MACHINE, make_comparison, make_plan
 
 VOID = {"meta", "link", "img", "br", "col", "input", "line", "rect"}

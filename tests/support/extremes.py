@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 PAYLOAD = {  # NaNs with bits that arithmetic on exponents, shifts and carries would lose, as integers

@@ -7,6 +7,7 @@ import torch
 
 from difa_compile.decision import Decision, Window
 from difa_compile.layout import Layout
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.plan import Plan
 from tests.support.image_components import (
     HEIGHT,
@@ -109,7 +110,7 @@ class Case:
         """A plan written by hand; made once for all tests, since nothing but the pipeline's sizes enters."""
         key = (self.make, self.two_calls, rows)
         if key not in PLANS:
-            plan = Plan.from_rule(
+            plan = plan_from_rule(
                 pipe, len(rows), lambda step, site: rows[step][self.paths.index(site.path)], inputs=self.inputs()
             )
             assert [(site.path, site.layout) for site in plan.sites] == list(zip(self.paths, self.layouts, strict=True))

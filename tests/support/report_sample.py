@@ -7,10 +7,10 @@ import torch
 
 from difa_compile.backend.capture import Record
 from difa_compile.comparison.compare import Comparison, Operations, Quality, Timing
-from difa_compile.plan.cost import flops_saved, plan_flops
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.demo.digits import DigitSplit, render
 from difa_compile.layout import Layout
+from difa_compile.plan.cost import flops_saved, plan_flops
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
 
 CANDIDATES = ("reuse", "window(band:32)+residual+cfg", "window(band:32)+residual", "full+cfg")

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
-from difa_compile.passes.prepare.arguments import latent_inputs, name_arguments
+from difa_compile.backend.entry import eager
 from difa_compile.passes.analyse.batch_dims import annotate_batch
 from difa_compile.passes.analyse.find_attention import find_attention
+from difa_compile.passes.prepare.arguments import latent_inputs, name_arguments
 from difa_compile.passes.prepare.specialize import specialize
 from difa_compile.plan.plan import Cell, Plan, Settings, model_digest
 from difa_compile.plan.schedule import uniform_progress

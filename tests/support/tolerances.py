@@ -2,7 +2,7 @@
 
 import torch
 
-from difa_compile.ops.local_attention import reference
+from difa_compile.ops import reference
 
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """About two units in the last place of values near one: below this, errors are not compared."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from difa_compile.ops.local_attention import reference
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ from difa_compile.layout import Layout
 from difa_compile.passes.analyse.find_attention import find_attention
 from difa_compile.passes.graph import is_linear, module_path, op_name, shape_of
 from difa_compile.passes.site import SiteKind
-from tests.support.tiny_models import TEXT, BareAttention, captured, captured_plain, counts, graph_of, in_place, plain, sites_of
+from tests.support.tiny_models import (
+    TEXT,
+    BareAttention,
+    captured,
+    captured_plain,
+    counts,
+    graph_of,
+    in_place,
+    plain,
+    sites_of,
+)
 
 pytest.importorskip("diffusers")
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.entry import difa, eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import difa, eager
+from difa_compile.backend.run import sampling
 from difa_compile.decision import Decision
 from difa_compile.errors import InputValuesError
-from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.layout import Layout
 from difa_compile.passes.analyse.positions import grid_of_table, grids_among
-from difa_compile.backend.run import sampling
-from difa_compile.plan.schedule import Role
+from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.pipeline.wiring import compile_forward, run_compiled
+from difa_compile.plan.schedule import Role
 from tests import tiny_models
 from tests.support.altered import Altered
 from tests.support.tiny_models import flux, graph_of, plan_of

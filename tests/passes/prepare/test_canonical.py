@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.layout import Layout
-from difa_compile.passes.prepare.canonical import canonical
 from difa_compile.passes.graph import is_attention, op_name
+from difa_compile.passes.prepare.canonical import canonical
 from difa_compile.passes.proofs import computes_the_same
 from difa_compile.plan.schedule import Role
 from tests.support.tiny_models import graph_of

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.entry import eager
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.layout import Layout
 from difa_compile.plan.schedule import Role

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.passes.rewrite.erase import erase_region
 from difa_compile.passes.graph import alias_root, mutated_argument
 from difa_compile.passes.order import rewrite
+from difa_compile.passes.rewrite.erase import erase_region
 from difa_compile.passes.variant import Context, start_variant
 from difa_compile.plan.schedule import FULL_ROLE, Role
 from tests.support.tiny_models import captured, captured_plain, counts, in_place, sites_of

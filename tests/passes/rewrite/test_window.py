@@ -9,8 +9,8 @@ from difa_compile.decision import Decision
 from difa_compile.layout import Layout
 from difa_compile.passes.graph import is_attention
 from difa_compile.passes.order import rewrite
-from difa_compile.passes.variant import Context
 from difa_compile.passes.rewrite.window import why_not_window
+from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import Role
 from tests.support.tiny_models import BareAttention, captured, captured_plain, graph_of, plain, sites_of
 
