@@ -41,91 +41,109 @@ D = Decision.parse
 PINNED = {
     "1. One capture, one rewrite pipeline": {
         "one capture serves all steps": (
-            "test_run.py",
+            "backend/test_run.py",
             "test_a_family_follows_its_plan_through_a_schedule_without_recompiling",
         ),
         "any model, by no class of its own": (
-            "test_other_styles.py",
+            "passes/prepare/test_other_styles.py",
             "test_spatial_and_temporal_attention_of_a_video_model",
         ),
     },
     "2. Variants are pure": {
         "a cache is an input or an output": (
-            "passes/test_emit_caches.py",
+            "passes/rewrite/test_emit_caches.py",
             "test_a_cache_is_an_input_or_an_output_and_contiguous",
         ),
         "inputs and caches are not written to": (
-            "passes/test_emit_caches.py",
+            "passes/rewrite/test_emit_caches.py",
             "test_running_a_variant_changes_neither_its_inputs_nor_its_caches",
         ),
-        "nothing hangs on modules": ("test_backend.py", "test_nothing_is_stored_on_the_model"),
-        "runs at the same time": ("test_run.py", "test_threads_do_not_share_runs"),
+        "nothing hangs on modules": ("backend/test_entry.py", "test_nothing_is_stored_on_the_model"),
+        "runs at the same time": ("backend/test_run.py", "test_threads_do_not_share_runs"),
         "nothing lies in memory that CUDA graphs reuse": (
-            "test_inductor.py",
+            "backend/test_inductor.py",
             "test_what_outlives_a_call_is_not_in_memory_that_cuda_graphs_reuse",
         ),
-        "an exception poisons nothing": ("test_run.py", "test_an_exception_inside_a_step_leaves_the_next_run_clean"),
+        "an exception poisons nothing": (
+            "backend/test_run.py",
+            "test_an_exception_inside_a_step_leaves_the_next_run_clean",
+        ),
     },
     "3. Full means full": {
-        "to the bit": ("test_backend.py", "test_a_full_plan_is_the_unmodified_model_to_the_bit"),
-        "in segments too": ("test_capture.py", "test_full_is_the_unmodified_model_to_the_bit"),
-        "without a plan, compiled": ("test_backend.py", "test_without_options_difa_is_inductor"),
+        "to the bit": ("backend/test_entry.py", "test_a_full_plan_is_the_unmodified_model_to_the_bit"),
+        "in segments too": ("backend/test_capture.py", "test_full_is_the_unmodified_model_to_the_bit"),
+        "without a plan, compiled": ("backend/test_entry.py", "test_without_options_difa_is_inductor"),
     },
     "4. Nothing silent": {
-        "skips have reasons, strict raises": ("test_capture.py", "test_records_say_what_became_of_every_decision"),
-        "inspect shows them": ("test_inspect.py", "test_causal_attention_shows_in_the_records"),
+        "skips have reasons, strict raises": (
+            "backend/test_capture.py",
+            "test_records_say_what_became_of_every_decision",
+        ),
+        "inspect shows them": ("pipeline/test_inspection.py", "test_causal_attention_shows_in_the_records"),
         "the report shows them": ("report/test_report.py", "test_skip_is_listed_once_with_its_reason"),
         "what Dynamo no longer compiles is said": (
-            "test_run.py",
+            "backend/test_run.py",
             "test_more_batch_sizes_than_dynamo_compiles_are_not_silent",
         ),
-        "kernels give reasons": ("test_ops.py", "test_kernels_give_reasons"),
-        "a plan file that changed is said": ("test_backend.py", "test_a_plan_file_that_changed_is_said"),
+        "kernels give reasons": ("ops/test_local_attention.py", "test_kernels_give_reasons"),
+        "a plan file that changed is said": ("backend/test_entry.py", "test_a_plan_file_that_changed_is_said"),
     },
     "5. Every region proves itself": {
-        "not too narrow": ("passes/test_verify.py", "test_a_region_that_hides_a_write_is_caught"),
-        "not too wide": ("passes/test_verify.py", "test_a_region_that_is_too_wide_is_caught"),
-        "shared halves are not mixed": ("passes/test_verify.py", "test_sharing_that_mixes_the_halves_is_caught"),
-        "what fails stays full": ("passes/test_verify.py", "test_a_site_that_fails_is_left_full_and_says_so"),
+        "not too narrow": ("passes/test_proofs.py", "test_a_region_that_hides_a_write_is_caught"),
+        "not too wide": ("passes/test_proofs.py", "test_a_region_that_is_too_wide_is_caught"),
+        "shared halves are not mixed": ("passes/test_proofs.py", "test_sharing_that_mixes_the_halves_is_caught"),
+        "what fails stays full": ("passes/test_proofs.py", "test_a_site_that_fails_is_left_full_and_says_so"),
         "erased is the region, no more and no less": (
-            "passes/test_reuse.py",
+            "passes/rewrite/test_reuse.py",
             "test_writes_in_place_go_with_the_region_and_only_with_it",
         ),
     },
     "6. Plans outlive their run": {
-        "other numbers of steps": ("test_plan.py", "test_fifty_steps_onto_other_counts"),
-        "other schedulers": ("test_plan.py", "test_resolve_onto_schedulers"),
+        "other numbers of steps": ("plan/test_plan.py", "test_fifty_steps_onto_other_counts"),
+        "other schedulers": ("plan/test_plan.py", "test_resolve_onto_schedulers"),
         "readers without a filler are full": (
-            "test_schedule.py",
+            "plan/test_schedule.py",
             "test_promotion_happens_where_the_filler_fell_out_and_only_there",
         ),
-        "everything is in the digest": ("test_plan.py", "test_everything_enters_the_digest"),
-        "an edited file is refused": ("test_plan.py", "test_an_edited_file_is_refused"),
-        "another schema is refused": ("test_plan.py", "test_other_schema_versions_are_refused_before_anything_else"),
+        "everything is in the digest": ("plan/test_plan.py", "test_everything_enters_the_digest"),
+        "an edited file is refused": ("plan/test_plan.py", "test_an_edited_file_is_refused"),
+        "another schema is refused": (
+            "plan/test_plan.py",
+            "test_other_schema_versions_are_refused_before_anything_else",
+        ),
         "a misfit is refused, saying what differs": (
-            "test_plan.py",
+            "plan/test_plan.py",
             "test_a_plan_for_something_else_is_refused_saying_what_differs",
         ),
     },
     "7. CFG both ways": {
         "one call, either order": (
-            "test_capture.py",
+            "backend/test_capture.py",
             "test_every_decision_computes_what_the_model_altered_by_hand_computes",
         ),
-        "two calls": ("test_run.py", "test_the_unconditional_call_takes_what_the_conditional_call_computed"),
-        "diffusers says which call it is": ("test_following.py", "test_guidance_branches_follow_cache_context"),
-        "a call nobody named is refused": ("test_run.py", "test_two_unlabelled_calls_of_a_step_are_refused"),
+        "two calls": ("backend/test_run.py", "test_the_unconditional_call_takes_what_the_conditional_call_computed"),
+        "diffusers says which call it is": (
+            "pipeline/test_schedule_follower.py",
+            "test_guidance_branches_follow_cache_context",
+        ),
+        "a call nobody named is refused": ("backend/test_run.py", "test_two_unlabelled_calls_of_a_step_are_refused"),
     },
     "8. Switching is free": {
         "no recompiles, no breaks": (
-            "test_run.py",
+            "backend/test_run.py",
             "test_a_family_follows_its_plan_through_a_schedule_without_recompiling",
         ),
-        "compiled once per kind of block and role": ("test_capture.py", "test_equal_blocks_share_compiled_variants"),
-        "weights are static inputs": ("test_inductor.py", "test_parameters_are_static_inputs_of_every_compiled_graph"),
+        "compiled once per kind of block and role": (
+            "backend/test_capture.py",
+            "test_equal_blocks_share_compiled_variants",
+        ),
+        "weights are static inputs": (
+            "backend/test_inductor.py",
+            "test_parameters_are_static_inputs_of_every_compiled_graph",
+        ),
     },
     "9. References are the specification": {
-        "kernels compute the reference": ("test_ops.py", "test_flex_attention_is_the_reference"),
+        "kernels compute the reference": ("ops/test_local_attention.py", "test_flex_attention_is_the_reference"),
     },
 }
 
@@ -142,9 +160,9 @@ def test_the_tests_named_here_exist(contract):
 
 def sources():
     """(name, syntax tree) of every module that a captured graph goes through, and of what drives it."""
-    files = [*(ROOT / "passes").glob("*.py"), *(ROOT / "plugins").glob("*.py")]
-    drivers = ("backend", "capture", "run", "stitch", "ops", "reference", "schedule", "search", "inspect")
-    files += [ROOT / "difa_compile" / f"{name}.py" for name in drivers]
+    folders = ("passes", "plugins", "difa_compile/ops", "difa_compile/plan", "difa_compile/backend")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    files += [ROOT / "difa_compile/calibration/search.py", ROOT / "difa_compile/pipeline/inspection.py"]
     return [(str(file.relative_to(ROOT)), ast.parse(file.read_text())) for file in files]
 
 
@@ -158,7 +176,7 @@ def test_passes_are_put_together_in_one_place():
         if isinstance(node, ast.ImportFrom) and node.module
         if any((node.module.rpartition(".")[2], alias.name) in owners for alias in node.names)
     }
-    assert importers == {"passes/pipeline.py"}
+    assert importers == {"passes/order.py"}
 
 
 def test_no_model_has_code_of_its_own():

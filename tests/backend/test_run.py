@@ -7,17 +7,16 @@ import pytest
 import torch
 
 from difa_compile.backend.capture import Capture
-from difa_compile.backend.entry import difa
 from difa_compile.backend.run import Run, is_sampled, sampling
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
 from difa_compile.layout import Layout
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.altered import Altered
+from tests.support.by_hand import EXACT, assert_near, by_hand, call, compiled, plain_output, with_text
 from tests.support.tiny_models import (
     ATTENTIONS,
     FAMILIES,
-    PLAIN_PATHS,
     BareAttention,
     at_step,
     captured,
@@ -29,7 +28,6 @@ from tests.support.tiny_models import (
 
 pytest.importorskip("diffusers")
 
-EXACT = 3e-6
 D = Decision.parse
 LAYOUTS = {
     "dit": Layout((4, 4)),
@@ -38,35 +36,6 @@ LAYOUTS = {
     "flux": Layout((4, 6), before=7),
     "wan": Layout((3, 4, 4)),
 }
-
-
-def compiled(model, plan, **options):
-    return torch.compile(model, backend=difa, options={"plan": plan, "inner": "eager", **options})
-
-
-def by_hand(model, half=0, window="band:2"):
-    return Altered(model, PLAIN_PATHS, [Layout((4, 6))] * 2, half, Window.parse(window))
-
-
-def call(compiled_model, inputs):
-    with torch.no_grad():
-        output = compiled_model(**inputs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def plain_output(altered, row, inputs):
-    """The altered :class:`PlainTransformer` returns a tensor, whose first image ``Altered`` would take."""
-    forward = type(altered.model).forward
-    altered.model.forward = lambda **kwargs: (forward(altered.model, **kwargs),)
-    try:
-        return altered(row, inputs)
-    finally:
-        del altered.model.forward
-
-
-def assert_near(one, other):
-    difference = ((one - other).abs().max() / other.abs().max()).item()
-    assert difference <= EXACT, difference
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -415,14 +384,6 @@ def test_another_image_size_is_refused_with_the_remedy():
         call(fast, inputs)
         with pytest.raises(PlanMismatchError, match="calibrate a plan at this image size"):
             call(fast, {"x": torch.randn(2, 3, 12, 12)})
-
-
-def with_text(inputs, tokens, step):
-    """The inputs of a step, with a text of as many tokens."""
-    now = at_step(inputs, step)
-    generator = torch.Generator().manual_seed(100 * tokens + step)
-    text = now["encoder_hidden_states"]
-    return now | {"encoder_hidden_states": torch.randn(len(text), tokens, text.shape[-1], generator=generator)}
 
 
 def joint_by_hand(model, tokens):

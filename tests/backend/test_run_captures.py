@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from tests.test_run import assert_near, by_hand, call, plain_output, with_text
 from torch import nn
 
 from difa_compile.backend.entry import difa
@@ -15,6 +14,7 @@ from difa_compile.backend.run import Run, sampling
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import CachesLostError, CachesLostWarning, PlanNotFollowedWarning
 from difa_compile.pipeline.rules import plan_from_rule
+from tests.support.by_hand import assert_near, by_hand, call, plain_output, with_text
 from tests.support.tiny_models import at_step, captured, family_plan, plain, plain_plan
 
 D = Decision.parse

@@ -26,7 +26,7 @@ def _own_cache_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def order_is_known(monkeypatch):
     """All pipelines are taken for ones of diffusers that make the conditional call first."""
-    for module in ("pipeline", "calibration", "guidance"):
+    for module in ("pipeline.apply", "calibration.calibrate", "pipeline.guidance"):
         monkeypatch.setattr(
             f"difa_compile.{module}.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
         )

@@ -389,7 +389,7 @@ def test_state_that_cannot_be_written_shows_at_once(pipe, tmp_path):
 
 def pretend(monkeypatch, guidance):
     """All pipelines do guidance this way."""
-    for module in ("guidance", "calibration", "pipeline"):
+    for module in ("pipeline.guidance", "calibration.calibrate", "pipeline.apply"):
         monkeypatch.setattr(sys.modules[f"difa_compile.{module}"], "guidance_of", lambda pipe: guidance)
 
 

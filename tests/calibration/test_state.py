@@ -253,7 +253,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path):
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.test_calibration_state import ROWS, CalibrationState\n"
+        "from tests.calibration.test_state import ROWS, CalibrationState\n"
         f"state = CalibrationState(Path({str(path)!r}), {{}}, list(ROWS))\n"
         "print('ready', flush=True)\n"
         "while True:\n"

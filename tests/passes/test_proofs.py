@@ -8,7 +8,7 @@ import torch
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.decision import REUSE, Decision
-from difa_compile.passes import verify
+from difa_compile.passes import proofs
 from difa_compile.passes.graph import op_name
 from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, fresh, prove, same
 from difa_compile.passes.site import Region
@@ -91,7 +91,7 @@ def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
     """A rewrite that takes tokens for the batch would pass reuse, but not a batch with equal halves."""
     _, _, module, values = captured("dit")
     sites = sites_of(module, values)
-    honest = verify.rewrite
+    honest = proofs.rewrite
 
     def backwards(value, dim, start, length):
         return value.narrow(dim, start, length).flip(1)
@@ -107,7 +107,7 @@ def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
     def refusing(value, dim, start, length):
         raise RuntimeError("no half today")
 
-    monkeypatch.setattr(verify, "rewrite", mixing)
+    monkeypatch.setattr(proofs, "rewrite", mixing)
     wrong = backwards
     assert prove(module, sites, 0, values, Context(0)).sharing == (
         "sharing the CFG halves of a batch with equal halves does not reproduce the full output"

@@ -200,7 +200,7 @@ def test_every_pipeline_has_an_entry():
     """A new release of diffusers shows here what is to be read off its source."""
     assert len(PIPELINES) > 100
     missing = sorted(f"{cls.__module__}.{cls.__name__}" for cls in by_form("unknown"))
-    assert not missing, "add their folders to one of the tables in difa_compile/guidance.py"
+    assert not missing, "add their folders to one of the tables in difa_compile/pipeline/guidance.py"
 
 
 def test_every_module_with_a_transformer_has_an_entry():

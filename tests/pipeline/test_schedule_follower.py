@@ -6,38 +6,9 @@ import torch
 from difa_compile.errors import ScheduleError, UnsupportedPipelineError
 from difa_compile.pipeline.schedule_follower import Following
 from difa_compile.plan.schedule import normalised_progress
+from tests.support.fake_run import FakeRun
 
 diffusers = pytest.importorskip("diffusers")
-
-
-class FakeRun:
-    """Notes what it is told."""
-
-    def __init__(self, progress):
-        self.progress = progress
-        self.steps = []
-        self.branches = []
-        self.active = False
-        self.resets = 0
-        self.peak_cache_bytes = 12
-        self.promotions = ()
-
-    def activate(self):
-        self.active = True
-        return "token"
-
-    def deactivate(self, token):
-        assert token == "token"
-        self.active = False
-
-    def reset(self):
-        self.resets += 1
-
-    def step(self, index):
-        self.steps.append(index)
-
-    def branch(self, name):
-        self.branches.append(name)
 
 
 class Followed:

@@ -235,7 +235,7 @@ def case_of(name, *, masked=False):
 @pytest.fixture(autouse=True)
 def _two_calls(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for module in ("pipeline", "calibration", "guidance"):
+    for module in ("pipeline.apply", "calibration.calibrate", "pipeline.guidance"):
         monkeypatch.setattr(
             f"difa_compile.{module}.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
         )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from tests.test_following import FakeRun
 
 from difa_compile.decision import FULL
 from difa_compile.errors import PlanMismatchError, UnsupportedPipelineError
@@ -19,6 +18,7 @@ from difa_compile.pipeline.apply import apply
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.pipeline.schedule_follower import Following
 from difa_compile.pipeline.wiring import Wiring, compile_forward, run_compiled, unwired, wiring_of
+from tests.support.fake_run import FakeRun
 from tests.support.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
 
 

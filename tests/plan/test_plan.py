@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from difa_compile.errors import (
 )
 from difa_compile.files import writing
 from difa_compile.layout import Layout
-from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.plan import (
     SCHEMA_VERSION,
     Cell,
@@ -431,50 +428,6 @@ def test_many_differences_are_shortened() -> None:
     plan = plan_of(*["F"] * 20)
     with pytest.raises(PlanMismatchError, match="and 12 more"):
         plan.validate(sites=[site(index, 8) for index in range(20)])
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def inspected(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A model whose inspection finds two sites."""
-    model = _Plain()
-    fake = types.ModuleType("difa_compile.pipeline.inspection")
-    found = types.SimpleNamespace(model=model, site_infos=(site(0), site(1)), sample=(4, 32, 32))
-    fake.inspect_model = lambda given, inputs=None: found if given is model else None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "difa_compile.pipeline.inspection", fake)
-    return model
-
-
-def test_from_rule(inspected: nn.Module) -> None:
-    asked = []
-
-    def rule(step: int, at: SiteInfo) -> Decision:
-        asked.append((step, at.path))
-        return REUSE if step % 2 and at.path == "blocks.1.attn1" else LETTERS["f"]
-
-    plan = plan_from_rule(inspected, 3, rule, conditional_half=0)
-    assert letters(plan.decisions, 0) == "fff"
-    assert letters(plan.decisions, 1) == "f.f"
-    assert asked[:3] == [(0, "blocks.0.attn1"), (0, "blocks.1.attn1"), (1, "blocks.0.attn1")]
-    assert plan.rows[1][1].flops_saved == 1
-    assert plan.rows[1][0].flops_saved == 0.5
-    assert plan.settings.method == "rule"
-    assert (plan.settings.guidance, plan.settings.conditional_half) == ("batched", 0)
-    assert plan.settings.sample == (4, 32, 32)
-    assert plan.progress == uniform_progress(3)
-    plan.validate(inspected)
-    assert Plan.from_json(plan.to_json()) == plan
-
-
-def test_rules_are_checked(inspected: nn.Module) -> None:
-    with pytest.raises(ScheduleError, match="number of steps is 0"):
-        plan_from_rule(inspected, 0, lambda step, at: FULL)
-    with pytest.raises(ScheduleError, match="step 0, site 0: reuse"):
-        plan_from_rule(inspected, 2, lambda step, at: REUSE)
-    with pytest.raises(DecisionError, match=r"returned 'full' for step 0, site blocks\.0\.attn1"):
-        plan_from_rule(inspected, 2, lambda step, at: "full")  # type: ignore[arg-type,return-value]
 
 
 # --- other schedules -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from difa_compile.passes.analyse.positions import grid_of_table, grids_among
 from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.pipeline.wiring import compile_forward, run_compiled
 from difa_compile.plan.schedule import Role
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.altered import Altered
 from tests.support.tiny_models import flux, graph_of, plan_of
 
