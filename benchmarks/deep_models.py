@@ -34,6 +34,7 @@ from difa_compile import FULL, Decision
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.inductor import inductor
 from difa_compile.backend.stitch import Row as Stitched
+from difa_compile.passes.order import analyse
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.schedule import FULL_ROLE
 
@@ -153,8 +154,8 @@ def compile_stitched(model: nn.Module) -> Any:
     """The model run block by block, every site full; plans of full attention run the whole graph instead."""
 
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        capture = Capture(module, example_inputs, inductor)
-        roles = (FULL_ROLE,) * len(capture.sites)
+        capture = Capture(analyse(module, example_inputs), inductor)
+        roles = (FULL_ROLE,) * len(capture.model.sites)
         rows: list[Stitched] = []
 
         def run(*args: Any) -> list[Any]:

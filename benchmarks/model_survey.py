@@ -35,8 +35,11 @@ from difa_compile.errors import DifaError
 from difa_compile.layout import Layout
 from difa_compile.ops.reference import attention, visible
 from difa_compile.passes.analyse.find_attention import attention_inputs
+from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import is_attention, op_name, tensor_of
+from difa_compile.passes.order import analyse
 from difa_compile.passes.site import Site
+from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import Role
 
 BAND = Window(WindowShape.BAND, 3)
@@ -66,7 +69,7 @@ class Planned:
         """Two steps with this decision: the next calls are the first step, until ``first`` is set to False."""
         self.decision = decision
         self.first = True
-        self.caches: dict[str, Tensor] = {}
+        self.caches: dict[CacheName, Tensor] = {}
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         self.graphs += 1
@@ -75,7 +78,7 @@ class Planned:
             node.meta[CALL] = number
         self.calls = len(calls)
         try:
-            capture = Capture(module, example_inputs, eager, conditional_half=CONDITIONAL_HALF)
+            capture = Capture(analyse(module, example_inputs, Context(CONDITIONAL_HALF)), eager)
         except DifaError as error:
             self.refusal = str(error)
             return module.forward
@@ -91,11 +94,11 @@ class Planned:
     def roles(self, capture: Capture) -> list[Role]:
         """Step 0: full, filling what step 1 reads. Step 1: the decision, where it can be carried out."""
         if not self.first:
-            return [Role(capture.effective(site, self.decision)) for site in range(len(capture.sites))]
+            return [Role(capture.verdicts.effective(site, self.decision)) for site in range(len(capture.model.sites))]
         kind = self.decision.kind
         found = []
-        for site in range(len(capture.sites)):
-            able = capture.why_not(site, self.decision) is None
+        for site in range(len(capture.model.sites)):
+            able = capture.model.why_not(site, self.decision) is None
             residual = BAND if able and kind is Kind.WINDOW_RESIDUAL else None
             reused = able and kind is Kind.REUSE
             found.append(Role(FULL, emit_output=reused, emit_residual=residual is not None, residual_window=residual))
@@ -209,21 +212,25 @@ def survey(name: str) -> Row:
     if not backend.captures:
         return row | {"reason": backend.refusal}
     capture = backend.captures[0]
-    row["sites"] = len(capture.sites)
-    row["other_attention"] = len(capture.all_sites) - len(capture.sites)
-    layouts = Counter(str(site.layout) for site in capture.sites if site.layout is not None)
+    row["sites"] = len(capture.model.sites)
+    row["other_attention"] = len(capture.model.all_sites) - len(capture.model.sites)
+    layouts = Counter(str(site.layout) for site in capture.model.sites if site.layout is not None)
     row["layout"] = ", ".join(layouts)
     why: dict[str, list[str]] = {}
-    row["dtype"] = ", ".join(sorted({str(dtype_of(site)).removeprefix("torch.") for site in capture.sites}))
-    if any(CALL not in site.region.attention.meta for site in capture.sites):
+    row["dtype"] = ", ".join(sorted({str(dtype_of(site)).removeprefix("torch.") for site in capture.model.sites}))
+    if any(CALL not in site.region.attention.meta for site in capture.model.sites):
         form = "attention is written out in products, which this survey does not alter"
         return row | {"reason": f"{form}; tests/passes/test_canonical.py compares such forms"}
     for column, decision in DECISIONS.items():
-        refused = [reason for i in range(len(capture.sites)) if (reason := capture.why_not(i, decision)) is not None]
+        refused = [
+            reason
+            for i in range(len(capture.model.sites))
+            if (reason := capture.model.why_not(i, decision)) is not None
+        ]
         for reason, count in Counter(refused).items():
-            which = "" if count == len(capture.sites) else f"{count} of {len(capture.sites)} sites: "
+            which = "" if count == len(capture.model.sites) else f"{count} of {len(capture.model.sites)} sites: "
             why.setdefault(which + reason, []).append(column)
-        if len(refused) < len(capture.sites):
+        if len(refused) < len(capture.model.sites):
             row[column] = compare(example, compiled, backend, decision)
     row["reason"] = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in why.items())
     return row
@@ -242,8 +249,8 @@ def compare(example: Example, compiled: Any, backend: Planned, decision: Decisio
     altered = Altered(
         {
             site.region.attention.meta[CALL]: (decision, site.layout)
-            for i, site in enumerate(capture.sites)
-            if capture.why_not(i, decision) is None
+            for i, site in enumerate(capture.model.sites)
+            if capture.model.why_not(i, decision) is None
         }
     )
     backend.start(decision)

@@ -110,6 +110,23 @@ class Kind(StrEnum):
     WINDOW_RESIDUAL = "window+residual"
     REUSE = "reuse"
 
+    @property
+    def windowed(self) -> bool:
+        """Whether it has a window."""
+        return self in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
+
+    @property
+    def reads(self) -> str | None:
+        """The cache of the site that it reads: its ``"output"``, its ``"residual"``, or none."""
+        return _READS.get(self)
+
+    def fills(self, cache: str | None) -> bool:
+        """Whether a step of this kind has what goes into a cache: its ``"output"``, or its ``"residual"``."""
+        return self is Kind.FULL if cache == "residual" else self is not Kind.REUSE
+
+
+_READS = {Kind.WINDOW_RESIDUAL: "residual", Kind.REUSE: "output"}
+
 
 @dataclass(frozen=True, order=True)
 class Decision:
@@ -127,10 +144,9 @@ class Decision:
         if not isinstance(self.kind, str) or self.kind not in list(Kind):
             raise DecisionError(f"decision kind {quoted(self.kind)} is unknown; choose one of {', '.join(Kind)}")
         object.__setattr__(self, "kind", Kind(self.kind))
-        windowed = self.kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
-        if windowed and self.window is None:
+        if self.kind.windowed and self.window is None:
             raise DecisionError(f"decision {self.kind} needs a window, for instance Window('band', 128)")
-        if not windowed and self.window is not None:
+        if not self.kind.windowed and self.window is not None:
             raise DecisionError(f"decision {self.kind} takes no window, but {self.window} was given")
 
     def __str__(self) -> str:

@@ -147,3 +147,7 @@ class ComparisonError(DifaError, ValueError):
 
 class ComparisonFormatError(DifaError, ValueError):
     """A folder that holds no complete comparison, or whose files are damaged or do not belong together."""
+
+
+class PassError(DifaError, RuntimeError):
+    """A pass that failed at a graph, which is a fault of this package, or a limit on passes that is no number."""

@@ -15,7 +15,7 @@ is and need none of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.errors import PassError
 from difa_compile.passes.autocast import autocast_kept
-from difa_compile.passes.graph import alias_root, is_attention, is_parameter, mutated_argument, tensor_of
-from difa_compile.passes.order import Rewritten, rewrite
+from difa_compile.passes.caches import CacheName
+from difa_compile.passes.facts import Facts, Rewriter
+from difa_compile.passes.graph import is_attention, is_parameter
+from difa_compile.passes.replay import Replay, close, coarsest, fresh, same
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
+from difa_compile.passes.segments import Split
 from difa_compile.passes.site import Site
-from difa_compile.passes.variant import Context
+from difa_compile.passes.variant import Context, Rewritten
 from difa_compile.plan.schedule import FULL_ROLE, Role
-
-SHARING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative to the largest value; another batch size may choose another matrix kernel. By the coarsest dtype that a
-graph computes in: under autocast a result in float32 is no closer than the bfloat16 it was made from."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,59 @@ class Proof:
     sharing: str | None = None
 
 
-def prove(module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context) -> Proof:
+@dataclass(frozen=True)
+class Proofs:
+    """One proof for each site that a plan can act on, in execution order."""
+
+    of_sites: tuple[Proof, ...]
+
+
+def prove_regions(module: fx.GraphModule, facts: Facts) -> Proofs:
+    """Let every region prove itself, on real values; equal segments are put to the test once."""
+    del module
+    split = facts[Split]
+    proved: dict[str, tuple[Proof, ...]] = {}
+    kinds = {segment.structure for segment in split.segments if segment.sites}
+    inputs = fresh(split.module, facts.inputs)  # proving must not change what the model writes to
+    values: list[Any] = [*inputs, *[None] * (split.values - len(inputs))]
+    with torch.no_grad():
+        for segment in split.segments:
+            given = [values[i] for i in segment.inputs]
+            if segment.sites and segment.structure not in proved:
+                proved[segment.structure] = tuple(
+                    prove(segment.module, segment.sites, i, given, facts.context, facts.rewrite)
+                    for i in range(len(segment.sites))
+                )
+                if len(proved) == len(kinds):
+                    break
+            for number, value in zip(segment.outputs, segment.module(*given), strict=True):
+                values[number] = value
+            for number in segment.last_use:
+                values[number] = None
+    found = {
+        index: proof
+        for segment in split.segments
+        if segment.sites
+        for index, proof in zip(segment.site_indices, proved[segment.structure], strict=True)
+    }
+    return Proofs(tuple(found[index] for index in sorted(found)))
+
+
+def prove(
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    index: int,
+    inputs: Sequence[Any],
+    context: Context,
+    rewrite: Rewriter,
+) -> Proof:
     """Put site ``index`` of a graph to the test. ``inputs``: real values of the graph."""
     with autocast_kept():
-        reason = why_not_reused(module, sites, index, inputs, context)
+        reason = why_not_reused(module, sites, index, inputs, context, rewrite)
     if reason is not None:
         return Proof(reason, reason)
     with autocast_kept():
-        return Proof(None, why_not_halved(module, sites, index, inputs, context))
+        return Proof(None, why_not_halved(module, sites, index, inputs, context, rewrite))
 
 
 def run_with(
@@ -61,9 +106,10 @@ def run_with(
     index: int,
     role: Role,
     values: Sequence[Any],
-    caches: Mapping[str, Tensor],
+    caches: Mapping[CacheName, Tensor],
     context: Context,
-) -> tuple[list[Any], dict[str, Tensor]]:
+    rewrite: Rewriter,
+) -> tuple[list[Any], dict[CacheName, Tensor]]:
     """Outputs and written caches with ``role`` at one site and all others full."""
     variant = rewrite(module, sites, [role if i == index else FULL_ROLE for i in range(len(sites))], context)
     results = variant.module(*fresh(module, values), *[caches[name] for name in variant.cache_inputs])
@@ -72,7 +118,12 @@ def run_with(
 
 
 def why_not_reused(
-    module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    index: int,
+    inputs: Sequence[Any],
+    context: Context,
+    rewrite: Rewriter,
 ) -> str | None:
     region = sites[index].region
     if any(is_attention(node) for node in region.interior if node is not region.attention):
@@ -82,8 +133,8 @@ def why_not_reused(
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
     try:
-        expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context)
-        found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context)
+        expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context, rewrite)
+        found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context, rewrite)
         attended = Replay(module)
         attended.run(*fresh(module, inputs))
         stored = dict.fromkeys(region.outputs, contiguous)
@@ -91,11 +142,11 @@ def why_not_reused(
         given = {region.attention: attended.values[region.attention]}
         foreign = Replay(module, given).run(*fresh(module, other))
         foreign_packed = Replay(module, given, stored).run(*fresh(module, other))
-        taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context)
+        taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context, rewrite)
         row = [Role(REUSE) if i == index else FULL_ROLE for i in range(len(sites))]
         left = rewrite(module, sites, row, context).module
     except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
-        return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
+        return does_not_run(error)
     dtype = coarsest(module)
     if not agree(found, expected, packed, dtype):
         return "reusing the region's own output does not reproduce the full output"
@@ -107,17 +158,22 @@ def why_not_reused(
 
 
 def why_not_halved(
-    module: fx.GraphModule, sites: Sequence[Site], index: int, inputs: Sequence[Any], context: Context
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    index: int,
+    inputs: Sequence[Any],
+    context: Context,
+    rewrite: Rewriter,
 ) -> str | None:
     shared = Role(Decision(Kind.FULL, cfg_shared=True))
-    if context.conditional_half is None or why_not_shared(module, sites[index], shared, context) is not None:
+    if context.conditional_half is None or why_not_shared(module, sites[index], context) is not None:
         return None  # said when sharing is asked for
     roles = [shared if i == index else FULL_ROLE for i in range(len(sites))]
     try:
         expected = with_equal_halves(rewrite(module, sites, [FULL_ROLE] * len(sites), context), index, inputs)
         found = with_equal_halves(rewrite(module, sites, roles, context), index, inputs)
     except Exception as error:  # as above
-        return f"the rewritten region does not run: {type(error).__name__}: {first_line(error)}"
+        return does_not_run(error)
     dtype = coarsest(module)
     if not all(close(a, b, dtype) for a, b in zip(expected, found, strict=True)):
         return "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
@@ -149,56 +205,12 @@ def contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
-def computes_the_same(one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether two graphs give the same on real values, up to the rounding of another kernel."""
-    with torch.no_grad(), autocast_kept():
-        left, right = one(*fresh(one, inputs)), other(*fresh(other, inputs))
-    dtype = coarsest(one)
-    return all(close(a, b, dtype) for a, b in zip(left, right, strict=True))
-
-
-class Replay(fx.Interpreter):
-    """Runs a graph node by node, keeping the attentions' values.
-
-    Values of nodes in ``given`` are taken instead of computed; those of nodes in ``changed`` go through its function.
-    """
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        given: Mapping[fx.Node, Any] | None = None,
-        changed: Mapping[fx.Node, Callable[[Any], Any]] | None = None,
-    ) -> None:
-        super().__init__(module)
-        self.given = given or {}
-        self.changed = changed or {}
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = self.given[n] if n in self.given else super().run_node(n)
-        if n in self.changed:
-            value = self.changed[n](value)
-        if is_attention(n):
-            self.values[n] = value
-        return value
-
-
 def elsewhere(value: Any) -> Any:
     """Another input of the same shape: floating-point values are moved, by an amount that differs from row to row."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     moves = torch.linspace(-0.5, 0.5, value.numel(), dtype=torch.float32, device=value.device)
     return (value.float() + moves.reshape(value.shape)).to(value.dtype)
-
-
-def fresh(module: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
-    """The values, with a copy in place of each that the graph writes to."""
-    written = {alias_root(node) for node in module.graph.nodes if mutated_argument(node) is not None}
-    placeholders = module.graph.find_nodes(op="placeholder")
-    return [
-        value.clone() if node in written and isinstance(value, Tensor) else value
-        for node, value in zip(placeholders, values, strict=True)
-    ]
 
 
 def double_half(value: Any, dim: int | None) -> Any:
@@ -209,29 +221,11 @@ def double_half(value: Any, dim: int | None) -> Any:
     return half.repeat(*(1 + (i == dim % value.ndim) for i in range(value.ndim)))  # cat is autocast's business
 
 
-def same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor):
-        return bool(one == other)
-    return one.shape == other.shape and bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())
+def does_not_run(error: Exception) -> str:
+    """The reason where a region's variant cannot be made or run."""
+    cause = error.__cause__ if isinstance(error, PassError) and error.__cause__ is not None else error
+    return f"the rewritten region does not run: {type(cause).__name__}: {first_line(cause)}"
 
 
-def coarsest(module: fx.GraphModule) -> torch.dtype:
-    """Of the floating-point dtypes that a graph's operations give, the one with the fewest digits; float64 if none."""
-    values = [tensor_of(node) for node in module.graph.nodes if node.op != "placeholder"]
-    found = {value.dtype for value in values if value is not None and value.dtype.is_floating_point}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
-
-
-def close(one: Any, other: Any, dtype: torch.dtype) -> bool:
-    """Whether two values are equal up to rounding in ``dtype`` or in their own, whichever is coarser."""
-    if not isinstance(one, Tensor) or not one.is_floating_point():
-        return same(one, other)
-    if one.dtype != other.dtype:
-        return False
-    tolerance = max(SHARING_TOLERANCE.get(each, 5e-2) for each in (one.dtype, dtype))
-    scale = one.abs().amax().clamp_min(1e-6) if one.numel() else 1.0
-    return one.shape == other.shape and bool(((one - other).abs() <= tolerance * scale).all())
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else ""

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from difa_compile.passes.analyse.find_attention import Sites
 from difa_compile.passes.autocast import EXIT, is_enter, is_exit, open_at
+from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
     alias_root,
     block_path,
@@ -28,6 +30,7 @@ from difa_compile.passes.graph import (
     operation,
     tensor_of,
 )
+from difa_compile.passes.prepare.specialize import check_sizes
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import move_site
 
@@ -55,12 +58,21 @@ class Segment:
 class Split:
     """A graph cut into segments. Values are numbered: the placeholders first, in order, then segment outputs.
 
-    ``results`` gives the graph's outputs as value numbers, or None where the graph returns None.
+    ``module``: the whole. ``results`` gives the graph's outputs as value numbers, or None where the graph returns None.
     """
 
+    module: fx.GraphModule
     segments: tuple[Segment, ...]
     values: int
     results: tuple[int | None, ...]
+
+
+def cut_segments(module: fx.GraphModule, facts: Facts) -> Split:
+    """Cut the graph around its blocks. Raises :class:`UnsupportedModelError` if a value of open size would cross."""
+    split = split_at_blocks(module, facts[Sites].rewritable)
+    for segment in split.segments:
+        check_sizes(segment.module.graph.find_nodes(op="placeholder"))
+    return split
 
 
 def split_at_blocks(module: fx.GraphModule, sites: Sequence[Site]) -> Split:
@@ -91,7 +103,7 @@ def split_at_blocks(module: fx.GraphModule, sites: Sequence[Site]) -> Split:
         for i, segment in enumerate(segments)
     )
     results = tuple(number[node] if isinstance(node, fx.Node) else None for node in returned)
-    return Split(finished, len(number), results)
+    return Split(module, finished, len(number), results)
 
 
 def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[Site]) -> list[int]:

@@ -1,7 +1,8 @@
-"""What a rewrite works on: a copy of a graph, its annotated sites, and the caches it reads and writes.
+"""What a rewriting pass works on: a copy of a graph, its sites with their roles, the caches it reads and writes.
 
-A variant is a pure function: inputs and caches in, outputs and caches out. Passes are functions
-``(variant, context) -> None`` that act on the sites whose role concerns them.
+A variant is a pure function: inputs and caches in, outputs and caches out. A rewriting pass is a function
+``(variant, target) -> None``, called for each site whose role concerns it; :mod:`difa_compile.passes.order` says which
+come in what order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.passes.autocast import autocast_of
+from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import copy_module, tensor_of
 from difa_compile.passes.site import Region, Site
 from difa_compile.plan.schedule import Role
@@ -22,19 +24,14 @@ from difa_compile.plan.schedule import Role
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may know beside the graph. ``conditional_half``: 0 or 1, None where the batch holds no CFG halves."""
+    """What passes may know beside the graph: how the halves of classifier-free guidance come.
+
+    ``conditional_half``: which half of the batch is conditional, 0 or 1; None where the batch holds no halves, or it is
+    not known. ``two_call``: the halves are two calls of a step, so that sharing them is reuse within the step.
+    """
 
     conditional_half: int | None = None
-
-
-def output_cache(site: str, index: int) -> str:
-    """Name of the cache of a region's ``index``-th output."""
-    return f"cache.{site}.output.{index}"
-
-
-def residual_cache(site: str) -> str:
-    """Name of the cache of ``full - window`` at a site."""
-    return f"cache.{site}.residual"
+    two_call: bool = False
 
 
 @dataclass
@@ -50,18 +47,23 @@ class Target:
 
 @dataclass
 class Variant:
-    """A graph being rewritten. ``cache_inputs`` and ``cache_outputs`` are in placeholder and output order."""
+    """A graph being rewritten. ``cache_inputs`` and ``cache_outputs`` are in placeholder and output order.
+
+    ``latest``: the node that was inserted or computed anew last, which an error of a pass names.
+    """
 
     module: fx.GraphModule
     targets: list[Target]
-    cache_inputs: dict[str, fx.Node] = field(default_factory=dict)
-    cache_outputs: dict[str, fx.Node] = field(default_factory=dict)
+    context: Context = Context()
+    cache_inputs: dict[CacheName, fx.Node] = field(default_factory=dict)
+    cache_outputs: dict[CacheName, fx.Node] = field(default_factory=dict)
+    latest: fx.Node | None = None
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
 
-    def read_cache(self, name: str, like: fx.Node) -> fx.Node:
+    def read_cache(self, name: CacheName, like: fx.Node) -> fx.Node:
         """A placeholder for cache ``name``, shaped like ``like`` and contiguous."""
         if name not in self.cache_inputs:
             last = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -77,7 +79,7 @@ class Variant:
             self.cache_inputs[name] = node
         return self.cache_inputs[name]
 
-    def write_cache(self, name: str, value: fx.Node) -> None:
+    def write_cache(self, name: CacheName, value: fx.Node) -> None:
         """Return ``value`` as cache ``name``, contiguous."""
         self.cache_outputs[name] = self.call_after(value, "contiguous", (value,))
 
@@ -97,8 +99,13 @@ class Variant:
         for key in ("nn_module_stack", "stack_trace"):
             if key in place.meta:
                 node.meta[key] = place.meta[key]
-        refresh(node)
+        self.refresh(node)
         return node
+
+    def refresh(self, node: fx.Node) -> None:
+        """:func:`refresh` a node of this graph."""
+        self.latest = node
+        refresh(node)
 
     def finish(self) -> fx.GraphModule:
         """Append the written caches to the outputs and check the graph."""
@@ -110,14 +117,43 @@ class Variant:
         return self.module
 
 
-def start_variant(module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role]) -> Variant:
+@dataclass(frozen=True)
+class Rewritten:
+    """A finished variant: its graph takes the original inputs, then ``cache_inputs``; it returns the original outputs,
+    then ``cache_outputs`` (names, in order). ``sites``: those of the copied graph, as they were before the passes."""
+
+    module: fx.GraphModule
+    cache_inputs: tuple[CacheName, ...]
+    cache_outputs: tuple[CacheName, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rewriting pass as it stands in the order: what it does to a site, and the roles that it concerns.
+
+    ``limited``: whether a limit on rewrites (:mod:`difa_compile.passes.limit`) may leave it out.
+    """
+
+    apply: Callable[[Variant, Target], None]
+    concerns: Callable[[Role], bool]
+    limited: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.apply.__name__
+
+
+def start_variant(
+    module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role], context: Context = Context()
+) -> Variant:
     """Copy a graph and bind each site, in order, to its role."""
     fresh, mapping = copy_module(module)
     targets = []
     for site, role in zip(sites, roles, strict=True):
         moved = move_site(site, mapping)
         targets.append(Target(moved, role, moved.region.attention, list(moved.region.outputs)))
-    return Variant(fresh, targets)
+    return Variant(fresh, targets, context)
 
 
 def move_site(site: Site, mapping: dict[fx.Node, fx.Node]) -> Site:

@@ -18,10 +18,11 @@ from difa_compile.backend.entry import difa, eager
 from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.passes.graph import is_attention, is_linear
-from difa_compile.passes.order import PASSES, rewrite
+from difa_compile.passes.order import REWRITES, rewrite
 from difa_compile.passes.variant import Context
 from difa_compile.plan.plan import Plan
 from difa_compile.plan.schedule import FULL_ROLE, Role
+from tests.support.captures import capture_of
 from tests.support.places import ROOT
 from tests.support.tiny_models import (
     FAMILIES,
@@ -168,7 +169,7 @@ def sources():
 
 def test_passes_are_put_together_in_one_place():
     """Calibration, the backend and export rewrite through ``rewrite``; nobody has a pipeline of its own."""
-    owners = {(each.__module__.rpartition(".")[2], each.__name__) for each in PASSES}
+    owners = {(each.apply.__module__.rpartition(".")[2], each.name) for each in REWRITES}
     importers = {
         name
         for name, tree in sources()
@@ -230,15 +231,18 @@ def test_every_cache_of_a_run_is_named_contiguous_and_not_both_read_and_written(
     mixed = [list(pair) for pair in itertools.pairwise([FULL, *rows])]
     plan = family_plan("sd3", mixed, conditional_half=0)
     calls = []
-    execute = Capture.execute
+    row = Capture.row
 
-    def watched(self, args, roles, caches):
-        before = {name: cache.clone() for name, cache in caches.items()}
-        outputs, written = execute(self, args, roles, caches)
-        calls.append((self, dict(caches), before, dict(written)))
-        return outputs, written
+    def watched(self, roles):
+        def call(args, caches):
+            before = {name: cache.clone() for name, cache in caches.items()}
+            outputs, written = row(self, roles)(args, caches)
+            calls.append((self, dict(caches), before, dict(written)))
+            return outputs, written
 
-    monkeypatch.setattr(Capture, "execute", watched)
+        return call
+
+    monkeypatch.setattr(Capture, "row", watched)
     fast = torch.compile(model, backend=difa, options={"plan": plan, "inner": "eager", "strict": True})
     with torch.no_grad(), sampling(fast, len(mixed)) as run:
         for step in range(len(mixed)):
@@ -248,7 +252,7 @@ def test_every_cache_of_a_run_is_named_contiguous_and_not_both_read_and_written(
     for capture, given, before, written in calls:
         for name in written:
             path, _, rest = name.removeprefix("cache.").partition(".attn.")
-            assert f"{path}.attn" in {site.path for site in capture.sites}, name
+            assert f"{path}.attn" in {site.path for site in capture.model.sites}, name
             assert re.fullmatch(r"residual|output\.\d+", rest), name
         assert all(value.is_contiguous() for value in written.values())
         assert all(torch.equal(cache, before[name]) for name, cache in given.items()), "written in place"
@@ -268,9 +272,9 @@ def test_a_full_plan_is_one_graph_without_segments_or_caches():
         compiled.append([(node.op, str(node.target)) for node in graph.graph.nodes])
         return eager(graph, example_inputs)
 
-    capture = Capture(module, values, compiler, plan=plain_plan([FULL] * 3))
+    capture = capture_of(module, values, compiler, plan=plain_plan([FULL] * 3))
     for _ in range(3):
-        _, written = capture.execute(values, [FULL_ROLE] * len(capture.sites), {})
+        _, written = capture.execute(values, [FULL_ROLE] * len(capture.model.sites), {})
         assert written == {}
     assert compiled == [nodes]
     assert capture.compiled_variants == 0
@@ -308,17 +312,19 @@ def test_without_a_plan_inductor_gets_the_captured_graph_itself(monkeypatch):
 def test_every_site_has_a_record_of_every_decision_and_what_is_recorded_is_what_is_done(family):
     _, _, module, values = captured(family)
     decisions = [FULL, D("window(band:2)+residual"), D("full+cfg"), REUSE]
-    capture = Capture(module, values, eager, plan=family_plan(family, decisions))
-    wanted = set(itertools.product((site.path for site in capture.sites), map(str, decisions)))
-    assert {(record.site, record.decision) for record in capture.records} == wanted
-    assert len(capture.records) == len(wanted)
-    assert {record.outcome for record in capture.records} == {"full", "rewritten", "skipped"}
-    for index, site in enumerate(capture.sites):
-        for record in (record for record in capture.records if record.site == site.path):
+    capture = capture_of(module, values, eager, plan=family_plan(family, decisions))
+    wanted = set(itertools.product((site.path for site in capture.model.sites), map(str, decisions)))
+    assert {(record.site, record.decision) for record in capture.verdicts.records} == wanted
+    assert len(capture.verdicts.records) == len(wanted)
+    assert {record.outcome for record in capture.verdicts.records} == {"full", "rewritten", "skipped"}
+    for index, site in enumerate(capture.model.sites):
+        for record in (record for record in capture.verdicts.records if record.site == site.path):
             decision = D(record.decision)
             assert bool(record.reason) == (record.outcome == "skipped"), record
-            assert capture.effective(index, decision) == (FULL if record.outcome == "skipped" else decision), record
-    assert all(record.outcome == "skipped" for record in capture.records if record.decision == "full+cfg"), (
+            assert capture.verdicts.effective(index, decision) == (FULL if record.outcome == "skipped" else decision), (
+                record
+            )
+    assert all(record.outcome == "skipped" for record in capture.verdicts.records if record.decision == "full+cfg"), (
         "which half of the batch is conditional was not said"
     )
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from difa_compile.backend.batch_sizes import AnyBatch
-from difa_compile.backend.capture import Capture, Compiler
+from difa_compile.backend.capture import Capture, GraphCompiler
 from difa_compile.backend.graph_breaks import why_piece
 from difa_compile.backend.inductor import Config, inductor, inductor_config, uses_cuda_graphs
 from difa_compile.backend.run import active_run, call_without_run
@@ -32,6 +32,8 @@ from difa_compile.errors import (
 )
 from difa_compile.layout import Layout
 from difa_compile.passes.autocast import autocast_kept, runs_regions
+from difa_compile.passes.order import analyse
+from difa_compile.passes.variant import Context
 from difa_compile.plan.plan import RESIZES, Plan
 
 OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower", "dynamic")
@@ -118,18 +120,17 @@ def planned(
             "model find what is compiled already"
         )
     try:
+        trace = None
+        model = analyse(module, example_inputs, Context(half, bool(two_call)), layout=layout, trace=trace)
         capture = Capture(
-            module,
-            example_inputs,
+            model,
             compiler,
             plan=plan,
-            layout=layout,
-            conditional_half=half,
-            two_call=bool(two_call),
             strict=bool(options.get("strict", False)),
             resize=options.get("resize"),
             overwrites=uses_cuda_graphs(config),
             allow_slower=bool(options.get("allow_slower", False)),
+            trace=trace,
         )
     except (NoAttentionError, SitesMismatchError, UnsupportedModelError) as error:
         piece = why_piece(module, None if plan is None else plan.model.class_name)
@@ -143,7 +144,7 @@ def planned(
 
     def run_captured(*args: Any) -> list[Any]:
         inputs = list(args)
-        capture.check(inputs)
+        model.check(inputs)
         if file is not None:
             file.warn_if_changed()
         run = active_run(capture, inputs)
@@ -183,7 +184,7 @@ class PlanFile:
             )
 
 
-def compiler_named(name: str, config: Config | None = None) -> Compiler:
+def compiler_named(name: str, config: Config | None = None) -> GraphCompiler:
     """The inner compiler by name, with inductor's ``config``. Raises :class:`DecisionError`."""
     if name == "inductor":
         return functools.partial(inductor, config=config)

@@ -12,30 +12,23 @@ without one it computes in full.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet, ref
 
 from torch import Tensor, nn
 
-from difa_compile.decision import Decision, Kind
+from difa_compile.backend.capture import Capture
+from difa_compile.backend.run_part import Fit, RunPart
 from difa_compile.errors import (
     CachesLostError,
     CachesLostWarning,
-    PlanMismatchError,
     PlanNotFollowedWarning,
-    RunError,
     ScheduleError,
 )
-from difa_compile.plan.schedule import Promotion, Role, assign_roles, check_progress, check_steps, take_rows
-
-if TYPE_CHECKING:
-    from difa_compile.backend.capture import Capture
-
-Roles = tuple[tuple[Role, ...], ...]
+from difa_compile.plan.schedule import Promotion, check_progress, check_steps
 
 _active: ContextVar[tuple[Run, ...]] = ContextVar("difa_compile_runs", default=())
 
@@ -74,7 +67,7 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
 
 def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
     """The innermost active run, in this thread, of the model that calls ``capture`` with ``args``."""
-    parameter = capture.model_parameter(args)
+    parameter = capture.model.parameter(args)
     for run in reversed(_active.get()):
         if parameter is None or run.owns(parameter):
             return run
@@ -129,11 +122,11 @@ class Run:
         self._said_lost = False
         self._owners: dict[int, tuple[ref[Tensor], int]] = {}
         """By id of a parameter: itself, since ids are given anew, and the index of its model."""
-        self._parts: dict[int, list[CaptureRun]] = {}
+        self._parts: dict[int, list[RunPart]] = {}
         """By model: models of one class may share a capture. One for each form of input."""
-        self._serving: dict[tuple[Capture, int], tuple[CaptureRun, Capture]] = {}
+        self._serving: dict[tuple[Capture, int], tuple[RunPart, Capture]] = {}
         """By the capture that Dynamo has handed over, and model: whose turn it is, and the capture that is run."""
-        self._conditional: dict[int, CaptureRun] = {}
+        self._conditional: dict[int, RunPart] = {}
         """By model: which part the latest conditional call came from."""
 
     @property
@@ -208,7 +201,7 @@ class Run:
         found = self._owners.get(id(parameter))
         return None if found is None else found[1]
 
-    def _all_parts(self) -> Iterator[CaptureRun]:
+    def _all_parts(self) -> Iterator[RunPart]:
         return (part for parts in self._parts.values() for part in parts)
 
     def cache_bytes(self) -> int:
@@ -224,41 +217,56 @@ class Run:
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         """Execute one model call at the current step; what compiled code calls."""
         self.calls += 1
+        self.before_call(capture)
         if capture.plan is None:
-            return capture.full(args)
-        parameter = capture.model_parameter(args)
-        model = 0 if parameter is None else self._owner(parameter)
-        assert model is not None  # :func:`active_run` has asked
+            return capture.full()(args, {})[0]
+        model = self._model_of(capture, args)
         part, capture = self._part(capture, model)
-        before = part.replaced(self._parts[model], self.index, self.current_branch)
-        if before is not None:
-            self._caches_lost(before, part, model)
-        outputs = part.call(capture, args, self.index, self.current_branch, self._conditional.get(model))
-        if self.current_branch == "cond":
+        branch = self.current_branch
+        step = part.enter(capture, self.index, branch, self._conditional.get(model))
+        outputs, written = capture.row(step.roles)(args, step.read)
+        outputs = part.leave(step, branch, outputs, written)
+        if branch == "cond":
             self._conditional[model] = part
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
         return outputs
 
-    def _part(self, capture: Capture, model: int) -> tuple[CaptureRun, Capture]:
-        """The part of this run that a capture belongs to, and the capture to run: an earlier one if it is the same."""
+    def before_call(self, capture: Capture) -> None:
+        """Called before every call of the model, with the capture that Dynamo has handed over; may raise."""
+
+    def _model_of(self, capture: Capture, args: Sequence[Any]) -> int:
+        """The index of the model that makes a call."""
+        parameter = capture.model.parameter(args)
+        model = 0 if parameter is None else self._owner(parameter)
+        assert model is not None  # :func:`active_run` has asked
+        return model
+
+    def _part(self, capture: Capture, model: int) -> tuple[RunPart, Capture]:
+        """The part of this run that a capture belongs to, and the capture to run: an earlier one if it is the same.
+
+        Says what is lost if another part made the call of the step before.
+        """
         known = self._serving.get((capture, model))
+        parts = self._parts.setdefault(model, [])
         if known is None:
-            parts = self._parts.setdefault(model, [])
             fit = Fit.of(capture)
             part = next((part for part in parts if part.fit == fit), None)
             if part is None:
-                part = CaptureRun(capture, fit, self.steps, self.progress, self.index, self._promotions)
+                part = RunPart(capture, fit, self.steps, self.progress, self.index, self._promotions)
                 parts.append(part)
             known = self._serving[capture, model] = part, part.same_as(capture)
+        before = known[0].replaced(parts, self.index, self.current_branch)
+        if before is not None:
+            self._caches_lost(before, known[0], model)
         return known
 
-    def _caches_lost(self, before: CaptureRun, part: CaptureRun, model: int) -> None:
+    def _caches_lost(self, before: RunPart, part: RunPart, model: int) -> None:
         """Say that ``part`` takes over in mid-run from ``before``, whose caches do not fit.
 
         Raises :class:`CachesLostError` where skips are errors.
         """
         sites = before.sites_that_read(self.index - 1, self.current_branch)
-        if not sites or (self._said_lost and not part.capture.strict):
+        if not sites or (self._said_lost and not part.capture.verdicts.strict):
             return
         self._said_lost = True
         more = f" and {len(sites) - 1} more sites" if len(sites) > 1 else ""
@@ -268,287 +276,9 @@ class Run:
             "them, and attention there is full until they are filled again. Keep the model and the form of its inputs "
             "as they are during a run"
         )
-        if part.capture.strict:
+        if part.capture.verdicts.strict:
             raise CachesLostError(text)
         warnings.warn(text, CachesLostWarning, stacklevel=3)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What captures have in common between which caches may pass: what the plan does, and the form of every cache."""
-
-    two_call: bool
-    rows: tuple[tuple[Decision, ...], ...]
-    """By step of the plan and site: what is carried out."""
-    batch: int
-    caches: tuple[tuple[object, ...], ...]
-    """By site: path, tokens, shapes, dtypes and device."""
-
-    @classmethod
-    def of(cls, capture: Capture) -> Fit:
-        assert capture.plan is not None
-        rows = tuple(
-            tuple(capture.effective(site, decision) for site, decision in enumerate(row))
-            for row in capture.plan.decisions
-        )
-        caches = tuple(
-            (site.path, site.tokens, site.cache_shapes, *capture.cache_dtypes(index))
-            for index, site in enumerate(capture.sites)
-        )
-        return cls(capture.two_call, rows, capture.sites[0].query_shape[0], caches)
-
-    def difference(self, before: Fit) -> str:
-        """What differs from the form of the steps before, in words."""
-        if self.batch != before.batch:
-            return f"its attention has a batch of {self.batch}, not {before.batch}"
-        for mine, theirs in zip(self.caches, before.caches, strict=False):
-            if mine[1] != theirs[1]:
-                return f"{mine[0]} has {mine[1]} tokens, not {theirs[1]}"
-            if mine != theirs:
-                return f"{mine[0]} is in {mine[3]} on {mine[-1]}, not {theirs[3]} on {theirs[-1]}"
-        for row, other in zip(self.rows, before.rows, strict=False):
-            for site, (one, two) in enumerate(zip(row, other, strict=False)):
-                if one != two:
-                    return f"at {self.caches[site][0]} the plan comes to {one}, not {two}"
-        return "it follows another plan"
-
-
-class CaptureRun:
-    """The part of a run that belongs to the captures of one fit: the plan resolved onto the schedule, and the caches
-    per branch.
-
-    ``capture``: the first of them. ``first``: the step of the run at which it is first called. ``promotions`` is added
-    to.
-    """
-
-    def __init__(
-        self,
-        capture: Capture,
-        fit: Fit,
-        steps: int,
-        progress: Sequence[float] | None,
-        first: int,
-        promotions: dict[Promotion, None],
-    ) -> None:
-        plan = capture.plan
-        assert plan is not None
-        self.capture = capture
-        self.fit = fit
-        self.first = first
-        self._captures = [capture]
-        self._promotions = promotions
-        resolved = plan.resolve(steps, progress=progress)
-        self._source_steps = resolved.source_steps
-        self.roles = self._roles_from(0)
-        self._branch_roles: dict[str | None, dict[int, tuple[Role, ...]]] = {}
-        """Roles by step of a branch that has left steps out, and so was entered anew."""
-        self.caches: dict[str | None, dict[str, Tensor]] = {}
-        self._last: dict[str | None, int] = {}
-        self._shareable: set[CaptureRun] = set()
-        self._sites = {site.path: index for index, site in enumerate(capture.sites)}
-
-    def same_as(self, capture: Capture) -> Capture:
-        """The capture that stands for ``capture``: the first that computes the same, or itself."""
-        found = next((known for known in self._captures if known.identity == capture.identity), None)
-        if found is None:
-            self._captures.append(capture)
-        return found or capture
-
-    def replaced(self, parts: Sequence[CaptureRun], index: int, branch: str | None) -> CaptureRun | None:
-        """The other part, if one made the call of the step before that this one would have to go on from."""
-        if self._last.get(branch, -2) >= index - 1 - self.first:
-            return None
-        return next((part for part in parts if part._last.get(branch) == index - 1 - part.first), None)
-
-    def sites_that_read(self, index: int, branch: str | None) -> list[str]:
-        """The paths of sites with caches of a branch that steps after ``index`` read."""
-        places = (self._place(name) for name in self.caches.get(branch, {}))
-        read = {site for site, kind in places if self._read_later(index - self.first, branch, site, kind)}
-        return [self.capture.sites[site].path for site in sorted(read)]
-
-    def _roles_from(self, step: int) -> Roles:
-        """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
-        plan = self.capture.plan
-        assert plan is not None
-        start = self.first + step
-        rows, promotions = take_rows(plan.decisions, self._source_steps[start:])
-        self._promotions.update((replace(promotion, step=start + promotion.step), None) for promotion in promotions)
-        effective = self.capture.effective
-        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
-
-    def _roles_now(self, step: int, branch: str | None) -> tuple[Role, ...]:
-        """The roles of a step, unless the branch has left steps out: then it is entered anew, with empty caches.
-
-        Raises :class:`RunError` for a second call of one step and branch, which would take caches from the first.
-        """
-        last = self._last.get(branch)
-        known = self._branch_roles.get(branch)
-        if last == step and any(role.depends_on_calls for role in self.roles[step]):
-            where = f"in branch {branch!r}" if branch else "without a branch"
-            raise RunError(
-                f"step {self.first + step}: the model was called twice {where}, and the plan keeps caches, which such "
-                "calls would take from each other; go on with run.step, or say which call is which with "
-                'run.branch("cond") and run.branch("uncond"), or use a plan without reuse and residuals'
-            )
-        if last != step and step != (0 if last is None else last + 1):
-            self.caches[branch] = {}
-            known = self._branch_roles[branch] = dict(enumerate(self._roles_from(step), start=step))
-        return self.roles[step] if known is None else known[step]
-
-    def drop_left(self, index: int) -> None:
-        """The run goes to step ``index``: let go of the caches of branches that have left out the step before."""
-        for branch, last in self._last.items():
-            if self.first + last < index - 1:
-                self.caches[branch] = {}
-
-    def call(
-        self,
-        capture: Capture,
-        args: list[Any],
-        index: int,
-        branch: str | None,
-        conditional: CaptureRun | None = None,
-    ) -> list[Any]:
-        """One call of the model, as ``capture``. ``conditional``: the part of the run that made the latest conditional
-        call; it is another one than this if the texts of the two calls have other shapes."""
-        step = index - self.first
-        roles = self._roles_now(step, branch)
-        caches = self.caches.setdefault(branch, {})
-        if branch == "uncond" and conditional is not None:
-            self._check_shareable(conditional)
-        shared = [capture.two_call and role.decision.cfg_shared for role in roles]
-        if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
-            theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
-            shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
-            roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
-        if any(shared):
-            outputs, written = self._call_shared(capture, args, index, branch, roles, shared, caches, conditional)
-        else:
-            outputs, written = capture.execute(args, roles, caches)
-        outputs, written = apart(outputs, {**caches, **written})
-        caches.update(written)
-        self._drop_unread(step, branch, caches, keep_outputs=shared if branch == "cond" else ())
-        self._last[branch] = step
-        return outputs
-
-    def is_at(self, index: int) -> bool:
-        """Whether step ``index`` of the run was the latest conditional call's."""
-        return self._last.get("cond") == index - self.first
-
-    def roles_at(self, index: int) -> tuple[Role, ...]:
-        """The roles of the conditional branch at step ``index`` of the run."""
-        step = index - self.first
-        return self._branch_roles.get("cond", {}).get(step, self.roles[step])
-
-    def _call_shared(
-        self,
-        capture: Capture,
-        args: list[Any],
-        index: int,
-        branch: str | None,
-        roles: Sequence[Role],
-        shared: Sequence[bool],
-        caches: dict[str, Tensor],
-        conditional: CaptureRun | None,
-    ) -> tuple[list[Any], Mapping[str, Tensor]]:
-        """One of the two calls of a step in which some sites share: "cond" computes, the other takes its outputs."""
-        if branch is None:
-            raise RunError(
-                f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
-                'is; call run.branch("cond") or run.branch("uncond") before the model'
-            )
-        if branch == "cond":
-            row = [across(role) if share else role for role, share in zip(roles, shared, strict=True)]
-            return capture.execute(args, row, caches)
-        if conditional is None or not conditional.is_at(index):
-            raise RunError(
-                f"step {index} shares the conditional call's attention with the {branch} call, but the "
-                "conditional call of this step has not been made; call the conditional branch first, or use a plan "
-                "without +cfg"
-            )
-        theirs = conditional.caches["cond"]
-        row = [Role(Decision(Kind.REUSE)) if share else role for role, share in zip(roles, shared, strict=True)]
-        read = dict(caches)
-        taken: dict[str, Tensor] = {}
-        for site, role, share in zip(self.capture.sites, roles, shared, strict=True):
-            if share:
-                prefix = f"cache.{site.path}."
-                for name, value in theirs.items():
-                    kind = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
-                    if kind == "output":
-                        read[name] = value
-                    if (kind == "output" and role.emit_output) or (kind == "residual" and role.emit_residual):
-                        taken[name] = value
-        outputs, written = capture.execute(args, row, read)
-        return outputs, {**taken, **written}
-
-    def _check_shareable(self, conditional: CaptureRun) -> None:
-        """Raise :class:`PlanMismatchError` if a site that shares has caches of other shapes in the conditional call.
-
-        Said at the first step, not at the first that shares. Image tokens are as many in both calls; text tokens need
-        not be, and where they are in the attention their outputs cannot be taken over.
-        """
-        if conditional is self or conditional in self._shareable or not self.capture.two_call:
-            return
-        sites = zip(self.capture.sites, conditional.capture.sites, strict=True)
-        for index, (mine, theirs) in enumerate(sites):
-            if mine.cache_shapes != theirs.cache_shapes and any(row[index].decision.cfg_shared for row in self.roles):
-                raise PlanMismatchError(
-                    f"{mine.path}: the plan shares the conditional call's attention with the unconditional one, but it "
-                    f"is over {theirs.tokens} tokens (batch {theirs.query_shape[0]}) in the conditional call and "
-                    f"{mine.tokens} (batch {mine.query_shape[0]}) in the other; give prompt and negative prompt texts "
-                    "of equal length (padded), or use a plan without +cfg"
-                )
-        self._shareable.add(conditional)
-
-    def _drop_unread(
-        self, step: int, branch: str | None, caches: dict[str, Tensor], keep_outputs: Sequence[bool] = ()
-    ) -> None:
-        """Let go of caches that no later step reads before they are filled again."""
-        for name in list(caches):
-            site, kind = self._place(name)
-            shared = kind == "output" and bool(keep_outputs) and keep_outputs[site]
-            if not shared and not self._read_later(step, branch, site, kind):
-                del caches[name]
-
-    def _place(self, name: str) -> tuple[int, str]:
-        """The site index and the kind of a cache name."""
-        path, _, rest = name.removeprefix("cache.").rpartition(".residual")
-        kind = "residual"
-        if not path or rest:
-            path, _, rest = name.removeprefix("cache.").rpartition(".output.")
-            kind = "output"
-        return self._sites[path], kind
-
-    def _read_later(self, step: int, branch: str | None, site: int, kind: str) -> bool:
-        """Whether a step after ``step`` reads a cache of a site before another step fills it."""
-        own = self._branch_roles.get(branch, {})
-        later = (own.get(i, self.roles[i])[site].decision.kind for i in range(step + 1, len(self.roles)))
-        if kind == "output":
-            return next(later, None) is Kind.REUSE
-        return next((k is Kind.WINDOW_RESIDUAL for k in later if k in (Kind.FULL, Kind.WINDOW_RESIDUAL)), False)
-
-
-def unshared(role: Role) -> Role:
-    """The role without sharing across the two calls of a step; reuse of a cache that is not there is full."""
-    return replace(role, decision=replace(role.decision, cfg_shared=False))
-
-
-def apart(outputs: list[Any], caches: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
-    """Outputs that share no memory with a cache: what is handed out may be written to."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in caches.values()}
-    free = [
-        value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in held else value
-        for value in outputs
-    ]
-    return free, dict(caches)
-
-
-def across(role: Role) -> Role:
-    """The conditional call's role where the other call takes its output: not halved, and the output kept."""
-    decision = Decision(role.decision.kind, role.decision.window)
-    emit = decision.kind is not Kind.REUSE
-    return Role(decision, emit_output=emit, emit_residual=role.emit_residual, residual_window=role.residual_window)
 
 
 _warned: WeakSet[Capture] = WeakSet()
@@ -563,4 +293,4 @@ def call_without_run(capture: Capture, args: list[Any]) -> list[Any]:
             "run with difa_compile.sampling(model, steps), or wire the pipeline with difa_compile.apply(pipe, plan)",
             stacklevel=3,
         )
-    return capture.full(args)
+    return capture.full()(args, {})[0]

@@ -30,22 +30,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from difa_compile.backend.capture import batch_of
+from difa_compile.backend.capture import Capture, State
 from difa_compile.backend.run import Run
+from difa_compile.backend.two_calls import alone, take_over
 from difa_compile.calibration.state import CalibrationState
-from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
 from difa_compile.errors import CalibrationError, NonFiniteError, ScheduleError, UnsupportedPipelineError
+from difa_compile.passes.caches import CacheName
 from difa_compile.plan.cost import flops_saved
 from difa_compile.plan.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest, same_but_for_text
 from difa_compile.plan.schedule import Role
-
-if TYPE_CHECKING:
-    from difa_compile.backend.capture import Capture, State
 
 CANDIDATES: Mapping[str, tuple[Kind, bool]] = MappingProxyType(
     {
@@ -95,7 +94,7 @@ class Candidate:
 
 
 def _slower(capture: Capture, index: int, decision: Decision) -> str | None:
-    figures = capture.why_slower(index, decision)
+    figures = capture.prediction.why_slower(index, decision)
     return None if figures is None else f'{figures}; rank="published" tries it anyway'
 
 
@@ -131,8 +130,7 @@ class SearchSettings:
         made = []
         for name in self.candidates:
             kind, shared = CANDIDATES[name]
-            windowed = kind in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
-            made.append(Decision(kind, self.window_at(site) if windowed else None, shared))
+            made.append(Decision(kind, self.window_at(site) if kind.windowed else None, shared))
         return made
 
 
@@ -167,7 +165,7 @@ class Search:
         self._step = -1
         self._branches: tuple[str | None, ...] = ()
         """The calls made in this step so far."""
-        self._conditional: dict[str, Tensor] = {}
+        self._conditional: dict[CacheName, Tensor] = {}
         """Caches of the conditional call of this step, for the other call."""
         self._two_calls = False
         self._shares = False
@@ -218,7 +216,7 @@ class Search:
             candidates=self.settings.candidates,
             guidance="none" if self.guidance == "two-call" and not self._two_calls else self.guidance,
             conditional_half=self.settings.conditional_half if self.guidance == "batched" else None,
-            sample=self._captures[0].sample,
+            sample=self._captures[0].model.sample,
         )
         return Plan(model_digest(self.models[0]), settings, self._sites, self.progress, tuple(self.saved.rows))
 
@@ -244,7 +242,7 @@ class Search:
         self._two_calls = self._two_calls or len(self._branches) == 2
         self._shares = self._shares or second
         start = capture.begin(args)
-        place = (id(capture), id(capture.model_parameter(args)), branch)
+        place = (id(capture), id(capture.model.parameter(args)), branch)
         stream = self._streams.setdefault(place, _Stream())
         stream.last = step
         caches = stream.caches
@@ -285,7 +283,7 @@ class Search:
         if any(known is capture for known in self._captures):
             return
         self._captures.append(capture)
-        sites = tuple(site.info for site in capture.sites)
+        sites = tuple(site.info for site in capture.model.sites)
         if not self._sites:
             self._sites = sites
             for index, site in enumerate(sites):
@@ -294,15 +292,15 @@ class Search:
                 self._candidates.append(self._costed(capture, index, candidates))
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(sites) * len(self.progress), len(sites) * self.done)
-        elif not same_but_for_text(sites, self._sites, (capture.sample, self._captures[0].sample)):
+        elif not same_but_for_text(sites, self._sites, (capture.model.sample, self._captures[0].model.sample)):
             raise CalibrationError(
                 "the transformer was called with inputs of other sizes in mid-run, so that its attention sites "
                 "changed; calibrate with inputs of one size"
             )
-        elif self.settings.conditional_half is not None and batch_of(capture) != batch_of(self._captures[0]):
+        elif self.settings.conditional_half is not None and capture.model.batch != self._captures[0].model.batch:
             raise CalibrationError(
-                f"the transformer was called with a batch of {batch_of(capture)} in its attention, after one of "
-                f"{batch_of(self._captures[0])}: guidance is left out at some steps or in some calls, so its halves "
+                f"the transformer was called with a batch of {capture.model.batch} in its attention, after one of "
+                f"{self._captures[0].model.batch}: guidance is left out at some steps or in some calls, so its halves "
                 "cannot be shared; leave the +cfg candidates out, or the option that makes such calls (an interval of "
                 "guidance, perturbed or skipped-layer guidance)"
             )
@@ -314,16 +312,15 @@ class Search:
 
     def _why_not(self, capture: Capture, index: int, decision: Decision) -> str | None:
         if not decision.cfg_shared:
-            return capture.why_not(index, decision)
+            return capture.model.why_not(index, decision)
         if self.cfg_reason:
             return self.cfg_reason
         if self.guidance != "two-call":
-            return capture.why_not(index, decision)
+            return capture.model.why_not(index, decision)
         # Across calls sharing is reuse of the output that the other call of this step has computed.
-        if capture.sites[index].cache_shapes != self._captures[0].sites[index].cache_shapes:
+        if capture.model.sites[index].cache_shapes != self._captures[0].model.sites[index].cache_shapes:
             return "the two calls have texts of different lengths, so the output of one does not fit the other"
-        alone = replace(decision, cfg_shared=False)
-        return capture.why_not(index, alone) or capture.why_not(index, Decision(Kind.REUSE))
+        return capture.model.why_not(index, alone(decision)) or capture.model.why_not(index, REUSE)
 
     def _costed(self, capture: Capture, index: int, candidates: list[tuple[Decision, str | None]]) -> list[Candidate]:
         """The candidates of a site with their cost, a share of full attention's, the cheapest first; ties keep their
@@ -343,7 +340,7 @@ class Search:
         site = self._sites[index]
         costs = [1.0 - flops_saved(decision, site) for decision in decisions]
         if self.settings.rank == "time":
-            seconds = [capture.seconds(index, decision) for decision in (FULL, *decisions)]
+            seconds = [capture.prediction.seconds(index, decision) for decision in (FULL, *decisions)]
             known = [time for time in seconds if time is not None]
             if len(known) == len(seconds) and known[0] > 0:
                 costs = [time / known[0] for time in known[1:]]
@@ -354,11 +351,11 @@ class Search:
         """``decision`` and all caches that a later step, or the other call of this step, might read."""
         usable = [candidate.decision for candidate in self._candidates[site] if candidate.reason is None]
         across = self.guidance == "two-call" and any(candidate.cfg_shared for candidate in usable)
-        kept = across or any(candidate.kind is Kind.REUSE for candidate in usable)
-        residual = decision.is_full and any(candidate.kind is Kind.WINDOW_RESIDUAL for candidate in usable)
+        kept = across or any(candidate.kind.reads == "output" for candidate in usable)
+        residual = decision.is_full and any(candidate.kind.reads == "residual" for candidate in usable)
         return Role(
             decision,
-            emit_output=kept and decision.kind is not Kind.REUSE,
+            emit_output=kept and decision.kind.fills("output"),
             emit_residual=residual,
             residual_window=self.settings.window_at(self._sites[site]) if residual else None,
         )
@@ -367,12 +364,12 @@ class Search:
         self,
         capture: Capture,
         start: State,
-        caches: Mapping[str, Tensor],
+        caches: Mapping[CacheName, Tensor],
         decisions: Sequence[Decision],
         *,
         second: bool = False,
         stop: int | None = None,
-    ) -> tuple[State, Mapping[str, Tensor]]:
+    ) -> tuple[State, Mapping[CacheName, Tensor]]:
         """Run with these decisions, up to site ``stop``; the state reached and the caches filled so far.
 
         Across calls (``second``: the unconditional one) shared sites take the conditional call's caches of this step.
@@ -383,24 +380,18 @@ class Search:
             roles = [self._role(site, decision) for site, decision in enumerate(found)]
             state = capture.advance(start, roles, caches, stop=stop)
             return state, state.caches_out
-        roles = []
-        read = dict(caches)
-        taken: dict[str, Tensor] = {}
-        for index, decision in enumerate(decisions):
-            if not (second and decision.cfg_shared):
-                alone = replace(decision, cfg_shared=False)
-                roles.append(self._role(index, alone if readable(alone, paths[index], caches) else FULL))
-                continue
-            prefix = f"cache.{paths[index]}."
-            theirs = {name: value for name, value in self._conditional.items() if name.startswith(prefix)}
-            read |= {name: value for name, value in theirs.items() if name.startswith(f"{prefix}output")}
-            taken |= {n: v for n, v in theirs.items() if n.startswith(f"{prefix}output") or decision.is_full}
-            roles.append(Role(Decision(Kind.REUSE)))
-        state = capture.advance(start, roles, read, stop=stop)
-        return state, {**taken, **state.caches_out}
+        shared = [second and decision.cfg_shared for decision in decisions]
+        found = [
+            alone(d) if share or readable(alone(d), path, caches) else FULL
+            for d, path, share in zip(decisions, paths, shared, strict=True)
+        ]
+        roles = [self._role(site, decision) for site, decision in enumerate(found)]
+        taken = take_over(paths, roles, shared, caches, self._conditional)
+        state = capture.advance(start, taken.roles, taken.read, stop=stop)
+        return state, {**taken.kept, **state.caches_out}
 
     def _search_step(
-        self, capture: Capture, start: State, caches: Mapping[str, Tensor], step: int
+        self, capture: Capture, start: State, caches: Mapping[CacheName, Tensor], step: int
     ) -> tuple[tuple[Cell, ...], State]:
         """Decide every site of one step; also the state at the end of the chosen row."""
         count = len(self._sites)
@@ -455,7 +446,7 @@ class Search:
         return tuple(cells), state
 
     def _search_sharing(
-        self, capture: Capture, start: State, caches: Mapping[str, Tensor], step: int, cells: tuple[Cell, ...]
+        self, capture: Capture, start: State, caches: Mapping[CacheName, Tensor], step: int, cells: tuple[Cell, ...]
     ) -> tuple[Cell, ...]:
         """Decide which sites of the unconditional call take the conditional call's output."""
         count = len(cells)
@@ -466,7 +457,7 @@ class Search:
         for index, (cell, site) in enumerate(zip(cells, self._sites, strict=True)):
             shared = replace(cell.decision, cfg_shared=True)
             usable = [candidate.decision for candidate in self._candidates[index] if candidate.reason is None]
-            if cell.decision.kind is Kind.REUSE or shared not in usable:
+            if cell.decision.kind.reads == "output" or shared not in usable:
                 continue
             limit = self._limit(index)
             row = [*(done.decision for done in found[:index]), shared, *[FULL] * (count - index - 1)]
@@ -491,7 +482,7 @@ class Search:
         capture: Capture,
         state: State,
         row: Sequence[Role],
-        caches: Mapping[str, Tensor],
+        caches: Mapping[CacheName, Tensor],
         reference: Sequence[Any],
         step: int,
         decision: Decision,
@@ -507,15 +498,14 @@ class Search:
 class _Stream:
     """The caches of one branch of one model in one capture, and the latest step in which it was called."""
 
-    caches: dict[str, Tensor] = field(default_factory=dict)
+    caches: dict[CacheName, Tensor] = field(default_factory=dict)
     last: int = -1
 
 
-def readable(decision: Decision, path: str, caches: Mapping[str, Tensor]) -> bool:
+def readable(decision: Decision, path: str, caches: Mapping[CacheName, Tensor]) -> bool:
     """Whether the caches hold what ``decision`` reads at the site called ``path``."""
-    if decision.kind is Kind.REUSE:
-        return any(name.startswith(f"cache.{path}.output.") for name in caches)
-    return decision.kind is not Kind.WINDOW_RESIDUAL or f"cache.{path}.residual" in caches
+    reads = decision.kind.reads
+    return reads is None or any(name.kind == reads and name.site == path for name in caches)
 
 
 class SearchRun(Run):

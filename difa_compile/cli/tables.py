@@ -14,7 +14,7 @@ from difa_compile.report.view import flops, percent, seconds, size
 from difa_compile.wording import shown, visible
 
 if TYPE_CHECKING:
-    from difa_compile.backend.capture import Record
+    from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison
     from difa_compile.machine.profile import Profile
     from difa_compile.plan.plan import Plan

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difa_compile.backend.capture import Capture, Record
+    from difa_compile.backend.capture import Capture
+    from difa_compile.backend.verdicts import Record
     from difa_compile.decision import Decision
     from difa_compile.plan.data import SiteInfo
 
@@ -455,7 +456,7 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
 
 def _carried_out(capture: Capture, rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
     """The roles with every skipped decision replaced by what was done instead."""
-    return assign_roles([[capture.effective(i, decision) for i, decision in enumerate(row)] for row in rows])
+    return assign_roles([[capture.verdicts.effective(i, decision) for i, decision in enumerate(row)] for row in rows])
 
 
 @dataclass(frozen=True)

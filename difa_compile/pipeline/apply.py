@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from difa_compile.backend.batch_sizes import AnyBatch
-from difa_compile.backend.capture import batch_of
 from difa_compile.backend.entry import compiler_named, difa
 from difa_compile.backend.inductor import inductor_config
 from difa_compile.backend.run import Run, run_of
@@ -42,7 +41,8 @@ from difa_compile.pipeline.wiring import Wiring, compile_forward, wiring_of
 from difa_compile.plan.plan import RESIZES, Plan
 
 if TYPE_CHECKING:
-    from difa_compile.backend.capture import Capture, Record
+    from difa_compile.backend.capture import Capture
+    from difa_compile.backend.verdicts import Record
 
 __all__ = ["AppliedPlan", "RunStats", "apply", "find_transformer", "find_transformers", "remove"]
 
@@ -74,7 +74,7 @@ class AppliedPlan:
     @property
     def records(self) -> tuple[Record, ...]:
         """What happened to every site, in the latest captured graph; empty before the first call."""
-        return self.captures[-1].records if self.captures else ()
+        return self.captures[-1].verdicts.records if self.captures else ()
 
     def _note(self, stats: RunStats) -> None:
         self.last_run = stats
@@ -92,20 +92,19 @@ class _AppliedRun(Run):
         self._halves = halves
         self._batch: int | None = None
 
-    def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+    def before_call(self, capture: Capture) -> None:
         self._tells_calls_apart = self._tells_calls_apart and self.current_branch is not None
-        if capture.two_call and not self._tells_calls_apart:
+        if capture.model.context.two_call and not self._tells_calls_apart:
             capture.leave_unshared(_NOT_TOLD_APART)
         if not any(known is capture for known in self._applied.captures):
             self._applied.captures.append(capture)
         if self._halves:
             self._check_batch(capture)
-        return super().call(capture, args)
 
     def _check_batch(self, capture: Capture) -> None:
         """Raise :class:`PlanMismatchError` if the batch changes in mid-run: half of it is a half of guidance at some
         steps, and other images at the rest."""
-        batch = batch_of(capture)
+        batch = capture.model.batch
         if self._batch not in (None, batch):
             raise PlanMismatchError(
                 f"step {self.index}: the plan shares the two halves of classifier-free guidance, but the transformer "

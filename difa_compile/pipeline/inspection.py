@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from difa_compile.backend.capture import Capture, Record
 from difa_compile.backend.dynamo_answers import answering
-from difa_compile.backend.entry import eager
 from difa_compile.backend.graph_breaks import why_not_whole
+from difa_compile.backend.verdicts import Record
 from difa_compile.decision import Decision, Kind, Window, WindowShape
 from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError
 from difa_compile.layout import Layout
+from difa_compile.passes.analysed_model import AnalysedModel
+from difa_compile.passes.order import analyse
 from difa_compile.passes.site import Site
 from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, inner_forward
 from difa_compile.plan.data import SiteInfo
@@ -31,7 +32,7 @@ class ModelInspection:
     ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
     on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
     ``graphs``: how many graphs Dynamo made; one is the rule. ``sample``: sizes of the noisy sample behind its first
-    dimension (:class:`Capture`).
+    dimension (:class:`AnalysedModel`).
     """
 
     model: nn.Module
@@ -85,7 +86,7 @@ def inspect_model(
     parameters = signatures.signature(inner_forward(model)).parameters
     if "return_dict" in parameters:
         kwargs = {**kwargs, "return_dict": False}
-    captures: list[Capture] = []
+    models: list[AnalysedModel] = []
     failures: list[DifaError] = []
     graphs = 0
 
@@ -93,14 +94,14 @@ def inspect_model(
         nonlocal graphs
         graphs += 1
         try:
-            captures.append(Capture(module, example, eager, layout=layout))
+            models.append(analyse(module, example, layout=layout))
         except DifaError as error:
             failures.append(error)
         return module.forward
 
     def attempt(**settings: Any) -> None:
         nonlocal graphs
-        captures.clear()
+        models.clear()
         failures.clear()
         graphs = 0
         with torch.no_grad():
@@ -127,8 +128,8 @@ def inspect_model(
         model.train(training)
         if name and hasattr(model_or_pipe, "maybe_free_model_hooks"):
             model_or_pipe.maybe_free_model_hooks()  # the call was stopped before it came to that
-    sites = tuple(site for capture in captures for site in capture.all_sites)
-    if not captures:
+    sites = tuple(site for analysed in models for site in analysed.all_sites)
+    if not models:
         detail = f": {failures[0]}" if failures else ""
         others = other_attention(model, ())
         forms = f" ({others[0].site} and {len(others) - 1} more: {others[0].reason})" if others else ""
@@ -136,10 +137,10 @@ def inspect_model(
             f"{type(model).__name__} has no attention that a plan could act on{detail}{forms}. Plans work on models "
             "with self- or joint softmax attention"
         )
-    records = tuple(record for capture in captures for record in limits(capture))
+    records = tuple(record for analysed in models for record in limits(analysed))
     records += other_attention(model, [site.path for site in sites])
-    infos = tuple(site.info for capture in captures for site in capture.sites)
-    return ModelInspection(model, sites, infos, records, graphs, captures[0].sample)
+    infos = tuple(site.info for analysed in models for site in analysed.sites)
+    return ModelInspection(model, sites, infos, records, graphs, models[0].sample)
 
 
 def private_forward(model: nn.Module) -> Callable[..., Any]:
@@ -197,16 +198,16 @@ def other_attention(model: nn.Module, found: Sequence[str]) -> tuple[Record, ...
     return tuple(records)
 
 
-def limits(capture: Capture) -> tuple[Record, ...]:
-    """What can't be done at the sites of a capture, whatever the plan."""
+def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
+    """What can't be done at the sites of a model, whatever the plan."""
     records = [
         Record(site.path, "any", "skipped", "cross-attention is left alone")
-        for site in capture.all_sites
+        for site in analysed.all_sites
         if not site.rewritable
     ]
-    for index, site in enumerate(capture.sites):
+    for index, site in enumerate(analysed.sites):
         for decision in (Decision(Kind.REUSE), Decision(Kind.WINDOW, Window(WindowShape.BAND, 1))):
-            reason = capture.why_not(index, decision)
+            reason = analysed.why_not(index, decision)
             if reason is not None:
                 records.append(Record(site.path, str(decision.kind), "skipped", reason))
     return tuple(records)

@@ -36,7 +36,7 @@ class Role:
     residual_window: Window | None = None
 
     def __post_init__(self) -> None:
-        if self.emit_output and self.decision.kind is Kind.REUSE:
+        if self.emit_output and not self.decision.kind.fills("output"):
             raise DecisionError("a reuse step computes no output, so it cannot fill the output cache")
         if self.emit_residual and not self.decision.is_full:
             raise DecisionError(f"only a full step has a residual, but {self.decision} was to fill the residual cache")
@@ -49,18 +49,18 @@ class Role:
     @property
     def depends_on_calls(self) -> bool:
         """Whether what it computes depends on other calls of the model, through caches or a shared CFG half."""
-        reads = self.decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL) or self.decision.cfg_shared
+        reads = self.decision.kind.reads is not None or self.decision.cfg_shared
         return reads or self.emit_output or self.emit_residual
 
     @property
     def reads_output(self) -> bool:
         """Whether ``cache.<site>.output`` is an input of the variant."""
-        return self.decision.kind is Kind.REUSE
+        return self.decision.kind.reads == "output"
 
     @property
     def reads_residual(self) -> bool:
         """Whether ``cache.<site>.residual`` is an input of the variant."""
-        return self.decision.kind is Kind.WINDOW_RESIDUAL
+        return self.decision.kind.reads == "residual"
 
     def __str__(self) -> str:
         text = str(self.decision)

@@ -173,7 +173,7 @@ def _writable(text: str) -> str:
 
 def _read_comparison(value: object) -> dict[str, Any]:
     """The fields of a :class:`Comparison`, but for the images. Raises ``ValueError``."""
-    from difa_compile.backend.capture import Record
+    from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison, Quality
 
     images = ("images_full", "images_planned")

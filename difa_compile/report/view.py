@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difa_compile.backend.capture import Record
+    from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison, Quality
 
 EMBEDDED = 48

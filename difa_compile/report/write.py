@@ -15,7 +15,7 @@ from difa_compile.report.view import Page, build_page
 from difa_compile.wording import visible
 
 if TYPE_CHECKING:
-    from difa_compile.backend.capture import Record
+    from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison
 
 PAGE_NAME = "index.html"

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import fx
 
 from difa_compile.passes.analyse.find_attention import attention_inputs
+from difa_compile.passes.analyse.sample import Sample
+from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
     CONVERSIONS,
     ELEMENTWISE,
@@ -40,6 +42,11 @@ Place = tuple[fx.Node, int]
 
 class BatchUnknown(Exception):
     """An op form through which the batch dimension cannot be followed; the message says which."""
+
+
+def follow_batch(module: fx.GraphModule, facts: Facts) -> None:
+    """Note on every node which dimension of its value is the batch (:func:`annotate_batch`)."""
+    annotate_batch(module.graph, facts[Sample].latents)
 
 
 def annotate_batch(graph: fx.Graph, latents: Sequence[fx.Node]) -> None:

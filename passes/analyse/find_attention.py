@@ -19,12 +19,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from difa_compile.errors import LayoutError, NoAttentionError
 from difa_compile.layout import Layout
+from difa_compile.passes.analyse.positions import HeldPositions
+from difa_compile.passes.analyse.sample import latent_inputs
 from difa_compile.passes.analyse.token_grids import LayoutFinder
+from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
     LAYOUT,
     alias_root,
@@ -41,8 +46,48 @@ from difa_compile.passes.graph import (
     reaching,
     shape_of,
 )
-from difa_compile.passes.prepare.arguments import latent_inputs
+from difa_compile.passes.prepare.specialize import check_sizes
 from difa_compile.passes.site import Region, Site, SiteKind
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The attention sites of a graph in execution order: ``all``, and the ``rewritable``, on which a plan acts."""
+
+    all: tuple[Site, ...]
+
+    @property
+    def rewritable(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.all if site.rewritable)
+
+
+def find_sites(module: fx.GraphModule, facts: Facts) -> Sites:
+    """Find the attention sites, their regions and token layouts.
+
+    Raises :class:`NoAttentionError` if a plan can act on none of them, :class:`LayoutError` if the layout that the user
+    told fits none, :class:`UnsupportedModelError` if a size at one is only known when the model runs.
+    """
+    sites = Sites(find_attention(module, layout=facts.layout, values=facts.inputs))
+    if not sites.rewritable:
+        raise NoAttentionError(
+            f"the graph has {len(sites.all)} attention calls, none of them self- or joint attention of the "
+            "denoised tokens through scaled_dot_product_attention; there is nothing a plan could change"
+        )
+    first = sites.rewritable[0]
+    if facts.layout is not None and all(site.layout is None for site in sites.rewritable):
+        raise LayoutError(f"{first.path}: {first.layout_reason}; give the layout of the sequence")
+    for site in sites.rewritable:
+        check_sizes((*attention_inputs(site.region.attention), *site.region.interior))
+    return sites
+
+
+def hold_positions(module: fx.GraphModule, facts: Facts) -> HeldPositions:
+    """Find the inputs whose values tell where tokens stand: a later call has to bring the same."""
+
+    def layouts(values: Sequence[Any]) -> list[Layout | None]:
+        return [site.layout for site in find_attention(module, layout=facts.layout, values=values)]
+
+    return HeldPositions(module.graph, facts.inputs, layouts)
 
 
 def find_attention(

@@ -1,4 +1,6 @@
-"""Which argument of the model each input of a graph is, and which of them is the noisy sample.
+"""Note on each input of a graph which argument of the model it is.
+
+Before: an input that nothing tells apart from others, ``L['args'][1]``. After: the same, noted to be ``timestep``.
 
 Dynamo names a placeholder after the local variable of the function it captures: ``l_hidden_states_``. Where that
 function takes ``*args``, as the wrapper of a decorated ``forward`` does, all positional arguments would be one
@@ -9,25 +11,32 @@ argument.
 from __future__ import annotations
 
 import inspect
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
 from torch import fx, nn
 
-from difa_compile.passes.graph import is_parameter, shape_of, source_name, tensor_of
+from difa_compile.passes.facts import Facts
+from difa_compile.passes.graph import source_name
 
 _NAME = "argument"
 """Key in a placeholder's ``meta``."""
 
 
-def name_arguments(graph: fx.Graph) -> None:
+def name_arguments(module: fx.GraphModule, facts: Facts) -> fx.GraphModule:
     """Note, of inputs that come in as ``*args`` or ``**kwargs``, which argument of the model each is.
 
     To be called while Dynamo compiles the graph: later nobody knows what function it was captured from.
     """
+    del facts
+    note_arguments(module.graph)
+    return module
+
+
+def note_arguments(graph: fx.Graph) -> None:
+    """:func:`name_arguments` of a graph."""
     frame = captured_frame()
     if frame is None:
         return
@@ -75,48 +84,3 @@ def argument_name(node: fx.Node) -> str:
         return named
     name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
     return re.sub(r"_\d+$", "", name)
-
-
-def latent_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """The placeholders of the noisy sample: by their usual name; else, of inputs that come in without names, as
-    ``*args`` that nothing tells apart, the first, as is usual too; else the largest floating-point input.
-
-    Several where the model takes a list of samples.
-    """
-    inputs = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder"
-        and not is_parameter(node)
-        and (value := tensor_of(node)) is not None
-        and value.is_floating_point()
-        and value.ndim >= 2
-    ]
-    named = {node: argument_name(node) for node in inputs}
-    for wanted in ("hidden_states", "sample", "latents", "latent", "x"):
-        found = tuple(node for node in inputs if named[node] == wanted)
-        if found:
-            return found
-    for wanted in ("hidden_states", "sample", "latent", "x_"):
-        for node in inputs:
-            if named[node].startswith(wanted):
-                return (node,)
-    for node in inputs:
-        if named[node].endswith("latents"):
-            return (node,)
-    chosen = min(inputs, key=_position, default=None)
-    if chosen is None or math.isinf(_position(chosen)):
-        chosen = max(inputs, key=lambda node: math.prod(shape_of(node)), default=None)
-    return () if chosen is None else tuple(node for node in inputs if named[node] == named[chosen])
-
-
-def _position(node: fx.Node) -> float:
-    """Where an input without a name stands among ``*args``; infinity for those that have a name."""
-    found = re.fullmatch(r"\w+\[(\d+)\]", argument_name(node))
-    return int(found[1]) if found else math.inf
-
-
-def sample_sizes(latents: Sequence[fx.Node]) -> tuple[int, ...] | None:
-    """Sizes of the noisy sample behind its first dimension (the batch; of the samples in a list, the channels)."""
-    found = {shape_of(latent)[1:] for latent in latents}
-    return found.pop() if len(found) == 1 else None

@@ -19,6 +19,7 @@ Autocast casts what ``scaled_dot_product_attention`` is given. Where it did not 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,23 +30,38 @@ import torch.nn.functional as F
 from torch import fx
 
 from difa_compile.passes.autocast import ENTER, EXIT, autocast_of, casts_at
+from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import argument, is_parameter, op_name, shape_of, tensor_of
+from difa_compile.passes.replay import computes_the_same
 from difa_compile.passes.variant import refresh, start_variant
 
 SDPA = F.scaled_dot_product_attention
 
 
+def canonicalise(module: fx.GraphModule, facts: Facts) -> fx.GraphModule:
+    """The graph that plans rewrite: with all attention in one form, if that computes the same on the example inputs."""
+    rewritten = canonical(module)
+    if rewritten is module or computes_the_same(module, rewritten, facts.inputs):
+        return rewritten
+    warnings.warn(
+        "attention written out in plain products was recognised, but as one call it does not compute the same on "
+        "the example inputs; it is left alone",
+        stacklevel=2,
+    )
+    return module
+
+
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
     """``module`` itself if it has no form but the canonical one, else a rewritten copy."""
     copied = start_variant(module, [], []).finish()
-    if not canonicalise(copied.graph):
+    if not rewrite_forms(copied.graph):
         return module
     copied.graph.lint()
     copied.recompile()
     return copied
 
 
-def canonicalise(graph: fx.Graph) -> int:
+def rewrite_forms(graph: fx.Graph) -> int:
     """Rewrite all recognised forms in place. Returns how many."""
     count = 0
     for node in list(graph.nodes):

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from difa_compile.errors import InputValuesError
 from difa_compile.ops.sized import SIZED
 from difa_compile.passes.autocast import Autocast, autocast_kept, is_exit, open_at
+from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import alias_root, mutated_argument, op_name, reaching, tensor_of
 
 BINDINGS = "unbacked_bindings"
@@ -356,6 +357,12 @@ def shown(answer: Answer) -> str:
 
 
 NO_QUESTIONS = Questions(None, (), ())
+
+
+def answer_questions(module: fx.GraphModule, facts: Facts) -> fx.GraphModule:
+    """Answer the graph's questions, in place, and keep them (:class:`Questions`)."""
+    facts.keep(answer(module, facts.inputs))
+    return module
 
 
 def answer(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Questions:

@@ -17,9 +17,17 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from difa_compile.errors import UnsupportedModelError
+from difa_compile.passes.facts import Facts
 
 
-def specialize(module: fx.GraphModule) -> int:
+def specialize(module: fx.GraphModule, facts: Facts) -> fx.GraphModule:
+    """Replace symbolic integers by their values, in place."""
+    del facts
+    fix_sizes(module)
+    return module
+
+
+def fix_sizes(module: fx.GraphModule) -> int:
     """Replace symbolic integers by their values, in place. Returns how many nodes were replaced.
 
     Sizes that are only known when the model runs (how many tokens a mask shows) stay as they are:

@@ -9,28 +9,24 @@ Before: ``y = region(x); out = x0 + gate * y``. After: ``y = cache.<site>.output
 
 from __future__ import annotations
 
-from difa_compile.decision import Kind
+from difa_compile.passes.caches import CacheName
 from difa_compile.passes.rewrite.erase import erase_region
 from difa_compile.passes.rewrite.share_cfg import narrow_to_half, twice
-from difa_compile.passes.variant import Context, Variant, output_cache
+from difa_compile.passes.variant import Target, Variant
 
 
-def reuse(variant: Variant, context: Context) -> None:
-    """Rewrite every site whose decision is reuse."""
-    for target in variant.targets:
-        decision = target.role.decision
-        if decision.kind is not Kind.REUSE:
-            continue
-        region = target.site.region
-        inside = set(region.interior)
-        for i, output in enumerate(region.outputs):
-            cached = variant.read_cache(output_cache(target.site.path, i), output)
-            value = cached
-            if decision.cfg_shared:
-                dim = output.meta["batch_dim"]
-                half = narrow_to_half(variant, cached, cached, dim, context)
-                value = twice(variant, half, half, dim)
-            for user in [user for user in output.users if user not in inside]:
-                user.replace_input_with(output, value)
-            target.outputs[i] = value
-        erase_region(region.interior)
+def reuse(variant: Variant, target: Target) -> None:
+    """Replace a site's outputs by caches and erase its region."""
+    region = target.site.region
+    inside = set(region.interior)
+    for i, output in enumerate(region.outputs):
+        cached = variant.read_cache(CacheName.output(target.site.path, i), output)
+        value = cached
+        if target.role.decision.cfg_shared:
+            dim = output.meta["batch_dim"]
+            half = narrow_to_half(variant, cached, cached, dim)
+            value = twice(variant, half, half, dim)
+        for user in [user for user in output.users if user not in inside]:
+            user.replace_input_with(output, value)
+        target.outputs[i] = value
+    erase_region(region.interior)

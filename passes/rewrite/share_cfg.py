@@ -18,35 +18,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from difa_compile.decision import Kind
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.graph import is_parameter, mutated_argument, op_name, reaching, shape_of, tensor_of
 from difa_compile.passes.site import Region, Site
-from difa_compile.passes.variant import Context, Target, Variant, refresh, start_variant
-from difa_compile.plan.schedule import Role
+from difa_compile.passes.variant import Context, Target, Variant, start_variant
+from difa_compile.plan.schedule import FULL_ROLE
 
 
 class HalvingError(Exception):
     """A region that can't be computed on half a batch; the message is the reason given to the user."""
 
 
-def share_cfg(variant: Variant, context: Context) -> None:
-    """Rewrite every computing site whose decision shares the CFG halves."""
-    for target in variant.targets:
-        if target.role.decision.cfg_shared and target.role.decision.kind is not Kind.REUSE:
-            halve(variant, target, context)
-
-
-def why_not_shared(module: fx.GraphModule, site: Site, role: Role, context: Context) -> str | None:
+def why_not_shared(module: fx.GraphModule, site: Site, context: Context) -> str | None:
     """The reason why the CFG halves can't be shared at a site, or None."""
     if context.conditional_half is None:
         return "which half of the batch is conditional is not known; the plan does not say"
     problem = eligible(site)
     if problem is not None:
         return problem
-    variant = start_variant(module, [site], [role])
+    variant = start_variant(module, [site], [FULL_ROLE], context)
     try:
-        halve(variant, variant.targets[0], context)
+        share_cfg(variant, variant.targets[0])
     except HalvingError as error:
         return str(error)
     return None
@@ -63,11 +55,12 @@ def eligible(site: Site) -> str | None:
     return None
 
 
-def narrow_to_half(variant: Variant, place: fx.Node, value: fx.Node, dim: int, context: Context) -> fx.Node:
+def narrow_to_half(variant: Variant, place: fx.Node, value: fx.Node, dim: int) -> fx.Node:
     """The conditional half of ``value`` along its batch dimension."""
-    assert context.conditional_half is not None
+    which = variant.context.conditional_half
+    assert which is not None, "why_not_shared admits no sharing where it is not known"
     half = shape_of(value)[dim] // 2
-    return variant.call_after(place, torch.narrow, (value, dim, context.conditional_half * half, half))
+    return variant.call_after(place, torch.narrow, (value, dim, which * half, half))
 
 
 def twice(variant: Variant, place: fx.Node, half: fx.Node, dim: int) -> fx.Node:
@@ -97,7 +90,8 @@ def shared_part(region: Region) -> tuple[fx.Node, ...]:
     return tuple(node for node in region.interior if node not in whole)
 
 
-def halve(variant: Variant, target: Target, context: Context) -> None:
+def share_cfg(variant: Variant, target: Target) -> None:
+    """Compute a site's region on the conditional half and double its outputs. Raises :class:`HalvingError`."""
     region = target.site.region
     part = shared_part(region)
     if region.attention not in part or any(output not in part for output in region.outputs):
@@ -111,13 +105,13 @@ def halve(variant: Variant, target: Target, context: Context) -> None:
         if shape_of(source)[dim] % 2:
             raise HalvingError(f"{source.name} has an odd batch of {shape_of(source)[dim]}")
         first = next(node for node in part if source in node.all_input_nodes)
-        half = narrow_to_half(variant, first.prev, source, dim, context)
+        half = narrow_to_half(variant, first.prev, source, dim)
         for node in part:
             node.replace_input_with(source, half)
     for node in part:
         halve_constants(node, whole[node])
         try:
-            refresh(node)
+            variant.refresh(node)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise HalvingError(f"{op_name(node)} ({node.name}) does not run on half a batch: {reason}") from error

@@ -15,32 +15,31 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from difa_compile.decision import Kind, Window
+from difa_compile.decision import Window
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.passes.analyse.find_attention import attention_inputs
+from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import argument
 from difa_compile.passes.rewrite.share_cfg import narrow_to_half
 from difa_compile.passes.site import Site
-from difa_compile.passes.variant import Context, Target, Variant, residual_cache
+from difa_compile.passes.variant import Target, Variant
 
 
-def window(variant: Variant, context: Context) -> None:
-    """Rewrite every site whose decision is a window."""
-    for target in variant.targets:
-        decision = target.role.decision
-        if decision.window is None:
-            continue
-        full = target.attention
-        value = local = insert_local(variant, target, decision.window)
-        if decision.kind is Kind.WINDOW_RESIDUAL:
-            whole = target.site.region.attention
-            residual = variant.read_cache(residual_cache(target.site.path), unhalved(target, whole))
-            if target.halved:
-                residual = narrow_to_half(variant, local, residual, 0, context)
-            value = variant.call_after(residual if target.halved else local, torch.add, (local, residual))
-        full.replace_all_uses_with(value)
-        variant.graph.erase_node(full)
-        target.attention = value
+def window(variant: Variant, target: Target) -> None:
+    """Replace a site's attention by its local form, plus the residual if the role reads one."""
+    decision = target.role.decision
+    assert decision.window is not None, "only windows concern this pass"
+    full = target.attention
+    value = local = insert_local(variant, target, decision.window)
+    if target.role.reads_residual:
+        whole = target.site.region.attention
+        residual = variant.read_cache(CacheName.residual(target.site.path), unhalved(target, whole))
+        if target.halved:
+            residual = narrow_to_half(variant, local, residual, 0)
+        value = variant.call_after(residual if target.halved else local, torch.add, (local, residual))
+    full.replace_all_uses_with(value)
+    variant.graph.erase_node(full)
+    target.attention = value
 
 
 def insert_local(variant: Variant, target: Target, neighbourhood: Window) -> fx.Node:

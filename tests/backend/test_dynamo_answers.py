@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.dynamo_answers import answering
 from difa_compile.backend.entry import difa, eager
 from difa_compile.backend.run import sampling
@@ -14,6 +13,7 @@ from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import InputValuesError, UnsupportedPipelineError
 from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.pipeline.wiring import compile_forward, run_compiled
+from tests.support.captures import capture_of
 from tests.support.tiny_models import PlainTransformer, plan_of, sharpened
 
 WIDTH, TEXT, TOKENS = 32, 5, 24
@@ -247,11 +247,11 @@ def test_asking_changes_no_input():
     model, seen = build(Writing), []
 
     def backend(module, example_inputs):
-        capture = Capture(module, example_inputs, eager)
+        capture = capture_of(module, example_inputs, eager)
         seen.append(capture)
         masks = [value for value in example_inputs if value.dtype == torch.bool]
         before = [mask.clone() for mask in masks]
-        capture.check(example_inputs)
+        capture.model.check(example_inputs)
         assert all(torch.equal(a, b) for a, b in zip(masks, before, strict=True))
         return module.forward
 

@@ -93,7 +93,7 @@ def test_pieces_without_all_sites_are_no_models(broken, where):
     function = compiled(model, plan)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=NAMED) as told:
         function(**inputs)
-    assert "test_breaks.py:" in str(told.value)
+    assert "test_graph_breaks.py:" in str(told.value)
     if where == "between":
         assert "it ends in a graph break" in str(told.value)
         assert "torch._dynamo.graph_break()" in str(told.value)
@@ -124,7 +124,7 @@ def test_inspection_names_the_break(broken):
     model, inputs, _ = broken
     model.where = "loop"
     with pytest.raises(
-        UnsupportedModelError, match=r"Broken cannot be captured as one graph: .*\(test_breaks\.py:\d+, "
+        UnsupportedModelError, match=r"Broken cannot be captured as one graph: .*\(test_graph_breaks\.py:\d+, "
     ):
         inspect_model(model, inputs)
 
@@ -200,7 +200,7 @@ def test_bare_compile_plans_all_sites_or_names_the_break(name):
         with torch.no_grad(), difa_compile.sampling(function, steps=2) as run:
             call(example, function)
             (kept,) = run._all_parts()
-            sites = [site.path for site in kept.capture.sites]
+            sites = [site.path for site in kept.capture.model.sites]
     except UnsupportedModelError as error:
         refusal = str(error)
     if name not in EITHER:

@@ -11,13 +11,13 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._inductor import compile_fx
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import difa
 from difa_compile.backend.inductor import inductor, inductor_config, uses_cuda_graphs
 from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, Decision
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.plan.schedule import FULL_ROLE, assign_roles
+from tests.support.captures import capture_of
 from tests.support.places import ROOT
 from tests.support.tiny_models import at_step, captured, captured_plain, plain_plan
 
@@ -64,15 +64,15 @@ def test_parameters_are_static_inputs_of_every_compiled_graph(family, told):
     plain = told.pop()
     assert len(plain) >= 20
 
-    capture = Capture(module, values, compiler, conditional_half=0)
+    capture = capture_of(module, values, compiler, conditional_half=0)
     caches = {}
-    rows = [[D(text)] * len(capture.sites) for text in ("full", "window(box:1)+residual+cfg", "reuse")]
+    rows = [[D(text)] * len(capture.model.sites) for text in ("full", "window(box:1)+residual+cfg", "reuse")]
     for roles in assign_roles(rows):
         _, written = capture.execute(values, roles, caches)
         caches.update(written)
     assert told == seen, "by segment: positions of the model's tensors among the inputs"
     assert all(positions for positions in told), "every segment of these models has weights"
-    capture.execute(values, [FULL_ROLE] * len(capture.sites), {})
+    capture.execute(values, [FULL_ROLE] * len(capture.model.sites), {})
     assert told[-1] == plain, "the whole graph is told of as torch.compile does"
 
 
@@ -162,10 +162,10 @@ def test_full_calls_outside_of_a_plan_are_copied_too(monkeypatch):
     _, _, module, values = captured_plain()
     replayed = Replayed()
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replayed.mark_step)
-    capture = Capture(module, values, replayed, overwrites=True)
-    first = capture.full(values)[0]
+    capture = capture_of(module, values, replayed, overwrites=True)
+    first = capture.full()(values, {})[0][0]
     kept = first.clone()
-    assert torch.equal(capture.full(values)[0], kept)
+    assert torch.equal(capture.full()(values, {})[0][0], kept)
     replayed.mark_step()
     assert torch.equal(first, kept)
 

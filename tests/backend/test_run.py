@@ -235,17 +235,20 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
     fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
     expected = by_hand(model)
 
-    execute = Capture.execute
+    row = Capture.row
 
-    def fail(*arguments):
-        execute(*arguments)
-        raise MemoryError
+    def failing(self, roles):
+        def fail(args, caches):
+            row(self, roles)(args, caches)
+            raise MemoryError
+
+        return fail
 
     with sampling(fast, 4) as run:
         call(fast, at_step(inputs, 0))
         run.step(1)
         with monkeypatch.context() as broken:
-            broken.setattr(Capture, "execute", fail)
+            broken.setattr(Capture, "row", failing)
             with pytest.raises(MemoryError):
                 call(fast, at_step(inputs, 9))
         found = call(fast, at_step(inputs, 1))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.calibration.calibrate import calibrate
 from difa_compile.decision import FULL, REUSE, Decision
@@ -11,6 +10,7 @@ from difa_compile.errors import DecisionError, ProfileError, SiteSkippedError
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.plan.cost import Setting, site_seconds, without_window
 from difa_compile.plan.schedule import assign_roles
+from tests.support.captures import capture_of
 from tests.support.profiles import made_up
 from tests.support.tiny_models import captured_plain, plain_plan
 from tests.support.tiny_pipelines import sample, tiny_pipeline
@@ -39,7 +39,7 @@ def capture(rows, **options):
     """A :class:`Capture` of two plain attentions with a plan, run eagerly."""
     _, _, module, values = captured_plain()
     plan = plain_plan(rows, conditional_half=0)
-    return Capture(module, values, eager, plan=plan, conditional_half=0, **options)
+    return capture_of(module, values, eager, plan=plan, conditional_half=0, **options)
 
 
 def outcomes(found):
@@ -93,7 +93,7 @@ def test_a_strict_plan_minds_what_cannot_be_done_and_not_what_is_slower(profile_
     assert outcomes(capture([FULL, WINDOW], strict=True))[str(WINDOW)][0] == "skipped"
     _, _, module, values = captured_plain()
     with pytest.raises(SiteSkippedError, match="2 such decisions in all"):
-        Capture(module, values, eager, plan=plain_plan([D("full+cfg")]), strict=True)
+        capture_of(module, values, eager, plan=plain_plan([D("full+cfg")]), strict=True)
 
 
 def test_halves_stay_shared_where_a_slower_window_is_left_out(profile_at):

@@ -29,6 +29,7 @@ from difa_compile.errors import (
     UnsupportedPipelineError,
 )
 from difa_compile.layout import Layout
+from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.guidance import Guidance
 from difa_compile.plan.plan import Plan, SiteInfo
@@ -194,7 +195,7 @@ def test_one_capture_and_one_variant_per_kind_of_role(pipe, monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         quick(pipe)
     (capture,) = captures
-    structures = {segment.structure for segment in capture.split.segments}
+    structures = {segment.structure for segment in capture.model.split.segments}
     # Per kind of segment: full; full that keeps caches; and the four candidates.
     assert capture.compiled_variants <= 6 * len(structures)
 
@@ -687,12 +688,12 @@ def test_nan_of_a_candidate_names_site_and_candidate(pipe, monkeypatch):
 
 
 def test_candidate_that_cannot_be_carried_out_is_noted(pipe, monkeypatch):
-    why_not = Capture.why_not
+    why_not = AnalysedModel.why_not
 
     def no_windows(self, site, decision):
         return "an attention mask" if site == 1 and decision.window else why_not(self, site, decision)
 
-    monkeypatch.setattr(Capture, "why_not", no_windows)
+    monkeypatch.setattr(AnalysedModel, "why_not", no_windows)
     plan = quick(pipe, steps=3)
     cells = [row[1] for row in plan.rows[1:]]
     noted = [trial for cell in cells for trial in cell.trials if trial.reason]

@@ -14,17 +14,17 @@ from torch import nn
 
 import difa_compile
 from difa_compile.backend.batch_sizes import pattern_of
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.backend.inductor import inductor
 from difa_compile.calibration.state import CalibrationState
 from difa_compile.decision import FULL, Decision, Kind, Window
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
-from difa_compile.passes.proofs import SHARING_TOLERANCE
+from difa_compile.passes.replay import SHARING_TOLERANCE
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.schedule import assign_roles
 from tests.support.altered import Altered
+from tests.support.captures import capture_of
 from tests.support.tiny_models import ATTENTIONS, FAMILIES, Block, PlainTransformer, at_step, graph_of
 from tests.support.tiny_pipelines import sample, tiny_pipeline
 
@@ -158,12 +158,12 @@ def compare(model, inputs, around, layout, is_attention, compiler=eager, rows=No
     window = "box:1"
     with nullcontext() if around is None else torch.autocast("cpu", **around):
         module, values = graph_of(model, inputs)
-        capture = Capture(module, values, compiler, conditional_half=1)
+        capture = capture_of(module, values, compiler, conditional_half=1)
         paths = [name for name, _ in model.named_modules() if is_attention(name)]
-        assert [site.path for site in capture.sites] == paths
+        assert [site.path for site in capture.model.sites] == paths
         wide = [[pair[i % 2] for i in range(len(paths))] for pair in rows or schedule(window)]
         for i, decision in {(i, row[i]) for row in wide for i in range(len(paths))}:
-            assert capture.why_not(i, decision) is None, (paths[i], str(decision))
+            assert capture.verdicts.why_not(i, decision) is None, (paths[i], str(decision))
         oracle, caches = Cast(model, paths, [layout] * len(paths), 1, Window.parse(window)), {}
         for step, (row, roles) in enumerate(zip(wide, assign_roles(wide), strict=True)):
             now = at_step(inputs, step)
@@ -232,13 +232,13 @@ def test_equal_blocks_within_one_region_are_compiled_once():
     model, inputs = normed()
     model.region = ON
     module, values = graph_of(model, inputs)
-    capture = Capture(module, values, eager)
-    blocks = [segment for segment in capture.split.segments if segment.sites]
+    capture = capture_of(module, values, eager)
+    blocks = [segment for segment in capture.model.split.segments if segment.sites]
     assert len(blocks) == 3
     assert len({segment.structure for segment in blocks}) == 1
     model.layers[1].region = HALF
     module, values = graph_of(model, inputs)
-    unlike = [s.structure for s in Capture(module, values, eager).split.segments if s.sites]
+    unlike = [s.structure for s in capture_of(module, values, eager).model.split.segments if s.sites]
     assert unlike[1] not in (unlike[0], unlike[2])
 
 
@@ -316,5 +316,5 @@ def test_time_is_predicted_for_the_dtype_that_attention_is_computed_in():
     model, inputs = normed()
     with torch.autocast("cpu", torch.bfloat16):
         module, values = graph_of(model, inputs)
-        capture = Capture(module, values, eager)
-    assert capture._setting(0).dtype == torch.bfloat16, "queries are float32"
+        capture = capture_of(module, values, eager)
+    assert capture.prediction._setting(0).dtype == torch.bfloat16, "queries are float32"

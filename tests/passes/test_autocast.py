@@ -10,7 +10,7 @@ from difa_compile.passes.autocast import Autocast, autocast_kept, autocast_of, i
 from difa_compile.passes.graph import is_attention, op_name, tensor_of
 from difa_compile.passes.prepare.canonical import SDPA, canonical
 from difa_compile.passes.prepare.questions import Slice
-from difa_compile.passes.proofs import close, computes_the_same
+from difa_compile.passes.replay import close, computes_the_same
 from difa_compile.passes.variant import refresh
 from tests.support.tiny_models import graph_of
 

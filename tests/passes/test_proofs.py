@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.decision import REUSE, Decision
 from difa_compile.passes import proofs
 from difa_compile.passes.graph import op_name
-from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, fresh, prove, same
+from difa_compile.passes.order import rewrite
+from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, prove
+from difa_compile.passes.replay import fresh, same
 from difa_compile.passes.site import Region
 from difa_compile.passes.variant import Context
+from tests.support.captures import capture_of
 from tests.support.tiny_models import Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
@@ -23,7 +25,7 @@ def test_honest_regions_prove_themselves(family):
     _, _, module, values = captured(family)
     sites = sites_of(module, values)
     for index in range(len(sites)):
-        assert prove(module, sites, index, values, Context(0)) == Proof()
+        assert prove(module, sites, index, values, Context(0), rewrite) == Proof()
 
 
 def test_a_region_that_hides_a_write_is_caught():
@@ -40,23 +42,25 @@ def test_a_region_that_hides_a_write_is_caught():
     write = next(node for node in module.graph.nodes if op_name(node) == "mul_")
     target = write.args[0]
     region = site.region
-    assert prove(module, [site], 0, values, Context()) == Proof()
+    assert prove(module, [site], 0, values, Context(), rewrite) == Proof()
     upto = [*region.interior[: region.interior.index(target) + 1], write]
     lie = dataclasses.replace(site, region=Region(region.attention, tuple(upto), region.inputs, (target,)))
-    assert prove(module, [lie], 0, values, Context()).reuse == (
+    assert prove(module, [lie], 0, values, Context(), rewrite).reuse == (
         "reusing the region's own output does not reproduce the full output"
     )
 
 
 def test_a_site_that_fails_is_left_full_and_says_so(monkeypatch):
     _, _, module, values = captured_plain()
-    monkeypatch.setattr("difa_compile.backend.capture.prove", lambda *_: Proof("it lied", "it shared badly"))
-    capture = Capture(module, values, eager, conditional_half=0)
-    assert capture.why_not(0, REUSE) == "it lied"
-    assert capture.why_not(0, Decision.parse("full+cfg")) == "it shared badly"
-    assert capture.why_not(0, Decision.parse("window(band:2)+cfg")) == "it shared badly"
-    assert capture.why_not(0, Decision.parse("window(band:2)")) is None, "a window changes nothing of the region"
-    assert capture.effective(1, REUSE) == Decision.parse("full")
+    monkeypatch.setattr(proofs, "prove", lambda *_: Proof("it lied", "it shared badly"))
+    capture = capture_of(module, values, eager, conditional_half=0)
+    assert capture.verdicts.why_not(0, REUSE) == "it lied"
+    assert capture.verdicts.why_not(0, Decision.parse("full+cfg")) == "it shared badly"
+    assert capture.verdicts.why_not(0, Decision.parse("window(band:2)+cfg")) == "it shared badly"
+    assert capture.verdicts.why_not(0, Decision.parse("window(band:2)")) is None, (
+        "a window changes nothing of the region"
+    )
+    assert capture.verdicts.effective(1, REUSE) == Decision.parse("full")
 
 
 def test_a_region_that_is_too_wide_is_caught():
@@ -69,12 +73,12 @@ def test_a_region_that_is_too_wide_is_caught():
     torch.manual_seed(0)
     module, values = graph_of(Gated(lambda self, y: self.o(y)).eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
-    assert prove(module, [site], 0, values, Context()) == Proof()
+    assert prove(module, [site], 0, values, Context(), rewrite) == Proof()
     added, gated = (next(node for node in module.graph.nodes if op_name(node) == name) for name in ("add", "mul"))
     region = site.region
     wide = Region(region.attention, (*region.interior, added, gated), region.inputs, (gated,))
     lie = dataclasses.replace(site, region=wide)
-    assert prove(module, [lie], 0, values, Context()).reuse == (
+    assert prove(module, [lie], 0, values, Context(), rewrite).reuse == (
         "the region holds more than its attention: what is reused depends on other values of its step"
     )
 
@@ -83,7 +87,7 @@ def test_a_rewrite_that_does_not_run_is_a_reason_not_a_crash():
     _, _, module, values = captured_plain()
     sites = sites_of(module, values)
     wrong = [value if isinstance(value, torch.nn.Parameter) else value[..., :4] for value in values]
-    reason = prove(module, sites, 0, wrong, Context()).reuse
+    reason = prove(module, sites, 0, wrong, Context(), rewrite).reuse
     assert reason.startswith("the rewritten region does not run: RuntimeError: ")
 
 
@@ -91,13 +95,12 @@ def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
     """A rewrite that takes tokens for the batch would pass reuse, but not a batch with equal halves."""
     _, _, module, values = captured("dit")
     sites = sites_of(module, values)
-    honest = proofs.rewrite
 
     def backwards(value, dim, start, length):
         return value.narrow(dim, start, length).flip(1)
 
     def mixing(graph, sites, roles, context):
-        variant = honest(graph, sites, roles, context)
+        variant = rewrite(graph, sites, roles, context)
         if any(role.decision.cfg_shared for role in roles):
             narrow = next(node for node in variant.module.graph.nodes if node.target is torch.narrow)
             narrow.target = wrong
@@ -107,13 +110,12 @@ def test_sharing_that_mixes_the_halves_is_caught(monkeypatch):
     def refusing(value, dim, start, length):
         raise RuntimeError("no half today")
 
-    monkeypatch.setattr(proofs, "rewrite", mixing)
     wrong = backwards
-    assert prove(module, sites, 0, values, Context(0)).sharing == (
+    assert prove(module, sites, 0, values, Context(0), mixing).sharing == (
         "sharing the CFG halves of a batch with equal halves does not reproduce the full output"
     )
     wrong = refusing
-    proof = prove(module, sites, 0, values, Context(0))
+    proof = prove(module, sites, 0, values, Context(0), mixing)
     assert proof.reuse is None
     assert proof.sharing == "the rewritten region does not run: RuntimeError: no half today"
 
@@ -131,7 +133,7 @@ def test_inputs_that_the_graph_writes_to_are_copied():
     copies = fresh(module, values)
     assert sum(one is not two for one, two in zip(copies, values, strict=True)) == 1
     (site,) = sites_of(module, values)
-    assert prove(module, [site], 0, values, Context()) == Proof()
+    assert prove(module, [site], 0, values, Context(), rewrite) == Proof()
     assert torch.equal(buffer, kept), "proving a region must not change the model's state"
 
 
@@ -168,7 +170,7 @@ def test_a_region_that_reuse_could_not_erase_is_refused(after):
     torch.manual_seed(0)
     module, values = graph_of(BareAttention(after).eval(), {"x": torch.randn(2, 6, 16)})
     sites = sites_of(module, values)
-    assert prove(module, sites, 0, values, Context()).reuse == (
+    assert prove(module, sites, 0, values, Context(), rewrite).reuse == (
         "reuse would save nothing: the attention's result is written to in place and then used"
     )
 
@@ -184,7 +186,7 @@ def test_a_region_that_holds_another_attention_is_not_reused():
     torch.manual_seed(0)
     module, values = graph_of(Twice().eval(), {"x": torch.randn(2, 6, 16)})
     sites = sites_of(module, values)
-    reasons = [prove(module, sites, index, values, Context()).reuse for index in range(len(sites))]
+    reasons = [prove(module, sites, index, values, Context(), rewrite).reuse for index in range(len(sites))]
     assert "another attention call lies within its region" in reasons
 
 
@@ -203,7 +205,7 @@ def test_proving_does_not_change_the_models_buffers():
     model = Counting().eval()
     module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
     before = model.calls.clone()
-    Capture(module, values, eager)
+    capture_of(module, values, eager)
     assert torch.equal(model.calls, before)
 
 
@@ -221,8 +223,8 @@ class Listed(torch.nn.Module):
 def test_halves_of_a_list_are_made_equal_where_they_enter_the_region():
     """The samples are inputs of their own, none of which has two halves."""
     module, values = graph_of(Listed().eval(), {"x": [torch.randn(6, 32), torch.randn(6, 32)]})
-    capture = Capture(module, values, eager, conditional_half=1)
-    assert capture.why_not(0, Decision.parse("full+cfg")) is None
+    capture = capture_of(module, values, eager, conditional_half=1)
+    assert capture.verdicts.why_not(0, Decision.parse("full+cfg")) is None
 
 
 def test_rounding_counts_as_agreement_only_if_contiguous_outputs_explain_it():

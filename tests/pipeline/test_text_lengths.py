@@ -202,9 +202,9 @@ class Case:
         altered = {
             branch: Altered(
                 {
-                    number: (capture.effective(index, decisions[index]), site.layout)
-                    for number, site in enumerate(capture.all_sites)
-                    for index in [capture.sites.index(site) if site in capture.sites else -1]
+                    number: (capture.verdicts.effective(index, decisions[index]), site.layout)
+                    for number, site in enumerate(capture.model.all_sites)
+                    for index in [capture.model.sites.index(site) if site in capture.model.sites else -1]
                     if index >= 0
                 }
             )
@@ -217,7 +217,7 @@ class Case:
             return altered[branch].step(first=step == 0)
 
         outputs = self.pipe(around=around)
-        assert {branch: len(capture.all_sites) for branch, capture in captures.items()} == {
+        assert {branch: len(capture.model.all_sites) for branch, capture in captures.items()} == {
             branch: altered[branch].calls() for branch in altered
         }
         return outputs
@@ -274,7 +274,7 @@ def check(case):
     wanted = case.by_hand(captures, plan.decisions[1])
     assert error(outputs, wanted) < CLOSE
     assert error(full, wanted) > 100 * CLOSE
-    for one, other in zip(captures["cond"].sites, captures["uncond"].sites, strict=True):
+    for one, other in zip(captures["cond"].model.sites, captures["uncond"].model.sites, strict=True):
         assert (one.layout is None) == (other.layout is None) == (case.name in WITHOUT_LAYOUT or no_layout(one))
         assert one.tokens - other.tokens in (0, TEXT - SHORTER)
         assert one.layout is None or one.layout.grid == other.layout.grid

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from difa_compile.backend.capture import Record
+from difa_compile.backend.verdicts import Record
 from difa_compile.report import write_report
 from difa_compile.report.view import build_page
 from difa_compile.report.write import render

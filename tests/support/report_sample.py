@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from difa_compile.backend.capture import Record
+from difa_compile.backend.verdicts import Record
 from difa_compile.comparison.compare import Comparison, Operations, Quality, Timing
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.demo.digits import DigitSplit, render

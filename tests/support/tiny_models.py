@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.passes.analyse.batch_dims import annotate_batch
 from difa_compile.passes.analyse.find_attention import find_attention
-from difa_compile.passes.prepare.arguments import latent_inputs, name_arguments
-from difa_compile.passes.prepare.specialize import specialize
+from difa_compile.passes.analyse.sample import latent_inputs
+from difa_compile.passes.prepare.arguments import note_arguments
+from difa_compile.passes.prepare.specialize import fix_sizes
 from difa_compile.plan.plan import Cell, Plan, Settings, model_digest
 from difa_compile.plan.schedule import uniform_progress
+from tests.support.captures import capture_of
 
 TEXT = 7
 """Text tokens of every model that has them."""
@@ -297,7 +298,7 @@ def graph_of(model, inputs, *, args=(), **options):
     found = []
 
     def keep(module, example_inputs):
-        name_arguments(module.graph)
+        note_arguments(module.graph)
         found.append((module, list(example_inputs)))
         return module.forward
 
@@ -317,15 +318,15 @@ def captured(family, batch=2):
 
 def sites_of(module, values, **options):
     """The rewritable sites of a captured graph, with everything rewrites need annotated."""
-    specialize(module)
+    fix_sizes(module)
     annotate_batch(module.graph, latent_inputs(module.graph))
     return tuple(site for site in find_attention(module, values=values, **options) if site.rewritable)
 
 
-def capture_of(family, batch=2, **options):
+def family_capture(family, batch=2, **options):
     """A :class:`Capture` of a family that runs eagerly, and the values of its graph's inputs."""
     _, _, module, values = captured(family, batch)
-    return Capture(module, values, eager, **options), values
+    return capture_of(module, values, eager, **options), values
 
 
 def with_inputs(family, inputs, batch=2):

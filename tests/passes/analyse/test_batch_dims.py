@@ -6,8 +6,8 @@ from torch import nn
 
 from difa_compile.passes.analyse.batch_dims import annotate_batch, indexed, regrouped
 from difa_compile.passes.analyse.find_attention import attention_inputs
+from difa_compile.passes.analyse.sample import latent_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
-from difa_compile.passes.prepare.arguments import latent_inputs
 from tests.support.tiny_models import FAMILIES, Attention, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import difa, eager
 from difa_compile.backend.run import sampling
 from difa_compile.decision import Decision
@@ -21,6 +20,7 @@ from difa_compile.pipeline.wiring import compile_forward, run_compiled
 from difa_compile.plan.schedule import Role
 from tests.support import tiny_models
 from tests.support.altered import Altered
+from tests.support.captures import capture_of
 from tests.support.tiny_models import flux, graph_of, plan_of
 
 TEXT, NOISY, REFERENCE = 3, (3, 5), (2, 4)
@@ -47,8 +47,8 @@ def by_hand(places, queries, radius=2):
 def assert_windowed_by_hand(model, inputs, layout, places, queries=slice(None)):
     """The layout is found, and a disc on it is a disc on the tokens' own coordinates."""
     module, values = graph_of(model.eval(), inputs)
-    capture = Capture(module, values, eager)
-    assert [site.layout for site in capture.sites] == [layout], capture.sites[0].layout_reason
+    capture = capture_of(module, values, eager)
+    assert [site.layout for site in capture.model.sites] == [layout], capture.model.sites[0].layout_reason
     found, _ = capture.execute(values, [Role(Decision.parse("window(disc:2)"))], {})
     plain, mask = F.scaled_dot_product_attention, by_hand(places, queries)
     F.scaled_dot_product_attention = lambda q, k, v: plain(q, k, v, attn_mask=mask)
@@ -168,7 +168,7 @@ def test_numbers_along_text_and_image_together_tell_no_line():
 
     model = WithText(lambda: torch.outer(torch.arange(18).float(), FREQUENCIES).cos())
     module, values = graph_of(model.eval(), {"x": torch.randn(2, 15, 16), "text": torch.randn(2, 3, 16)})
-    (site,) = Capture(module, values, eager).sites
+    (site,) = capture_of(module, values, eager).model.sites
     assert site.layout is None
     assert site.layout_reason == "the graph does not show which grid the 15 packed tokens are; give layout="
 
@@ -285,7 +285,7 @@ def test_tokens_put_out_of_order_are_not_followed(put, name):
     indices[name] = indices[name].flip(0)
     inputs = {"x": torch.randn(2, 3, *IMAGE), "text": torch.randn(2, 2, 16), **indices}
     module, values = graph_of(Patches(put).eval(), inputs)
-    (site,) = Capture(module, values, eager).sites
+    (site,) = capture_of(module, values, eager).model.sites
     assert site.layout is None
 
 
@@ -308,7 +308,7 @@ def test_tokens_of_another_input_say_whose_they_are():
 
     model = Sound(lambda embed, x, sound: sound + embed(x).mean(1, keepdim=True))
     module, values = graph_of(model.eval(), {"x": torch.randn(2, 3, *IMAGE), "sound": torch.randn(2, 7, 16)})
-    (site,) = Capture(module, values, eager).sites
+    (site,) = capture_of(module, values, eager).model.sites
     assert site.layout is None
     assert site.layout_reason == "the tokens are those of the input sound, not of the noisy sample; give layout="
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from difa_compile.passes.prepare.arguments import argument_name, latent_inputs
+from difa_compile.passes.analyse.sample import latent_inputs
+from difa_compile.passes.prepare.arguments import argument_name
 from tests.support.tiny_models import FAMILIES, captured, graph_of, sites_of
 
 pytest.importorskip("diffusers")

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.layout import Layout
 from difa_compile.passes.graph import is_attention, op_name
 from difa_compile.passes.prepare.canonical import canonical
-from difa_compile.passes.proofs import computes_the_same
+from difa_compile.passes.replay import computes_the_same
 from difa_compile.plan.schedule import Role
+from tests.support.captures import capture_of
 from tests.support.tiny_models import graph_of
 
 LAYOUT = Layout((2, 3))
@@ -108,9 +108,9 @@ def test_plans_act_on_explicit_products(attend):
     """Reuse and a window, against the same module with its attention written out anew."""
     model = Written(attend)
     module, values = captured(model)
-    capture = Capture(module, values, eager, layout=None if attend is flat_heads else LAYOUT)
-    assert [str(site.kind) for site in capture.sites] == ["self"]
-    assert torch.equal(capture.full(values)[0], module(*values)[0]), "full is the model's own code, to the bit"
+    capture = capture_of(module, values, eager, layout=None if attend is flat_heads else LAYOUT)
+    assert [str(site.kind) for site in capture.model.sites] == ["self"]
+    assert torch.equal(capture.full()(values, {})[0][0], module(*values)[0]), "full is the model's own code, to the bit"
     outputs, caches = capture.execute(values, [Role(FULL, emit_output=True)], {})
     torch.testing.assert_close(outputs[0], module(*values)[0], atol=1e-5, rtol=0)
     place = next(i for i, value in enumerate(values) if not isinstance(value, nn.Parameter))
@@ -228,12 +228,12 @@ def test_multi_head_attention_in_inference_is_planned():
     torch.manual_seed(0)
     model = MultiHead(batch_first=True).eval()
     module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
-    capture = Capture(module, values, eager, layout=LAYOUT, conditional_half=0)
-    assert [(site.path, str(site.kind), site.query_shape) for site in capture.sites] == [
+    capture = capture_of(module, values, eager, layout=LAYOUT, conditional_half=0)
+    assert [(site.path, str(site.kind), site.query_shape) for site in capture.model.sites] == [
         ("inner", "self", (2, 2, 6, 8))
     ]
     for decision in (REUSE, Decision.parse("full+cfg"), Decision.parse("window(band:1)")):
-        assert capture.why_not(0, decision) is None
+        assert capture.verdicts.why_not(0, decision) is None
 
 
 flash = torch.library.Library("flash_attn", "DEF")
@@ -303,10 +303,12 @@ def test_flex_attention_over_listed_blocks_is_planned_but_not_windowed():
 
     module, values = captured(Written(attend))
     assert canonical(module) is module
-    capture = Capture(module, values, eager, layout=Layout((256,)), conditional_half=0)
-    assert [site.mask for site in capture.sites] == ["function"]
-    assert capture.why_not(0, REUSE) is None
-    assert capture.why_not(0, Decision.parse("window(band:1)")).startswith("the attention is FlexAttention with")
+    capture = capture_of(module, values, eager, layout=Layout((256,)), conditional_half=0)
+    assert [site.mask for site in capture.model.sites] == ["function"]
+    assert capture.verdicts.why_not(0, REUSE) is None
+    assert capture.verdicts.why_not(0, Decision.parse("window(band:1)")).startswith(
+        "the attention is FlexAttention with"
+    )
     outputs, caches = capture.execute(values, [Role(FULL, emit_output=True)], {})
     reused, _ = capture.execute(values, [Role(REUSE)], caches)
     assert torch.equal(outputs[0], module(*values)[0])
@@ -346,7 +348,7 @@ def test_einsums_whose_dimensions_stand_in_any_order(attend):
     assert not [n for n in rewritten.graph.nodes if op_name(n) in ("softmax", "einsum")]
     assert (found.kwargs["attn_mask"] is not None) == (attend is masked_between)
     assert computes_the_same(module, rewritten, values)
-    capture = Capture(module, values, eager, layout=None if attend is one_sequence_of_heads else LAYOUT)
+    capture = capture_of(module, values, eager, layout=None if attend is one_sequence_of_heads else LAYOUT)
     place = next(i for i, value in enumerate(values) if not isinstance(value, nn.Parameter))
     full, caches = capture.execute(values, [Role(FULL, emit_output=True)], {})
     later = [value + 1 if i == place else value for i, value in enumerate(values)]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.layout import Layout
 from difa_compile.plan.schedule import Role
 from tests.support.altered import sees
+from tests.support.captures import capture_of
 from tests.support.tiny_models import graph_of
 
 WIDTH, HEADS = 32, 2
@@ -129,20 +129,20 @@ def test_spatial_and_temporal_attention_of_a_video_model(form):
     model, inputs = video(form)
     with torch.no_grad():
         module, values = graph_of(model, inputs)
-        capture = Capture(module, values, eager, conditional_half=1)
-        assert [site.path for site in capture.sites] == [
+        capture = capture_of(module, values, eager, conditional_half=1)
+        assert [site.path for site in capture.model.sites] == [
             f"blocks.{i}.{n}" for i in range(2) for n in ("spatial", "temporal")
         ]
-        assert [site.layout for site in capture.sites] == [Layout((ROWS, COLUMNS)), Layout((FRAMES,))] * 2
-        assert len(capture.all_sites) == 6, "and the two cross-attentions, left alone"
+        assert [site.layout for site in capture.model.sites] == [Layout((ROWS, COLUMNS)), Layout((FRAMES,))] * 2
+        assert len(capture.model.all_sites) == 6, "and the two cross-attentions, left alone"
         place = next(i for i, value in enumerate(values) if value.data_ptr() == inputs["x"].data_ptr())
         later = [value * 0.9 + 0.05 if i == place else value for i, value in enumerate(values)]
         moved = {**inputs, "x": inputs["x"] * 0.9 + 0.05}
         full = model(**moved)
-        torch.testing.assert_close(capture.full(values)[0], model(**inputs), atol=0, rtol=0)
+        torch.testing.assert_close(capture.full()(values, {})[0][0], model(**inputs), atol=0, rtol=0)
         for text in ("reuse", "full+cfg", "window(disc:2)", "window(band:1)+cfg"):
             decision = Decision.parse(text)
-            assert all(capture.why_not(i, decision) is None for i in range(4)), text
+            assert all(capture.verdicts.why_not(i, decision) is None for i in range(4)), text
             first = [Role(FULL, emit_output=decision.kind is Kind.REUSE)] * 4
             _, caches = capture.execute(values, first, {})
             found, _ = capture.execute(later, [Role(decision)] * 4, caches)
@@ -176,8 +176,8 @@ def altered(model, capture, decision, before, now):
 
     outputs = []
     for first, inputs in ((True, before), (False, now)):
-        originals = {site.path: model.get_submodule(site.path).attend for site in capture.sites}
-        for site in capture.sites:
+        originals = {site.path: model.get_submodule(site.path).attend for site in capture.model.sites}
+        for site in capture.model.sites:
             model.get_submodule(site.path).attend = replaced(site.path, site.layout, first)
         outputs.append(model(**inputs))
         for path, attend in originals.items():

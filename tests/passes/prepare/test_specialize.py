@@ -2,7 +2,7 @@
 
 import torch
 
-from difa_compile.passes.prepare.specialize import specialize
+from difa_compile.passes.prepare.specialize import fix_sizes
 from tests.support.tiny_models import graph_of, plain, sites_of
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -21,7 +21,7 @@ def test_no_symbol_is_used_afterwards():
     with torch.no_grad():
         before = model(**inputs)
         assert symbols(module), "the capture was meant to have symbolic sizes"
-        assert specialize(module) > 0
+        assert fix_sizes(module) > 0
         assert not symbols(module)
         assert torch.equal(module(*values)[0], before)
     sites = sites_of(module, values)
@@ -33,5 +33,5 @@ def test_a_graph_of_plain_numbers_stays_as_it_is():
     model, inputs = plain()
     module, _ = graph_of(model, inputs)
     before = str(module.graph)
-    assert specialize(module) == 0
+    assert fix_sizes(module) == 0
     assert str(module.graph) == before

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difa_compile.decision import FULL, Decision
+from difa_compile.decision import Decision
 from difa_compile.passes.graph import is_linear, op_name, shape_of
 from difa_compile.passes.order import rewrite
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
@@ -51,15 +51,15 @@ def test_the_other_half_of_the_noise_does_not_matter_to_the_region(half):
 def test_reasons_to_refuse():
     _, _, module, values = captured_plain()
     (site, _) = sites_of(module, values)
-    assert why_not_shared(module, site, SHARED, Context(0)) is None
-    assert "not known" in why_not_shared(module, site, SHARED, Context(None))
+    assert why_not_shared(module, site, Context(0)) is None
+    assert "not known" in why_not_shared(module, site, Context(None))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_odd_batch_is_refused(batch):
     module, values = graph_of(BareAttention().eval(), {"x": torch.randn(batch, 6, 16)})
     (site,) = sites_of(module, values)
-    assert why_not_shared(module, site, SHARED, Context(0)) == f"a batch of {batch} has no two CFG halves"
+    assert why_not_shared(module, site, Context(0)) == f"a batch of {batch} has no two CFG halves"
 
 
 class Leaking(BareAttention):
@@ -76,7 +76,7 @@ def test_a_value_used_outside_the_region_is_computed_whole():
     model = Leaking().eval()
     module, values = graph_of(model, {"x": torch.randn(2, 6, 16)})
     sites = sites_of(module, values)
-    assert why_not_shared(module, sites[0], SHARED, Context(1)) is None
+    assert why_not_shared(module, sites[0], Context(1)) is None
     shared = rewrite(module, sites, [SHARED], Context(1)).module
     x = next(value for value in values if not isinstance(value, torch.nn.Parameter))
     q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (model.q, model.k, model.v))
@@ -102,7 +102,7 @@ def test_a_fused_projection_that_feeds_more_than_the_attention_stays_whole():
     torch.manual_seed(0)
     module, values = graph_of(Fused().eval(), {"x": torch.randn(2, 6, 16)})
     sites = sites_of(module, values)
-    assert why_not_shared(module, sites[0], SHARED, Context(0)) is None
+    assert why_not_shared(module, sites[0], Context(0)) is None
     shared = rewrite(module, sites, [SHARED], Context(0)).module
     by_op = {op_name(node): shape_of(node) for node in shared.graph.nodes}
     assert by_op["linear"][0] == 2
@@ -121,7 +121,7 @@ class Mixing(BareAttention):
 def test_a_batch_that_cannot_be_followed_is_refused():
     module, values = graph_of(Mixing().eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
-    assert why_not_shared(module, site, SHARED, Context(0)) == (
+    assert why_not_shared(module, site, Context(0)) == (
         "the batch can't be followed from the noisy sample to this attention"
     )
 
@@ -141,7 +141,7 @@ def test_numbers_in_reshapes_are_halved():
     x = torch.randn(4, 6, 16)
     module, values = graph_of(Folded().eval(), {"x": x})
     (site,) = sites_of(module, values)
-    assert why_not_shared(module, site, SHARED, Context(1)) is None
+    assert why_not_shared(module, site, Context(1)) is None
     variant = rewrite(module, (site,), [SHARED], Context(1))
     delta = variant.module(*values)[0] - x
     wanted = (module(*values)[0] - x)[[2, 3, 2, 3]]
@@ -152,5 +152,5 @@ def test_the_graph_that_is_asked_stays_as_it_was():
     _, _, module, values = captured("flux")
     before = str(module.graph)
     for site in sites_of(module, values):
-        assert why_not_shared(module, site, Role(FULL), Context(1)) is None
+        assert why_not_shared(module, site, Context(1)) is None
     assert str(module.graph) == before

@@ -1,0 +1,257 @@
+"""The part of a run that belongs to captures between which caches may pass: its roles, step by step, and its caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from difa_compile.backend.capture import Capture
+from difa_compile.backend.two_calls import conditional_role, take_over, unshared
+from difa_compile.decision import Decision
+from difa_compile.errors import PlanMismatchError, RunError
+from difa_compile.passes.caches import CacheName
+from difa_compile.plan.schedule import Promotion, Role, assign_roles, take_rows
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What captures have in common between which caches may pass: what the plan does, and the form of every cache."""
+
+    two_call: bool
+    rows: tuple[tuple[Decision, ...], ...]
+    """By step of the plan and site: what is carried out."""
+    batch: int
+    caches: tuple[tuple[object, ...], ...]
+    """By site: path, tokens, shapes, dtypes and device."""
+
+    @classmethod
+    def of(cls, capture: Capture) -> Fit:
+        assert capture.plan is not None
+        model = capture.model
+        rows = tuple(
+            tuple(capture.verdicts.effective(site, decision) for site, decision in enumerate(row))
+            for row in capture.plan.decisions
+        )
+        caches = tuple(
+            (site.path, site.tokens, site.cache_shapes, *model.cache_dtypes(index))
+            for index, site in enumerate(model.sites)
+        )
+        return cls(model.context.two_call, rows, model.batch, caches)
+
+    def difference(self, before: Fit) -> str:
+        """What differs from the form of the steps before, in words."""
+        if self.batch != before.batch:
+            return f"its attention has a batch of {self.batch}, not {before.batch}"
+        for mine, theirs in zip(self.caches, before.caches, strict=False):
+            if mine[1] != theirs[1]:
+                return f"{mine[0]} has {mine[1]} tokens, not {theirs[1]}"
+            if mine != theirs:
+                return f"{mine[0]} is in {mine[3]} on {mine[-1]}, not {theirs[3]} on {theirs[-1]}"
+        for row, other in zip(self.rows, before.rows, strict=False):
+            for site, (one, two) in enumerate(zip(row, other, strict=False)):
+                if one != two:
+                    return f"at {self.caches[site][0]} the plan comes to {one}, not {two}"
+        return "it follows another plan"
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One call of the model at a step of a part: a role per site, the caches it reads, those of another branch that it
+    takes over, and the sites whose outputs the other call of this step will want."""
+
+    step: int
+    roles: tuple[Role, ...]
+    read: Mapping[CacheName, Tensor]
+    kept: Mapping[CacheName, Tensor]
+    wanted: frozenset[str]
+
+
+class RunPart:
+    """The part of a run that belongs to the captures of one fit: the plan resolved onto the schedule, and the caches
+    per branch.
+
+    ``capture``: the first of them. ``first``: the step of the run at which it is first called. ``promotions`` is added
+    to.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        fit: Fit,
+        steps: int,
+        progress: Sequence[float] | None,
+        first: int,
+        promotions: dict[Promotion, None],
+    ) -> None:
+        plan = capture.plan
+        assert plan is not None
+        self.capture = capture
+        self.fit = fit
+        self.first = first
+        self._captures = [capture]
+        self._promotions = promotions
+        resolved = plan.resolve(steps, progress=progress)
+        self._source_steps = resolved.source_steps
+        self.roles = self._roles_from(0)
+        self._branch_roles: dict[str | None, dict[int, tuple[Role, ...]]] = {}
+        """Roles by step of a branch that has left steps out, and so was entered anew."""
+        self.caches: dict[str | None, dict[CacheName, Tensor]] = {}
+        self._last: dict[str | None, int] = {}
+        self._shareable: set[RunPart] = set()
+        self._paths = tuple(site.path for site in capture.model.sites)
+        self._sites = {path: index for index, path in enumerate(self._paths)}
+
+    def same_as(self, capture: Capture) -> Capture:
+        """The capture that stands for ``capture``: the first that computes the same, or itself."""
+        found = next((known for known in self._captures if known.model.identity == capture.model.identity), None)
+        if found is None:
+            self._captures.append(capture)
+        return found or capture
+
+    def replaced(self, parts: Sequence[RunPart], index: int, branch: str | None) -> RunPart | None:
+        """The other part, if one made the call of the step before that this one would have to go on from."""
+        if self._last.get(branch, -2) >= index - 1 - self.first:
+            return None
+        return next((part for part in parts if part._last.get(branch) == index - 1 - part.first), None)
+
+    def sites_that_read(self, index: int, branch: str | None) -> list[str]:
+        """The paths of sites with caches of a branch that steps after ``index`` read."""
+        step = index - self.first
+        read = {self._sites[name.site] for name in self.caches.get(branch, {}) if self._read_later(step, branch, name)}
+        return [self._paths[site] for site in sorted(read)]
+
+    def _roles_from(self, step: int) -> tuple[tuple[Role, ...], ...]:
+        """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
+        plan = self.capture.plan
+        assert plan is not None
+        start = self.first + step
+        rows, promotions = take_rows(plan.decisions, self._source_steps[start:])
+        self._promotions.update((replace(promotion, step=start + promotion.step), None) for promotion in promotions)
+        effective = self.capture.verdicts.effective
+        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
+
+    def _roles_now(self, step: int, branch: str | None) -> tuple[Role, ...]:
+        """The roles of a step, unless the branch has left steps out: then it is entered anew, with empty caches.
+
+        Raises :class:`RunError` for a second call of one step and branch, which would take caches from the first.
+        """
+        last = self._last.get(branch)
+        known = self._branch_roles.get(branch)
+        if last == step and any(role.depends_on_calls for role in self.roles[step]):
+            where = f"in branch {branch!r}" if branch else "without a branch"
+            raise RunError(
+                f"step {self.first + step}: the model was called twice {where}, and the plan keeps caches, which such "
+                "calls would take from each other; go on with run.step, or say which call is which with "
+                'run.branch("cond") and run.branch("uncond"), or use a plan without reuse and residuals'
+            )
+        if last != step and step != (0 if last is None else last + 1):
+            self.caches[branch] = {}
+            known = self._branch_roles[branch] = dict(enumerate(self._roles_from(step), start=step))
+        return self.roles[step] if known is None else known[step]
+
+    def drop_left(self, index: int) -> None:
+        """The run goes to step ``index``: let go of the caches of branches that have left out the step before."""
+        for branch, last in self._last.items():
+            if self.first + last < index - 1:
+                self.caches[branch] = {}
+
+    def enter(self, capture: Capture, index: int, branch: str | None, conditional: RunPart | None) -> StepCall:
+        """Begin a call of the model, as ``capture``, at step ``index`` of the run: what it does and reads.
+
+        ``conditional``: the part of the run that made the latest conditional call; it is another one than this if the
+        texts of the two calls have other shapes. Raises :class:`RunError` if the calls of the step are not made as
+        sharing needs it, :class:`PlanMismatchError` if what is to be shared does not fit.
+        """
+        step = index - self.first
+        roles = self._roles_now(step, branch)
+        caches = self.caches.setdefault(branch, {})
+        if branch == "uncond" and conditional is not None:
+            self._check_shareable(conditional)
+        shared = [capture.model.context.two_call and role.decision.cfg_shared for role in roles]
+        if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
+            theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
+            shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
+            roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
+        if not any(shared):
+            return StepCall(step, roles, caches, {}, frozenset())
+        if branch is None:
+            raise RunError(
+                f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
+                'is; call run.branch("cond") or run.branch("uncond") before the model'
+            )
+        if branch == "cond":
+            row = tuple(conditional_role(role) if share else role for role, share in zip(roles, shared, strict=True))
+            kept = frozenset(path for path, share in zip(self._paths, shared, strict=True) if share)
+            return StepCall(step, row, caches, {}, kept)
+        if conditional is None or not conditional.is_at(index):
+            raise RunError(
+                f"step {index} shares the conditional call's attention with the {branch} call, but the "
+                "conditional call of this step has not been made; call the conditional branch first, or use a plan "
+                "without +cfg"
+            )
+        taken = take_over(self._paths, roles, shared, caches, conditional.caches["cond"])
+        return StepCall(step, taken.roles, taken.read, taken.kept, frozenset())
+
+    def leave(
+        self, call: StepCall, branch: str | None, outputs: list[Any], written: Mapping[CacheName, Tensor]
+    ) -> list[Any]:
+        """The call is made: keep the caches that a later call reads. Gives outputs that share no memory with them."""
+        caches = self.caches[branch]
+        caches.update(call.kept)
+        caches.update(written)
+        outputs = apart(outputs, caches)
+        for name in list(caches):
+            if not (name.kind == "output" and name.site in call.wanted) and not self._read_later(
+                call.step, branch, name
+            ):
+                del caches[name]
+        self._last[branch] = call.step
+        return outputs
+
+    def is_at(self, index: int) -> bool:
+        """Whether step ``index`` of the run was the latest conditional call's."""
+        return self._last.get("cond") == index - self.first
+
+    def roles_at(self, index: int) -> tuple[Role, ...]:
+        """The roles of the conditional branch at step ``index`` of the run."""
+        step = index - self.first
+        return self._branch_roles.get("cond", {}).get(step, self.roles[step])
+
+    def _check_shareable(self, conditional: RunPart) -> None:
+        """Raise :class:`PlanMismatchError` if a site that shares has caches of other shapes in the conditional call.
+
+        Said at the first step, not at the first that shares. Image tokens are as many in both calls; text tokens need
+        not be, and where they are in the attention their outputs cannot be taken over.
+        """
+        if conditional is self or conditional in self._shareable or not self.capture.model.context.two_call:
+            return
+        sites = zip(self.capture.model.sites, conditional.capture.model.sites, strict=True)
+        for index, (mine, theirs) in enumerate(sites):
+            if mine.cache_shapes != theirs.cache_shapes and any(row[index].decision.cfg_shared for row in self.roles):
+                raise PlanMismatchError(
+                    f"{mine.path}: the plan shares the conditional call's attention with the unconditional one, but it "
+                    f"is over {theirs.tokens} tokens (batch {theirs.query_shape[0]}) in the conditional call and "
+                    f"{mine.tokens} (batch {mine.query_shape[0]}) in the other; give prompt and negative prompt texts "
+                    "of equal length (padded), or use a plan without +cfg"
+                )
+        self._shareable.add(conditional)
+
+    def _read_later(self, step: int, branch: str | None, name: CacheName) -> bool:
+        """Whether a step after ``step`` reads a cache before another step fills it."""
+        own = self._branch_roles.get(branch, {})
+        site = self._sites[name.site]
+        later = (own.get(i, self.roles[i])[site].decision.kind for i in range(step + 1, len(self.roles)))
+        touches = (kind.reads == name.kind for kind in later if kind.reads == name.kind or kind.fills(name.kind))
+        return next(touches, False)
+
+
+def apart(outputs: list[Any], caches: Mapping[CacheName, Tensor]) -> list[Any]:
+    """Outputs that share no memory with a cache: what is handed out may be written to."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in caches.values()}
+    return [
+        value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in held else value
+        for value in outputs
+    ]
