@@ -21,7 +21,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     pipeline stands in for the demo model, and variants run as the graphs they are instead of going through inductor."""
     pytest.importorskip("diffusers", reason="the README's pipeline is a diffusers pipeline")
     import difa_compile
-    from difa_compile.backend.entry import entry as backend
+    from difa_compile.backend import entry as backend
     from tests.support.tiny_pipelines import tiny_pipeline
 
     pipelines = {"demo": tiny_pipeline()}
