@@ -123,9 +123,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write_result(name: str, rows: Sequence[Row], *, folder: Path = RESULTS) -> Path:
-    """Write ``folder/name.json`` whole or not at all, and print the rows as a table."""
-    module = f"benchmarks.{name}"
+def write_result(name: str, rows: Sequence[Row], *, folder: Path = RESULTS, script: str | None = None) -> Path:
+    """Write ``folder/name.json`` whole or not at all, and print the rows as a table.
+
+    ``script``: the benchmark that was run, if the result is not named after it.
+    """
+    module = f"benchmarks.{script or name}"
     record = {
         "benchmark": name,
         "commit": commit(),

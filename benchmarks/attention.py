@@ -312,7 +312,7 @@ def main() -> None:
         torch._dynamo.reset()  # FlexAttention is compiled per window and shape, and Dynamo counts
         rows += measure(case, args.repeats)
     write_result("attention", with_shares(rows), folder=args.output)
-    write_result("attention_linearity", linearity(rows), folder=args.output)
+    write_result("attention_linearity", linearity(rows), folder=args.output, script="attention")
 
 
 if __name__ == "__main__":

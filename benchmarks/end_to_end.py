@@ -197,7 +197,7 @@ def main() -> None:
             for side in args.sides[:1] if args.quick else args.sides:
                 print(f"{name}, {side} tokens a side, {dtype}", file=sys.stderr, flush=True)
                 rows += measure(name, side, getattr(torch, dtype), 2 if args.quick else args.repeats)
-    write_result(args.result, rows, folder=args.output)
+    write_result(args.result, rows, folder=args.output, script="end_to_end")
 
 
 if __name__ == "__main__":

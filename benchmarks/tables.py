@@ -15,6 +15,7 @@ from typing import Any
 
 from ._common import RESULTS, ROOT
 
+Rows = list[dict[str, Any]]
 SECTION = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -32,17 +33,49 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Excerpt:
-    """A table of those rows only whose values are among the ones wanted."""
+class Gain:
+    """A row made of two rows of one result: ``planned`` against ``against``, both the first that hold these values.
 
-    columns: tuple[Column, ...]
-    wanted: dict[str, tuple[Any, ...]]
+    ``ratio`` is the key of ``planned`` that holds its time over that of ``against``, the median over the rounds.
+    """
 
-    def keeps(self, row: dict[str, Any]) -> bool:
-        return all(row.get(key) in values for key, values in self.wanted.items())
+    result: str
+    runs: str
+    compared_with: str
+    against: dict[str, Any]
+    planned: dict[str, Any]
+    ratio: str = "ratio_to_inductor"
+
+    def cells(self, rows: Rows) -> dict[str, Any]:
+        """What the columns ``GAINED`` show."""
+        against, planned = (first(rows, wanted) for wanted in (self.against, self.planned))
+        return {
+            "runs": self.runs,
+            "compared_with": self.compared_with,
+            "against_seconds": against["seconds"],
+            "planned_seconds": planned["seconds"],
+            "times_faster": 1 / planned[self.ratio],
+            "psnr_db": planned.get("psnr_db"),
+            "judged_right": planned.get("judged_right"),
+        }
 
 
-Table = tuple[Column, ...] | Excerpt
+@dataclass(frozen=True)
+class Gains:
+    """A table of rows from several results."""
+
+    rows: tuple[Gain, ...]
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(gain.result for gain in self.rows))
+
+
+def first(rows: Rows, wanted: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
+
+
+Table = tuple[Column, ...] | Gains
 CASE = Column("case", "case")
 SECONDS = Column("seconds", "s", ".2f")
 TO_INDUCTOR = Column("ratio_to_inductor", "× inductor", ".3f")
@@ -105,21 +138,50 @@ COMPILE = (
     Column("compile_seconds", "compile s", ".1f"),
     TO_INDUCTOR,
 )
+GAINED = (
+    Column("runs", "what runs"),
+    Column("compared_with", "compared with"),
+    Column("against_seconds", "s", ".2f"),
+    Column("planned_seconds", "difa, s", ".2f"),
+    Column("times_faster", "× faster", ".2f"),
+    Column("psnr_db", "PSNR (dB)", ".1f"),
+    Column("judged_right", "judged right", ".0%"),
+)
+PLAIN = "`torch.compile`"
+
+
+def demo_gain(threshold: str) -> Gain:
+    case = f"difa, threshold {threshold}"
+    runs = f"demo model, threshold {threshold}"
+    return Gain("demo_end_to_end", runs, PLAIN, {"case": "inductor, full"}, {"case": case})
+
+
+def step_gain(model: str, size: str, runs: str) -> Gain:
+    one = {"model": model, "size": size}
+    planned = one | {"case": "difa, disc + residual, reuse"}
+    return Gain("end_to_end", runs, PLAIN, one | {"case": "inductor, full"}, planned)
+
+
 README: dict[str, Table] = {
-    "attention": Excerpt(
-        ATTENTION[:6],
-        {
-            "implementation": ("SDPA, dense", "FlexAttention, row-major", "FlexAttention, tiles", "difa CPU kernel"),
-            "dtype": ("float32",),
-            "tokens": (4096, 16384),
-            "window": ("disc:8", "disc:16", None),
-            "head_dim": (64,),
-        },
+    "gains": Gains(
+        (
+            demo_gain("0.05"),
+            demo_gain("0.1"),
+            demo_gain("0.15"),
+            Gain(
+                "published_form",
+                "demo model, DiTFastAttn's choice",
+                "the same plan, run eagerly",
+                {"case": "processors, planned", "batch": 8},
+                {"case": "difa, planned", "batch": 8},
+                "ratio_to_processors",
+            ),
+            step_gain("FLUX", "1024 px", "step, FLUX, 1024 px"),
+            step_gain("FLUX", "2048 px", "step, FLUX, 2048 px"),
+            step_gain("PixArt", "2048 px", "step, PixArt, 2048 px"),
+            step_gain("Wan", "13 frames of 1024 x 1024", "step, Wan, 13 frames of 1024 px"),
+        )
     ),
-    "end_to_end": STEP,
-    "demo_end_to_end": DEMO,
-    "published_form": PUBLISHED,
-    "compile_time": COMPILE,
 }
 DETAILS: dict[str, Table] = {
     "attention": (
@@ -215,30 +277,44 @@ DETAILS: dict[str, Table] = {
 DOCUMENTS = {ROOT / "README.md": README, ROOT / "benchmarks" / "README.md": DETAILS}
 
 
-def render(result: dict[str, Any], table: Table) -> str:
+def lines(columns: tuple[Column, ...], rows: Rows) -> str:
+    """A Markdown table, the first column left-aligned."""
+    table = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    table += [[column.cell(row) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def where(result: dict[str, Any]) -> str:
+    return f"torch {result['versions']['torch']}, {result['machine']['cores']} cores of {result['machine']['cpu']}."
+
+
+def rendered(columns: tuple[Column, ...], result: dict[str, Any]) -> str:
     """The rows as a Markdown table, and a line that says where and when they were measured."""
-    columns = table.columns if isinstance(table, Excerpt) else table
-    rows = [row for row in result["rows"] if not isinstance(table, Excerpt) or table.keeps(row)]
-    lines = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[column.cell(row) for column in columns] for row in rows]
-    machine = result["machine"]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    source = (
-        f"`{result['command']}`, {result['date'][:10]}, commit {result['commit'][:12]}, torch "
-        f"{result['versions']['torch']}, {machine['cores']} cores of {machine['cpu']}."
-    )
-    return f"{text}\n\n{source}\n"
+    origin = f"`{result['command']}`, {result['date'][:10]}, commit {result['commit'][:12]}, {where(result)}"
+    return f"{lines(columns, result['rows'])}\n\n{origin}\n"
+
+
+def gained(gains: Gains, results: dict[str, dict[str, Any]]) -> str:
+    """One row for each gain, and a line that says which results they are from and where those were measured."""
+    table = lines(GAINED, [gain.cells(results[gain.result]["rows"]) for gain in gains.rows])
+    places: dict[str, list[str]] = {}
+    for name, result in results.items():
+        places.setdefault(where(result), []).append(f"`{name}`")
+    return f"{table}\n\n" + "\n".join(f"From {', '.join(names)}: {place}" for place, names in places.items()) + "\n"
 
 
 def filled(document: str, tables: dict[str, Table], results: Path = RESULTS) -> str:
-    """``document`` with each marked section made from its result file; one without a result says so."""
+    """``document`` with each marked section made from its result files; one that lacks a result says so."""
 
     def section(match: re.Match[str]) -> str:
-        path = results / f"{match[2]}.json"
-        if not path.exists():
-            return f"{match[1]}*Not measured yet: `python -m benchmarks.{match[2]}`.*\n{match[4]}"
-        result = json.loads(path.read_text())
-        return match[1] + render(result, tables[match[2]]) + match[4]
+        table = tables[match[2]]
+        names = table.results if isinstance(table, Gains) else (match[2],)
+        missing = [name for name in names if not (results / f"{name}.json").exists()]
+        if missing:
+            return match[1] + "".join(f"*Not measured yet: `python -m benchmarks.{n}`.*\n" for n in missing) + match[4]
+        found = {name: json.loads((results / f"{name}.json").read_text()) for name in names}
+        text = gained(table, found) if isinstance(table, Gains) else rendered(table, found[match[2]])
+        return match[1] + text + match[4]
 
     return SECTION.sub(section, document)
 

@@ -33,12 +33,16 @@ def test_result_file_has_the_agreed_keys_and_is_whole_or_absent(tmp_path):
     record = json.loads(path.read_text())
     assert list(record) == ["benchmark", "commit", "date", "machine", "versions", "command", "rows"]
     assert record["rows"][1] == {"case": "b", "share": None}
+    assert record["command"].startswith("python -m benchmarks.x")
     assert record["machine"]["cores"] >= 1
     assert {"python", "torch", "difa-compile"} <= set(record["versions"])
     with pytest.raises(ValueError, match="JSON"):
         write_result("x", [{"seconds": float("nan")}], folder=tmp_path)
     assert json.loads(path.read_text()) == record
     assert list(tmp_path.iterdir()) == [path]
+    other = json.loads(write_result("y", [{"a": 1}], folder=tmp_path, script="x").read_text())
+    assert other["benchmark"] == "y"
+    assert other["command"] == record["command"]
 
 
 def test_table_has_a_column_for_every_key_of_any_row():
