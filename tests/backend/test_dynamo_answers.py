@@ -260,7 +260,7 @@ def test_asking_changes_no_input():
         with answering():
             found = torch.compile(model, backend=backend, fullgraph=True)(**inputs_of(3, 5))
     assert torch.equal(found, wanted)
-    assert [site.info.tokens for site in seen[0].sites] == [TOKENS + 4] * 2
+    assert [site.info.tokens for site in seen[0].model.sites] == [TOKENS + 4] * 2
 
 
 def test_dynamo_is_as_it_was_afterwards():

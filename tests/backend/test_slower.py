@@ -43,7 +43,7 @@ def capture(rows, **options):
 
 
 def outcomes(found):
-    return {record.decision: (record.outcome, record.reason) for record in found.records}
+    return {record.decision: (record.outcome, record.reason) for record in found.verdicts.records}
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -54,37 +54,37 @@ def test_a_slower_window_is_left_full_with_both_figures_on_record(profile_at):
     found = capture([FULL, WINDOW, REUSE])
     outcome, reason = outcomes(found)[str(WINDOW)]
     assert outcome == "skipped"
-    window, full = (found.seconds(0, decision) for decision in (WINDOW, FULL))
+    window, full = (found.prediction.seconds(0, decision) for decision in (WINDOW, FULL))
     assert f"predicted slower than full: {window:.3g} s against {full:.3g} s on this machine" in reason
     assert reason.endswith("allow_slower=True takes it anyway")
-    assert found.effective(0, WINDOW) == FULL
-    assert found.effective(0, REUSE) == REUSE
+    assert found.verdicts.effective(0, WINDOW) == FULL
+    assert found.verdicts.effective(0, REUSE) == REUSE
 
 
 def test_a_faster_window_is_carried_out(profile_at):
     profile_at(full=1.0, window=0.01)
     found = capture([FULL, WINDOW])
     assert outcomes(found)[str(WINDOW)] == ("rewritten", "")
-    assert found.effective(0, WINDOW) == WINDOW
+    assert found.verdicts.effective(0, WINDOW) == WINDOW
 
 
 def test_asked_for_it_is_carried_out(profile_at):
     profile_at(**SLOW)
     found = capture([FULL, WINDOW], allow_slower=True)
     assert outcomes(found)[str(WINDOW)] == ("rewritten", "")
-    assert found.effective(0, WINDOW) == WINDOW
+    assert found.verdicts.effective(0, WINDOW) == WINDOW
 
 
 def test_without_a_profile_nothing_changes():
     found = capture([FULL, WINDOW])
-    assert found.profile is None
+    assert found.prediction.profile is None
     assert outcomes(found)[str(WINDOW)] == ("rewritten", "")
 
 
 def test_a_dtype_that_was_not_measured_changes_nothing(profile_at):
     profile_at(**SLOW, dtype="bfloat16")
     found = capture([FULL, WINDOW])
-    assert found.profile is not None
+    assert found.prediction.profile is not None
     assert outcomes(found)[str(WINDOW)] == ("rewritten", "")
 
 
@@ -100,21 +100,21 @@ def test_halves_stay_shared_where_a_slower_window_is_left_out(profile_at):
     profile_at(**SLOW)
     found = capture([FULL, SHARED])
     assert outcomes(found)[str(SHARED)][0] == "skipped"
-    assert found.effective(0, SHARED) == D("full+cfg")
+    assert found.verdicts.effective(0, SHARED) == D("full+cfg")
 
 
 def test_the_step_before_takes_no_residual_for_a_window_that_is_left_out(profile_at):
     profile_at(**SLOW)
     rows = [FULL, RESIDUAL, REUSE, SHARED, RESIDUAL]
     found = capture(rows)
-    carried = [[found.effective(index, one) for index in (0, 1)] for one in rows]
+    carried = [[found.verdicts.effective(index, one) for index in (0, 1)] for one in rows]
     roles = assign_roles(carried)
     assert [str(row[0]) for row in roles] == ["full", "full >output", "reuse", "full+cfg", "full"]
 
 
 def test_a_residual_that_too_few_steps_read_does_not_pay(profile_at):
     """The window takes about 0.7 of full attention: with the residual's own window one reader loses, four win."""
-    site = capture([FULL]).sites[0].info
+    site = capture([FULL]).model.sites[0].info
     probe = made_up(full=1.0, window=1.0)
     setting = Setting(2, torch.float32, torch.device("cpu"))
     ratio = site_seconds(WINDOW, site, setting, probe) / site_seconds(FULL, site, setting, probe)
@@ -130,8 +130,8 @@ def test_the_profile_is_read_once_for_a_capture(profile_at):
     path = profile_at(**SLOW)
     found = capture([FULL, WINDOW])
     path.unlink()
-    assert found.effective(0, WINDOW) == FULL
-    assert found.seconds(0, D("window(band:3)")) > found.seconds(0, FULL)
+    assert found.verdicts.effective(0, WINDOW) == FULL
+    assert found.prediction.seconds(0, D("window(band:3)")) > found.prediction.seconds(0, FULL)
 
 
 def test_more_tokens_than_were_measured_are_said(profile_at):
