@@ -16,14 +16,14 @@ is and need none of this.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import PassError
 from difa_compile.passes.autocast import autocast_kept
 from difa_compile.passes.caches import CacheName
@@ -165,7 +165,7 @@ def why_not_halved(
     context: Context,
     rewrite: Rewriter,
 ) -> str | None:
-    shared = Role(Decision(Kind.FULL, cfg_shared=True))
+    shared = Role(replace(FULL, cfg_shared=True))
     if context.conditional_half is None or why_not_shared(module, sites[index], context) is not None:
         return None  # said when sharing is asked for
     roles = [shared if i == index else FULL_ROLE for i in range(len(sites))]
