@@ -29,7 +29,10 @@ def test_kinds_are_told_apart_in_these_files_alone():
         path
         for path in files
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Kind"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "Kind"
+        and node.attr.isupper()
     }
     assert {path for path in users if path not in known} == set()
 

@@ -16,27 +16,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from difa_compile.backend.batch_sizes import AnyBatch
 from difa_compile.backend.capture import Capture, GraphCompiler
 from difa_compile.backend.graph_breaks import why_piece
-from difa_compile.backend.inductor import Config, inductor, inductor_config, uses_cuda_graphs
+from difa_compile.backend.inductor import inductor, uses_cuda_graphs
+from difa_compile.backend.options import Options
 from difa_compile.backend.run import active_run, call_without_run
-from difa_compile.errors import (
-    DecisionError,
-    DifaError,
-    LayoutError,
-    NoAttentionError,
-    RunError,
-    SitesMismatchError,
-    UnsupportedModelError,
-)
-from difa_compile.layout import Layout
+from difa_compile.errors import DifaError, NoAttentionError, RunError, SitesMismatchError, UnsupportedModelError
 from difa_compile.passes.autocast import autocast_kept, runs_regions
 from difa_compile.passes.order import analyse
+from difa_compile.passes.trace import Trace
 from difa_compile.passes.variant import Context
-from difa_compile.plan.plan import RESIZES, Plan
-
-OPTIONS = ("plan", "strict", "layout", "cfg", "inner", "resize", "mode", "inductor_options", "allow_slower", "dynamic")
+from difa_compile.plan.guidance import StatedGuidance, settle
+from difa_compile.plan.plan import Plan
 
 
 def difa(
@@ -48,88 +39,44 @@ def difa(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph according to a plan.
 
-    Options:
-        plan: a :class:`~difa_compile.plan.plan.Plan` or the path of one; None compiles the graph as inductor does, but
-            lets calibration drive it.
-        strict: a decision that can't be carried out is a :class:`SiteSkippedError` instead of a record.
-        layout: the :class:`Layout` of the attention sequence, for models whose graph does not show it.
-        cfg: ``{"conditional_half": 0 | 1}``, which half of the batch is conditional, or ``{"two_call": True}``, the
-            halves are two calls per step; what the plan says by default.
-        resize: ``"fraction"`` or ``"tokens"``: carry the plan onto other image sizes (:meth:`Plan.resized`), which are
-            errors otherwise.
-        inner: ``"inductor"`` (default) or ``"eager"``, what compiles the rewritten graphs.
-        dynamic: a :class:`difa_compile.AnyBatch`, one for each compiled model: graphs that differ in the batch size
-            alone are compiled twice at most.
-        allow_slower: carry out windows that this machine's profile predicts to be slower than full attention too. By
-            default they are left full and recorded as skipped, which ``strict`` does not mind.
-        mode: of ``torch.compile``, for instance ``"reduce-overhead"`` (CUDA graphs). ``torch.compile`` takes no
-            ``mode`` of its own beside options.
-        inductor_options: values of ``torch._inductor.config``, for instance ``{"max_autotune": True}``.
+    ``options``: what :class:`~difa_compile.backend.options.Options` names. Without a ``plan`` among them, inductor
+    compiles the graph as it is. ``mode``: what the option of that name is if it is not among them.
 
     Errors of this package that show at compile time are raised by the call that triggered it, as themselves.
     """
-    chosen = dict(options or {})
+    given = {"mode": mode, **(options or {})}
     try:
-        unknown = sorted(set(chosen) - set(OPTIONS))
-        if unknown:
-            raise DecisionError(
-                f"backend difa does not know option {unknown[0]!r}; its options are {', '.join(OPTIONS)}"
-            )
-        config = inductor_config(chosen.get("mode", mode), chosen.get("inductor_options"))
-        if "plan" not in chosen:
-            return inductor(module, example_inputs, config)
-        return planned(module, example_inputs, chosen, config)
+        chosen = Options.of(given)
+        if "plan" not in given:
+            return inductor(module, example_inputs, chosen.config)
+        return planned(module, example_inputs, chosen)
     except DifaError as error:
         return raiser(error)
 
 
-def planned(
-    module: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any], config: Config
-) -> Callable[..., Any]:
-    plan = options["plan"]
-    file = None
-    if isinstance(plan, (str, Path)):
-        file = PlanFile(Path(plan))
+def planned(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    plan, file = options.plan, None
+    if isinstance(plan, Path):
+        file = PlanFile(plan)
         plan = Plan.load(plan)
-    if plan is not None and not isinstance(plan, Plan):
-        raise DecisionError(f"option plan is a {type(plan).__name__}; give a Plan, the path of one, or None")
-    layout = options.get("layout")
-    if layout is not None and not isinstance(layout, Layout):
-        raise LayoutError(f"option layout is {layout!r}; give a difa_compile.Layout")
     if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs):
         raise RunError(
             "a model compiled with a plan was called with gradients enabled; plans are for inference: call it under "
             "torch.no_grad()"
         )
-    cfg = options.get("cfg") or {}
-    half, two_call = cfg.get("conditional_half"), cfg.get("two_call")
-    if plan is not None:
-        half = plan.settings.conditional_half if half is None else half
-        two_call = plan.settings.guidance == "two-call" if two_call is None else two_call
-    if half not in (None, 0, 1):
-        raise DecisionError(f"conditional_half is {half!r}; give 0 (first half) or 1 (second half)")
-    if options.get("resize") not in (None, *RESIZES):
-        raise DecisionError(f"option resize is {options['resize']!r}; choose one of {', '.join(RESIZES)}")
-    compiler = compiler_named(options.get("inner", "inductor"), config)
-    batches = options.get("dynamic")
-    if isinstance(batches, AnyBatch):
-        compiler = functools.partial(batches.compile, compiler)
-    elif batches is not None:
-        raise DecisionError(
-            f"option dynamic is {batches!r}; give a difa_compile.AnyBatch(), in which the captures of one compiled "
-            "model find what is compiled already"
-        )
+    guidance = settle(stated=StatedGuidance.of_option(options.cfg), plan=plan)
     try:
-        trace = None
-        model = analyse(module, example_inputs, Context(half, bool(two_call)), layout=layout, trace=trace)
+        trace = None if options.trace is None else Trace.begin(options.trace)
+        context = Context(guidance.conditional_half, guidance.form == "two-call")
+        model = analyse(module, example_inputs, context, layout=options.layout, trace=trace)
         capture = Capture(
             model,
-            compiler,
+            compiler_of(options),
             plan=plan,
-            strict=bool(options.get("strict", False)),
-            resize=options.get("resize"),
-            overwrites=uses_cuda_graphs(config),
-            allow_slower=bool(options.get("allow_slower", False)),
+            strict=options.strict,
+            resize=options.resize,
+            overwrites=uses_cuda_graphs(options.config),
+            allow_slower=options.allow_slower,
             trace=trace,
         )
     except (NoAttentionError, SitesMismatchError, UnsupportedModelError) as error:
@@ -184,18 +131,10 @@ class PlanFile:
             )
 
 
-def compiler_named(name: str, config: Config | None = None) -> GraphCompiler:
-    """The inner compiler by name, with inductor's ``config``. Raises :class:`DecisionError`."""
-    if name == "inductor":
-        return functools.partial(inductor, config=config)
-    if name == "eager":
-        if config:
-            names = ", ".join(config)
-            raise DecisionError(
-                f"inner='eager' compiles nothing, so it takes no {names}; leave mode and inductor_options out"
-            )
-        return eager
-    raise DecisionError(f"inner compiler {name!r} is unknown; choose inductor or eager")
+def compiler_of(options: Options) -> GraphCompiler:
+    """What compiles the graphs of a model with these options."""
+    compiler: GraphCompiler = eager if options.inner == "eager" else functools.partial(inductor, config=options.config)
+    return compiler if options.dynamic is None else functools.partial(options.dynamic.compile, compiler)
 
 
 def eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
 from typing import Any
 from weakref import WeakSet, ref
 
 from torch import Tensor, nn
 
 from difa_compile.backend.capture import Capture
+from difa_compile.backend.current import enter, in_progress, leave
 from difa_compile.backend.run_part import Fit, RunPart
 from difa_compile.errors import (
     CachesLostError,
@@ -29,8 +29,6 @@ from difa_compile.errors import (
     ScheduleError,
 )
 from difa_compile.plan.schedule import Promotion, check_progress, check_steps
-
-_active: ContextVar[tuple[Run, ...]] = ContextVar("difa_compile_runs", default=())
 
 
 @contextmanager
@@ -45,7 +43,7 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
     what it does without a plan.
     """
     run = Run(model, steps, progress=progress)
-    token = run.activate()
+    run.activate()
     try:
         yield run
         missed = run.missed_steps()
@@ -61,22 +59,23 @@ def sampling(model: nn.Module, steps: int, *, progress: Sequence[float] | None =
                 stacklevel=3,
             )
     finally:
-        run.deactivate(token)
+        run.deactivate()
         run.reset()
 
 
 def active_run(capture: Capture, args: Sequence[Any]) -> Run | None:
     """The innermost active run, in this thread, of the model that calls ``capture`` with ``args``."""
     parameter = capture.model.parameter(args)
-    for run in reversed(_active.get()):
-        if parameter is None or run.owns(parameter):
+    for run in reversed(in_progress()):
+        if isinstance(run, Run) and (parameter is None or run.owns(parameter)):
             return run
     return None
 
 
 def run_of(model: nn.Module) -> Run | None:
     """The innermost active run of ``model`` in this thread."""
-    return next((run for run in reversed(_active.get()) if model in run.models), None)
+    runs = (run for run in reversed(in_progress()) if isinstance(run, Run))
+    return next((run for run in runs if model in run.models), None)
 
 
 def is_sampled(model: nn.Module) -> bool:
@@ -181,12 +180,13 @@ class Run:
         self.index = 0
         self.current_branch = None
 
-    def activate(self) -> Token[tuple[Run, ...]]:
-        """Make this the innermost active run of the thread; give the token to :meth:`deactivate`."""
-        return _active.set((*_active.get(), self))
+    def activate(self) -> None:
+        """Make this the innermost active run of the thread, until :meth:`deactivate`."""
+        enter(self)
 
-    def deactivate(self, token: Token[tuple[Run, ...]]) -> None:
-        _active.reset(token)
+    def deactivate(self) -> None:
+        """The run is over in this thread."""
+        leave(self)
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether ``parameter`` is one of this run's models."""

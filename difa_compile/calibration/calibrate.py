@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from difa_compile.backend.entry import difa
+from difa_compile.backend.options import Options
 from difa_compile.backend.run import Run
 from difa_compile.calibration.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
 from difa_compile.calibration.state import (
@@ -35,12 +36,13 @@ from difa_compile.errors import (
 )
 from difa_compile.machine.profile import current
 from difa_compile.passes.autocast import Autocast
-from difa_compile.pipeline.apply import check_scheduler, find_transformers
 from difa_compile.pipeline.call_arguments import check_call, refused
-from difa_compile.pipeline.guidance import conditional_half_of, guidance_is_on, guidance_of
-from difa_compile.pipeline.schedule_follower import Following
-from difa_compile.pipeline.wiring import Wiring, compile_forward, wiring_of
+from difa_compile.pipeline.compiled_forward import CompiledForward
+from difa_compile.pipeline.schedule_follower import ScheduleFollower
+from difa_compile.pipeline.transformers import check_scheduler, find_transformers
+from difa_compile.pipeline.wiring import Wiring, wiring_of
 from difa_compile.plan.data import LOSSES
+from difa_compile.plan.guidance import Guidance, StatedGuidance, guidance_is_on, settle
 from difa_compile.plan.plan import Plan, model_digest
 from difa_compile.wording import quoted, shown
 
@@ -105,7 +107,10 @@ def calibrate(
     check_scheduler(pipe)
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
-    half, cfg_reason = _guidance_half(pipe, conditional_half, explicit=candidates is not None, names=names)
+    guidance = settle(pipe, StatedGuidance(conditional_half=conditional_half))
+    half = guidance.conditional_half
+    cfg_reason = _why_not_shared(guidance, explicit=candidates is not None, names=names)
+    options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
     call = _call_arguments(pipe, inputs, steps)
     check_call(pipe, call)
     settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, *_ranking(models[0], rank))
@@ -122,7 +127,7 @@ def calibrate(
     }
     saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
     search = Search(models, settings, saved, _bar if progress else None)
-    _sample(pipe, call, search, inner)
+    _sample(pipe, call, search, guidance, options)
     plan = search.plan()
     if not keep_state:
         saved.remove()
@@ -151,26 +156,22 @@ def check_settings(
     return Window.parse(window) if isinstance(window, str) else window, _check_candidates(candidates)
 
 
-def _sample(pipe: Any, call: dict[str, Any], search: Search, inner: str) -> None:
+def _sample(pipe: Any, call: dict[str, Any], search: Search, guidance: Guidance, options: Options) -> None:
     """Call the pipeline once with the search in place of a plan."""
 
-    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> Following:
+    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> ScheduleFollower:
         def open_run(progress: tuple[float, ...]) -> Run:
-            form = guidance_of(pipe).form
-            batched = search.settings.conditional_half is not None
             if guidance_is_on(pipe, arguments) is False:
                 search.cfg_reason = search.cfg_reason or "guidance is off in this call, so its batch has no halves"
-            elif form == "two-call" or batched:
-                search.guidance = "two-call" if form == "two-call" else "batched"
+            elif guidance.form in ("two-call", "batched"):
+                search.guidance = guidance.form
             return search.open(progress)
 
-        return Following(scheduler, open_run, one_call_each=True, conditional_first=guidance_of(pipe).conditional_first)
+        return ScheduleFollower(scheduler, open_run, one_call_each=True, conditional_first=guidance.conditional_first)
 
-    options: dict[str, object] = {"plan": None, "inner": inner}
-    if search.settings.conditional_half is not None:
-        options["cfg"] = {"conditional_half": search.settings.conditional_half}
     backend = functools.partial(difa)  # Dynamo takes no other pipeline's graphs for it
-    wiring = Wiring(pipe, {model: compile_forward(model, backend, options) for model in search.models}, start)
+    compiled = {model: CompiledForward(model, backend, options.given) for model in search.models}
+    wiring = Wiring(pipe, compiled, start)
     generators = [(generator, generator.get_state()) for generator in generators_in(call)]
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     quiet = hasattr(pipe, "set_progress_bar_config")
@@ -243,31 +244,13 @@ def _ranking(model: torch.nn.Module, rank: str) -> tuple[str, str | None]:
     return "flops", None
 
 
-def _guidance_half(pipe: Any, told: int | None, *, explicit: bool, names: tuple[str, ...]) -> tuple[int | None, str]:
-    """The conditional half of the batch, or ``None`` and the reason why halves cannot be shared."""
-    guidance = guidance_of(pipe)
-    if told is not None and told not in (0, 1):
-        raise DecisionError(f"conditional_half is {quoted(told)}; give 0 (conditional half first) or 1 (second)")
-    if told is not None and guidance.conditional_half not in (None, told):
-        raise DecisionError(
-            f"conditional_half={told} contradicts {type(pipe).__name__}, which puts the conditional half at "
-            f"{guidance.conditional_half}; leave it out"
-        )
-    if told is not None and guidance.form == "none":
-        raise DecisionError(
-            f"conditional_half={told} contradicts {type(pipe).__name__}, which has no halves: {guidance.reason}; leave "
-            "it out"
-        )
-    if guidance.form == "two-call":
-        return None, ""
-    if told is not None:
-        return told, ""
-    try:
-        return conditional_half_of(pipe), ""
-    except UnsupportedPipelineError as error:
-        if explicit and any(CANDIDATES[name][1] for name in names):
-            raise
-        return None, str(error)
+def _why_not_shared(guidance: Guidance, *, explicit: bool, names: tuple[str, ...]) -> str:
+    """Why halves cannot be shared; empty where they can. Raises :class:`UnsupportedPipelineError` with the reason where
+    candidates that share them are asked for explicitly."""
+    reason = "" if guidance.form == "two-call" else guidance.why_no_half or ""
+    if reason and explicit and any(CANDIDATES[name][1] for name in names):
+        raise UnsupportedPipelineError(reason)
+    return reason
 
 
 def _plain(config: object) -> object:

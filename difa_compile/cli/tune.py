@@ -17,7 +17,7 @@ from difa_compile.cli.tables import foreign
 from difa_compile.errors import DifaError, ProfileError
 from difa_compile.machine.profile import DEVICES, ELEMENTWISE, FULL, Fit, Machine, Profile, current, place
 from difa_compile.machine.tune import tune
-from difa_compile.pipeline.apply import find_transformer
+from difa_compile.pipeline.transformers import find_transformer
 from difa_compile.plan.cost import seconds_text
 from difa_compile.wording import shown
 

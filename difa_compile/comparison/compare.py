@@ -23,9 +23,10 @@ from difa_compile.errors import (
     ScheduleError,
     UnsupportedPipelineError,
 )
-from difa_compile.pipeline.apply import apply, find_transformers, remove
+from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.call_arguments import check_call, refused
 from difa_compile.pipeline.module_hooks import call_in_hooks, inner_forward
+from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.cost import plan_flops
 from difa_compile.plan.plan import Plan
 from difa_compile.plan.schedule import Role, assign_roles

@@ -6,23 +6,24 @@ import inspect as signatures
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from difa_compile.backend.dynamo_answers import answering
-from difa_compile.backend.graph_breaks import why_not_whole
 from difa_compile.backend.verdicts import Record
-from difa_compile.decision import Decision, Kind, Window, WindowShape
-from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError
+from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
+from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError, UnsupportedPipelineError
 from difa_compile.layout import Layout
 from difa_compile.passes.analysed_model import AnalysedModel
-from difa_compile.passes.order import analyse
+from difa_compile.passes.order import analyse, rewrite
 from difa_compile.passes.site import Site
-from difa_compile.pipeline.module_hooks import call_in_hooks, check_hooks, inner_forward
+from difa_compile.passes.trace import Trace
+from difa_compile.pipeline.compiled_forward import CompiledForward
+from difa_compile.pipeline.module_hooks import check_hooks, inner_forward
 from difa_compile.plan.data import SiteInfo
+from difa_compile.plan.schedule import Role
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,13 @@ class ModelInspection:
 
     ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
     on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
-    ``graphs``: how many graphs Dynamo made; one is the rule. ``sample``: sizes of the noisy sample behind its first
-    dimension (:class:`AnalysedModel`).
+    ``sample``: sizes of the noisy sample behind its first dimension (:class:`AnalysedModel`).
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     site_infos: tuple[SiteInfo, ...]
     records: tuple[Record, ...]
-    graphs: int
     sample: tuple[int, ...] | None = None
 
 
@@ -53,7 +52,11 @@ class _Stop(Exception):
 
 
 def inspect_model(
-    model_or_pipe: Any, inputs: Mapping[str, Any] | None = None, *, layout: Layout | None = None
+    model_or_pipe: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    trace: Path | str | None = None,
 ) -> ModelInspection:
     """Capture a model once and report its attention sites.
 
@@ -62,6 +65,8 @@ def inspect_model(
         inputs: keyword arguments of one call of the pipeline or the module; by default the smallest call that can be
             made up from the pipeline's signature or the model's config.
         layout: the token layout, where the graph does not show it.
+        trace: a folder to write the graph to after every pass (:mod:`difa_compile.passes.trace`), and as an example of
+            rewriting what becomes of it where every site takes its windows, or is reused.
 
     Raises:
         NoAttentionError: the model has no attention that a plan could act on.
@@ -69,10 +74,8 @@ def inspect_model(
         UnsupportedPipelineError, ModelLoadError: no transformer, or hooks between its layers
             (:func:`difa_compile.pipeline.module_hooks.check_hooks`), or no inputs could be made up for it.
     """
-    from torch._dynamo.exc import Unsupported, UserError
-
-    from difa_compile.pipeline.apply import find_transformer
     from difa_compile.pipeline.example_inputs import example_inputs, pipeline_inputs
+    from difa_compile.pipeline.transformers import find_transformer
 
     name, model = find_transformer(model_or_pipe)
     args: tuple[Any, ...] = ()
@@ -94,36 +97,25 @@ def inspect_model(
         nonlocal graphs
         graphs += 1
         try:
-            models.append(analyse(module, example, layout=layout))
+            here = None if trace is None else Trace.begin(trace)
+            models.append(analyse(module, example, layout=layout, trace=here))
+            if here is not None:
+                trace_rewrites(models[-1], here)
         except DifaError as error:
             failures.append(error)
         return module.forward
 
-    def attempt(**settings: Any) -> None:
-        nonlocal graphs
-        models.clear()
-        failures.clear()
-        graphs = 0
-        with torch.no_grad():
-            compiled = torch.compile(private_forward(model), backend=collect, dynamic=False, **settings)
-            call_in_hooks(model, compiled, args, kwargs)
-
     training = model.training
     model.eval()
     try:
-        for _ in range(2):  # some models fill tables in their first call, which breaks the graph
-            attempt()
-            if graphs == 1:
-                break
-        else:
+        with torch.no_grad():
             try:
-                with answering():
-                    attempt(fullgraph=True)
-            except (Unsupported, UserError) as failure:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} cannot be captured as one graph: {why_not_whole(failure)}; a plan needs "
-                    "the whole model in one graph"
-                ) from failure
+                CompiledForward(model, collect, private=True)(*args, **kwargs)
+            except UnsupportedPipelineError as error:
+                graphs = 0
+                CompiledForward(model, collect, private=True, whole=False)(*args, **kwargs)
+                if graphs != 1:  # one, where it breaks before all that is computed, or behind it
+                    raise UnsupportedModelError(str(error)) from error
     finally:
         model.train(training)
         if name and hasattr(model_or_pipe, "maybe_free_model_hooks"):
@@ -140,21 +132,7 @@ def inspect_model(
     records = tuple(record for analysed in models for record in limits(analysed))
     records += other_attention(model, [site.path for site in sites])
     infos = tuple(site.info for analysed in models for site in analysed.sites)
-    return ModelInspection(model, sites, infos, records, graphs, models[0].sample)
-
-
-def private_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's forward on a code object of its own: what Dynamo caches for it neither counts against the model's
-    recompile limit nor outlives the inspection. Without a hook that accelerate put around it."""
-    forward = inner_forward(model)
-    plain = getattr(forward, "__func__", None)
-    if plain is None:
-        return forward
-    copied = FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-    )
-    copied.__kwdefaults__ = plain.__kwdefaults__
-    return MethodType(copied, model)
+    return ModelInspection(model, sites, infos, records, models[0].sample)
 
 
 def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,6 +176,19 @@ def other_attention(model: nn.Module, found: Sequence[str]) -> tuple[Record, ...
     return tuple(records)
 
 
+def example_decisions() -> tuple[Decision, ...]:
+    """One decision of every kind but full, windows being the smallest there are."""
+    every = (Decision(kind, Window(WindowShape.BAND, 1) if kind.windowed else None) for kind in Kind)
+    return tuple(decision for decision in every if not decision.is_full)
+
+
+def trace_rewrites(analysed: AnalysedModel, trace: Trace) -> None:
+    """Write what each example decision makes of the whole graph, at all sites that can take it."""
+    for decision in example_decisions():
+        roles = [Role(decision if analysed.why_not(i, decision) is None else FULL) for i in range(len(analysed.sites))]
+        rewrite(analysed.canonical, analysed.sites, roles, analysed.context, trace=trace.variant(str(decision)))
+
+
 def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
     """What can't be done at the sites of a model, whatever the plan."""
     records = [
@@ -206,8 +197,10 @@ def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
         if not site.rewritable
     ]
     for index, site in enumerate(analysed.sites):
-        for decision in (Decision(Kind.REUSE), Decision(Kind.WINDOW, Window(WindowShape.BAND, 1))):
+        said: set[tuple[bool, str]] = set()
+        for decision in example_decisions():
             reason = analysed.why_not(index, decision)
-            if reason is not None:
+            if reason is not None and (decision.kind.windowed, reason) not in said:  # of all windows alike
+                said.add((decision.kind.windowed, reason))
                 records.append(Record(site.path, str(decision.kind), "skipped", reason))
     return tuple(records)

@@ -2,7 +2,7 @@
 them, or leave work out.
 
 Forward hooks of the transformer itself are called around the compiled call, as ``nn.Module`` calls them. Those of
-modules inside it are part of the graph, which is captured anew when they come or go (``wiring.py``).
+modules inside it are part of the graph, which is captured anew when they come or go (``compiled_forward.py``).
 
 Accelerate and diffusers put a ``forward`` of their own on the instance. One of accelerate's around the whole
 transformer is fine, as model offload has it: it moves weights and inputs before the call and runs around the compiled
@@ -54,6 +54,17 @@ def inner_forward(model: nn.Module) -> Callable[..., object]:
 def global_hooks() -> tuple[int, ...]:
     """Names of the forward hooks that PyTorch calls around every module."""
     return *_module._global_forward_pre_hooks, *_module._global_forward_hooks
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anything is hung around the whole ``model``: forward hooks, its own or global, or accelerate's hook."""
+    return bool(
+        model._forward_pre_hooks
+        or model._forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks
+        or outer_hook(model) is not None
+    )
 
 
 def call_in_hooks(

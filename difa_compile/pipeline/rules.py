@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError
-from difa_compile.pipeline.guidance import stated_guidance
 from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.plan.cost import flops_saved
 from difa_compile.plan.data import Cell, Settings, SiteInfo, model_digest
+from difa_compile.plan.guidance import StatedGuidance, settle
 from difa_compile.plan.plan import Plan
 from difa_compile.plan.schedule import check_steps, uniform_progress
 
@@ -33,12 +33,15 @@ def plan_from_rule(
     rule returns no decision or what is said of guidance contradicts the pipeline, and what inspecting raises.
     """
     check_steps(steps)
-    cfg = stated_guidance(model_or_pipe, guidance, conditional_half)
+    cfg = settle(model_or_pipe, StatedGuidance(guidance, conditional_half))
     inspection = inspect_model(model_or_pipe, inputs)
     sites = tuple(inspection.site_infos)
     rows = tuple(tuple(_cell(rule(step, site), step, site) for site in sites) for step in range(steps))
     settings = Settings(
-        method="rule", guidance=cfg.form, conditional_half=cfg.conditional_half, sample=inspection.sample
+        method="rule",
+        guidance="none" if cfg.form == "unknown" else cfg.form,
+        conditional_half=cfg.conditional_half,
+        sample=inspection.sample,
     )
     return Plan(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 

@@ -1,7 +1,8 @@
 """Following one call of a pipeline through its sampling schedule, without ever waiting for the device.
 
-A :class:`Following` is opened when a wired pipeline is called and closed when it returns or raises. It hears of the
-scheduler's ``set_timesteps``, ``set_begin_index``, ``scale_model_input`` and ``step`` and of the transformer's calls.
+A :class:`ScheduleFollower` knows at which step one call of a pipeline is, and has the run that belongs to it. It begins
+when a wired pipeline is called and is closed when that returns or raises. It hears of the scheduler's
+``set_timesteps``, ``set_begin_index``, ``scale_model_input`` and ``step`` and of the transformer's calls.
 The position is counted; the value of a timestep tensor on a device is never read. Where a call enters the schedule half
 way (image to image), the start is told by ``set_begin_index``, or by where the timestep handed to the scheduler lies in
 the memory of ``scheduler.timesteps``.
@@ -13,11 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from difa_compile.errors import ScheduleError, UnsupportedPipelineError
@@ -26,8 +25,6 @@ from difa_compile.plan.schedule import normalised_progress
 if TYPE_CHECKING:
     from difa_compile.backend.run import Run
     from difa_compile.plan.plan import Promotion
-
-T = TypeVar("T")
 
 _BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
 """What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
@@ -38,8 +35,7 @@ class RunStats:
     """What one run through the schedule took.
 
     ``steps`` were sampled with ``calls`` calls of the transformer. ``peak_cache_bytes``: most bytes of caches held at
-    once. ``seconds``: from the first transformer call to the end of the last step; ``step_seconds`` the same per step,
-    empty unless timing was asked for (it makes the device finish its work at every step).
+    once. ``seconds``: from the first transformer call to the end of the last step, on the host.
     """
 
     steps: int
@@ -47,11 +43,10 @@ class RunStats:
     peak_cache_bytes: int
     promotions: tuple[Promotion, ...]
     seconds: float
-    step_seconds: tuple[float, ...]
 
 
-class Following:
-    """Position of one pipeline call in its schedule, and the run that belongs to it.
+class ScheduleFollower:
+    """The position of one pipeline call in its sampling schedule, and the run that belongs to it.
 
     ``open_run(progress)`` makes the run for the steps that lie ahead; it is called at the transformer's first call.
     ``check`` is called before every call of the transformer, and may raise.
@@ -69,8 +64,6 @@ class Following:
         conditional_first: bool = False,
         check: Callable[[], None] | None = None,
         finished: Callable[[RunStats], None] | None = None,
-        timed: bool = False,
-        device: torch.device | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._open_run = open_run
@@ -78,10 +71,7 @@ class Following:
         self._finished = finished
         self._one_call_each = one_call_each
         self._first_branch = "cond" if conditional_first else None
-        self._device = device if timed and device is not None and device.type != "cpu" else None
-        self._timed = timed
         self._run: Run | None = None
-        self._token: Token[tuple[Run, ...]] | None = None
         self._values: list[float] | None = None
         self._branch: str | None = None
         self._in_context = False
@@ -93,7 +83,7 @@ class Following:
         self._steps = 0
         self._calls = 0
         self._calls_now: Counter[str | None] = Counter()
-        self._marks: list[float] = []
+        self._began = self._ended = 0.0
 
     # What the scheduler does
 
@@ -119,7 +109,7 @@ class Following:
         """``step`` was called: the run moves on."""
         if self._run is None:
             return
-        self._mark()
+        self._ended = time.perf_counter()
         self._position += 1
         self._calls_now.clear()
         if self._position < self._steps:
@@ -137,8 +127,8 @@ class Following:
         finally:
             self._branch, self._in_context = outer
 
-    def model_call(self, call: Callable[[], T]) -> T:
-        """Make one transformer call in the run, at the current step and branch."""
+    def begin_call(self) -> None:
+        """The transformer is about to be called: put the run at the current step and branch."""
         if self._check is not None:
             self._check()
         if self._run is None:
@@ -151,7 +141,6 @@ class Following:
             )
         self._run.branch(self._branch_of_call())
         self._calls += 1
-        return call()
 
     def _branch_of_call(self) -> str | None:
         """The branch ``cache_context`` names; else none for a step's first call (cond, where that is known) and uncond
@@ -193,34 +182,27 @@ class Following:
             ) from error
         self._run = self._open_run(progress)
         self._steps = len(progress)
-        self._token = self._run.activate()
+        self._run.activate()
         self._run.step(0)
-        self._mark()
+        self._began = self._ended = time.perf_counter()
 
     def close(self) -> None:
         """End the run, if one is open: its caches are freed. Never raises on account of the run's state."""
-        run, token = self._run, self._token
-        if run is None or token is None:
+        run = self._run
+        if run is None:
             return
-        self._run = self._token = None
-        steps = [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
+        self._run = None
         stats = RunStats(
             steps=self._position,
             calls=self._calls,
             peak_cache_bytes=run.peak_cache_bytes,
             promotions=run.promotions,
-            seconds=self._marks[-1] - self._marks[0],
-            step_seconds=tuple(steps) if self._timed else (),
+            seconds=self._ended - self._began,
         )
-        run.deactivate(token)
+        run.deactivate()
         run.reset()
         if self._finished is not None:
             self._finished(stats)
-
-    def _mark(self) -> None:
-        if self._device is not None:
-            torch.accelerator.synchronize(self._device)
-        self._marks.append(time.perf_counter())
 
     # The schedule
 

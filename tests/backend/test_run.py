@@ -450,7 +450,7 @@ def test_models_that_share_a_capture_and_a_run_keep_their_caches_apart():
             return super().call(capture, args)
 
     run = Noting(models[0], len(rows), experts=models[1:])
-    token = run.activate()
+    run.activate()
     assert is_sampled(models[1])
     expected = [by_hand(model) for model in models]
     try:
@@ -463,7 +463,7 @@ def test_models_that_share_a_capture_and_a_run_keep_their_caches_apart():
             assert_near(found, plain_output(expected[expert], [decision] * 2, now))
             held.append(run.cache_bytes())
     finally:
-        run.deactivate(token)
+        run.deactivate()
     assert len({id(capture) for capture in captures}) == 1
     assert [(p.step, p.site) for p in run.promotions] == [(2, 0), (2, 1)]
     assert held[2] > held[1]  # for the length of a step both are held

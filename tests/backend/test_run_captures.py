@@ -88,7 +88,7 @@ def test_two_models_captured_at_the_same_time_keep_their_caches():
             if index == 1:
                 assert capturing.wait(30)
             run = Noting(models[index], len(ROWS))
-            token = run.activate()
+            run.activate()
             for step in range(len(ROWS)):
                 if index == 0 and step == 2:
                     assert second_has_called.wait(30)
@@ -99,7 +99,7 @@ def test_two_models_captured_at_the_same_time_keep_their_caches():
                 if index == 1:
                     second_has_called.set()
             promotions[index] = run.promotions
-            run.deactivate(token)
+            run.deactivate()
         except BaseException as error:
             failures.append(error)
             for event in (capturing, about_to_call, second_has_called):
@@ -318,7 +318,7 @@ def test_experts_and_intervals_of_guidance_are_no_loss():
     rows = [FULL, REUSE, REUSE, REUSE]
     fast = [compiled(model, difa, rows, inner="eager") for model in models]
     run = Run(models[0], 4, experts=models[1:])
-    token = run.activate()
+    run.activate()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CachesLostWarning)
         for step in range(4):
@@ -326,7 +326,7 @@ def test_experts_and_intervals_of_guidance_are_no_loss():
             for name in ("cond", "uncond") if step != 1 else ("cond",):
                 run.branch(name)
                 call(fast[step > 1], at_step(plain()[1], step))
-    run.deactivate(token)
+    run.deactivate()
     assert run.promotions
 
 

@@ -9,8 +9,8 @@ from difa_compile.calibration.calibrate import calibrate
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import SiteSkippedError
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.pipeline.guidance import Guidance
 from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.guidance import Guidance
 from tests.support.tiny_pipelines import NamedCalls, TwoCalls, sample, two_call_pipeline
 
 D = Decision.parse
@@ -26,10 +26,9 @@ def _own_cache_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def order_is_known(monkeypatch):
     """All pipelines are taken for ones of diffusers that make the conditional call first."""
-    for module in ("pipeline.apply", "calibration.calibrate", "pipeline.guidance"):
-        monkeypatch.setattr(
-            f"difa_compile.{module}.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
-        )
+    monkeypatch.setattr(
+        "difa_compile.plan.guidance.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
+    )
 
 
 @pytest.fixture(autouse=True)

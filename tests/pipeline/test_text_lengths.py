@@ -23,7 +23,7 @@ from difa_compile.calibration.calibrate import calibrate
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import CalibrationError, PlanMismatchError
 from difa_compile.pipeline.apply import apply, remove
-from difa_compile.pipeline.guidance import TWO_CALLS, Guidance
+from difa_compile.plan.guidance import TWO_CALLS, Guidance
 from difa_compile.plan.plan import Cell
 from tests.support.tiny_models import Attention, PlainTransformer
 
@@ -235,10 +235,9 @@ def case_of(name, *, masked=False):
 @pytest.fixture(autouse=True)
 def _two_calls(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for module in ("pipeline.apply", "calibration.calibrate", "pipeline.guidance"):
-        monkeypatch.setattr(
-            f"difa_compile.{module}.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
-        )
+    monkeypatch.setattr(
+        "difa_compile.plan.guidance.guidance_of", lambda pipe: Guidance("two-call", conditional_first=True)
+    )
     torch._dynamo.reset()
     yield
     gc.collect()

@@ -4,7 +4,8 @@ import copy
 import inspect
 import pickle
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -13,13 +14,23 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from difa_compile.decision import FULL
-from difa_compile.errors import PlanMismatchError, UnsupportedPipelineError
+from difa_compile.errors import UnsupportedPipelineError
 from difa_compile.pipeline.apply import apply
 from difa_compile.pipeline.rules import plan_from_rule
-from difa_compile.pipeline.schedule_follower import Following
-from difa_compile.pipeline.wiring import Wiring, compile_forward, run_compiled, unwired, wiring_of
+from difa_compile.pipeline.schedule_follower import ScheduleFollower
+from difa_compile.pipeline.wiring import Wiring, unwired, wiring_of
 from tests.support.fake_run import FakeRun
 from tests.support.tiny_pipelines import sample, tiny_pipeline, tiny_transformer
+
+
+class Called:
+    """A function in place of a compiled forward."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def attempt(self, args, kwargs):
+        return nullcontext(SimpleNamespace(forward=self.forward))
 
 
 class Watched:
@@ -31,7 +42,7 @@ class Watched:
         self.runs = []
         self.calls = []
         self.offset = offset
-        self.wiring = Wiring(pipe, {self.model: self.forward}, self.start)
+        self.wiring = Wiring(pipe, {self.model: Called(self.forward)}, self.start)
         self.wiring.connect()
 
     def start(self, pipe, scheduler, arguments):
@@ -39,7 +50,7 @@ class Watched:
             self.runs.append(FakeRun(progress))
             return self.runs[-1]
 
-        return Following(scheduler, open_run, one_call_each=True)
+        return ScheduleFollower(scheduler, open_run, one_call_each=True)
 
     def forward(self, *args, **kwargs):
         run = self.runs[-1]
@@ -113,7 +124,7 @@ def test_copies_of_a_transformer_have_a_plain_cache_context():
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, ffn_dim=8, num_layers=1
     )
-    wiring = Wiring(pipe, {model: model._call_impl}, lambda *arguments: None)
+    wiring = Wiring(pipe, {model: Called(model._call_impl)}, lambda *arguments: None)
     wiring.connect()
     assert "cache_context" in vars(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -204,12 +215,12 @@ def test_a_call_that_raises_ends_its_run(error):
             raise error
         return plain(*args, **kwargs)
 
-    watched.wiring._compiled = {watched.model: breaking}
+    watched.wiring.compiled = {watched.model: Called(breaking)}
     with pytest.raises(error):
         sample(pipe)
     assert watched.runs[0].resets == 1
     assert not watched.runs[0].active
-    watched.wiring._compiled = {watched.model: plain}
+    watched.wiring.compiled = {watched.model: Called(plain)}
     assert np.array_equal(sample(pipe), before)
     assert watched.runs[1].steps == [0, 1, 2, 3]
 
@@ -270,7 +281,7 @@ def test_threads_do_not_see_each_other():
                 barrier.wait()  # both are in mid-run at the same step
             return plain(*args, **kwargs)
 
-        watch.wiring._compiled = {watch.model: meeting}
+        watch.wiring.compiled = {watch.model: Called(meeting)}
     images = [None, None]
 
     def work(index, steps):
@@ -293,74 +304,6 @@ def test_flow_matching_scheduler():
     sample(pipe, steps=3)
     assert [step for step, _ in watched.calls] == [0, 1, 2]
     assert watched.runs[0].progress[0] == pytest.approx(1.0)
-
-
-class Doubling(torch.nn.Module):
-    def forward(self, x):
-        return x * 2
-
-
-def test_dynamos_failures_become_errors_of_this_package():
-    class Backend:
-        def __call__(self, module, inputs, *, options=None):
-            raise PlanMismatchError("another grid")
-
-    doubling = Doubling()
-
-    class Broken(torch.nn.Module):
-        def forward(self, x):
-            torch._dynamo.graph_break()
-            return x + 1
-
-    with pytest.raises(PlanMismatchError, match="another grid"):
-        run_compiled(compile_forward(doubling, Backend(), {}), doubling, (torch.zeros(1),), {})
-    broken = Broken()
-    with pytest.raises(UnsupportedPipelineError, match="Broken cannot be captured as one graph"):
-        run_compiled(compile_forward(broken, lambda m, i, options=None: m.forward, {}), broken, (torch.zeros(1),), {})
-
-
-def test_more_pipelines_than_dynamos_own_limit_of_graphs():
-    compiled = []
-
-    def backend(module, inputs, options=None):
-        compiled.append(options)
-        return module.forward
-
-    for number in range(10):
-        model = Doubling()
-        run_compiled(compile_forward(model, backend, {"a": number}), model, (torch.zeros(1),), {})
-    assert [options["a"] for options in compiled] == list(range(10))
-
-
-def test_too_many_shapes_is_an_error(monkeypatch):
-    monkeypatch.setattr("difa_compile.pipeline.wiring.MOST_SHAPES", 2)
-    model = Doubling()
-    forward = compile_forward(model, lambda m, i, options=None: m.forward, {})
-    for rows in (1, 2):
-        run_compiled(forward, model, (torch.zeros(rows),), {})
-    with pytest.raises(UnsupportedPipelineError, match="more input shapes"):
-        run_compiled(forward, model, (torch.zeros(3),), {})
-
-
-def test_a_model_that_fills_a_table_in_its_first_call_is_captured_at_the_second_attempt():
-    class Lazy(torch.nn.Module):
-        table = None
-
-        def forward(self, x):
-            if self.table is None:
-                with torch.device("cpu"):  # what Dynamo cannot enter
-                    self.table = torch.arange(3.0)
-            return x + self.table
-
-    model, graphs = Lazy(), []
-
-    def backend(module, inputs, options=None):
-        graphs.append(module)
-        return module.forward
-
-    found = run_compiled(compile_forward(model, backend, {}), model, (torch.zeros(3),), {})
-    assert torch.equal(found, torch.arange(3.0))
-    assert len(graphs) == 1
 
 
 def test_a_class_that_dynamo_gave_up_on_is_named_with_the_remedy():

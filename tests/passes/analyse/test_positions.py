@@ -15,8 +15,8 @@ from difa_compile.decision import Decision
 from difa_compile.errors import InputValuesError
 from difa_compile.layout import Layout
 from difa_compile.passes.analyse.positions import grid_of_table, grids_among
+from difa_compile.pipeline.compiled_forward import CompiledForward
 from difa_compile.pipeline.inspection import inspect_model
-from difa_compile.pipeline.wiring import compile_forward, run_compiled
 from difa_compile.plan.schedule import Role
 from tests.support import tiny_models
 from tests.support.altered import Altered
@@ -332,12 +332,12 @@ def test_images_of_another_form_with_as_many_tokens_are_captured_anew():
     plan = plan_of(model, infos, [decision])
     torch._dynamo.reset()
     options = {"plan": plan, "inner": "eager", "resize": "tokens"}
-    forward = compile_forward(model, backend, options)
+    forward = CompiledForward(model, backend, options)
     paths = [info.path for info in infos]
     with torch.no_grad(), sampling(model, 1):
         for count, grid in [(1, (4, 6)), (2, (6, 4)), (3, (3, 8)), (3, (6, 4)), (3, (4, 6))]:
             inputs = calls[grid] | {"timestep": torch.rand(2)}
-            found = run_compiled(forward, model, (), inputs)[0]
+            found = forward(**inputs)[0]
             layouts = [Layout(grid, before=tiny_models.TEXT)] * len(paths)
             wanted = Altered(model, paths, layouts, None, None)([decision] * len(paths), inputs)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from difa_compile.errors import DecisionError, UnsupportedPipelineError
-from difa_compile.pipeline.guidance import (
+from difa_compile.errors import DecisionError
+from difa_compile.plan.guidance import (
     CONDITIONAL_FIRST,
     NO_HALVES,
     TWO_CALLS,
     UNCONDITIONAL_FIRST,
     Guidance,
+    StatedGuidance,
     _guidance_in,
-    conditional_half_of,
     guidance_is_on,
     guidance_of,
     how_to_guide,
-    stated_guidance,
+    settle,
 )
 
 diffusers = pytest.importorskip("diffusers")
@@ -73,7 +73,7 @@ def test_subclass_of_a_known_pipeline_is_known():
     class Mine(diffusers.DiTPipeline):
         pass
 
-    assert conditional_half_of(bare(Mine)) == 0
+    assert guidance_of(bare(Mine)) == Guidance("batched", 0)
 
 
 @pytest.mark.parametrize("name", ["AllegroPipeline", "AuraFlowPipeline", "LattePipeline", "MochiPipeline"])
@@ -81,7 +81,7 @@ def test_order_read_from_the_source(name):
     """The output is taken apart as (uncond, text) in these."""
     source = inspect.getsource(getattr(diffusers, name).__call__)
     assert re.search(r"uncond\w*, \w+ = noise_pred\.chunk\(2\)", source)
-    assert conditional_half_of(bare(getattr(diffusers, name))) == 1
+    assert guidance_of(bare(getattr(diffusers, name))) == Guidance("batched", 1)
 
 
 def transformer_calls(source):
@@ -119,10 +119,9 @@ def test_errors_say_what_to_do():
     class Own:
         pass
 
-    with pytest.raises(UnsupportedPipelineError, match="conditional_half=0"):
-        conditional_half_of(Own())
-    with pytest.raises(UnsupportedPipelineError, match="once for the conditional"):
-        conditional_half_of(bare(diffusers.WanPipeline))
+    assert re.search("Own: it is not known.*conditional_half=0", settle(Own()).why_no_half)
+    assert re.search("WanPipeline calls.*once for the conditional", settle(bare(diffusers.WanPipeline)).why_no_half)
+    assert settle(bare(diffusers.DiTPipeline)).why_no_half is None
 
 
 def test_guidance_switched_off():
@@ -155,12 +154,13 @@ def test_a_scale_that_is_an_input_of_the_transformer_is_no_guidance():
 
 def test_what_is_stated_of_guidance_completes_what_is_known():
     dit, wan, other = bare(diffusers.DiTPipeline), bare(diffusers.WanPipeline), object()
-    assert stated_guidance(dit, None, None) == Guidance("batched", 0)
-    assert stated_guidance(dit, "batched", None) == Guidance("batched", 0)
-    assert stated_guidance(wan, None, None) == stated_guidance(wan, "two-call", None) == Guidance("two-call")
-    assert stated_guidance(wan, "none", None) == stated_guidance(other, None, None) == Guidance("none")
-    assert stated_guidance(other, "two-call", None) == Guidance("two-call")
-    assert stated_guidance(other, None, 1) == Guidance("batched", 1)
+    assert settle(dit) == settle(dit, StatedGuidance("batched")) == Guidance("batched", 0)
+    assert settle(dit, StatedGuidance("none")) == Guidance("none")
+    assert settle(wan) == settle(wan, StatedGuidance("two-call")) == Guidance("two-call", conditional_first=True)
+    assert settle(wan, StatedGuidance("none")).form == "none"
+    assert settle(other) == settle() == Guidance("unknown")
+    assert settle(other, StatedGuidance("two-call")) == Guidance("two-call")
+    assert settle(other, StatedGuidance(conditional_half=1)) == Guidance("batched", 1)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_is_stated_of_guidance_completes_what_is_known():
 )
 def test_contradictions_about_guidance(cls, form, half, words):
     with pytest.raises(DecisionError, match=words):
-        stated_guidance(bare(cls), form, half)
+        settle(bare(cls), StatedGuidance(form, half))
 
 
 # --- every pipeline that the installed diffusers has -----------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_every_pipeline_has_an_entry():
     """A new release of diffusers shows here what is to be read off its source."""
     assert len(PIPELINES) > 100
     missing = sorted(f"{cls.__module__}.{cls.__name__}" for cls in by_form("unknown"))
-    assert not missing, "add their folders to one of the tables in difa_compile/pipeline/guidance.py"
+    assert not missing, "add their folders to one of the tables in difa_compile/plan/guidance.py"
 
 
 def test_every_module_with_a_transformer_has_an_entry():
@@ -253,11 +253,10 @@ def test_pipelines_without_halves_are_refused_with_the_reason(cls):
     assert guidance.reason
     assert guidance_is_on(pipe, {"guidance_scale": 7.0}) is False
     assert guidance.reason in how_to_guide(pipe, {})
-    with pytest.raises(UnsupportedPipelineError, match=re.escape(guidance.reason)):
-        conditional_half_of(pipe)
+    assert guidance.reason in settle(pipe).why_no_half
     with pytest.raises(DecisionError, match=re.escape(guidance.reason)):
-        stated_guidance(pipe, None, 1)
-    assert stated_guidance(pipe, None, None) == Guidance("none")
+        settle(pipe, StatedGuidance(conditional_half=1))
+    assert settle(pipe) == guidance
     if "guides in no way" in guidance.reason:
         source = call_source(cls)
         assert not any(is_unconditional(name) for pair in PARTS.findall(source) for name in pair)
