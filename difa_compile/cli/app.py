@@ -229,13 +229,19 @@ def inspect(
         str, typer.Argument(metavar="MODEL|PLAN", help="A model as above, or a plan file.", show_default=False)
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a model's graph after every pass into this folder."),
+    ] = None,
 ) -> None:
     """Show the attention sites of a model, or the decisions of a plan, and why anything is left alone."""
     console = _console()
     if os.path.lexists(target) and not os.path.isdir(target):
+        if trace is not None:
+            raise typer.BadParameter("a plan has no graph; name a model", param_hint="--trace")
         _inspect_plan(console, Path(target), as_json)
     else:
-        _inspect_model(console, target, as_json)
+        _inspect_model(console, target, as_json, trace)
 
 
 def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
@@ -250,16 +256,18 @@ def _inspect_plan(console: Console, path: Path, as_json: bool) -> None:
     print(json.dumps(json.loads(plan.to_json()) | {"not_applicable": reasons}, indent=1))
 
 
-def _inspect_model(console: Console, name: str, as_json: bool) -> None:
+def _inspect_model(console: Console, name: str, as_json: bool, trace: Path | None) -> None:
     require("diffusers")
     from difa_compile.pipeline.inspection import inspect_model
     from difa_compile.pipeline.loading import load_model
 
+    if trace is not None:
+        check_writable(trace)
     hush_diffusers()
     model = load_model(name)
     if not isinstance(model, torch.nn.Module):
         model.set_progress_bar_config(disable=True)
-    inspection = inspect_model(model)
+    inspection = inspect_model(model, trace=trace)
     if as_json:
         print(json.dumps(_inspection_json(inspection), indent=1))
         return

@@ -201,11 +201,19 @@ HOSTILE = {
     ("compare", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("tune", "--dtype"): ["float8_e4m3fn", "int8", "float33", *NAMES],
     ("tune", "--device"): ["meta", "cuda:99", *NAMES],
+    ("inspect", "--trace"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("report", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
 }
 """Values that must be refused. None of them may reach a search, a measurement or, but for names of places and what only
 the pipeline's signature tells, a model."""
-ONE_IS_ENOUGH = {"calibrate": ("demo",), "demo": (), "compare": ("demo", "plan.json"), "tune": (), "report": ("kept",)}
+ONE_IS_ENOUGH = {
+    "calibrate": ("demo",),
+    "demo": (),
+    "compare": ("demo", "plan.json"),
+    "inspect": ("demo",),
+    "tune": (),
+    "report": ("kept",),
+}
 NEEDS_PIPELINE = {"--inputs", "--output", "--state"}
 
 
