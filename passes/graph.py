@@ -19,45 +19,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 ATTENTION_TARGETS = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 LINEAR_TARGETS = {F.linear, torch._C._nn.linear, torch.ops.aten.linear.default}
 
-ELEMENTWISE = {
-    "add", "sub", "mul", "div", "truediv", "floordiv", "neg", "abs", "pow", "exp", "log", "sin", "cos", "tanh",
-    "sigmoid", "silu", "gelu", "relu", "sqrt", "rsqrt", "reciprocal", "square", "clamp", "clip", "where", "maximum",
-    "minimum", "to", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach",
-    "dropout", "masked_fill", "iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "masked_fill_",
-    "copy_", "empty_like", "zeros_like", "ones_like", "radd", "rsub", "rmul", "lt", "le", "gt", "ge", "eq", "ne",
-    "logical_not", "logical_and", "logical_or", "softmax", "log_softmax", "fill_", "zero_", "softplus", "leaky_relu",
-    "mish", "hardswish", "elu", "identity", "alias", "int", "long", "bool", "short", "invert", "and_", "or_", "xor",
-    "bitwise_and", "bitwise_or", "bitwise_not", "logical_xor", "isnan", "isfinite", "isinf",
-}  # fmt: skip
-"""Ops whose output dimensions line up with their operands' by broadcasting (softmax: all dimensions but its own)."""
-
 LAYOUT = {
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "to", "type_as", "type", "float",
     "half", "bfloat16", "squeeze", "unsqueeze", "getitem", "split", "split_with_sizes", "chunk", "unbind", "clone",
     "swapaxes", "movedim", "detach", "narrow",
 }  # fmt: skip
 """Ops that only move, cut or convert values; what may stand between the attention and its output projection."""
-
-CONVERSIONS = {
-    "to", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "empty_like",
-    "zeros_like", "ones_like", "dropout", "alias", "int", "long", "bool", "short",
-}  # fmt: skip
-"""Ops of one value; another operand (``x.type_as(y)``) lends its dtype or device, nothing of its positions."""
-
-ORDER_KEEPING = {
-    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "nan_to_num", "clamp_min",
-    "clamp_max", "round", "floor", "ceil", "sign", "erf", "relu6", "celu", "selu", "prelu", "hardtanh", "logsigmoid",
-    "lerp", "addcmul", "addcdiv", "lerp_", "addcmul_", "clamp_", "relu_", "silu_", "gelu_", "conj", "expm1", "log1p",
-    "alpha_dropout", "feature_dropout",
-}  # fmt: skip
-"""Further ops, mostly norms, whose positions are their first operand's, one for one."""
-
-SHUFFLING = {
-    "flip", "fliplr", "flipud", "roll", "rot90", "sort", "argsort", "topk", "gather", "take_along_dim", "index_select",
-    "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter", "index_copy",
-    "index_copy_", "pixel_shuffle", "pixel_unshuffle", "fold", "unfold", "scan", "inverse", "cumsum", "cumprod",
-}  # fmt: skip
-"""Ops that may move or mix positions although shapes stay."""
 
 VIEWS = LAYOUT - {"clone"} | {
     "expand", "expand_as", "alias", "select", "view_as", "t", "diagonal", "view_as_real", "view_as_complex", "swapdims",
@@ -100,7 +67,12 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The node's shape in plain integers; () where the node holds no tensor. -1: known only when the model runs."""
     value = tensor_of(node)
-    return () if value is None else tuple(-1 if free_unbacked_symbols(size) else int(size) for size in value.shape)
+    return () if value is None else plain_shape(value)
+
+
+def plain_shape(value: torch.Tensor) -> tuple[int, ...]:
+    """A fake tensor's shape in plain integers. -1: known only when the model runs."""
+    return tuple(-1 if free_unbacked_symbols(size) else int(size) for size in value.shape)
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -236,23 +208,6 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
-
-
-REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "norm", "prod", "logsumexp"}
-
-
-def reduced(node: fx.Node) -> list[tuple[int, int]]:
-    """Of a reduction over given dimensions: pairs (dimension of the result, dimension of the operand it keeps)."""
-    first = node.args[0]
-    rank = len(shape_of(first)) if isinstance(first, fx.Node) else 0
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    if dims is None:
-        return []
-    gone = {int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
-    kept = [i for i in range(rank) if i not in gone]
-    if len(shape_of(node)) == rank:
-        return [(i, i) for i in kept]
-    return list(enumerate(kept))
 
 
 def reachable_from(starts: Iterable[fx.Node]) -> set[fx.Node]:

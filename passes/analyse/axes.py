@@ -10,35 +10,47 @@ The same is done from position ids, meshes of coordinates and tables of angles
 (:mod:`difa_compile.passes.analyse.positions`), whose rows enumerate a grid: where they meet the tokens, they tell what
 grid those are.
 
-Only what an op is known to do to positions is followed. Behind any other op a dimension is *other*: of known length, of
-unknown order. Nothing is concluded from sizes alone.
+What an op does to dimensions is told by :mod:`difa_compile.passes.analyse.dimensions`; here it is only read off what
+follows for positions. Behind an op that is not known there, a dimension is *other*: of known length, of unknown order.
+Nothing is concluded from sizes alone.
+
+Two descriptions carry the batch (:mod:`difa_compile.passes.analyse.batch_dims`) and no positions. A new value in the
+shape of another holds nothing of it; what is written into it says what it enumerates. What a table holds at numbers in
+a row, as learned positions do, does not show whether these count along a line of tokens or a grid.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
-from difa_compile.passes.graph import (
-    CONVERSIONS,
-    ELEMENTWISE,
-    ORDER_KEEPING,
-    REDUCTIONS,
-    SHUFFLING,
-    alias_root,
-    argument,
-    is_attention,
-    is_flex,
-    is_linear,
-    op_name,
-    reduced,
-    shape_of,
-    tensor_of,
+from difa_compile.passes.analyse.dimensions import (
+    Beside,
+    Convolved,
+    Cut,
+    Description,
+    Dimension,
+    DimensionTable,
+    Element,
+    Joined,
+    Kept,
+    LookedUp,
+    Mixed,
+    New,
+    Picked,
+    Place,
+    Placed,
+    Regrouped,
+    Several,
+    Sized,
+    Value,
+    Write,
+    elements_of,
 )
+from difa_compile.passes.graph import alias_root, mutated_argument, plain_shape, shape_of, tensor_of
 
 
 @dataclass(frozen=True)
@@ -99,133 +111,192 @@ def follow_axes(
     ranges: Mapping[fx.Node, range] | None = None,
     *,
     sample: int | None = None,
+    table: DimensionTable | None = None,
 ) -> dict[fx.Node, Extents]:
     """Extents of every value that shows an axis of ``sources``; other values are left out.
 
     ``sources``: nodes with the extents of their values, of a tuple-valued node one per element. ``ranges``: nodes
     that are known to hold the numbers of a range, so that indexing with them is a slice. ``sample``: values that are
     written one entry of the first dimension at a time enumerate what this one does, whatever the others do; by default
-    what all of them do.
+    what all of them do. ``table``: of the graph, if there is one already.
     """
-    known: dict[fx.Node, Extents] = {}
-    entries: dict[fx.Node, list[Extents]] = {}
-    several: dict[fx.Node, tuple[Extents, ...]] = {}
-    """Of tuple-valued nodes: extents per element."""
+    followed = _Followed(ranges or {}, sample)
+    table = table or DimensionTable()
     for source, extents in sources.items():
         if tensor_of(source) is None:
-            several[source] = extents  # type: ignore[assignment]
+            followed.several[source] = extents  # type: ignore[assignment]
         else:
-            known[source] = extents  # type: ignore[assignment]
+            followed.known[source] = extents  # type: ignore[assignment]
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or node in sources:
             continue
-        if op_name(node) == "setitem":
-            _written(node, known, entries, ranges or {}, sample)
-            continue
-        if not any(source in known or source in several for source in node.all_input_nodes):
-            continue
-        try:
-            found = _of(node, known, several, ranges or {})
-        except (IndexError, TypeError, ValueError, KeyError, AttributeError):
-            continue  # an op form that is not read here: its value is other
-        if isinstance(found, list):
-            several[node] = tuple(found)
-        elif found is not None and tensor_of(node) is not None:
-            fits = tuple(_length(extent) for extent in found) == shape_of(node)
-            if fits and any(_informed(extent) for extent in found):
-                known[node] = tuple(found)
-    return known
+        if mutated_argument(node) is not None or any(followed.shows(source) for source in node.all_input_nodes):
+            followed.through(node, table[node])
+    return followed.known
 
 
-def _as_slices(items: Sequence[Any], ranges: Mapping[fx.Node, range]) -> list[Any]:
-    """Items of an index, with slices in place of tensors that hold the numbers of a range.
+class _Followed:
+    """What is known so far of the values of a graph, node by node in the order of execution."""
 
-    Only where there is one such tensor: several index together, not each its own dimension.
-    """
-    tensors = [item for item in items if isinstance(item, fx.Node)]
-    if len(tensors) != 1 or tensors[0] not in ranges:
-        return list(items)
-    numbers = ranges[tensors[0]]
-    return [slice(numbers.start, numbers.stop, numbers.step) if item is tensors[0] else item for item in items]
+    def __init__(self, ranges: Mapping[fx.Node, range], sample: int | None) -> None:
+        self.ranges = ranges
+        self.sample = sample
+        self.known: dict[fx.Node, Extents] = {}
+        self.several: dict[fx.Node, tuple[Extents, ...]] = {}
+        """Of tuple-valued nodes: extents per element."""
+        self.entries: dict[fx.Node, list[Extents]] = {}
+        """Of values that are written one entry of the first dimension at a time: what each enumerates, for itself."""
 
+    def shows(self, node: fx.Node) -> bool:
+        return node in self.known or node in self.several
 
-def _written(
-    node: fx.Node,
-    known: dict[fx.Node, Extents],
-    entries: dict[fx.Node, list[Extents]],
-    ranges: Mapping[fx.Node, range],
-    sample: int | None,
-) -> None:
-    """Take note of ``target[index] = value``: what the target enumerates after it.
+    def at(self, place: Place) -> Extent:
+        """What a dimension of a value enumerates."""
+        node, i = place
+        return self.known[node][i] if node in self.known else other(shape_of(node)[i])
 
-    Dimensions that the index leaves whole are the value's; along one that it cuts, the value stands in its place; a
-    target that was something else before, or is written by an index that is not a slice between plain numbers, is other
-    from then on.
+    def through(self, node: fx.Node, description: Description | None) -> None:
+        """Take note of what a node's value enumerates, and what it writes into others."""
+        found: Extents | None = None
+        if isinstance(description, Write):
+            self.write(description)
+            found = self.known.get(description.target)
+        elif isinstance(description, Value):
+            found = self.read(description.dimensions, shape_of(node))
+        elif isinstance(description, Several):
+            shapes = [plain_shape(each) for each in elements_of(node)]
+            self.several[node] = tuple(map(self.read, description.elements, shapes))
+        elif isinstance(description, Element) and description.source in self.several:
+            found = self.several[description.source][description.number]
+        target = mutated_argument(node)
+        if target is not None and not isinstance(description, Write) and not _stays(description, target):
+            self.overwrite(target, found)
+        if found is not None and tensor_of(node) is not None and any(_informed(extent) for extent in found):
+            self.known[node] = found
 
-    A number in front of the slices names one entry of the first dimension: one sample of a batch, which a loop fills
-    with its own text and image. ``entries`` keeps what those of a target enumerate, each for itself; the target
-    enumerates what all of them do (or number ``sample`` does).
-    """
-    target, index, value = node.args[:3]
-    if not isinstance(target, fx.Node):
-        return
-    root = alias_root(target)
-    items = _as_slices(index if isinstance(index, tuple) else [index], ranges)
-    sizes = shape_of(target)
-    theirs = known.get(value) if isinstance(value, fx.Node) else None
-    mine = known.get(target)
-    entry = items.pop(0) if items and type(items[0]) is int else None
-    if any(item is not Ellipsis and not _is_known_slice(item) for item in items):
-        found = None
-    elif entry is None:
-        found = _overwritten(sizes, items, mine, theirs)
-        entries.pop(target, None)
-    else:
-        each = entries.setdefault(target, [mine[1:] if mine else tuple(map(other, sizes[1:]))] * sizes[0])
-        each[entry] = _overwritten(sizes[1:], items, each[entry], theirs)
-        chosen = each if sample is None else [each[min(sample, sizes[0] - 1)]]
-        found = (other(sizes[0]), *(_common([one[i] for one in chosen]) for i in range(len(sizes) - 1)))
-    if found is None:
-        entries.pop(target, None)
-        known.pop(target, None)
-        known.pop(root, None)
-    elif found != mine:
-        known[target] = found
-        if root is not target:  # what else sees that memory is not told apart
-            entries.pop(root, None)
-            known.pop(root, None)
+    def read(self, dimensions: Sequence[Dimension], shape: Sequence[int]) -> Extents:
+        """What a value of this shape enumerates."""
+        found: list[Extent | None] = [None] * len(shape)
+        for i, dimension in enumerate(dimensions):
+            if not isinstance(dimension, Beside):
+                found[i] = self.extent(dimension, shape[i])
+        for i, dimension in enumerate(dimensions):
+            if isinstance(dimension, Beside):
+                along = dimensions[dimension.along], found[dimension.along] or ()
+                found[i] = self.beside(dimension, *along, shape[i])
+        return tuple(extent for extent in found if extent is not None)
 
+    def extent(self, dimension: Dimension, size: int) -> Extent:
+        """What a dimension of a result enumerates, whatever its other dimensions do."""
+        match dimension:
+            case Kept(places):
+                return _best([self.at(place) for place in places])
+            case Mixed(place):
+                return self.at(place)
+            case Joined(pieces):
+                parts = [other(piece) if isinstance(piece, int) else self.at(piece) for piece in pieces]
+                return _joined([part for extent in parts for part in extent])
+            case Regrouped(sources, sizes, index):
+                return _regrouped([self.at(source) for source in sources], sizes)[index]
+            case Cut(place, start, stop, 1):
+                return _cut(self.at(place), start, stop)
+            case Picked(place, index) if index in self.ranges:
+                numbers = self.ranges[index]
+                if numbers.step == 1 and numbers.start >= 0:
+                    return _cut(self.at(place), numbers.start, numbers.stop)
+            case Convolved(place):
+                return _convolved(self.at(place), size)
+            case Placed(whole, part, at):
+                numbers_written = self.written(at)
+                if numbers_written is not None and numbers_written.step == 1:
+                    given = other(len(numbers_written)) if part is None else self.at(part)
+                    return _placed(self.at(whole), given, numbers_written.start)
+            case Cut() | Picked() | Sized() | LookedUp() | New() | Beside():
+                pass
+        return other(size)
 
-def _is_known_slice(item: object) -> bool:
-    """Whether an item of an index is a slice between plain numbers, not between values that the graph computes."""
-    return isinstance(item, slice) and all(
-        each is None or type(each) is int for each in (item.start, item.stop, item.step)
-    )
+    def beside(self, dimension: Beside, along: Dimension, extent: Extent, size: int) -> Extent:
+        """Of values that stand side by side along a dimension with this description and extent.
 
+        Side by side in the batch, or in a dimension of their own, values may be in different orders; as channels or
+        tokens of one sample they can't be.
+        """
+        apart = isinstance(along, New) or any(axis.index == 0 for part in extent for axis in part.axes)
+        return (_common if apart else _best)([self.extent(choice, size) for choice in dimension.choices])
 
-def _overwritten(sizes: Sequence[int], items: Sequence[Any], mine: Extents | None, theirs: Extents | None) -> Extents:
-    """What a value of these ``sizes`` enumerates once another was written to a part of it.
+    def written(self, at: range | int | fx.Node | None) -> range | None:
+        """The positions that a write covers, or None if they are not known or a single one."""
+        return at if isinstance(at, range) else self.ranges.get(at) if isinstance(at, fx.Node) else None
 
-    ``items``: the index, slices and Ellipsis alone. ``mine``, ``theirs``: what the two enumerate before.
-    """
-    rank = len(sizes)
-    place = items.index(Ellipsis) if Ellipsis in items else len(items)
-    slices = [item for item in items if item is not Ellipsis]
-    slices = [*slices[:place], *[slice(None)] * (rank - len(slices)), *slices[place:]]
-    covers = [range(size)[item] for item, size in zip(slices, sizes, strict=True)]
-    cut = [i for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)) if len(covered) != size]
-    found = []
-    for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)):
-        position = i - rank + len(theirs) if theirs is not None else -1
-        given = theirs[position] if theirs is not None and position >= 0 else None
-        before = mine[i] if mine is not None else None
-        if i not in cut:
-            found.append(given if given is not None and before in (None, given, other(size)) else other(size))
-        elif cut == [i] and covered.step == 1:
-            found.append(_placed(before or other(size), given or other(len(covered)), covered.start))
+    def write(self, description: Write) -> None:
+        """Take note of ``target[index] = value``: what the target enumerates after it.
+
+        Dimensions that the index leaves whole are the value's; along one that it cuts, the value stands in its place; a
+        target that was something else before, or is written where it is not known, is other from then on.
+
+        A number in front of the slices names one entry of the first dimension: one sample of a batch, which a loop
+        fills with its own text and image. The target enumerates what all entries do (or number ``sample`` does).
+        """
+        target, dimensions = description.target, description.dimensions
+        sizes, mine = shape_of(target), self.known.get(target)
+        places = [each for each in dimensions if isinstance(each, Placed)]
+        one = places[0].at if places and isinstance(places[0].at, int) else None
+        rest = places if one is None else places[1:]
+        found: Extents | None
+        if any(self.written(each.at) is None for each in rest):
+            found = None
+        elif one is None:
+            found = self.overwritten(rest, sizes, mine)
+            self.entries.pop(target, None)
         else:
-            found.append(other(size))
-    return tuple(found)
+            start = mine[1:] if mine else tuple(map(other, sizes[1:]))
+            each = self.entries.setdefault(target, [start] * sizes[0])
+            each[one] = self.overwritten(rest, sizes[1:], each[one])
+            chosen = each if self.sample is None else [each[min(self.sample, sizes[0] - 1)]]
+            found = (other(sizes[0]), *(_common([entry[i] for entry in chosen]) for i in range(len(sizes) - 1)))
+        self.overwrite(target, found)
+
+    def overwrite(self, target: fx.Node, found: Extents | None) -> None:
+        """From now on ``target`` holds values that enumerate this; None: nothing known."""
+        root = alias_root(target)
+        if found is None:
+            self.entries.pop(target, None)
+            self.known.pop(target, None)
+            self.known.pop(root, None)
+        elif found != self.known.get(target):
+            self.known[target] = found
+            if root is not target:  # what else sees that memory is not told apart
+                self.entries.pop(root, None)
+                self.known.pop(root, None)
+
+    def overwritten(self, places: Sequence[Placed], sizes: Sequence[int], mine: Extents | None) -> Extents:
+        """What a value of these ``sizes``, or an entry of one, enumerates once another was written to a part of it.
+
+        ``mine``: what it enumerates before.
+        """
+        covers = [self.written(place.at) or range(0) for place in places]
+        cut = [i for i, (covered, size) in enumerate(zip(covers, sizes, strict=True)) if covered != range(size)]
+        found = []
+        for i, (place, covered, size) in enumerate(zip(places, covers, sizes, strict=True)):
+            given = None if place.part is None or place.part[0] not in self.known else self.at(place.part)
+            before = mine[i] if mine is not None else None
+            if i not in cut:
+                found.append(given if given is not None and before in (None, given, other(size)) else other(size))
+            elif cut == [i] and covered.step == 1:
+                found.append(_placed(before or other(size), given or other(len(covered)), covered.start))
+            else:
+                found.append(other(size))
+        return tuple(found)
+
+
+def _stays(description: Description | None, target: fx.Node) -> bool:
+    """Whether an op that writes into ``target`` leaves every position in its place."""
+    if not isinstance(description, Value):
+        return False
+    return all(
+        (isinstance(each, Kept) and (target, i) in each.places) or each == Mixed((target, i))
+        for i, each in enumerate(description.dimensions)
+    )
 
 
 def _placed(whole: Extent, part: Extent, start: int) -> Extent:
@@ -244,103 +315,6 @@ def _informed(extent: Extent) -> bool:
     return any(part.partly_known for part in extent)
 
 
-def _of(
-    node: fx.Node,
-    known: Mapping[fx.Node, Extents],
-    several: Mapping[fx.Node, tuple[Extents, ...]],
-    ranges: Mapping[fx.Node, range],
-) -> Extents | list[Extents] | None:
-    name = op_name(node)
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-
-    def of(value: fx.Node) -> Extents:
-        return known.get(value) or tuple(other(size) for size in shape_of(value))
-
-    if name == "getitem" and first in several:
-        return several[first][node.args[1]]  # type: ignore[index]
-    if is_attention(node):
-        query, value = of(argument(node, 0, "query")), of(argument(node, 2, "value"))
-        result = (*query[:-1], value[-1])
-        return [result, query[:-1], query[:-1]] if is_flex(node) else result
-    if is_linear(node) and first is not None:
-        return (*of(first)[:-1], other(shape_of(node)[-1]))
-    if name in ("matmul", "__matmul__", "bmm", "baddbmm"):
-        left, right = (of(each) for each in (node.args[-2:] if name == "baddbmm" else node.args[:2]))  # type: ignore[arg-type]
-        if len(left) < 2 or len(right) < 2:
-            return None
-        return (*_broadcast([left[:-2], right[:-2]], shape_of(node)[:-2]), left[-2], right[-1])
-    if name == "outer":
-        return (of(first)[0], of(argument(node, 1, "vec2"))[0])  # type: ignore[arg-type]
-    if name == "einsum":
-        return _einsum(node, of)
-    if name in ("conv1d", "conv2d", "conv3d") and first is not None:
-        return _convolved(of(first), shape_of(node))
-    if name in ("cat", "concat", "concatenate"):
-        return _concatenated(node, of)
-    if name == "pad_sequence" and argument(node, 1, "batch_first", False):
-        rows = [of(value) for value in argument(node, 0, "sequences")]
-        return _broadcast([(other(len(rows)), *row) for row in rows], shape_of(node))
-    if name == "stack":
-        parts = [of(value) for value in argument(node, 0, "tensors")]
-        axis = argument(node, 1, "dim", 0) % (len(parts[0]) + 1)
-        merged = [_common([part[i] for part in parts]) for i in range(len(parts[0]))]
-        return (*merged[:axis], other(len(parts)), *merged[axis:])
-    if name == "pad":
-        return _padded(node, of)
-    if first is None:
-        return (
-            _broadcast([of(value) for value in node.all_input_nodes], shape_of(node)) if name in ELEMENTWISE else None
-        )
-    if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
-        return reshaped(of(first), shape_of(node))
-    if name in ("empty_like", "zeros_like", "ones_like"):
-        return None  # new values; what is written into them says what they enumerate
-    if name == "getattr" and node.args[1] in ("mT", "mH"):
-        return (*of(first)[:-2], of(first)[-1], of(first)[-2])
-    if name == "getattr" and node.args[1] == "T":
-        return tuple(reversed(of(first)))
-    if name in ("transpose", "swapaxes", "swapdims", "t", "adjoint"):
-        rank = len(shape_of(first))
-        one, two = (argument(node, i, f"dim{i - 1}", i - 3) % rank for i in (1, 2))
-        swap = {one: two, two: one}
-        return tuple(of(first)[swap.get(i, i)] for i in range(rank))
-    if name == "permute":
-        order = argument(node, 1, "dims")
-        order = order if isinstance(order, (list, tuple)) else node.args[1:]
-        return tuple(of(first)[int(i)] for i in order)  # type: ignore[arg-type]
-    if name in ("movedim", "moveaxis"):
-        return _moved(node, of(first))
-    if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unbind"):
-        return _taken_apart(node, name, of(first))
-    if name == "getitem":
-        return _indexed(node, of(first), ranges)
-    if name == "view_as_complex":
-        return of(first)[:-1]
-    if name == "view_as_real":
-        return (*of(first), other(2))
-    if name == "narrow":
-        rank = len(shape_of(first))
-        axis, start, length = (argument(node, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
-        axis %= rank
-        return tuple(_cut(e, start, start + length) if i == axis else e for i, e in enumerate(of(first)))
-    if name in ("expand", "expand_as", "repeat", "repeat_interleave", "tile"):
-        return _broadcast([of(first)], shape_of(node))
-    if name in ("index_copy", "index_copy_"):
-        return _index_copied(node, of, ranges)
-    if name in ("scatter_add", "scatter_add_"):
-        return of(first)  # what is added elsewhere comes from elsewhere; the first operand's positions stay
-    if name in SHUFFLING:
-        return None
-    if name in CONVERSIONS:
-        return _broadcast([of(first)], shape_of(node))
-    if name in REDUCTIONS:
-        kept = dict(reduced(node))
-        return tuple(of(first)[kept[i]] if i in kept else other(size) for i, size in enumerate(shape_of(node)))
-    if name in ELEMENTWISE or (name in ORDER_KEEPING and shape_of(node) == shape_of(first)):
-        return _broadcast([of(value) for value in node.all_input_nodes if tensor_of(value) is not None], shape_of(node))
-    return None
-
-
 def _best(extents: Sequence[Extent]) -> Extent:
     """Of extents that enumerate the same thing, the one that is known, or else known in part."""
     known = [extent for extent in extents if any(part.known for part in extent)]
@@ -352,34 +326,14 @@ def _common(extents: Sequence[Extent]) -> Extent:
     return extents[0] if all(extent == extents[0] for extent in extents) else other(_length(extents[0]))
 
 
-def _broadcast(operands: Sequence[Extents], shape: tuple[int, ...]) -> Extents:
-    found = []
-    for i, size in enumerate(shape):
-        aligned = [e[i - len(shape) + len(e)] for e in operands if i - len(shape) + len(e) >= 0]
-        found.append(_best([e for e in aligned if _length(e) == size] or [other(size)]))
-    return tuple(found)
+def _regrouped(extents: Sequence[Extent], sizes: Sequence[int]) -> list[Extent]:
+    """A group of dimensions dealt out to others: merged axes stand outermost first, a split one is patches and offsets.
 
-
-def reshaped(extents: Extents, shape: tuple[int, ...]) -> Extents:
-    """Extents after a reshape to ``shape``: merged axes stand outermost first, a split axis is patches and offsets."""
-    old = [extent for extent in extents if _length(extent) != 1]
-    new = [size for size in shape if size != 1]
-    found: list[Extent] = []
-    while old or new:
-        group, sizes = [old.pop(0)], [new.pop(0)]
-        while (left := math.prod(map(_length, group))) != (right := math.prod(sizes)):
-            if left < right:
-                group.append(old.pop(0))
-            else:
-                sizes.append(new.pop(0))
-        if len(group) == len(sizes) == 1:
-            found.append(group[0])
-        elif all(len(extent) == 1 for extent in group):
-            found.extend(_dealt([axis for extent in group for axis in extent[0].axes], sizes))
-        else:
-            found.extend(other(size) for size in sizes)
-    filled = iter(found)
-    return tuple(other(1) if size == 1 else next(filled) for size in shape)
+    Where other tokens stand beside the sample's in one of them, what comes of it is other.
+    """
+    if any(len(extent) != 1 for extent in extents):
+        return [other(size) for size in sizes]
+    return _dealt([axis for extent in extents for axis in extent[0].axes], sizes)
 
 
 def _dealt(axes: list[Axis], sizes: Sequence[int]) -> list[Extent]:
@@ -403,27 +357,11 @@ def _dealt(axes: list[Axis], sizes: Sequence[int]) -> list[Extent]:
     return found
 
 
-def _convolved(extents: Extents, shape: tuple[int, ...]) -> Extents:
+def _convolved(extent: Extent, size: int) -> Extent:
     """Along a convolved dimension the order of positions stays, whatever the stride."""
-    found = [extents[0], other(shape[1])]
-    for extent, size in zip(extents[2:], shape[2:], strict=True):
-        single = len(extent) == 1 and len(extent[0].axes) == 1
-        axis = extent[0].axes[0] if single else Axis(None, size)
-        found.append((Part((Axis(axis.index, size, axis.within),) if size != 1 else ()),))
-    return tuple(found)
-
-
-def _concatenated(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents:
-    operands = [of(value) for value in argument(node, 0, "tensors")]
-    operands = [extents for extents in operands if len(extents) == len(shape_of(node))]
-    axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % len(shape_of(node))
-    joined = _joined([part for extents in operands for part in extents[axis]])
-    # Side by side in the batch, values may be in different orders; as channels of one position they can't be.
-    samples = any(found.index == 0 for part in joined for found in part.axes)
-    merge = _common if samples else _best
-    return tuple(
-        joined if i == axis else merge([extents[i] for extents in operands]) for i in range(len(shape_of(node)))
-    )
+    axes = extent[0].axes if len(extent) == 1 else ()
+    axis = axes[0] if len(axes) == 1 else Axis(None, size)
+    return (Part((Axis(axis.index, size, axis.within),) if size != 1 else ()),)
 
 
 def _joined(parts: Sequence[Part]) -> Extent:
@@ -449,18 +387,6 @@ def _continues(one: Part, two: Part) -> bool:
     return same and before.first + before.size == after.first
 
 
-def _padded(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents | None:
-    if argument(node, 2, "mode", "constant") != "constant":
-        return None
-    extents = list(of(node.args[0]))  # type: ignore[arg-type]
-    amounts = argument(node, 1, "pad")
-    for i in range(len(amounts) // 2):
-        before, after = amounts[2 * i], amounts[2 * i + 1]
-        parts = [p for p in (*other(before), *extents[-1 - i], *other(after)) if p.length]
-        extents[-1 - i] = _joined(parts) if before >= 0 and after >= 0 else other(shape_of(node)[-1 - i])
-    return tuple(extents)
-
-
 def _cut(extent: Extent, start: int, stop: int) -> Extent:
     """Positions ``start`` to ``stop`` of an extent: known where the cuts fall between parts or along a single axis."""
     total = _length(extent)
@@ -483,88 +409,3 @@ def _stretch(part: Part, start: int, length: int) -> Part:
         return Part((Axis(None, length),))
     (axis,) = part.axes
     return Part((Axis(axis.index, length, axis.within, axis.first + start),) if length != 1 else ())
-
-
-def _moved(node: fx.Node, extents: Extents) -> Extents:
-    rank = len(extents)
-    sources, targets = argument(node, 1, "source"), argument(node, 2, "destination")
-    sources = [i % rank for i in (sources if isinstance(sources, (list, tuple)) else [sources])]
-    targets = [i % rank for i in (targets if isinstance(targets, (list, tuple)) else [targets])]
-    rest = iter([i for i in range(rank) if i not in sources])
-    placed = dict(zip(targets, sources, strict=True))
-    return tuple(extents[placed[i] if i in placed else next(rest)] for i in range(rank))
-
-
-def _taken_apart(node: fx.Node, name: str, extents: Extents) -> list[Extents]:
-    rank = len(extents)
-    if name == "unbind":
-        axis = argument(node, 1, "dim", 0) % rank
-        rest = tuple(extent for i, extent in enumerate(extents) if i != axis)
-        return [rest] * _length(extents[axis])
-    axis = argument(node, 2, "dim", 0) % rank
-    values: Sequence[Any] = node.meta.get("example_value", node.meta.get("val")) or ()
-    found, start = [], 0
-    for value in values:
-        size = int(value.shape[axis])
-        found.append(tuple(_cut(e, start, start + size) if i == axis else e for i, e in enumerate(extents)))
-        start += size
-    return found
-
-
-def _index_copied(node: fx.Node, of: Callable[[fx.Node], Extents], ranges: Mapping[fx.Node, range]) -> Extents | None:
-    """``whole.index_copy(dim, index, part)`` where the index is a range: the part stands in its place."""
-    whole, part = of(node.args[0]), of(argument(node, 3, "source"))  # type: ignore[arg-type]
-    numbers = ranges.get(argument(node, 2, "index"))
-    if numbers is None or numbers.step != 1:
-        return None
-    axis = argument(node, 1, "dim") % len(whole)
-    return tuple(
-        _placed(one, two, numbers.start) if i == axis else _best([one, two])
-        for i, (one, two) in enumerate(zip(whole, part, strict=True))
-    )
-
-
-def _indexed(node: fx.Node, extents: Extents, ranges: Mapping[fx.Node, range]) -> Extents | None:
-    """Basic indexing: integers, slices, None and Ellipsis."""
-    index = node.args[1]
-    items = _as_slices(index if isinstance(index, tuple) else [index], ranges)
-    named = sum(1 for item in items if item is not None and item is not Ellipsis)
-    if not any(item is Ellipsis for item in items):
-        items.append(Ellipsis)
-    found: list[Extent] = []
-    source = 0
-    for item in items:
-        if item is None:
-            found.append(other(1))
-        elif item is Ellipsis:
-            found.extend(extents[source : source + len(extents) - named])
-            source += len(extents) - named
-        elif isinstance(item, int):
-            source += 1
-        elif isinstance(item, slice):
-            extent = extents[source]
-            source += 1
-            if item == slice(None):
-                found.append(extent)
-            elif item.step in (None, 1):
-                stop = item.stop if item.stop is not None else _length(extent)
-                found.append(_cut(extent, item.start or 0, stop))
-            else:
-                found.append(other(len(range(*item.indices(_length(extent))))))
-        else:
-            return None
-    return tuple(found)
-
-
-def _einsum(node: fx.Node, of: Callable[[fx.Node], Extents]) -> Extents | None:
-    equation, operands = node.args[0], node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
-    letters: dict[str, list[Extent]] = {}
-    for names, operand in zip(inputs.split(","), operands, strict=True):
-        for letter, extent in zip(names, of(operand), strict=True):  # type: ignore[arg-type]
-            letters.setdefault(letter, []).append(extent)
-    return tuple(_best(letters[letter]) for letter in output)

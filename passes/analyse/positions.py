@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from difa_compile.errors import InputValuesError
 from difa_compile.passes.analyse.axes import Axis, Extents, Part, follow_axes, other
+from difa_compile.passes.analyse.dimensions import DimensionTable
 from difa_compile.passes.graph import is_parameter, op_name, shape_of
 
 LINE = -9
@@ -38,7 +39,11 @@ COORDINATE = -1
 
 
 def follow_positions(
-    graph: fx.Graph, latents: Sequence[fx.Node], values: Sequence[Any] | None, ranges: Mapping[fx.Node, range]
+    graph: fx.Graph,
+    latents: Sequence[fx.Node],
+    values: Sequence[Any] | None,
+    ranges: Mapping[fx.Node, range],
+    table: DimensionTable,
 ) -> dict[fx.Node, Extents]:
     """Extents, in coordinates of positions, of every value that shows some; ``values``: the graph's real inputs."""
     sources: dict[fx.Node, Extents | tuple[Extents, ...]] = {}
@@ -50,16 +55,16 @@ def follow_positions(
     for node, value in inputs_of(graph, values):
         if node not in latents and isinstance(value, Tensor) and (found := positions_given(value)) is not None:
             sources[node] = found
-    return follow_axes(graph, sources, ranges)
+    return follow_axes(graph, sources, ranges, table=table)
 
 
-def follow_lines(graph: fx.Graph, ranges: Mapping[fx.Node, range]) -> dict[fx.Node, Extents]:
+def follow_lines(graph: fx.Graph, ranges: Mapping[fx.Node, range], table: DimensionTable) -> dict[fx.Node, Extents]:
     """Extents of every value that depends on the numbers of an ``arange`` or a ``linspace``, along :data:`LINE`."""
     sources: dict[fx.Node, Extents | tuple[Extents, ...]] = {}
     for node in graph.nodes:
         if op_name(node) in ("arange", "linspace") and len(shape_of(node)) == 1 and shape_of(node)[0] > 1:
             sources[node] = ((Part((Axis(LINE, shape_of(node)[0]),)),),)
-    return follow_axes(graph, sources, ranges)
+    return follow_axes(graph, sources, ranges, table=table)
 
 
 def inputs_of(graph: fx.Graph, values: Sequence[Any] | None) -> Iterator[tuple[fx.Node, Any]]:

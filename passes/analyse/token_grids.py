@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from difa_compile.layout import Layout
 from difa_compile.passes.analyse.axes import Axis, Extent, Extents, Part, follow_axes, sample_axes
+from difa_compile.passes.analyse.dimensions import DimensionTable, Unknown, Value, place_of, rearranged
 from difa_compile.passes.analyse.positions import (
     LINE,
     follow_lines,
@@ -59,12 +60,17 @@ class LayoutFinder:
         self.told = told
         self.graph = graph
         self.latents = latents
+        self.table = DimensionTable()
         self.ranges = ranges_known(graph, values)
-        self.extents = follow_axes(graph, sample_axes(latents), self.ranges)
-        self.positions = follow_positions(graph, latents, values, self.ranges)
+        self.extents = self.follow(latents)
+        self.positions = follow_positions(graph, latents, values, self.ranges, self.table)
         self.tables = position_tables(graph, values)
         given = [node for node in graph.find_nodes(op="placeholder") if not is_of_model(node)]
         self.unrelated = set(graph.nodes) - influenced_by(given)
+
+    def follow(self, inputs: Sequence[fx.Node], sample: int | None = None) -> dict[fx.Node, Extents]:
+        """What every value that shows an axis of these inputs enumerates."""
+        return follow_axes(self.graph, sample_axes(inputs), self.ranges, sample=sample, table=self.table)
 
     def of(self, sequence: fx.Node, tokens: int) -> tuple[Layout | None, str]:
         """The layout of a sequence (B, H, tokens, D), or None and the reason."""
@@ -88,10 +94,47 @@ class LayoutFinder:
         given = [node for node in self.graph.find_nodes(op="placeholder") if not is_of_model(node)]
         others = [node for node in given if node not in self.latents and len(shape_of(node)) >= 3]
         for node in sorted(others, key=lambda each: -math.prod(shape_of(each))):
-            extents = follow_axes(self.graph, sample_axes([node]), self.ranges).get(sequence)
+            extents = self.follow([node]).get(sequence)
             if extents is not None and any(axis.index not in (0, None) for part in extents[2] for axis in part.axes):
                 return f"the tokens are those of the input {argument_name(node)}, not of the noisy sample; give layout="
-        return "the graph does not show how the tokens follow from the noisy sample; give layout="
+        reason = "the graph does not show how the tokens follow from the noisy sample; give layout="
+        return reason + self.ended(sequence)
+
+    def ended(self, sequence: fx.Node) -> str:
+        """Behind which op the tokens are not followed, as the end of a sentence; "" where that can't be told.
+
+        That is the first op on tokens of the noisy sample, of those whose effect on dimensions is not known and that
+        lead to the sequence; or else the only one that takes tokens in an order that is not followed.
+        """
+        ends = [node for node in self.ends if sequence in influenced_by([node])]
+        unknown = [found for node in ends if isinstance(found := self.table[node], Unknown)]
+        if unknown:
+            return f"; they are not followed behind {unknown[0]}"
+        return f"; they are not followed behind {place_of(ends[0])}, which rearranges them" if len(ends) == 1 else ""
+
+    @cached_property
+    def ends(self) -> list[fx.Node]:
+        """The ops on tokens of the noisy sample whose value shows none although it has some, in order."""
+        found = []
+        for node in self.graph.nodes:
+            description = self.table[node]
+            if self.shows_tokens(node):
+                continue
+            if isinstance(description, Unknown) and any(map(self.shows_tokens, node.all_input_nodes)):
+                found.append(node)
+            elif isinstance(description, Value):
+                taken = [place for each in description.dimensions for place in rearranged(each)]
+                if any(self.tokens_among(self.extents[source][i]) for source, i in taken if source in self.extents):
+                    found.append(node)
+        return found
+
+    def shows_tokens(self, node: fx.Node) -> bool:
+        return any(map(self.tokens_among, self.extents.get(node, ())))
+
+    def tokens_among(self, extent: Extent) -> bool:
+        """Whether a dimension shows an axis of the noisy sample other than samples and, of an image, channels."""
+        first = 2 if max(len(shape_of(latent)) for latent in self.latents) > 3 else 1
+        return any(axis.index is not None and axis.index >= first for part in extent for axis in part.axes)
 
     def samples_apart(self, sequence: fx.Node) -> str:
         """The reason where samples are put into a sequence one by one, each at places of its own; else ""."""
@@ -99,7 +142,7 @@ class LayoutFinder:
             return ""
         found: dict[Layout, None] = {}
         for sample in range(shape_of(sequence)[0]):
-            extents = follow_axes(self.graph, sample_axes(self.latents), self.ranges, sample=sample).get(sequence)
+            extents = self.follow(self.latents, sample).get(sequence)
             layout = None if extents is None else self.read(sequence, extents[2], extents[0])[0]
             if layout is None:
                 return ""
@@ -111,7 +154,7 @@ class LayoutFinder:
 
     @cached_property
     def lines(self) -> dict[fx.Node, Extents]:
-        return follow_lines(self.graph, self.ranges)
+        return follow_lines(self.graph, self.ranges, self.table)
 
     def read(self, sequence: fx.Node, extent: Extent, batch: Extent) -> tuple[Layout | None, str]:
         """The layout of the tokens of a sequence.

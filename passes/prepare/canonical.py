@@ -67,14 +67,7 @@ def rewrite_forms(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        for rewrite in (explicit, multi_head, flash, flex):
-            try:
-                done = rewrite(node)
-            except (IndexError, KeyError, TypeError, ValueError, AttributeError):
-                done = False  # written in a way that is not read here
-            if done:
-                count += 1
-                break
+        count += any(rewrite(node) for rewrite in (rewrite_explicit, rewrite_multi_head, rewrite_flash, rewrite_flex))
     return count
 
 
@@ -190,22 +183,23 @@ def roles_of(product: Product) -> Roles | None:
     return Roles(batch, *kept, *added, *contracted)
 
 
-def explicit(node: fx.Node) -> bool:
+def rewrite_explicit(node: fx.Node) -> bool:
+    """Rewrite a product of attention weights with values. Returns whether it is one that can be."""
     product = product_of(node)
     if product is None or op_name(node) == "baddbmm" or not product.consistent:
         return False
-    return any(attended(node, each) for each in (product, product.swapped))
+    return any(rewrite_weighted(node, each) for each in (product, product.swapped))
 
 
-def attended(node: fx.Node, product: Product) -> bool:
-    """Rewrite the product of attention weights, on the left, with values, if that is what it is."""
+def rewrite_weighted(node: fx.Node, product: Product) -> bool:
+    """Rewrite the product of attention weights, on the left, with values. Returns whether that is what it is."""
     roles = roles_of(product)
     if roles is None or len(roles.batch) not in (1, 2):
         return False
     chain, weights = [node], product.left
-    while op_name(weights) in CASTS and isinstance(weights.args[0], fx.Node):
+    while op_name(weights) in CASTS and isinstance(inner := argument(weights, 0, "input"), fx.Node):
         chain.append(weights)
-        weights = weights.args[0]
+        weights = inner
     if op_name(weights) not in ("softmax", "_softmax"):
         return False
     if softmax_dim(weights) != product.left_letters.index(roles.contracted):
@@ -214,8 +208,8 @@ def attended(node: fx.Node, product: Product) -> bool:
     scores = read_scores(argument(weights, 0, "input"), chain)
     if scores is None or len(scores.product.out) != len(product.left_letters):
         return False
-    inner = set(scores.chain)
-    if any(user not in inner for each in scores.chain if each is not node for user in each.users):
+    inside = set(scores.chain)
+    if any(user not in inside for each in scores.chain if each is not node for user in each.users):
         return False  # the weights are used elsewhere
     named = dict(zip(product.left_letters, scores.product.out, strict=True))
     order = [named[letter] for letter in roles.batch]
@@ -318,7 +312,7 @@ def product_of(node: fx.Node) -> Product | None:
     if name not in PRODUCTS:
         return None
     if name == "einsum":
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1:]
+        equation, operands = str(argument(node, 0, "equation")).replace(" ", ""), node.args[1:]
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = tuple(operands[0])
         if "->" not in equation or "." in equation or equation.count(",") != 1 or len(operands) != 2:
@@ -342,7 +336,7 @@ def product_of(node: fx.Node) -> Product | None:
 def softmax_dim(softmax: fx.Node) -> int | None:
     """Which dimension a softmax is over, counted from the front."""
     dim = argument(softmax, 1, "dim")
-    return dim % len(shape_of(softmax)) if isinstance(dim, int) else None
+    return dim % len(shape_of(softmax)) if type(dim) is int and shape_of(softmax) else None
 
 
 def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
@@ -352,12 +346,12 @@ def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
         name = op_name(node)
         chain.append(node)
         if name in CASTS - {"dropout"}:
-            node = node.args[0]
+            node = argument(node, 0, "input")
         elif name in ("mul", "truediv", "div", "mul_", "div_", "imul", "itruediv"):
             one, two = argument(node, 0, "input"), argument(node, 1, "other")
             if "mul" in name and is_number(one):
                 one, two = two, one
-            if not is_number(two):
+            if not is_number(two) or ("div" in name and two == 0):
                 return None
             scale *= float(two) if "mul" in name else 1.0 / float(two)
             node = one
@@ -369,7 +363,7 @@ def read_scores(node: object, chain: list[fx.Node]) -> Scores | None:
             if not isinstance(added, fx.Node) or not is_lesser(added, node) or not hides(node):
                 return None
             mask, fill = added, float(argument(node, 2, "value")) if filled else None
-            node = node.args[0]
+            node = argument(node, 0, "input")
         elif name in PRODUCTS:
             return product_of_streams(node, scale, mask, fill, chain)
         else:
@@ -404,9 +398,10 @@ def product_of_streams(
     if product is None or is_parameter(product.left) or is_parameter(product.right):
         return None
     if op_name(node) == "baddbmm":
-        if argument(node, 3, "beta", 1) != 0:
+        alpha = argument(node, 4, "alpha", 1)
+        if argument(node, 3, "beta", 1) != 0 or not is_number(alpha):
             return None
-        scale *= float(argument(node, 4, "alpha", 1))
+        scale *= float(alpha)
     return Scores(product, scale, mask, fill, chain)
 
 
@@ -420,12 +415,18 @@ MULTI_HEAD_ARGUMENTS = (
 )  # fmt: skip
 
 
-def multi_head(node: fx.Node) -> bool:
+def rewrite_multi_head(node: fx.Node) -> bool:
+    """Rewrite ``F.multi_head_attention_forward``. Returns whether the node is one that can be."""
     if op_name(node) != "multi_head_attention_forward":
         return False
     given = {name: argument(node, i, name) for i, name in enumerate(MULTI_HEAD_ARGUMENTS)}
     refused = ("bias_k", "bias_v", "key_padding_mask", "attn_mask", "static_k", "static_v")
     if any(given[name] is not None for name in refused) or given["add_zero_attn"] or given["is_causal"]:
+        return False
+    needed = ["query", "key", "value", "in_proj_weight", "out_proj_weight"]
+    if given["use_separate_proj_weight"]:
+        needed[3:4] = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if any(not isinstance(given[name], fx.Node) for name in needed) or type(given["num_heads"]) is not int:
         return False
     outputs = [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
     if set(node.users) - set(outputs) and any(user.users for user in set(node.users) - set(outputs)):
@@ -483,7 +484,8 @@ FLASH_OP = (
 )  # fmt: skip
 
 
-def flash(node: fx.Node) -> bool:
+def rewrite_flash(node: fx.Node) -> bool:
+    """Rewrite a call of ``flash_attn``. Returns whether the node is one that can be."""
     name = op_name(node)
     if name not in ("flash_attn_func", "_flash_attn_forward"):
         return False
@@ -491,7 +493,9 @@ def flash(node: fx.Node) -> bool:
     names = FLASH_FUNCTION if direct else FLASH_OP
     given = {each: argument(node, i, each) for i, each in enumerate(names)}
     sides = given["window_size"] if direct else (given["window_size_left"], given["window_size_right"])
-    if any(side not in (None, -1) for side in sides or ()):
+    if not isinstance(sides, (tuple, list, type(None))) or any(side not in (None, -1) for side in sides or ()):
+        return False
+    if any(not isinstance(given[each], fx.Node) or len(shape_of(given[each])) != 4 for each in ("q", "k", "v")):
         return False
     if any(given[each] for each in ("dropout_p", "softcap")) or given["alibi_slopes"] is not None:
         return False
@@ -518,11 +522,14 @@ def flash(node: fx.Node) -> bool:
 # --- FlexAttention ----------------------------------------------------------------------------------------------------
 
 
-def flex(node: fx.Node) -> bool:
+def rewrite_flex(node: fx.Node) -> bool:
+    """Rewrite a FlexAttention without functions of its own. Returns whether the node is one that can be."""
     if op_name(node) != "flex_attention" or len(node.args) < 6:
         return False
     query, key, value, score, block_mask, scale, *_ = node.args
-    if not changes_nothing(node, score, keeps_score) or not isinstance(block_mask, tuple):
+    if not all(isinstance(each, fx.Node) and len(shape_of(each)) == 4 for each in (query, key, value)):
+        return False
+    if not changes_nothing(node, score, keeps_score) or not isinstance(block_mask, tuple) or len(block_mask) < 3:
         return False
     if not changes_nothing(node, block_mask[-1], sees_all) or not is_one_block(block_mask, query, key):
         return False

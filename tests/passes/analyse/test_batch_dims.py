@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from difa_compile.passes.analyse.batch_dims import annotate_batch, indexed, regrouped
+from difa_compile.passes.analyse.batch_dims import annotate_batch, why_not_followed
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.analyse.sample import latent_inputs
 from difa_compile.passes.graph import is_parameter, shape_of, tensor_of
@@ -75,35 +75,6 @@ def test_the_batch_is_followed_through_layout_ops():
     assert by_target["sum"] is None
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "pairs"),
-    [
-        ((2, 6, 8), (12, 8), [(0, 0), (1, 2)]),
-        ((12, 8), (2, 6, 8), [(0, 0), (2, 1)]),
-        ((2, 6, 8), (2, 6, 2, 4), [(0, 0), (1, 1), (2, 2)]),
-        ((2, 1, 8), (2, 8, 1), [(0, 0), (1, 2)]),
-        ((2, 3, 4), (24,), [(0, 0)]),
-        ((4, 3), (3, 4), [(0, 0)]),
-    ],
-)
-def test_reshapes(before, after, pairs):
-    assert list(regrouped(before, after)) == pairs
-
-
-@pytest.mark.parametrize(
-    ("index", "kept"),
-    [
-        ((slice(None), None), [(0, 0), (1, None), (2, 1), (3, 2)]),
-        ((Ellipsis, None), [(0, 0), (1, 1), (2, 2), (3, None)]),
-        (0, [(0, 1), (1, 2)]),
-        ((Ellipsis, slice(0, 2)), [(0, 0), (1, 1), (2, 2)]),
-        ((slice(None), 1), [(0, 0), (1, 2)]),
-    ],
-)
-def test_indexing(index, kept):
-    assert indexed(index, 3) == kept
-
-
 def test_a_mask_without_a_batch_dimension_is_the_same_for_all_samples():
     """A bias of (heads, L, L) with as many heads as samples."""
 
@@ -140,3 +111,53 @@ def test_the_batch_is_followed_into_a_sequence_that_is_put_together_by_index():
     assert {name.strip("_"): dim for name, dim in carried.items() if "self" not in name} == {
         "l_x": 0, "l_text": 0, "l_places": None, "l_mask": 0
     }  # fmt: skip
+
+
+class Reordered(nn.Module):
+    def __init__(self, reorder):
+        super().__init__()
+        self.attention = Attention(16, 2)
+        self.reorder = reorder
+
+    def forward(self, x):
+        return self.attention(self.reorder(x.sin()))
+
+
+@pytest.mark.parametrize(
+    ("reorder", "reason"),
+    [
+        (lambda x: x.roll(1, 0), ": not behind roll (node x), whose effect on dimensions is not known"),
+        (
+            lambda x: x[torch.tensor([1, 0])],
+            ": not behind getitem (node x), which takes, orders or joins samples otherwise",
+        ),
+        (lambda x: torch.cat([x[1:], x[:1]]), ""),
+        (lambda x: x * 2, ""),
+    ],
+)
+def test_where_the_batch_is_lost_is_told(reorder, reason):
+    module, values = graph_of(Reordered(reorder).eval(), {"x": torch.randn(2, 6, 16)})
+    (site,) = sites_of(module, values)
+    found = why_not_followed(attention_inputs(site.region.attention))
+    assert found == reason or (reason and found.split(" (")[0] == reason.split(" (")[0] and found[-20:] == reason[-20:])
+
+
+@pytest.mark.parametrize(
+    ("op", "dim"),
+    [
+        (lambda x, places: x[:, places], 0),
+        (lambda x, places: x.swapdims(0, 1)[places], 1),
+        (lambda x, places: x[:, 0] @ torch.ones(16, 3), 0),
+        (lambda x, places: x.movedim(0, -1), 2),
+        (lambda x, places: x.softmax(0), None),
+    ],
+)
+def test_ops_that_let_the_batch_through(op, dim):
+    class Model(nn.Module):
+        def forward(self, x, places):
+            return op(x, places)
+
+    module, _ = graph_of(Model(), {"x": torch.randn(2, 6, 16), "places": torch.arange(4)})
+    annotate_batch(module.graph, latent_inputs(module.graph))
+    (result,) = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    assert result.meta.get("batch_dim") == dim

@@ -168,8 +168,11 @@ class Padded(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Pooled, NOT_FOLLOWED),
-        (Flipped, NOT_FOLLOWED),
+        (Pooled, NOT_FOLLOWED + "; they are not followed behind getitem (node y), which rearranges them"),
+        (
+            Flipped,
+            NOT_FOLLOWED + "; they are not followed behind flip (node flip), whose effect on dimensions is not known",
+        ),
     ],
 )
 def test_what_does_not_add_up_has_no_layout_and_says_why(model, reason):

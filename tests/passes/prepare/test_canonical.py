@@ -79,7 +79,22 @@ def number_first(q, k, v):
     return (0.3 * (q @ k.mT)).softmax(-1) @ v
 
 
-FORMS = [by_keywords, number_first, matmul, scaled_before, upcast, flat_heads, einsums, masked, biased]
+def dropped_by_keyword(q, k, v):
+    return F.dropout(input=(q @ k.mT * 8**-0.5).softmax(-1), p=0.1, training=False) @ v
+
+
+FORMS = [
+    by_keywords,
+    dropped_by_keyword,
+    number_first,
+    matmul,
+    scaled_before,
+    upcast,
+    flat_heads,
+    einsums,
+    masked,
+    biased,
+]
 
 
 def captured(model, **inputs):
@@ -180,7 +195,15 @@ def test_what_is_no_attention_stays(model):
     assert canonical(module) is module
 
 
-@pytest.mark.parametrize("attend", [weights_used, over_queries, mask_scaled])
+def divided_by_nothing(q, k, v):
+    return ((q @ k.mT) / 0.0).softmax(-1) @ v
+
+
+def scaled_by_a_value(q, k, v):
+    return (torch.mul(other=q.sum(), input=q @ k.mT)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [weights_used, over_queries, mask_scaled, divided_by_nothing, scaled_by_a_value])
 def test_what_one_call_cannot_say_stays(attend):
     module, _ = captured(Written(attend))
     assert canonical(module) is module
@@ -277,6 +300,18 @@ def test_flash_attention(heads):
 def test_flash_attention_that_one_call_cannot_say_stays(form):
     module, _ = captured(Written(form))
     assert canonical(module) is module
+
+
+def test_errors_of_a_recogniser_are_not_hidden(monkeypatch):
+    """What is not read is left alone; an exception is an error in the program."""
+
+    def broken(node):
+        raise IndexError("an error of our own")
+
+    module, _ = captured(Written(matmul))
+    monkeypatch.setattr("difa_compile.passes.prepare.canonical.product_of", broken)
+    with pytest.raises(IndexError, match="of our own"):
+        canonical(module)
 
 
 def test_flex_attention_without_functions():
