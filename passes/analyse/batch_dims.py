@@ -17,6 +17,27 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
+from difa_compile.passes.analyse.dimensions import (
+    Beside,
+    Cut,
+    Description,
+    Dimension,
+    DimensionTable,
+    Element,
+    Joined,
+    Kept,
+    LookedUp,
+    Place,
+    Placed,
+    Regrouped,
+    Several,
+    Sized,
+    Unknown,
+    Value,
+    Write,
+    place_of,
+    rearranged,
+)
 from difa_compile.passes.analyse.sample import Sample
 from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import argument, influenced_by, mutated_argument, op_name, shape_of

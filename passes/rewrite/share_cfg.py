@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from difa_compile.passes.analyse.batch_dims import why_not_followed
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.graph import is_parameter, mutated_argument, op_name, reaching, shape_of, tensor_of
 from difa_compile.passes.site import Region, Site
@@ -48,8 +49,9 @@ def eligible(site: Site) -> str | None:
     batch = site.query_shape[0]
     if batch < 2 or batch % 2:
         return f"a batch of {batch} has no two CFG halves"
-    if any(part.meta.get("batch_dim") != 0 for part in attention_inputs(site.region.attention)):
-        return "the batch can't be followed from the noisy sample to this attention"
+    streams = attention_inputs(site.region.attention)
+    if any(stream.meta.get("batch_dim") != 0 for stream in streams):
+        return f"the batch can't be followed from the noisy sample to this attention{why_not_followed(streams)}"
     if any("batch_dim" not in node.meta for node in site.region.outputs):
         return "an output of the region does not carry the batch"
     return None

@@ -1,5 +1,7 @@
 """Which dimension carries the batch: in whole models, and op by op."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -126,10 +128,10 @@ class Reordered(nn.Module):
 @pytest.mark.parametrize(
     ("reorder", "reason"),
     [
-        (lambda x: x.roll(1, 0), ": not behind roll (node x), whose effect on dimensions is not known"),
+        (lambda x: x.roll(1, 0), ": not behind roll, whose effect on dimensions is not known"),
         (
             lambda x: x[torch.tensor([1, 0])],
-            ": not behind getitem (node x), which takes, orders or joins samples otherwise",
+            ": not behind getitem, which takes, orders or joins samples otherwise",
         ),
         (lambda x: torch.cat([x[1:], x[:1]]), ""),
         (lambda x: x * 2, ""),
@@ -139,7 +141,7 @@ def test_where_the_batch_is_lost_is_told(reorder, reason):
     module, values = graph_of(Reordered(reorder).eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
     found = why_not_followed(attention_inputs(site.region.attention))
-    assert found == reason or (reason and found.split(" (")[0] == reason.split(" (")[0] and found[-20:] == reason[-20:])
+    assert re.sub(r" \(node \w+\)", "", found) == reason
 
 
 @pytest.mark.parametrize(

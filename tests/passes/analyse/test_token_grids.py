@@ -168,7 +168,7 @@ class Padded(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Pooled, NOT_FOLLOWED + "; they are not followed behind getitem (node y), which rearranges them"),
+        (Pooled, NOT_FOLLOWED + "; they are not followed behind getitem (node getitem), which rearranges them"),
         (
             Flipped,
             NOT_FOLLOWED + "; they are not followed behind flip (node flip), whose effect on dimensions is not known",
