@@ -33,7 +33,7 @@ import difa_compile
 from difa_compile import FULL, Decision
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.inductor import inductor
-from difa_compile.backend.stitch import Row as Stitched
+from difa_compile.backend.stitch import CompiledRow as Stitched
 from difa_compile.passes.order import analyse
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.schedule import FULL_ROLE

@@ -19,14 +19,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 ATTENTION_TARGETS = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 LINEAR_TARGETS = {F.linear, torch._C._nn.linear, torch.ops.aten.linear.default}
 
-LAYOUT = {
+REARRANGING = {
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "to", "type_as", "type", "float",
     "half", "bfloat16", "squeeze", "unsqueeze", "getitem", "split", "split_with_sizes", "chunk", "unbind", "clone",
     "swapaxes", "movedim", "detach", "narrow",
 }  # fmt: skip
 """Ops that only move, cut or convert values; what may stand between the attention and its output projection."""
 
-VIEWS = LAYOUT - {"clone"} | {
+VIEWS = REARRANGING - {"clone"} | {
     "expand", "expand_as", "alias", "select", "view_as", "t", "diagonal", "view_as_real", "view_as_complex", "swapdims",
     "moveaxis", "adjoint", "real", "imag", "getattr", "squeeze_", "unsqueeze_",
 }  # fmt: skip

@@ -231,7 +231,7 @@ def test_every_cache_of_a_run_is_named_contiguous_and_not_both_read_and_written(
     mixed = [list(pair) for pair in itertools.pairwise([FULL, *rows])]
     plan = family_plan("sd3", mixed, conditional_half=0)
     calls = []
-    row = Capture.row
+    row = Capture.compiled_row
 
     def watched(self, roles):
         def call(args, caches):
@@ -242,7 +242,7 @@ def test_every_cache_of_a_run_is_named_contiguous_and_not_both_read_and_written(
 
         return call
 
-    monkeypatch.setattr(Capture, "row", watched)
+    monkeypatch.setattr(Capture, "compiled_row", watched)
     fast = torch.compile(model, backend=difa, options={"plan": plan, "inner": "eager", "strict": True})
     with torch.no_grad(), sampling(fast, len(mixed)) as run:
         for step in range(len(mixed)):

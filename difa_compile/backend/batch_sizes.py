@@ -26,11 +26,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from difa_compile.backend.inductor import GraphCompiler
 from difa_compile.passes.autocast import Autocast
 from difa_compile.passes.graph import copy_module, operation
 from difa_compile.passes.prepare.questions import BINDINGS, brings_in_sizes
 
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Numbers = tuple[int, ...]
 Times = tuple[int | None, ...]
 """For each number how many units it is, the unit being what changes; None where it is always the same."""
@@ -47,7 +47,9 @@ class AnyBatch:
         self._lock = threading.RLock()
         self.compiled = 0
 
-    def compile(self, compiler: Compiler, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile(
+        self, compiler: GraphCompiler, module: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
         """A function of the inputs that computes ``module``, by ``compiler`` where there is none yet.
 
         ``compiler`` may be given fake tensors with symbols as sizes.
@@ -75,7 +77,7 @@ class AnyBatch:
 
     def _compile_for_all(
         self,
-        compiler: Compiler,
+        compiler: GraphCompiler,
         module: fx.GraphModule,
         example_inputs: Sequence[Any],
         numbers: Numbers,

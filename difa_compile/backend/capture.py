@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from difa_compile.backend.inductor import GraphCompiler
 from difa_compile.backend.prediction import Prediction
-from difa_compile.backend.stitch import Link, Row, copied, stitch
+from difa_compile.backend.stitch import CompiledRow, Link, copied, stitch
 from difa_compile.backend.verdicts import Verdicts
 from difa_compile.errors import PlanMismatchError
 from difa_compile.passes.analysed_model import AnalysedModel
@@ -28,9 +29,6 @@ from difa_compile.passes.segments import Segment
 from difa_compile.passes.trace import Trace
 from difa_compile.plan.plan import Plan, same_but_for_text
 from difa_compile.plan.schedule import FULL_ROLE, Role
-
-GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-"""Turns a graph and example inputs into a function of the same inputs that returns a list or tuple."""
 
 Caches = Mapping[CacheName, Tensor]
 
@@ -95,7 +93,7 @@ class Capture:
         self._trace = trace
         self._limit = rewrite_limit()
         self._compiled: dict[object, CompiledVariant] = {}
-        self._rows: dict[tuple[Role, ...], Row] = {}
+        self._rows: dict[tuple[Role, ...], CompiledRow] = {}
         self._lock = threading.RLock()
         if plan is not None:
             infos = [site.info for site in model.sites]
@@ -118,20 +116,20 @@ class Capture:
 
     # --- whole rows --------------------------------------------------------------------------------------------------
 
-    def row(self, roles: tuple[Role, ...]) -> Row:
+    def compiled_row(self, roles: tuple[Role, ...]) -> CompiledRow:
         """The function that makes one call of the model with one role per site: of inputs and caches, giving outputs
         and the caches written. What it needs is compiled when it is first called."""
         return self._rows.get(roles) or partial(self._first_call, roles)
 
-    def full(self) -> Row:
+    def full(self) -> CompiledRow:
         """The row of the unmodified graph, compiled whole."""
-        return self.row((FULL_ROLE,) * len(self.model.sites))
+        return self.compiled_row((FULL_ROLE,) * len(self.model.sites))
 
     def execute(
         self, args: Sequence[Any], roles: Sequence[Role], caches: Caches
     ) -> tuple[list[Any], dict[CacheName, Tensor]]:
         """Outputs and written caches of one call with one role per site."""
-        return self.row(tuple(roles))(args, caches)
+        return self.compiled_row(tuple(roles))(args, caches)
 
     def _first_call(
         self, roles: tuple[Role, ...], args: Sequence[Any], caches: Caches
@@ -149,7 +147,7 @@ class Capture:
         outputs = self.outputs(state)
         return [copied(value) for value in outputs] if self._overwrites else outputs, dict(state.caches_out)
 
-    def stitched(self, roles: tuple[Role, ...]) -> Row:
+    def stitched(self, roles: tuple[Role, ...]) -> CompiledRow:
         """One function that runs all segments with one role per site; their variants must have been run before."""
         links = [self._link(i, roles) for i in range(len(self.model.split.segments))]
         return stitch(self.model.split, links, self._overwrites)
@@ -239,7 +237,7 @@ class Capture:
         return CompiledVariant(run, reads, writes)
 
 
-def whole_row(run: Callable[..., Any], overwrites: bool) -> Row:
+def whole_row(run: Callable[..., Any], overwrites: bool) -> CompiledRow:
     """The row of a graph that was compiled whole, with no caches."""
 
     def row(args: Sequence[Any], caches: Caches) -> tuple[list[Any], dict[CacheName, Tensor]]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from difa_compile.backend.capture import Capture, GraphCompiler
+from difa_compile.backend.capture import Capture
 from difa_compile.backend.graph_breaks import why_piece
-from difa_compile.backend.inductor import inductor, uses_cuda_graphs
+from difa_compile.backend.inductor import GraphCompiler, inductor, uses_cuda_graphs
 from difa_compile.backend.options import Options
 from difa_compile.backend.run import active_run, call_without_run
 from difa_compile.errors import DifaError, NoAttentionError, RunError, SitesMismatchError, UnsupportedModelError

@@ -15,6 +15,9 @@ from difa_compile.errors import DecisionError
 from difa_compile.passes.graph import copy_module
 from difa_compile.passes.prepare.questions import BINDINGS, brings_in_sizes
 
+GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""Turns a graph and example inputs into a function of the same inputs that returns a list or tuple."""
+
 Config = Mapping[str, Any]
 """Values for names of ``torch._inductor.config``."""
 

@@ -224,7 +224,7 @@ class Run:
         part, capture = self._part(capture, model)
         branch = self.current_branch
         step = part.enter(capture, self.index, branch, self._conditional.get(model))
-        outputs, written = capture.row(step.roles)(args, step.read)
+        outputs, written = capture.compiled_row(step.roles)(args, step.read)
         outputs = part.leave(step, branch, outputs, written)
         if branch == "cond":
             self._conditional[model] = part

@@ -23,7 +23,7 @@ from torch import Tensor
 from difa_compile.passes.caches import CacheName
 from difa_compile.passes.segments import Split
 
-Row = Callable[[Sequence[Any], Mapping[CacheName, Tensor]], tuple[list[Any], dict[CacheName, Tensor]]]
+CompiledRow = Callable[[Sequence[Any], Mapping[CacheName, Tensor]], tuple[list[Any], dict[CacheName, Tensor]]]
 """A function of the graph's inputs and the caches read, giving its outputs and the caches written."""
 
 
@@ -36,7 +36,7 @@ class Link:
     writes: tuple[CacheName, ...]
 
 
-def stitch(split: Split, links: Sequence[Link], overwrites: bool = False) -> Row:
+def stitch(split: Split, links: Sequence[Link], overwrites: bool = False) -> CompiledRow:
     """The function that runs ``links``, one per segment of ``split``, one after the other.
 
     ``overwrites``: links return memory that is overwritten in the next call of the model (CUDA graphs), so each call is
@@ -48,7 +48,7 @@ def stitch(split: Split, links: Sequence[Link], overwrites: bool = False) -> Row
     space |= {f"name_{i}": name for i, name in enumerate(names)}
     space |= {"copied": copied, "begin_step": torch.compiler.cudagraph_mark_step_begin}
     exec(compile(source, "<difa row>", "exec"), space)
-    row: Row = space["row"]
+    row: CompiledRow = space["row"]
     return row
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from difa_compile.cli.tables import foreign
 from difa_compile.errors import DifaError, ProfileError
-from difa_compile.machine.profile import DEVICES, ELEMENTWISE, FULL, Fit, Machine, Profile, current, place
+from difa_compile.machine.profile import DEVICES, ELEMENTWISE, FULL_ATTENTION, Fit, Machine, Profile, current, place
 from difa_compile.machine.tune import tune
 from difa_compile.pipeline.transformers import find_transformer
 from difa_compile.plan.cost import seconds_text
@@ -44,7 +44,9 @@ def measure(console: Console, device: str, dtypes: Iterable[torch.dtype], quick:
     if known is not None:
         profile = known.updated(profile)
     profile.save()
-    worst = max((fit.held_out_error for fit in profile.fits if fit.operation.startswith((FULL, "local"))), default=0.0)
+    worst = max(
+        (fit.held_out_error for fit in profile.fits if fit.operation.startswith((FULL_ATTENTION, "local"))), default=0.0
+    )
     if worst > UNRELIABLE:
         console.print(
             f"[yellow]Predictions of attention are off by {100 * worst:.0f} % (median): other work on this machine may "

@@ -54,7 +54,7 @@ DEVICES = ("cpu", "cuda")
 Work = Mapping[str, float]
 """Amounts of work by kind; the kinds of an operation are the keys of its fit's prices."""
 
-FULL = "full"
+FULL_ATTENTION = "full"
 LINEAR = "linear"
 ELEMENTWISE = "elementwise"
 
@@ -295,7 +295,7 @@ class Profile:
 
     def full_seconds(self, call: FullCall, dtype: torch.dtype) -> float | None:
         """Predicted seconds of dense attention."""
-        return self.seconds(FULL, dtype, call.work)
+        return self.seconds(FULL_ATTENTION, dtype, call.work)
 
     def local_seconds(self, call: LocalCall) -> float | None:
         """Predicted seconds of local attention through the kernel that would serve it.
@@ -315,7 +315,7 @@ class Profile:
 
     def extrapolates(self, tokens: int, dtype: torch.dtype) -> bool:
         """Whether so many tokens are more than were measured."""
-        fit = self.fit(FULL, dtype)
+        fit = self.fit(FULL_ATTENTION, dtype)
         return fit is not None and tokens > fit.most_tokens
 
     def updated(self, other: Profile) -> Profile:

@@ -19,7 +19,7 @@ from difa_compile.layout import Layout
 from difa_compile.machine.profile import (
     DEVICES,
     ELEMENTWISE,
-    FULL,
+    FULL_ATTENTION,
     LINEAR,
     Fit,
     FullCall,
@@ -69,7 +69,7 @@ def full_case(call: FullCall, dtype: torch.dtype, device: torch.device) -> Case:
         return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != call.heads)
 
     size = f"{call.batch} x {call.heads} heads x {call.head_dim}, {call.queries} x {call.keys}"
-    return Case(FULL, size, call.work, max(call.queries, call.keys), make)
+    return Case(FULL_ATTENTION, size, call.work, max(call.queries, call.keys), make)
 
 
 def local_case(call: LocalCall) -> Case:

@@ -67,7 +67,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """A stretch of a dimension: the row-major product of ``axes``, outermost first; ``()`` is one position."""
 
     axes: tuple[Axis, ...]
@@ -85,7 +85,7 @@ class Part:
         return any(axis.index is not None for axis in self.axes)
 
 
-Extent = tuple[Part, ...]
+Extent = tuple[Stretch, ...]
 """What a dimension enumerates: one part, or several where tokens of other origin were put beside the sample's."""
 
 Extents = tuple[Extent, ...]
@@ -94,13 +94,13 @@ Extents = tuple[Extent, ...]
 
 def other(size: int) -> Extent:
     """A dimension of which only the length is known."""
-    return (Part((Axis(None, size),) if size != 1 else ()),)
+    return (Stretch((Axis(None, size),) if size != 1 else ()),)
 
 
 def sample_axes(latents: Sequence[fx.Node]) -> dict[fx.Node, Extents]:
     """What the noisy sample's own placeholders enumerate: their dimensions. Several where a model takes a list."""
     return {
-        latent: tuple((Part((Axis(i, size),) if size != 1 else ()),) for i, size in enumerate(shape_of(latent)))
+        latent: tuple((Stretch((Axis(i, size),) if size != 1 else ()),) for i, size in enumerate(shape_of(latent)))
         for latent in latents
     }
 
@@ -353,7 +353,7 @@ def _dealt(axes: list[Axis], sizes: Sequence[int]) -> list[Extent]:
                 queue.insert(0, Axis(axis.index, axis.size // left, within=True))
             else:
                 return [other(s) for s in sizes]
-        found.append((Part(tuple(taken)),))
+        found.append((Stretch(tuple(taken)),))
     return found
 
 
@@ -361,24 +361,24 @@ def _convolved(extent: Extent, size: int) -> Extent:
     """Along a convolved dimension the order of positions stays, whatever the stride."""
     axes = extent[0].axes if len(extent) == 1 else ()
     axis = axes[0] if len(axes) == 1 else Axis(None, size)
-    return (Part((Axis(axis.index, size, axis.within),) if size != 1 else ()),)
+    return (Stretch((Axis(axis.index, size, axis.within),) if size != 1 else ()),)
 
 
-def _joined(parts: Sequence[Part]) -> Extent:
+def _joined(parts: Sequence[Stretch]) -> Extent:
     """Parts one after the other; neighbouring unknown ones as one, and stretches of an axis that follow each other."""
-    found: list[Part] = []
+    found: list[Stretch] = []
     for part in parts:
         if found and not part.partly_known and not found[-1].partly_known:
-            found[-1] = Part((Axis(None, found[-1].length + part.length),))
+            found[-1] = Stretch((Axis(None, found[-1].length + part.length),))
         elif found and _continues(found[-1], part):
             (one,), (two,) = found[-1].axes, part.axes
-            found[-1] = Part((Axis(one.index, one.size + two.size, one.within, one.first),))
+            found[-1] = Stretch((Axis(one.index, one.size + two.size, one.within, one.first),))
         else:
             found.append(part)
     return tuple(found)
 
 
-def _continues(one: Part, two: Part) -> bool:
+def _continues(one: Stretch, two: Stretch) -> bool:
     """Whether a part is the stretch of an axis that comes after another part, a stretch of the same axis."""
     if len(one.axes) != 1 or len(two.axes) != 1:
         return False
@@ -392,7 +392,7 @@ def _cut(extent: Extent, start: int, stop: int) -> Extent:
     total = _length(extent)
     start, stop = (min(max(i + total if i < 0 else i, 0), total) for i in (start, stop))
     position = 0
-    kept: list[Part] = []
+    kept: list[Stretch] = []
     for part in extent:
         first, last = position, position + part.length
         position = last
@@ -403,9 +403,9 @@ def _cut(extent: Extent, start: int, stop: int) -> Extent:
     return _joined(kept)
 
 
-def _stretch(part: Part, start: int, length: int) -> Part:
+def _stretch(part: Stretch, start: int, length: int) -> Stretch:
     """``length`` positions of a part, from ``start`` on."""
     if len(part.axes) != 1 or not part.known:
-        return Part((Axis(None, length),))
+        return Stretch((Axis(None, length),))
     (axis,) = part.axes
-    return Part((Axis(axis.index, length, axis.within, axis.first + start),) if length != 1 else ())
+    return Stretch((Axis(axis.index, length, axis.within, axis.first + start),) if length != 1 else ())

@@ -31,7 +31,7 @@ from difa_compile.passes.analyse.sample import latent_inputs
 from difa_compile.passes.analyse.token_grids import LayoutFinder
 from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
-    LAYOUT,
+    REARRANGING,
     alias_root,
     argument,
     influenced_by,
@@ -125,7 +125,7 @@ def describe(node: fx.Node, name: str, layouts: LayoutFinder, from_latent: set[f
     path = module_path(node)
     roots = {part: first_linears(nearest_linears(part, path), path) for part in (query, key, value)}
     region = find_region(node, {root for found in roots.values() for root in found})
-    kind = classify(node, [sources(roots[part]) for part in (query, key, value)], from_latent)
+    kind = classify(node, [streams_of(roots[part]) for part in (query, key, value)], from_latent)
     query_shape, key_shape = shape_of(query), shape_of(key)
     flex = is_flex(node)
     mask = None if flex else argument(node, 3, "attn_mask")
@@ -185,7 +185,7 @@ def first_linears(linears: tuple[fx.Node, ...], path: str) -> tuple[fx.Node, ...
             node = node.args[0]
             if is_linear(node) and within(node, path):
                 first = node
-            elif op_name(node) not in LAYOUT | {"dropout", "layer_norm", "rms_norm", "mul"} or node in linears:
+            elif op_name(node) not in REARRANGING | {"dropout", "layer_norm", "rms_norm", "mul"} or node in linears:
                 break
         found[first] = None
     return tuple(found)
@@ -197,12 +197,12 @@ def within(node: fx.Node, path: str) -> bool:
     return place == path or place.startswith(path + ".")
 
 
-def sources(linears: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
+def streams_of(linears: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
     """The streams that linears project: their inputs, seen through casts and layout ops."""
     found = set()
     for linear in linears:
         node = linear.args[0]
-        while isinstance(node, fx.Node) and op_name(node) in LAYOUT and isinstance(node.args[0], fx.Node):
+        while isinstance(node, fx.Node) and op_name(node) in REARRANGING and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         if isinstance(node, fx.Node):
             found.add(node)
@@ -255,4 +255,4 @@ def passes_on(user: fx.Node, node: fx.Node) -> bool:
     name = op_name(user)
     if name in ("mul", "truediv", "div"):
         return not isinstance(user.args[1], fx.Node)
-    return name in LAYOUT or name == "dropout"
+    return name in REARRANGING or name == "dropout"

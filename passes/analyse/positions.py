@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.errors import InputValuesError
-from difa_compile.passes.analyse.axes import Axis, Extents, Part, follow_axes, other
+from difa_compile.passes.analyse.axes import Axis, Extents, Stretch, follow_axes, other
 from difa_compile.passes.analyse.dimensions import DimensionTable
 from difa_compile.passes.graph import is_parameter, op_name, shape_of
 
@@ -63,7 +63,7 @@ def follow_lines(graph: fx.Graph, ranges: Mapping[fx.Node, range], table: Dimens
     sources: dict[fx.Node, Extents | tuple[Extents, ...]] = {}
     for node in graph.nodes:
         if op_name(node) in ("arange", "linspace") and len(shape_of(node)) == 1 and shape_of(node)[0] > 1:
-            sources[node] = ((Part((Axis(LINE, shape_of(node)[0]),)),),)
+            sources[node] = ((Stretch((Axis(LINE, shape_of(node)[0]),)),),)
     return follow_axes(graph, sources, ranges, table=table)
 
 
@@ -124,7 +124,7 @@ def may_tell_positions(value: object) -> bool:
 
 def coordinates(sizes: Sequence[int]) -> Extents:
     """Dimensions that are one coordinate each."""
-    return tuple((Part((Axis(COORDINATE - i, int(size)),) if size != 1 else ()),) for i, size in enumerate(sizes))
+    return tuple((Stretch((Axis(COORDINATE - i, int(size)),) if size != 1 else ()),) for i, size in enumerate(sizes))
 
 
 def ranges_known(graph: fx.Graph, values: Sequence[Any] | None) -> dict[fx.Node, range]:
@@ -161,7 +161,7 @@ def positions_given(value: Tensor) -> Extents | None:
         table = wide.detach().movedim(rows, 0).flatten(1)
         grid = grid_of_table(table) if len(table) > 3 and table.shape[1] > 3 else None
         if grid is not None:
-            part = Part(tuple(Axis(COORDINATE - i, size) for i, size in enumerate(grid)))
+            part = Stretch(tuple(Axis(COORDINATE - i, size) for i, size in enumerate(grid)))
             return tuple((part,) if i == rows else other(size) for i, size in enumerate(value.shape))
     return None
 
@@ -186,7 +186,7 @@ def tables_of(value: Tensor) -> Iterator[tuple[int, Tensor]]:
                 yield rows, tables[..., 0].to("cpu", torch.float64)
 
 
-def grids_among(table: Tensor) -> tuple[Part, ...]:
+def grids_among(table: Tensor) -> tuple[Stretch, ...]:
     """The grids of two and more axes that rows of position ids enumerate one after the other, with what is between.
 
     ``table``: (rows, columns). A grid's rows come in the order of its columns, row-major, each coordinate rising; they
@@ -197,7 +197,7 @@ def grids_among(table: Tensor) -> tuple[Part, ...]:
     one = (changes != 0).sum(1) == 1
     column = (changes != 0).to(torch.int64).argmax(1)
     rises = torch.where(one & (changes.gather(1, column[:, None])[:, 0] > 0), column, -1).tolist()
-    parts: list[Part] = []
+    parts: list[Stretch] = []
     start = free = 0
     while start < rows - 1:
         if rises[start] < 0:
@@ -216,7 +216,7 @@ def grids_among(table: Tensor) -> tuple[Part, ...]:
             continue
         if start > free:
             parts.extend(other(start - free))
-        parts.append(Part(tuple(Axis(COORDINATE - i, size) for i, size in enumerate(sizes))))
+        parts.append(Stretch(tuple(Axis(COORDINATE - i, size) for i, size in enumerate(sizes))))
         start = free = start + math.prod(sizes)
     if free < rows:
         parts.extend(other(rows - free))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.analyse.axes import Axis, Extent, Extents, Part, follow_axes, sample_axes
+from difa_compile.passes.analyse.axes import Axis, Extent, Extents, Stretch, follow_axes, sample_axes
 from difa_compile.passes.analyse.dimensions import DimensionTable, Unknown, Value, place_of, rearranged
 from difa_compile.passes.analyse.positions import (
     LINE,
@@ -178,7 +178,7 @@ class LayoutFinder:
         return None, reasons[0] if reasons else "no grid is repeated"
 
     def grids_of(
-        self, sequence: fx.Node, part: Part, start: int, batch: Extent
+        self, sequence: fx.Node, part: Stretch, start: int, batch: Extent
     ) -> tuple[list[tuple[int, tuple[int, ...]]], str]:
         """The grids that stand in a part of the sequence: where in the sequence each begins; or the reason.
 
@@ -196,12 +196,12 @@ class LayoutFinder:
         return ([] if grid is None else [(start, grid)]), reason
 
     @staticmethod
-    def is_packed(part: Part, batch: Extent) -> bool:
+    def is_packed(part: Stretch, batch: Extent) -> bool:
         """Whether a part is the second axis of the sample, which may be all tokens of an image or video."""
         folded = any(axis.index not in (0, None) for each in batch for axis in each.axes)
         return len(part.axes) == 1 and part.axes[0].index == 1 and not folded
 
-    def grid_of(self, part: Part, before: int, batch: Extent) -> tuple[tuple[int, ...] | None, str]:
+    def grid_of(self, part: Stretch, before: int, batch: Extent) -> tuple[tuple[int, ...] | None, str]:
         """The grid of the image tokens; ``before`` other tokens stand in front of them."""
         axes = part.axes
         if any(axis.within and axis.index != 0 for axis in axes):  # in the batch's own axis: frames of a sample
@@ -238,7 +238,7 @@ def begins_with_number(index: Any) -> bool:
     return type(first) is int
 
 
-def repeated(part: Part) -> list[tuple[int, tuple[int, ...]]]:
+def repeated(part: Stretch) -> list[tuple[int, tuple[int, ...]]]:
     """Grids of two and more axes that come again and again along axes of unknown order, as (begin, grid).
 
     Frames in an order that was not followed are an image each.
@@ -246,7 +246,7 @@ def repeated(part: Part) -> list[tuple[int, tuple[int, ...]]]:
     unknown = 0
     while unknown < len(part.axes) and part.axes[unknown].index is None:
         unknown += 1
-    inner = Part(part.axes[unknown:])
+    inner = Stretch(part.axes[unknown:])
     if not unknown or len(inner.axes) not in (2, 3) or not inner.known or any(axis.within for axis in inner.axes):
         return []
     if any(axis.index == 0 for axis in inner.axes):

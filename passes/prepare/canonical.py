@@ -158,7 +158,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Roles:
+class Letters:
     """Letters of a product, by what their dimensions are to the attention."""
 
     batch: str
@@ -173,14 +173,14 @@ CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "dr
 PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm"}
 
 
-def roles_of(product: Product) -> Roles | None:
+def letters_of(product: Product) -> Letters | None:
     """The letters of a product with one kept, one added and one contracted dimension, or None if it has others."""
     left, right, out = (set(letters) for letters in (product.left_letters, product.right_letters, product.out))
     kept, added, contracted = (left & out) - right, (right & out) - left, (left & right) - out
     if not len(kept) == len(added) == len(contracted) == 1 or (left ^ right) - out:
         return None
     batch = "".join(letter for letter in product.left_letters if letter in right & out)
-    return Roles(batch, *kept, *added, *contracted)
+    return Letters(batch, *kept, *added, *contracted)
 
 
 def rewrite_explicit(node: fx.Node) -> bool:
@@ -193,8 +193,8 @@ def rewrite_explicit(node: fx.Node) -> bool:
 
 def rewrite_weighted(node: fx.Node, product: Product) -> bool:
     """Rewrite the product of attention weights, on the left, with values. Returns whether that is what it is."""
-    roles = roles_of(product)
-    if roles is None or len(roles.batch) not in (1, 2):
+    parts = letters_of(product)
+    if parts is None or len(parts.batch) not in (1, 2):
         return False
     chain, weights = [node], product.left
     while op_name(weights) in CASTS and isinstance(inner := argument(weights, 0, "input"), fx.Node):
@@ -202,7 +202,7 @@ def rewrite_weighted(node: fx.Node, product: Product) -> bool:
         weights = inner
     if op_name(weights) not in ("softmax", "_softmax"):
         return False
-    if softmax_dim(weights) != product.left_letters.index(roles.contracted):
+    if softmax_dim(weights) != product.left_letters.index(parts.contracted):
         return False
     chain.append(weights)
     scores = read_scores(argument(weights, 0, "input"), chain)
@@ -212,17 +212,17 @@ def rewrite_weighted(node: fx.Node, product: Product) -> bool:
     if any(user not in inside for each in scores.chain if each is not node for user in each.users):
         return False  # the weights are used elsewhere
     named = dict(zip(product.left_letters, scores.product.out, strict=True))
-    order = [named[letter] for letter in roles.batch]
-    streams = queries_and_keys(scores.product, named[roles.kept], named[roles.contracted], order)
+    order = [named[letter] for letter in parts.batch]
+    streams = queries_and_keys(scores.product, named[parts.kept], named[parts.contracted], order)
     if streams is None:
         return False
     write = Writer(node)
     query, key = (arranged(write, stream, letters, wanted) for stream, letters, wanted in streams)
-    value = arranged(write, product.right, product.right_letters, roles.batch + roles.contracted + roles.added)
-    mask = arranged_mask(write, scores.mask, product.left_letters, roles.batch + roles.kept + roles.contracted)
+    value = arranged(write, product.right, product.right_letters, parts.batch + parts.contracted + parts.added)
+    mask = arranged_mask(write, scores.mask, product.left_letters, parts.batch + parts.kept + parts.contracted)
     cast = casts_at((node, scores.place), device_of(query)) is not None
     result = attention_of(write, query, key, value, mask, scores, cast)
-    result = arranged(write, result, roles.batch + roles.kept + roles.added, product.out)
+    result = arranged(write, result, parts.batch + parts.kept + parts.added, product.out)
     result = converted(write, result, dtype_of(node))
     node.replace_all_uses_with(result)
     for each in scores.chain:
@@ -237,13 +237,13 @@ def queries_and_keys(product: Product, query: str, key: str, batch: list[str]) -
         return None
     if query not in product.left_letters:
         product = product.swapped
-    roles = roles_of(product)
-    if roles is None or (roles.kept, roles.added, set(roles.batch)) != (query, key, set(batch)):
+    parts = letters_of(product)
+    if parts is None or (parts.kept, parts.added, set(parts.batch)) != (query, key, set(batch)):
         return None
     leading = "".join(batch)
     return [
-        (product.left, product.left_letters, leading + query + roles.contracted),
-        (product.right, product.right_letters, leading + key + roles.contracted),
+        (product.left, product.left_letters, leading + query + parts.contracted),
+        (product.right, product.right_letters, leading + key + parts.contracted),
     ]
 
 

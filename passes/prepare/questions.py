@@ -291,7 +291,7 @@ def plain(value: Any) -> Any:
         )
 
 
-def sources(graph: fx.Graph) -> list[fx.Node]:
+def sized_by_values(graph: fx.Graph) -> list[fx.Node]:
     """The tensors whose size comes from values: those with symbols in their size that no operand has."""
     found = []
     several: set[fx.Node] = set()
@@ -396,7 +396,7 @@ def answer(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Questions:
         return NO_QUESTIONS
     program = Slice(module, graph, questions)
     found = tuple(map(answer_of, program([example_inputs[where[node]] for node in program.inputs])))
-    varying = [node for node in sources(graph) if not open_symbols(node.meta["example_value"])]
+    varying = [node for node in sized_by_values(graph) if not open_symbols(node.meta["example_value"])]
     for node in graph.nodes:
         node.meta["example_value"] = plain(node.meta.get("example_value"))
     for node in varying:

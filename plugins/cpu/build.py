@@ -23,7 +23,7 @@ import torch
 
 from difa_compile.errors import CacheFolderError, KernelBuildError
 from difa_compile.files.cache_folder import code_folder, private_code_folder
-from difa_compile.plugins.cpu.compiler import FULL, Compiler, compile_library, find_compiler, time_limit
+from difa_compile.plugins.cpu.compiler import DISK_FULL, CxxCompiler, compile_library, find_compiler, time_limit
 from difa_compile.plugins.cpu.kept import Found, discard, find, keep, locked, sweep, why_no_library, work_folder
 
 OP = "local_attention_cpu"
@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 
 def instruction_flags() -> tuple[str, ...]:
-    """Compiler flags of the instruction set that torch uses here; ``ATEN_CPU_CAPABILITY=avx2`` limits it."""
+    """CxxCompiler flags of the instruction set that torch uses here; ``ATEN_CPU_CAPABILITY=avx2`` limits it."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
         flags = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"]
@@ -123,7 +123,7 @@ def build() -> Path:
         raise _not_kept(folder, error) from error
 
 
-def _compiler() -> tuple[Compiler | None, str]:
+def _compiler() -> tuple[CxxCompiler | None, str]:
     """The compiler, or the reason why there is none: a library that was built before needs none."""
     try:
         return find_compiler(), ""
@@ -131,7 +131,7 @@ def _compiler() -> tuple[Compiler | None, str]:
         return None, str(error)
 
 
-def _compile(recipe: Recipe, compiler: Compiler, made_by: str, folder: Path) -> Path:
+def _compile(recipe: Recipe, compiler: CxxCompiler, made_by: str, folder: Path) -> Path:
     with work_folder(folder) as work:
         for name, text in recipe.sources.items():
             (work / name).write_bytes(text)
@@ -155,7 +155,7 @@ def _not_kept(folder: Path | None, error: OSError) -> KernelBuildError:
     if isinstance(error, CacheFolderError):
         return KernelBuildError(f"the CPU kernel of local attention cannot be kept: {error}")
     where = folder or "the cache folder"
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return KernelBuildError(
             f"the disk is full: the CPU kernel of local attention cannot be built in {where} ({error.strerror}); free "
             "some space there or set DIFA_CACHE_DIR to a folder on another disk"

@@ -18,14 +18,14 @@ from difa_compile.errors import KernelBuildError
 SECONDS = 900.0
 """Time a compiler has unless ``DIFA_COMPILE_TIMEOUT`` says otherwise; it takes about 20 s on one core."""
 VERSION_SECONDS = 60.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 LITTLE = 2**20
 """Bytes: a compiler that fails with less than that left fails for want of space, whatever it says."""
 
 
 @dataclass(frozen=True)
-class Compiler:
+class CxxCompiler:
     """The words of the command, and what it says of its version."""
 
     command: tuple[str, ...]
@@ -35,7 +35,7 @@ class Compiler:
         return shlex.join(self.command)
 
 
-def find_compiler() -> Compiler:
+def find_compiler() -> CxxCompiler:
     """The compiler that ``CXX`` names, with its arguments (``ccache g++``), else g++.
 
     Raises :class:`KernelBuildError` if there is none or it does not tell its version.
@@ -55,10 +55,10 @@ def find_compiler() -> Compiler:
         raise KernelBuildError(
             f"no C++ compiler: {told} --version fails ({_first_lines(done)}); install g++ or set CXX"
         )
-    return Compiler(tuple(words), done.stdout)
+    return CxxCompiler(tuple(words), done.stdout)
 
 
-def compile_library(compiler: Compiler, arguments: list[str], folder: Path) -> None:
+def compile_library(compiler: CxxCompiler, arguments: list[str], folder: Path) -> None:
     """Compile in ``folder``, where the compiler's temporary files go as well, so that all of them go with it.
 
     Raises :class:`KernelBuildError`, or ``OSError`` with ``ENOSPC`` where the disk is full.
@@ -66,7 +66,7 @@ def compile_library(compiler: Compiler, arguments: list[str], folder: Path) -> N
     done = run([*compiler.command, *arguments], folder, time_limit())
     if not done.returncode:
         return
-    if any(text in done.stderr for text in FULL_TEXTS) or shutil.disk_usage(folder).free < LITTLE:
+    if any(text in done.stderr for text in DISK_FULL_TEXTS) or shutil.disk_usage(folder).free < LITTLE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     raise KernelBuildError(
         f"{compiler} could not compile the CPU kernel of local attention: {_first_lines(done)}; use another compiler "

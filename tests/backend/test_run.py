@@ -235,7 +235,7 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
     fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
     expected = by_hand(model)
 
-    row = Capture.row
+    row = Capture.compiled_row
 
     def failing(self, roles):
         def fail(args, caches):
@@ -248,7 +248,7 @@ def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
         call(fast, at_step(inputs, 0))
         run.step(1)
         with monkeypatch.context() as broken:
-            broken.setattr(Capture, "row", failing)
+            broken.setattr(Capture, "compiled_row", failing)
             with pytest.raises(MemoryError):
                 call(fast, at_step(inputs, 9))
         found = call(fast, at_step(inputs, 1))

@@ -357,7 +357,7 @@ def test_an_empty_compiler_is_the_usual_one(monkeypatch, tmp_path, told):
     usual.chmod(0o755)
     monkeypatch.setenv("PATH", f"{usual.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("CXX", told)
-    assert compiler.find_compiler() == compiler.Compiler(("g++",), "usual 7\n")
+    assert compiler.find_compiler() == compiler.CxxCompiler(("g++",), "usual 7\n")
 
 
 @pytest.mark.parametrize(

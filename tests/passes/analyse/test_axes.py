@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from difa_compile.passes.analyse.axes import Axis, Part, follow_axes, other, sample_axes
+from difa_compile.passes.analyse.axes import Axis, Stretch, follow_axes, other, sample_axes
 
 
 class Chain:
@@ -35,11 +35,11 @@ class Chain:
 
 
 def axis(index, size, within=False, first=0):
-    return (Part((Axis(index, size, within, first),)),)
+    return (Stretch((Axis(index, size, within, first),)),)
 
 
 def merged(*axes):
-    return (Part(tuple(Axis(*each) for each in axes)),)
+    return (Stretch(tuple(Axis(*each) for each in axes)),)
 
 
 def test_patches_become_tokens():

@@ -122,8 +122,8 @@ def test_a_batch_that_cannot_be_followed_is_refused():
     module, values = graph_of(Mixing().eval(), {"x": torch.randn(2, 6, 16)})
     (site,) = sites_of(module, values)
     assert why_not_shared(module, site, Context(0)) == (
-        "the batch can't be followed from the noisy sample to this attention: not behind roll (node roll), whose effect "
-        "on dimensions is not known"
+        "the batch can't be followed from the noisy sample to this attention: not behind roll (node roll), whose "
+        "effect on dimensions is not known"
     )
 
 
