@@ -1,5 +1,7 @@
 """Let a region prove itself, on real values and eagerly, before a plan may act on it.
 
+Finds :class:`Proofs`: for each site why it must not be reused, and why its halves must not be shared, or nothing.
+
 1. *Reuse of its own output* must give what full attention gives, to the bit: the region is not too narrow.
 2. *Reuse of another input's output* must give what the graph gives with that input's attention in place of its own, to
    the bit: the region is not too wide, nothing of the present input (a gate, a norm) is cached with the attention.

@@ -1,5 +1,7 @@
 """Cut a graph into segments, so that a variant is compiled once per unique (block, decision).
 
+Finds :class:`Split`; the graph itself stays whole.
+
 A segment is a run of consecutive nodes: either all nodes of one repeated block that holds sites (``blocks.3``), or
 the nodes between two such blocks. Segments run one after the other on a list of numbered values, so equal blocks that
 take equal decisions share one compiled function and differ in the values they are given.

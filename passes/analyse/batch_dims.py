@@ -1,5 +1,7 @@
 """Decide which dimension of each value carries the batch.
 
+Notes ``node.meta["batch_dim"]``; nothing on a node that carries no samples, or in a way that was not followed.
+
 The first dimension of the noisy sample is the batch by definition. From there the property is propagated, forwards
 and backwards, through dimensions of which :mod:`difa_compile.passes.analyse.dimensions` says that they index the same
 thing: operands of element-wise ops, leading dimensions of linears, the first dimension of each group of a reshape, and

@@ -1,5 +1,8 @@
 """Find the attention sites of a graph and the region of nodes that each consists of.
 
+Finds :class:`Sites`, and :class:`~difa_compile.passes.analyse.positions.HeldPositions`: the inputs by whose values the
+grids of their tokens were told.
+
 For every scaled dot product attention node:
 
 1. *roots*: the nearest linears backwards from query, key and value; where some lie in the attention's own module,

@@ -1,5 +1,7 @@
 """Bring every written form of softmax attention into one: ``scaled_dot_product_attention`` on (B, H, L, D).
 
+Before: ``w = softmax(matmul(q, k^T) / 8); o = matmul(w, v)``. After: ``o = scaled_dot_product_attention(q, k, v)``.
+
 Recognised, besides that function itself:
 
 1. *explicit*: ``softmax(q @ k^T * scale [+ mask]) @ v``, by matmul, bmm, baddbmm, or einsum with its dimensions in any

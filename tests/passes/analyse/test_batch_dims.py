@@ -152,6 +152,8 @@ def test_where_the_batch_is_lost_is_told(reorder, reason):
         (lambda x, places: x[:, 0] @ torch.ones(16, 3), 0),
         (lambda x, places: x.movedim(0, -1), 2),
         (lambda x, places: x.softmax(0), None),
+        (lambda x, places: x.flatten(0, 1).unflatten(0, (2, 6)), 0),
+        (lambda x, places: x.swapdims(0, 1).flatten(0, 1), None),
     ],
 )
 def test_ops_that_let_the_batch_through(op, dim):

@@ -335,6 +335,9 @@ def test_the_words_of_the_table():
     call = Call(operator.setitem, x, (slice(None), slice(1, 3)), x[:, :2])
     assert call.description.target is next(iter(call.operands))
     assert call.dimensions[0][1] == Placed(*places(call, 1), *places(call, 1, operand=1), range(1, 3))
+    call = Call(operator.setitem, x, (slice(None), slice(1, 3)), torch.randn(2, 4))  # broadcast along the first
+    assert [each.part for each in call.dimensions[0]] == [None, *places(call, 0, 1, operand=1)]
+    assert_true(call)
     call = Call("copy_", x, y)
     assert call.dimensions[0][1] == Placed(*places(call, 1), *places(call, 0, operand=1), range(3))
     call = Call(F.conv2d, torch.randn(2, 3, 4, 4), torch.randn(5, 3, 2, 2))
