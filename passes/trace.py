@@ -24,7 +24,7 @@ from torch import fx
 
 from difa_compile.errors import OutputError
 from difa_compile.files.writing import check_writable, write_whole
-from difa_compile.passes.graph import op_name, tensor_of
+from difa_compile.passes.graph import clean_path, is_parameter, op_name, source_name, tensor_of
 
 _lock = threading.Lock()
 
@@ -67,8 +67,12 @@ class Trace:
         gone = [text for node, text in self._lines.items() if node not in lines]
         self._lines = lines
         width = min(100, max(map(len, lines.values()), default=0))
-        marked = [f"{text:<{width}}  << {self._marks[n]}" if n in self._marks else text for n, text in lines.items()]
-        blocks = [[f"# {name}", *(f"# {line}" for line in title.splitlines())], marked]
+        given = {node.name for node in module.graph.nodes if node.op == "placeholder" and is_parameter(node)}
+        marked = {n: f"{text:<{width}}  << {self._marks[n]}" if n in self._marks else text for n, text in lines.items()}
+        head = [f"# {name}", *(f"# {line}" for line in title.splitlines())]
+        blocks = [head, [text for n, text in marked.items() if n not in given]]
+        if given:
+            blocks.append([f"# {len(given)} parameters and buffers", *(marked[n] for n in marked if n in given)])
         if gone:
             blocks.append([f"# {len(gone)} nodes that are gone", *(f"- {text}" for text in gone)])
         path = self.folder / f"{self._stages:02}-{_plain(name)}.txt"
@@ -77,9 +81,12 @@ class Trace:
 
 
 def written(node: fx.Node, note: str = "") -> str:
-    """A node as a line of text: its name, what it calls on what, what its value is, what is noted on it."""
+    """A node as a line of text: its name, what it calls on what, what its value is, what is noted on it.
+
+    An input is called as in the model: ``$hidden_states``, ``$transformer_blocks.0.attn1.to_q.weight``.
+    """
     if node.op == "placeholder":
-        text = f"%{node.name} = input {node.meta.get('argument', '')}".rstrip()
+        text = f"{_name(node)} = input {node.meta.get('argument', '')}".rstrip()
     elif node.op == "output":
         text = f"return {_argument(node.args[0])}"
     elif node.op == "get_attr":
@@ -99,9 +106,16 @@ def written(node: fx.Node, note: str = "") -> str:
     return "   ".join([text, ", ".join([*facts, *([note] if note else [])])]).rstrip()
 
 
+def _name(node: fx.Node) -> str:
+    """What a node is called: an input as in the model, any other as in the graph."""
+    source = source_name(node) if node.op == "placeholder" else ""
+    path = re.sub(r"\b_(parameters|buffers)\.", "", clean_path(source))
+    return f"${path}" if path else f"%{node.name}"
+
+
 def _argument(value: object) -> str:
     if isinstance(value, fx.Node):
-        return f"%{value.name}"
+        return _name(value)
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(_argument, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
