@@ -5,8 +5,8 @@ folder per variant that was made of it, ``variant-02-blocks.3``, likewise. A fil
 the shape and dtype of its value and what analyses have noted on it. A line that a pass has made or changed bears its
 name::
 
-    %add_1 = add(%mul, %linear)         float32 (2, 24, 32), batch 0
-    %local_attention = local_attention.default(%q, %k, %v, [4, 6], 0, 0, 'band', 2, None, None)
+    %add_1 = add(%mul, $blocks.0.norm.weight)   float32 (2, 24, 32), batch 0
+    %local_attention_default = local_attention(%q, %k, %v, [4, 6], 0, 0, 'band', 2, None, None)
                                         float32 (2, 4, 24, 8)                        << window
 
 Nodes that are gone are listed at the end of the file of the pass that took them out.
