@@ -62,9 +62,6 @@ def test_no_skips_is_said(plan, comparison, tmp_path):
     assert f"None: all {len(carried_out)} decisions" in write(tmp_path, plan, comparison, records=carried_out).text
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
 def test_psnr_of_each_image(page, comparison):
     full, planned = comparison.images_full[1] / 255, comparison.images_planned[1] / 255
     expected = -10 * np.log10(((full - planned) ** 2).mean())
@@ -106,9 +103,6 @@ def test_without_a_judge_the_cache_stands_in_front(plan, comparison, tmp_path):
 def test_other_step_count_than_the_plan_is_said(plan, tmp_path):
     made = replace(make_comparison(make_plan(20), images=10), plan_digest=plan.digest)
     assert "The plan was made for 50 steps and carried onto 20." in write(tmp_path, plan, made).text
-
-
-# --- charts and numbers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DiTFastAttn's greedy search written independently, every trial a whole call of the model, and what it is compared with."""
+"""DiTFastAttn's search written independently, every trial a whole call of the model, and what it is compared with."""
 
 import numpy as np
 import pytest
