@@ -31,7 +31,7 @@ def test_a_residual_that_too_few_steps_read_does_not_pay(profile_at):
     one = capture([FULL, RESIDUAL])
     assert outcomes(one)[str(RESIDUAL)][0] == "skipped"
     assert "s (with its residual) against" in outcomes(one)[str(RESIDUAL)][1]
-    assert one.why_slower(0, RESIDUAL) is None
+    assert one.prediction.why_slower(0, RESIDUAL) is None
     assert outcomes(capture([FULL, *[RESIDUAL] * 4]))[str(RESIDUAL)][0] == "rewritten"
 
 

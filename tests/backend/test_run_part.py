@@ -1,13 +1,18 @@
 """The part of a run that belongs to some captures: which caches it keeps, for whom, and when it lets go of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.run import sampling
+from difa_compile.backend.run_part import Fit, apart
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import RunError
+from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.rules import plan_from_rule
+from tests.support import two_attentions
 from tests.support.by_hand import assert_near, by_hand, call, compiled, plain_output
 from tests.support.tiny_models import BareAttention, at_step, captured_plain, plain_plan
 
@@ -102,3 +107,66 @@ def test_what_is_handed_out_is_not_the_cache():
             found = fast(x)
             assert torch.equal(found, wanted), step
             found.zero_()
+
+
+# --- between which captures caches pass ------------------------------------------------------------------------------
+
+
+def fit_of(rows, **options):
+    return Fit.of(two_attentions.capture(rows, **options))
+
+
+def test_captures_of_one_plan_fit():
+    rows = [FULL, D("window(band:2)"), REUSE]
+    one, two = fit_of(rows), fit_of(rows)
+    assert one == two
+    assert (one.two_call, one.batch) == (False, 2)
+    assert one.caches[0] == (
+        "layers.0.attention",
+        24,
+        ((2, 2, 24, 16), (2, 24, 32)),
+        torch.float32,
+        torch.float32,
+        torch.device("cpu"),
+    )
+
+
+def test_what_is_carried_out_decides_and_not_what_was_decided(profile_at):
+    """A plan whose windows are left out on this machine fits one that has full attention there."""
+    window = D("window(band:2)")
+    assert fit_of([FULL, window]) != fit_of([FULL, FULL])
+    profile_at(**two_attentions.SLOW)
+    assert fit_of([FULL, window]) == fit_of([FULL, FULL])
+
+
+def test_what_differs_is_told():
+    here = fit_of([FULL, REUSE])
+    path, tokens, shapes, *dtypes, device = here.caches[1]
+
+    def other(**changed):
+        cache = {"tokens": tokens, "shapes": shapes, "dtypes": dtypes, "device": device, **changed}
+        return (here.caches[0], (path, cache["tokens"], cache["shapes"], *cache["dtypes"], cache["device"]))
+
+    half = [torch.bfloat16, torch.bfloat16]
+    for changed, words in (
+        (replace(here, batch=4), "its attention has a batch of 4, not 2"),
+        (replace(here, caches=other(tokens=31)), "layers.1.attention has 31 tokens, not 24"),
+        (
+            replace(here, caches=other(dtypes=half)),
+            "layers.1.attention is in torch.bfloat16 on cpu, not torch.float32 on cpu",
+        ),
+        (fit_of([FULL, FULL]), "at layers.0.attention the plan comes to full, not reuse"),
+        (fit_of([FULL, REUSE, REUSE]), "it follows another plan"),
+    ):
+        assert changed != here
+        assert changed.difference(here) == words
+
+
+def test_what_is_handed_out_is_copied_where_a_cache_holds_the_same_memory():
+    cache, own = torch.zeros(2, 3), torch.zeros(2, 3)
+    outputs = apart([own, cache.T, cache[:1], None, 5], {CacheName.residual("a"): cache})
+    assert outputs[0] is own
+    assert outputs[3:] == [None, 5]
+    for output in outputs[1:3]:
+        output.fill_(1)
+    assert not cache.any()

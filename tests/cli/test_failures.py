@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 
 import pytest
 import torch
+import typer
 from typer.main import get_command
 
+from difa_compile.cli import terminal
 from difa_compile.cli.app import app
+from difa_compile.cli.failures import interruptible, readable_name, state_kept
 from difa_compile.errors import PlanFormatError
 from tests.support.commands import WIDTH, explode, refused, run
 from tests.support.report_sample import make_plan
@@ -83,3 +87,27 @@ def test_ctrl_c_at_any_point_of_a_command(monkeypatch, plan_file):
         with monkeypatch.context() as patch:
             patch.setattr(place, explode(KeyboardInterrupt()))
             assert "Stopped by Ctrl-C" in refused("inspect", plan_file, code=130)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [(PlanFormatError(), "plan format error"), (KeyError(), "key error"), (OSError(), "o s error")],
+)
+def test_names_of_errors_as_words(error, name):
+    assert readable_name(error) == name
+
+
+def test_an_interruption_says_what_is_kept(capsys, tmp_path):
+    def interrupted(state):
+        with pytest.raises(typer.Exit) as stop, interruptible(lambda: state_kept(state)):
+            raise KeyboardInterrupt
+        assert stop.value.exit_code == terminal.INTERRUPTED
+        return re.sub(r"[\s│╭╮╰╯─]+", "", capsys.readouterr().err)
+
+    state = tmp_path / "state.json"
+    assert "Nothingwasmeasuredyet;thesamecommandstartsanew." in interrupted(state)
+    state.touch()
+    assert "Whatwasmeasuredsofarisin" in interrupted(state)
+    with pytest.raises(ZeroDivisionError), interruptible(lambda: "nothing"):
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == "", "nothing else is said"

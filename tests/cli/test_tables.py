@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from rich.console import Console
 
-from difa_compile.cli.tables import print_plan, print_records, print_sites
+from difa_compile.backend.verdicts import Record
+from difa_compile.cli.tables import not_applicable, print_plan, print_records, print_sites
 from difa_compile.machine.profile import ELEMENTWISE
 from difa_compile.wording import shown
 from tests.support.foreign import FOREIGN
@@ -46,3 +49,34 @@ def test_foreign_names_in_tables_stand_as_they_are(text, capsys):
         assert all(one.isprintable() or one in "\n\u00a0" for one in printed), name
         assert shown(text, 60)[:20] in printed, name
         printed.encode()
+
+
+def test_candidates_that_were_not_tried_are_listed_once_each_with_the_reason(capsys):
+    plan = make_plan(10, 4)
+    lines = not_applicable(plan)
+    assert [(site, reason) for site, _, reason in lines] == [
+        ("transformer_blocks.2.attn1", "a mask stands on this attention")
+    ] * 2
+    assert len(set(lines)) == 2
+    print_plan(Console(width=200), plan)
+    printed = capsys.readouterr().out
+    assert printed.count("a mask stands on this attention") == 2
+    assert "why it was not tried" in printed
+
+
+def test_where_nothing_is_to_be_said_no_table_is_shown(capsys):
+    plan = make_plan(10, 2)
+    assert not_applicable(plan) == ()
+    print_plan(Console(width=200), plan)
+    assert "why it was not tried" not in capsys.readouterr().out
+    print_records(Console(width=200), [Record("a", "full", "full", "")])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_became_of_decisions_is_told_once(capsys):
+    skipped = Record("blocks.0.attn1", "window(box:1)", "skipped", "the attention is causal")
+    print_records(Console(width=200), [skipped, Record("blocks.0.attn1", "full", "full", ""), skipped])
+    printed = capsys.readouterr().out
+    assert re.findall(r"blocks\.0\.attn1 +window\(box:1\) +skipped +the attention is causal", printed) == [
+        printed.splitlines()[-1].strip()
+    ]
