@@ -81,12 +81,12 @@ PINNED = {
             "test_records_say_what_became_of_every_decision",
         ),
         "inspect shows them": ("pipeline/test_inspection.py", "test_causal_attention_shows_in_the_records"),
-        "the report shows them": ("report/test_report.py", "test_skip_is_listed_once_with_its_reason"),
+        "the report shows them": ("report/test_view.py", "test_skip_is_listed_once_with_its_reason"),
         "what Dynamo no longer compiles is said": (
             "backend/test_run.py",
             "test_more_batch_sizes_than_dynamo_compiles_are_not_silent",
         ),
-        "kernels give reasons": ("ops/test_local_attention.py", "test_kernels_give_reasons"),
+        "kernels give reasons": ("ops/test_kernels.py", "test_kernels_give_reasons"),
         "a plan file that changed is said": ("backend/test_entry.py", "test_a_plan_file_that_changed_is_said"),
     },
     "5. Every region proves itself": {
@@ -106,10 +106,10 @@ PINNED = {
             "plan/test_schedule.py",
             "test_promotion_happens_where_the_filler_fell_out_and_only_there",
         ),
-        "everything is in the digest": ("plan/test_plan.py", "test_everything_enters_the_digest"),
-        "an edited file is refused": ("plan/test_plan.py", "test_an_edited_file_is_refused"),
+        "everything is in the digest": ("plan/test_json_form.py", "test_everything_enters_the_digest"),
+        "an edited file is refused": ("plan/test_json_form.py", "test_an_edited_file_is_refused"),
         "another schema is refused": (
-            "plan/test_plan.py",
+            "plan/test_json_form.py",
             "test_other_schema_versions_are_refused_before_anything_else",
         ),
         "a misfit is refused, saying what differs": (
@@ -127,7 +127,10 @@ PINNED = {
             "pipeline/test_schedule_follower.py",
             "test_guidance_branches_follow_cache_context",
         ),
-        "a call nobody named is refused": ("backend/test_run.py", "test_two_unlabelled_calls_of_a_step_are_refused"),
+        "a call nobody named is refused": (
+            "backend/test_run_part.py",
+            "test_two_unlabelled_calls_of_a_step_are_refused",
+        ),
     },
     "8. Switching is free": {
         "no recompiles, no breaks": (
@@ -144,7 +147,7 @@ PINNED = {
         ),
     },
     "9. References are the specification": {
-        "kernels compute the reference": ("ops/test_local_attention.py", "test_flex_attention_is_the_reference"),
+        "kernels compute the reference": ("plugins/test_flex.py", "test_flex_attention_is_the_reference"),
     },
 }
 

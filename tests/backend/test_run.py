@@ -6,18 +6,15 @@ import warnings
 import pytest
 import torch
 
-from difa_compile.backend.capture import Capture
 from difa_compile.backend.run import Run, is_sampled, sampling
 from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import PlanMismatchError, RunError, ScheduleError
 from difa_compile.layout import Layout
-from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.altered import Altered
 from tests.support.by_hand import EXACT, assert_near, by_hand, call, compiled, plain_output, with_text
 from tests.support.tiny_models import (
     ATTENTIONS,
     FAMILIES,
-    BareAttention,
     at_step,
     captured,
     captured_plain,
@@ -189,22 +186,6 @@ def test_a_plan_is_carried_onto_another_number_of_steps():
             assert_near(call(fast, now), plain_output(expected, [decision] * 2, now))
 
 
-def test_memory_held_by_caches_is_counted_and_let_go():
-    model, inputs, _, _ = captured_plain()
-    window = "window(disc:2)"
-    fast = compiled(model, plain_plan([FULL, D(window), D(f"{window}+residual"), REUSE, D(window), FULL]))
-    output, residual = 2 * 24 * 32 * 4, 2 * 2 * 24 * 16 * 4
-    held = []
-    with sampling(fast, 6) as run:
-        for step in range(6):
-            run.step(step)
-            call(fast, at_step(inputs, step))
-            held.append(run.cache_bytes())
-        assert run.peak_cache_bytes == 2 * max(output, residual)
-    assert held == [2 * residual, 2 * residual, 2 * output, 0, 0, 0]
-    assert run.cache_bytes() == 0
-
-
 def test_an_exception_inside_a_step_leaves_the_next_run_clean():
     model, inputs, _, _ = captured_plain()
     fast = compiled(model, plain_plan([FULL, REUSE]))
@@ -227,33 +208,6 @@ def test_an_exception_inside_a_step_leaves_the_next_run_clean():
         assert torch.equal(call(fast, inputs), plain_output(expected, [FULL] * 2, inputs))
         run.step(1)
         assert_near(call(fast, at_step(inputs, 1)), plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
-
-
-def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
-    """It fails at the very end, when the step's own caches have been computed: they must not be taken over."""
-    model, inputs, _, _ = captured_plain()
-    fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
-    expected = by_hand(model)
-
-    row = Capture.compiled_row
-
-    def failing(self, roles):
-        def fail(args, caches):
-            row(self, roles)(args, caches)
-            raise MemoryError
-
-        return fail
-
-    with sampling(fast, 4) as run:
-        call(fast, at_step(inputs, 0))
-        run.step(1)
-        with monkeypatch.context() as broken:
-            broken.setattr(Capture, "compiled_row", failing)
-            with pytest.raises(MemoryError):
-                call(fast, at_step(inputs, 9))
-        found = call(fast, at_step(inputs, 1))
-    plain_output(expected, [FULL] * 2, at_step(inputs, 0))
-    assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
 
 
 def test_outside_a_run_the_model_is_full_and_warns_once():
@@ -468,50 +422,3 @@ def test_models_that_share_a_capture_and_a_run_keep_their_caches_apart():
     assert [(p.step, p.site) for p in run.promotions] == [(2, 0), (2, 1)]
     assert held[2] > held[1]  # for the length of a step both are held
     assert held[3] < held[2]
-
-
-def test_two_unlabelled_calls_of_a_step_are_refused():
-    """Guidance in two calls whose branches nobody named: each would read the other's caches."""
-    model, inputs, _, _ = captured_plain()
-    fast = compiled(model, plain_plan([FULL, REUSE]))
-    with sampling(fast, 2):
-        call(fast, at_step(inputs, 0))
-        with pytest.raises(RunError, match="called twice without a branch"):
-            call(fast, at_step(inputs, 5))
-
-
-def test_a_branch_that_leaves_steps_out_reads_nothing_stale():
-    """Guidance in an interval: the unconditional call is made at steps 0 and 3 only."""
-    model, inputs, _, _ = captured_plain()
-    fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
-    with sampling(fast, 4) as run, torch.no_grad():
-        for step in range(4):
-            run.step(step)
-            run.branch("cond")
-            call(fast, at_step(inputs, step))
-            if step in (0, 3):
-                run.branch("uncond")
-                found = call(fast, at_step(inputs, 10 + step))
-        assert torch.equal(found, model(**at_step(inputs, 13))), "full: what step 2 would have left is not there"
-
-
-def test_what_is_handed_out_is_not_the_cache():
-    """A model that returns its attention's output as it is: writing to it must not reach the next step."""
-
-    class Naked(BareAttention):
-        def forward(self, x):
-            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
-            return self.o(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    torch.manual_seed(0)
-    model = Naked().eval()
-    x = torch.randn(2, 6, 16)
-    plan = plan_from_rule(model, 3, lambda step, site: REUSE if step else FULL, inputs={"x": x})
-    fast = compiled(model, plan)
-    with sampling(fast, 3) as run, torch.no_grad():
-        wanted = model(x)
-        for step in range(3):
-            run.step(step)
-            found = fast(x)
-            assert torch.equal(found, wanted), step
-            found.zero_()

@@ -1,4 +1,4 @@
-"""The greedy search, against a slow search written independently, and everything that can go wrong around it."""
+"""Calibration: what comes of it, going on after interruptions, guidance, and everything that can go wrong around it."""
 
 import json
 from contextlib import contextmanager
@@ -11,10 +11,9 @@ import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from difa_compile.backend.capture import Capture
-from difa_compile.calibration.calibrate import calibrate
-from difa_compile.calibration.search import CANDIDATES, PUBLISHED_CANDIDATES, default_window, loss_of
+from difa_compile.calibration.search import CANDIDATES, PUBLISHED_CANDIDATES
 from difa_compile.calibration.state import CalibrationState
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
+from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.errors import (
     CalibrationError,
     CalibrationStateError,
@@ -27,48 +26,13 @@ from difa_compile.errors import (
     ThresholdError,
     UnsupportedPipelineError,
 )
-from difa_compile.layout import Layout
 from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.plan.guidance import Guidance
-from difa_compile.plan.plan import Plan, SiteInfo
+from difa_compile.plan.plan import Plan
+from tests.support.slow_search import DECISIONS, LAYERS, STEPS, THRESHOLD, WINDOW, inputs, quick, slow_loss
 from tests.support.tiny_models import sd3
 from tests.support.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
-
-STEPS = 6
-THRESHOLD = 0.5
-LAYERS = 2
-WINDOW = Window("band", 2)
-"""The default for 16 tokens."""
-DECISIONS = [
-    REUSE,
-    Decision(Kind.WINDOW_RESIDUAL, WINDOW, True),
-    Decision(Kind.WINDOW_RESIDUAL, WINDOW),
-    Decision(Kind.FULL, None, True),
-]
-"""The published candidates in their order."""
-
-
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch):
-    """States go to a folder of the test."""
-    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def pipe():
-    return tiny_pipeline(layers=LAYERS)
-
-
-def inputs(seed=3, labels=(1, 2)):
-    return {"class_labels": list(labels), "generator": torch.Generator().manual_seed(seed)}
-
-
-def quick(pipe, given=None, **settings):
-    """Calibrate with the rewritten graphs run eagerly, without progress bar."""
-    settings = {"steps": STEPS, "threshold": THRESHOLD, "progress": False, "inner": "eager", **settings}
-    return calibrate(pipe, given or inputs(), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -78,107 +42,7 @@ def whole(tmp_path_factory):
     return quick(tiny_pipeline(layers=LAYERS), state=tmp_path_factory.mktemp("whole") / "state.json")
 
 
-def losses(plan):
-    return [[[trial.loss for trial in cell.trials] for cell in row] for row in plan.rows]
-
-
-def slow_loss(a, b, form="paper"):
-    a, b = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
-    largest = np.maximum(np.abs(a), np.abs(b)) if form == "paper" else np.maximum(a, b)
-    return np.clip(np.abs((a - b) / (largest + 1e-6)), 0, 10).mean()
-
-
-def slow_search(pipe, decisions=DECISIONS, form="paper", costs=None, threshold=THRESHOLD, **arguments):
-    """DiTFastAttn's search with every trial a whole model call; the chosen rows, and the losses in the order tried.
-
-    With ``costs``, shares of full attention's: all decisions that cost less than the best price so far are tried.
-    """
-    plain = PlainSites(pipe.transformer, half=0, residual_window=WINDOW)
-    caches, rows, measured = {}, [], []
-
-    def forward(*args, **kwargs):
-        row, found = [], []
-        full = plain.call([FULL] * LAYERS, kwargs, caches, args)[0].sample
-        for block in range(LAYERS):
-            found.append([])
-            chosen, price = FULL, 1.0
-            for place, decision in enumerate(decisions if rows else ()):
-                if costs is not None and costs[place] >= price:
-                    break  # the rest cost more yet
-                trial = [*row, decision, *[FULL] * (LAYERS - block - 1)]
-                loss = slow_loss(full, plain.call(trial, kwargs, caches, args)[0].sample, form)
-                found[-1].append(loss)
-                share = loss / ((block + 1) / LAYERS * threshold)
-                if costs is None and share < 1:
-                    chosen = decision
-                    break
-                if costs is not None and costs[place] + share < price:
-                    chosen, price = decision, costs[place] + share
-            row.append(chosen)
-        rows.append(tuple(row))
-        measured.append(found)
-        output, written = plain.call(row, kwargs, caches, args)
-        caches.update(written)
-        return output
-
-    pipe.transformer.forward = forward
-    try:
-        sample(pipe, steps=STEPS, **arguments)
-    finally:
-        del pipe.transformer.forward
-    return tuple(rows), measured
-
-
-def assert_same_search(plan, rows, measured):
-    assert plan.decisions == rows
-    for mine, theirs in zip(losses(plan), measured, strict=True):
-        for cell, wanted in zip(mine, theirs, strict=True):
-            assert cell == pytest.approx(wanted, rel=2e-3, abs=1e-5)
-
-
 # The search
-
-
-@pytest.mark.parametrize("form", ["paper", "code"])
-def test_equals_a_slow_search_written_independently(pipe, form):
-    rows, measured = slow_search(pipe, form=form)
-    plan = quick(pipe, loss=form, rank="published")
-    assert_same_search(plan, rows, measured)
-    chosen = {decision for row in rows for decision in row}
-    assert len(chosen) >= 4, "the case is too easy: choose a threshold at which candidates of several kinds win"
-
-
-def test_weighing_equals_a_slow_search_written_independently(pipe):
-    """16 tokens, width 16; a band of 2 shows 74 of the 256 pairs."""
-    window = (4 * 74 * 16 + 8 * 16 * 16 * 16) / (4 * 256 * 16 + 8 * 16 * 16 * 16)
-    costs = {0.0: REUSE, window / 2: DECISIONS[1], 0.5: DECISIONS[3], window: DECISIONS[2]}
-    rows, measured = slow_search(pipe, [costs[cost] for cost in sorted(costs)], costs=sorted(costs), threshold=0.8)
-    plan = quick(pipe, rank="flops", threshold=0.8)
-    assert_same_search(plan, rows, measured)
-    assert len({decision for row in rows for decision in row}) >= 3, "the case is too easy"
-    assert rows != quick(pipe, rank="published", threshold=0.8).decisions
-    names = ["full+cfg", "window+residual", "window+residual+cfg", "reuse"]
-    assert quick(pipe, candidates=names, threshold=0.8).decisions == rows, "their order does not matter"
-    for trial in (trial for row in plan.rows for cell in row for trial in cell.trials):
-        assert costs[min(costs, key=lambda cost: abs(cost - trial.cost))] == trial.decision
-        assert trial.price == pytest.approx(trial.cost + trial.loss / trial.threshold)
-
-
-def test_other_candidates_and_windows(pipe):
-    names = ["window+cfg", "window", "reuse"]
-    window = Window("band", 5)
-    decisions = [Decision(Kind.WINDOW, window, True), Decision(Kind.WINDOW, window), REUSE]
-    rows, measured = slow_search(pipe, decisions)
-    for given in ("band:5", window):
-        assert_same_search(quick(pipe, candidates=names, window=given, rank="published"), rows, measured)
-
-
-@pytest.mark.slow
-def test_compiled_search_finds_the_same_without_recompiling(pipe):
-    rows, measured = slow_search(pipe)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        plan = quick(pipe, inner="inductor", rank="published")
-    assert_same_search(plan, rows, measured)
 
 
 def test_one_capture_and_one_variant_per_kind_of_role(pipe, monkeypatch):
@@ -256,34 +120,6 @@ def test_one_step_is_all_full(pipe):
 def test_second_order_scheduler_has_a_row_per_call(pipe):
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     assert quick(pipe, steps=3).steps == 5
-
-
-def test_loss_by_hand():
-    a = torch.tensor([[1.0, -2.0, 0.0, 4.0]])
-    b = torch.tensor([[2.0, -1.0, 0.0, 4.0]])
-    assert loss_of("paper", [a], [b]) == pytest.approx((0.5 + 0.5 + 0 + 0) / 4, rel=1e-5)
-    assert loss_of("code", [a], [b]) == pytest.approx((0.5 + 1.0 + 0 + 0) / 4, rel=1e-5)
-    # Clipped at 10: values of opposite sign near zero.
-    assert loss_of("code", [torch.tensor([-1.0])], [torch.tensor([1e-6])]) == pytest.approx(10.0)
-    assert loss_of("paper", [torch.tensor([-1.0])], [torch.tensor([1.0])]) == pytest.approx(2.0, rel=1e-5)
-    # Several outputs count alike; those that are not floating point do not count.
-    assert loss_of("paper", [a, a, torch.tensor([1]), None], [a, b, torch.tensor([2]), None]) == pytest.approx(
-        0.125, rel=1e-5
-    )
-    assert np.isnan(loss_of("paper", [a], [b * float("nan")]))
-    for form in ("paper", "code"):
-        x, y = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-        assert loss_of(form, [x], [y]) == pytest.approx(slow_loss(x, y, form), rel=1e-5)
-
-
-def test_default_window_is_an_eighth_of_the_image():
-    def site(tokens, layout):
-        return SiteInfo("a", "self", 2, 8, tokens, 16, layout)
-
-    assert default_window(site(1024, Layout((32, 32)))) == Window("band", 128)
-    assert default_window(site(4096 + 512, Layout((64, 64), before=512))) == Window("band", 512)
-    assert default_window(site(256, None)) == Window("band", 32)
-    assert default_window(site(4, Layout((2, 2)))) == Window("band", 1)
 
 
 # Resuming

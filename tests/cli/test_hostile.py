@@ -6,35 +6,25 @@ that note that they were reached.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from typer.main import get_command
-from typer.testing import CliRunner
 
-import difa_compile
-from difa_compile.cli import terminal
 from difa_compile.cli.app import app
-from difa_compile.cli.inputs import LARGEST_FILE, LARGEST_SEED, call_inputs, image_captions
-from difa_compile.cli.tables import print_plan, print_records, print_sites
-from difa_compile.errors import DifaError, PlanFormatError
-from difa_compile.machine.profile import ELEMENTWISE
-from difa_compile.wording import shown
+from difa_compile.cli.inputs import LARGEST_FILE, LARGEST_SEED
+from difa_compile.errors import DifaError
+from tests.support.commands import explode, refused, run
+from tests.support.places import ROOT
 from tests.support.report_sample import make_plan
-
-ROOT = Path(difa_compile.__file__).parents[1]
-WIDTH = 400
 
 
 class Pipeline:
@@ -90,26 +80,6 @@ def reached(monkeypatch, tmp_path):
 def plan_file(tmp_path):
     make_plan(4, 2).save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
-
-
-def run(*arguments, **env):
-    runner = CliRunner(env={"COLUMNS": str(WIDTH), "TERM": "dumb", "NO_COLOR": "1", **env})
-    return runner.invoke(app, list(map(str, arguments)))
-
-
-def refused(*arguments, code=None, **env):
-    """What a command that fails says, as one line; its form is checked."""
-    result = run(*arguments, **env)
-    said = result.stderr
-    assert result.exit_code in ((1, 2) if code is None else (code,)), (result.exit_code, result.output)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    assert "unexpected error" not in said, said
-    assert said.count("╭") == 1
-    assert said.count("╰") == 1
-    assert all(character.isprintable() or character == "\n" for character in said)
-    assert len(said) < 12 * WIDTH
-    return re.sub(r"[\s│╭╮╰╯─]+", " ", said).strip()
 
 
 # --- a table of values that make no sense, by option -----------------------------------------------------------------
@@ -482,148 +452,7 @@ def test_nothing_but_a_panel_comes_of_any_arguments(seed, reached, plan_file):
             assert all(character.isprintable() or character == "\n" for character in result.stderr), words
 
 
-# --- what was not foreseen -------------------------------------------------------------------------------------------
-
-
-def explode(error):
-    def load(*args):
-        raise error
-
-    return load
-
-
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(AssertionError("never [red]\x1b[2J" + "x" * 9000)))
-    result = run("inspect", __file__)
-    assert result.exit_code == 1
-    assert "unexpected error" in result.stderr
-    assert "AssertionError: never" in result.stderr
-    assert r"[red]\x1b[2Jxxx" in result.stderr
-    (file,) = tmp_path.iterdir()
-    assert str(file) in result.stderr
-    assert "raise error" in file.read_text()
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr) < 12 * WIDTH
-
-
-def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/proc/difa")
-    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(KeyError("never")))
-    assert "Traceback (most recent call last)" in run("inspect", __file__).stderr
-
-
-@pytest.mark.parametrize("option", [("--debug",), ()], ids=["option", "environment"])
-@pytest.mark.parametrize("error", [KeyError("x"), PlanFormatError("x"), KeyboardInterrupt(), MemoryError()])
-def test_debug_raises_whatever_it_is(error, option, monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(error))
-    assert get_raised(*option, "inspect", __file__, DIFA_DEBUG="" if option else "1") is error
-
-
-def get_raised(*arguments, **env):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        try:
-            get_command(app).main(list(arguments), prog_name="difa")
-        except BaseException as error:
-            return error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory")],
-)
-def test_a_lack_of_memory_is_no_mistake_of_ours(error, monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(error))
-    assert refused("inspect", __file__, code=1).startswith("out of memory")
-
-
-def test_an_error_that_says_too_much_is_cut(monkeypatch):
-    monkeypatch.setattr("difa_compile.plan.plan.Plan.load", explode(PlanFormatError("\x1b[2J" + "y" * 100_000)))
-    assert "characters more" in refused("inspect", __file__, code=1)
-
-
-def test_ctrl_c_at_any_point_of_a_command(monkeypatch, plan_file):
-    """Wherever it arrives: while options are read, files loaded, tables printed, the plan saved."""
-    for place in (
-        "difa_compile.plan.plan.Plan.load",
-        "difa_compile.cli.app.print_plan",
-        "difa_compile.plan.plan.Plan.summary",
-        "difa_compile.cli.failures.GuardedGroup.make_context",
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, explode(KeyboardInterrupt()))
-            assert "Stopped by Ctrl-C" in refused("inspect", plan_file, code=130)
-
-
 # --- streams ---------------------------------------------------------------------------------------------------------
-
-
-def ended(stdout, stderr, *arguments):
-    """The exit code of a command with these streams, flushed as Python does at its end."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
-        patch.setattr(sys, "stderr", stderr)
-        patch.setenv("COLUMNS", str(WIDTH))
-        with pytest.raises(SystemExit) as stop:
-            get_command(app).main(list(map(str, arguments)), prog_name="difa")
-        stdout.flush()
-    return stop.value.code
-
-
-def texts(encoding="utf-8"):
-    """A stream in memory, as :func:`terminal.prepare_streams` leaves one."""
-    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="difa.plain", write_through=True)
-
-
-def said(stream):
-    return stream.buffer.getvalue().decode(stream.encoding)
-
-
-@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
-def test_output_onto_a_full_disk_is_one_line_and_a_failure(options, plan_file):
-    errors = texts()
-    with open("/dev/full", "w") as full:
-        assert ended(full, errors, "inspect", plan_file, *options) == 1
-    assert said(errors) == "difa: the output cannot be written: No space left on device\n"
-
-
-@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
-def test_a_reader_that_goes_is_no_failure_to_speak_of(options, tmp_path):
-    make_plan(50, 40).save(tmp_path / "plan.json")
-    errors = texts()
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w") as gone:
-        assert ended(gone, errors, "inspect", tmp_path / "plan.json", *options) == terminal.PIPE_CLOSED
-    assert said(errors) == ""
-
-
-def test_a_full_stderr_leaves_the_exit_code(plan_file):
-    with open("/dev/full", "w") as full:
-        assert ended(texts(), full, "inspect", "no/such/model") == 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_every_encoding_takes_what_is_printed(encoding, plan_file, kept):
-    for arguments in (("inspect", plan_file), ("inspect", "日本/模型/×"), ("report", kept), ("--help",)):
-        output, errors = texts(encoding), texts(encoding)
-        ended(output, errors, *arguments)
-        assert said(output) + said(errors)
-
-
-def test_characters_that_an_encoding_lacks_become_near_ones():
-    assert "1.54× – é…\u00a0→ 日 \udcff".encode("ascii", "difa.plain") == rb"1.54x - e... -> \u65e5 \udcff"
-
-
-@pytest.mark.parametrize("columns", ["0", "1", "5", "20", "x", "-3", "1000000"])
-def test_any_width_does(columns, plan_file):
-    assert run("inspect", plan_file, COLUMNS=columns).exit_code == 0
-    result = run("inspect", "no/such/model", COLUMNS=columns)
-    assert result.exit_code == 1
-    assert "Traceback" not in result.output
 
 
 def start(shell, **env):
@@ -696,35 +525,6 @@ def test_a_broken_installation_is_one_line_with_the_traceback_kept(tmp_path):
     assert "Traceback" in kept.read_text()
 
 
-def test_closed_streams_are_opened(tmp_path):
-    """What is opened next must not take the number of stderr, or warnings would end up inside it."""
-    code = (
-        "from difa_compile.cli.terminal import *; prepare_streams(); import sys\n"
-        "out = sys.stdout = Watched(sys.stdout)\n"
-        "with open('file', 'w') as file:\n"
-        "    print('lost', file=sys.stderr, flush=True); file.write(str(file.fileno() > 2))\n"
-        "print('lost'); sys.exit(finished(0, out))"
-    )
-    for closed in ("0<&-", "2>&-", "0<&- 2>&-"):
-        shell = f'"{sys.executable}" -c "$code" > output {closed}'
-        result = subprocess.run(
-            ["bash", "-c", shell], cwd=tmp_path, env={**os.environ, "code": code, "PYTHONPATH": str(ROOT)}, check=False
-        )
-        assert result.returncode == 0
-        assert (tmp_path / "file").read_text() == "True"
-        assert (tmp_path / "output").read_text() == "lost\n"
-    result = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -c "$code" 1>&-'],
-        cwd=tmp_path,
-        env={**os.environ, "code": code, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert result.stderr == "lost\ndifa: the output cannot be written: Bad file descriptor\n"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shell", "code", "errors"),
@@ -758,74 +558,3 @@ def test_ctrl_c_at_any_time_of_a_calibration(after, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "topped by Ctrl-C" in errors
-
-
-# --- foreign names in tables -----------------------------------------------------------------------------------------
-
-FOREIGN = [
-    "plain",
-    "[red]x[/]",
-    "[/]",
-    "[link=file:///etc]x",
-    "\\[",
-    "a\\",
-    "<script>alert(1)</script>",
-    "</script>",
-    "a\nb\tc\r",
-    "\x1b[2J\x1b]0;t\x07",
-    "\u202egnp.exe",
-    "\ud800",
-    "\0",
-    ":smile:",
-    "日本" * 5,
-    "x" * 5000,
-    "{{ page }}",
-    "%s",
-    "{0}",
-    "&lt;",
-    "\u2028",
-]
-
-
-class Called:
-    """A site of a model, or a record, in which every text is the one given."""
-
-    def __init__(self, text):
-        self.path = self.kind = self.layout_reason = self.mask = self.site = self.reason = text
-        self.decision = self.outcome = text
-        self.layout, self.tokens, self.query_shape = None, 4, (1, 2, 4, 8)
-
-
-@pytest.mark.parametrize("text", FOREIGN, ids=ascii)
-def test_foreign_names_in_tables_stand_as_they_are(text, capsys):
-    from dataclasses import replace
-
-    from difa_compile.cli.tune import print_profile
-    from tests.support.profiles import made_up
-
-    console = Console(width=20_000)
-    plan = make_plan(4, 2)
-    sites = tuple(replace(site, path=f"{text}.{index}") for index, site in enumerate(plan.sites))
-    settings = replace(plan.settings, torch=text, diffusers=text, candidates=(text,))
-    hostile = replace(plan, sites=sites, settings=settings, model=replace(plan.model, class_name=text))
-    profile = made_up()
-    fits = tuple(replace(fit, operation=text, dtype=text) for fit in profile.fits if fit.operation != ELEMENTWISE)
-    for name, show in {
-        "sites": lambda: print_sites(console, text, [Called(text)]),
-        "records": lambda: print_records(console, [Called(text)]),
-        "profile": lambda: print_profile(console, replace(profile, fits=fits)),
-        "plan": lambda: print_plan(console, hostile),
-    }.items():
-        show()
-        printed = capsys.readouterr().out
-        assert all(one.isprintable() or one in "\n\u00a0" for one in printed), name
-        assert shown(text, 60)[:20] in printed, name
-        printed.encode()
-
-
-@pytest.mark.parametrize("text", FOREIGN, ids=ascii)
-def test_captions_and_inputs_take_any_text(text):
-    (caption,) = image_captions({"prompt": text}, {}, 1)
-    assert len(caption) <= 60
-    assert caption.isprintable()
-    assert call_inputs("a/b", None, None, [text], None) == {"prompt": [text]}

@@ -11,24 +11,13 @@ from hypothesis import strategies as st
 from difa_compile.decision import Window
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
-from difa_compile.ops import gradient, reference
-from difa_compile.ops.kernels import LocalCall, choose_kernel, local_kernels
+from difa_compile.ops import reference
+from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.local_attention import LOCAL_ATTENTION, local_attention
 from difa_compile.passes.autocast import Autocast
-from difa_compile.plugins import flex, masked_sdpa
+from difa_compile.plugins import flex
+from tests.support.operands import operands
 from tests.support.tolerances import assert_as_good_as_the_reference
-
-
-def operands(layout, heads, dim, dtype, batch=2, strides="heads first", seed=0):
-    """Query, key, value (B, H, L, D), in memory as (B, H, L, D), (B, L, H, D), or cut out of one fused projection."""
-    generator = torch.Generator().manual_seed(seed)
-    if strides == "fused":
-        fused = torch.randn(batch, layout.tokens, 3, heads, dim, generator=generator).to(dtype)
-        return fused.permute(2, 0, 3, 1, 4).unbind(0)
-    shape = (batch, heads, layout.tokens, dim) if strides == "heads first" else (batch, layout.tokens, heads, dim)
-    made = [(torch.randn(shape, generator=generator) * 1.5).to(dtype) for _ in range(3)]
-    return made if strides == "heads first" else [each.transpose(1, 2) for each in made]
-
 
 cases = st.tuples(
     st.builds(
@@ -58,28 +47,6 @@ def test_masked_attention_is_the_reference(case):
     found = local_attention(query, key, value, layout, window, scale)
     assert_as_good_as_the_reference(found, query, key, value, layout, window, scale)
     assert found.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("shape", ["band", "disc", "box"])
-@pytest.mark.parametrize("layout", [Layout((5, 7), 2, 3), Layout((3, 4, 5), 0, 4), Layout((33,))], ids=str)
-def test_flex_mask_is_the_definition(layout, shape):
-    token = torch.arange(layout.tokens)
-    for radius in (1, 2, 4):
-        window = Window(shape, radius)
-        nothing = torch.tensor(0)
-        found = flex.mask_mod(layout, window)(nothing, nothing, token[:, None], token[None, :])
-        assert torch.equal(found, reference.visible(layout, window)), radius
-
-
-@pytest.mark.slow
-def test_flex_attention_is_the_reference():
-    """Compiled once per form; a grid that 128 does not divide, text on both sides, strided operands."""
-    layout = Layout((13, 17), before=3, after=9)
-    for window in (Window("disc", 4), Window("band", 30)):
-        query, key, value = operands(layout, 2, 16, torch.float32, strides="tokens first")
-        call = LocalCall(layout, window, None, tuple(query.shape), query.dtype, query.device)
-        found = flex.run(query, key, value, None, call)
-        assert_as_good_as_the_reference(found, query, key, value, layout, window)
 
 
 @pytest.mark.parametrize("strides", ["heads first", "tokens first", "fused"])
@@ -147,57 +114,6 @@ def test_pooled_keys_are_seen_by_the_image_alone_and_key_heads_serve_several_que
     assert moved.tolist() == [False] * 2 + [True] * 24 + [False]
 
 
-@pytest.mark.parametrize("form", ["disc:3", "box:1", "band:4"])
-@pytest.mark.parametrize("queries", ["all", "image", "image and after"])
-def test_gradients_are_those_of_the_reference_formula(form, queries, monkeypatch):
-    monkeypatch.setattr(gradient, "PAIRS_AT_ONCE", 100)  # several pieces
-    layout, window, pooled = Layout((4, 6), before=2, after=1), Window.parse(form), 3
-    query, _, _ = operands(layout, 4, 8, torch.float64)
-    key, value = torch.randn(2, 2, 2, layout.tokens + pooled, 8, dtype=torch.float64).unbind(0)
-    query = query[:, :, {"all": slice(None), "image": slice(2, -1), "image and after": slice(2, None)}[queries]]
-    mask = torch.rand(2, 1, 1, key.shape[2]) > 0.2
-    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-    found, wanted = (
-        attention(*inputs, layout, window, None, mask, pooled)
-        for attention in (local_attention, reference.local_attention)
-    )
-    upstream = torch.randn_like(found)
-    for one, two in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, wanted)), strict=True):
-        torch.testing.assert_close(one, two)
-
-
-def test_a_row_that_an_additive_mask_hides_has_no_gradient_and_spoils_none():
-    layout = Layout((4, 4))
-    query, key, value = (x.clone().requires_grad_() for x in operands(layout, 2, 8, torch.float32))
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 3, :] = -torch.inf
-    out = local_attention(query, key, value, layout, Window("box", 1), mask=mask)
-    gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    assert not gradients[0][:, :, 3].any()
-    assert gradients[0][:, :, 4].any()
-
-
-def test_a_second_derivative_is_refused():
-    layout = Layout((2, 2))
-    query, key, value = (x.clone().requires_grad_() for x in operands(layout, 1, 4, torch.float32))
-    out = local_attention(query, key, value, layout, Window("box", 1))
-    (first,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
-def test_the_backward_holds_few_pairs_at_a_time():
-    """Memory linear in tokens: a piece's pairs are bounded, whatever the number of tokens."""
-    device = torch.device("cpu")
-    for form in ("disc:8", "band:64", "box:8"):
-        for side in (32, 64, 128):
-            layout = Layout((side, side), before=77)
-            parts = list(gradient.pieces(layout, Window.parse(form), layout.tokens, 0, device))
-            assert max(len(queries) * len(keys) for queries, keys in parts) <= gradient.PAIRS_AT_ONCE
-            assert torch.cat([queries for queries, _ in parts]).unique().numel() == layout.tokens
-
-
 def test_queries_of_the_image_alone():
     layout = Layout((4, 5), before=3, after=2)
     query, key, value = operands(layout, 2, 8, torch.float32)
@@ -240,39 +156,6 @@ def test_a_layout_that_does_not_add_up_is_refused(tokens):
     whole = torch.randn(1, 1, 16, 4)
     with pytest.raises(LayoutError, match=f"the attention sequence has {tokens}"):
         local_attention(whole, query, query, Layout((4, 4)), Window("band", 1))
-
-
-def call_of(side, dtype=torch.float32, dim=64, device="cpu"):
-    layout = Layout((side, side))
-    return LocalCall(layout, Window("disc", 8), None, (2, 4, layout.tokens, dim), dtype, torch.device(device))
-
-
-def test_the_first_kernel_that_can_serve_is_taken():
-    assert [kernel.name for kernel in local_kernels()] == [
-        "Triton",
-        "flash-attn",
-        "CPU",
-        "FlexAttention",
-        "masked SDPA",
-    ]
-    assert choose_kernel(call_of(16)).name == "CPU"
-    assert choose_kernel(call_of(128, torch.bfloat16)).name == "CPU"
-    assert choose_kernel(call_of(16, torch.float64)).name == "masked SDPA"
-    assert choose_kernel(call_of(64, device="cuda")).name == "FlexAttention"
-
-
-def test_kernels_give_reasons():
-    assert flex.why_not(call_of(16)) == "256 tokens: pays from 16384"
-    assert "power of two" in flex.why_not(call_of(128, dim=72))
-    assert "bfloat16" in flex.why_not(call_of(256, torch.bfloat16))
-    assert "not tried on xpu" in flex.why_not(call_of(256, device="xpu"))
-    assert masked_sdpa.why_not(call_of(128)) is None
-    assert masked_sdpa.why_not(call_of(256)) == "65536 tokens: the mask would take 16384 MiB"
-
-
-def test_no_kernel_names_every_reason():
-    with pytest.raises(LayoutError, match=r"CPU: not for.*FlexAttention: .*float64.*masked SDPA: 65536 tokens"):
-        choose_kernel(call_of(256, torch.float64))
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------

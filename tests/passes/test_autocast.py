@@ -10,7 +10,7 @@ from difa_compile.passes.autocast import Autocast, autocast_kept, autocast_of, i
 from difa_compile.passes.graph import is_attention, op_name, tensor_of
 from difa_compile.passes.prepare.canonical import SDPA, canonical
 from difa_compile.passes.prepare.questions import Slice
-from difa_compile.passes.replay import close, computes_the_same
+from difa_compile.passes.replay import computes_the_same
 from difa_compile.passes.variant import refresh
 from tests.support.tiny_models import graph_of
 
@@ -162,14 +162,6 @@ def test_the_canonical_form_is_cast_as_the_written_one(form, computed_in, dtype)
         reference = exact(x.double()).double()
     own, error = ((each.double() - reference).abs().max() for each in (written, found))
     assert error <= 2 * own
-
-
-def test_a_result_in_float32_is_no_closer_than_what_it_was_made_from():
-    one = torch.ones(4)
-    assert not close(one, one + 1e-2, F32)
-    assert close(one, one + 1e-2, BF16)
-    assert not close(one, one + 0.2, BF16)
-    assert not close(one, one.bfloat16(), BF16)
 
 
 def test_the_function_itself_is_left_as_it_is():

@@ -1,4 +1,4 @@
-"""Runs the Triton kernel in Triton's interpreter and prints what it found as JSON; ``test_triton.py`` reads it.
+"""Runs the Triton kernel in Triton's interpreter and prints what it found as JSON, for tests of its numbers.
 
 The interpreter has to be switched on before triton is imported, hence a process of its own.
 """

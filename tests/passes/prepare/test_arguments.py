@@ -1,4 +1,4 @@
-"""What the inputs of a graph are called, and which of them is the noisy sample."""
+"""What the inputs of a graph are called, however they are given."""
 
 import functools
 import inspect
@@ -26,14 +26,6 @@ def by_position(model, inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_noisy_sample_is_recognised(family):
-    _, inputs, module, values = captured(family)
-    (latent,) = latent_inputs(module.graph)
-    position = [node for node in module.graph.nodes if node.op == "placeholder"].index(latent)
-    assert values[position].data_ptr() == inputs["hidden_states"].data_ptr()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_it_does_not_matter_whether_inputs_are_given_by_position_or_by_name(family):
     model, inputs, module, values = captured(family)
     args, rest = by_position(model, inputs)
@@ -42,15 +34,6 @@ def test_it_does_not_matter_whether_inputs_are_given_by_position_or_by_name(fami
     infos = [site.info for site in sites_of(module, values)]
     assert [site.info for site in sites_of(given, its_values)] == infos
     assert all(info.layout is not None for info in infos)
-
-
-def test_the_noisy_sample_goes_before_larger_conditions():
-    class Conditioned(nn.Module):
-        def forward(self, condition, local_latents):
-            return local_latents + condition.mean()
-
-    module, _ = graph_of(Conditioned(), {"condition": torch.randn(2, 6, 64), "local_latents": torch.randn(2, 6, 4)})
-    assert [argument_name(node) for node in latent_inputs(module.graph)] == ["local_latents"]
 
 
 class Mixed(nn.Module):
@@ -72,22 +55,6 @@ class Decorated(Mixed):
     forward = decorated(Mixed.forward)
 
 
-class HalfNamed(nn.Module):
-    def forward(self, text, *others):
-        return others[0] + text.mean() + others[1].mean()
-
-
-class Around(nn.Module):
-    """A module whose own arguments have no names."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = Mixed()
-
-    def forward(self, *args):
-        return self.inner(args[1], args[0], args[2])
-
-
 TEXT, NOISY, TIME = torch.randn(2, 9, 64), torch.randn(2, 6, 4), torch.randn(2, 1)
 
 
@@ -101,13 +68,6 @@ def test_a_decorated_forward_has_the_names_of_its_own(given):
     assert {argument_name(node) for node in placeholders} == set(named)
     assert all(value is named[argument_name(node)] for node, value in zip(placeholders, values, strict=True))
     assert argument_name(latent) == "hidden_states"
-
-
-def test_of_arguments_without_names_the_first_is_the_noisy_sample():
-    module, _ = graph_of(Around(), {}, args=(NOISY, TEXT, TIME))
-    assert names(module) == ["args[0]"]
-    module, _ = graph_of(HalfNamed(), {}, args=(TIME, NOISY, TEXT))
-    assert names(module) == ["others[0]"]
 
 
 def test_the_elements_of_a_list_stay_one_argument():

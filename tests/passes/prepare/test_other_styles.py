@@ -12,10 +12,12 @@ from torch import nn
 from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.layout import Layout
+from difa_compile.passes.prepare.canonical import canonical
 from difa_compile.plan.schedule import Role
 from tests.support.altered import sees
 from tests.support.captures import capture_of
-from tests.support.tiny_models import graph_of
+from tests.support.printed import changes, graph_text, printed
+from tests.support.tiny_models import BareAttention, graph_of
 
 WIDTH, HEADS = 32, 2
 FRAMES, ROWS, COLUMNS, TEXT = 3, 4, 6, 5
@@ -183,3 +185,32 @@ def altered(model, capture, decision, before, now):
         for path, attend in originals.items():
             model.get_submodule(path).attend = attend
     return outputs[1]
+
+
+class Explicit(BareAttention):
+    """Attention written as the two products that it is."""
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ v
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_two_products_become_one_attention():
+    module, values = graph_of(Explicit().eval(), {"x": torch.randn(2, 6, 16)})
+    before = printed(module)
+    rewritten = canonical(module)
+    assert changes(before, printed(rewritten)) == graph_text("""
+        ...
+        + %transpose = transpose(%transpose_3, -2, -1)  float32 (2, 2, 6, 8)
+        + %sdpa = sdpa(%q, %transpose, %v, attn_mask=None, scale=0.3535533905932738)  float32 (2, 2, 6, 8)
+        - %matmul = matmul(%q, %transpose_3)  float32 (2, 2, 6, 6)
+        - %mul = mul(%matmul, 0.3535533905932738)  float32 (2, 2, 6, 6)
+        - %softmax = softmax(%mul, -1)  float32 (2, 2, 6, 6)
+        - %y = matmul(%softmax, %v)  float32 (2, 2, 6, 8)
+        - %transpose_4 = transpose(%y, 1, 2)  float32 (2, 6, 2, 8)
+        + %transpose_4 = transpose(%sdpa, 1, 2)  float32 (2, 6, 2, 8)
+        ...
+    """)
+    assert printed(module) == before, "full attention runs what was captured"
+    torch.testing.assert_close(rewritten(*values)[0], module(*values)[0], atol=1e-6, rtol=0)

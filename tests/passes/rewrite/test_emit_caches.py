@@ -1,6 +1,7 @@
 """Caches: names and contents; an input or an output of a variant, never both; contiguous; held nowhere else."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from difa_compile.errors import DecisionError
 from difa_compile.passes.order import rewrite
 from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import Role
+from tests.support.printed import changes, graph_text, one_attention, printed
 from tests.support.tiny_models import FAMILIES, captured, captured_plain, sites_of
 
 pytest.importorskip("diffusers")
@@ -103,3 +105,49 @@ def test_roles_that_contradict_themselves_are_refused():
         Role(Decision.parse("window(disc:2)"), emit_residual=True, residual_window=WINDOW)
     with pytest.raises(DecisionError):
         Role(FULL, emit_residual=True)
+
+
+# --- the graph before and after --------------------------------------------------------------------------------------
+
+
+def added(role):
+    """What a role that only writes caches adds to a graph."""
+    module, sites, _ = one_attention()
+    return changes(printed(module), printed(rewrite(module, sites, [role], Context(1)).module))
+
+
+def test_the_output_is_returned_as_it_leaves_the_region():
+    assert added(Role(FULL, emit_output=True)) == graph_text("""
+        ...
+        + %contiguous = contiguous(%linear_3)  float32 (2, 6, 16)
+        ...
+        - return (%add)
+        + return (%add, %contiguous)
+    """)
+
+
+def test_the_residual_is_what_the_window_leaves_out():
+    assert added(Role(FULL, emit_residual=True, residual_window=Window("box", 1))) == graph_text("""
+        ...
+        + %local = local_attention(%query, %key, %value, [2, 3], 0, 0, 'box', 1, None, None)  float32 (2, 2, 6, 8)
+        + %sub = sub(%sdpa, %local)  float32 (2, 2, 6, 8)
+        + %contiguous = contiguous(%sub)  float32 (2, 2, 6, 8)
+        ...
+        - return (%add)
+        + return (%add, %contiguous)
+    """)
+
+
+def test_on_half_a_batch_both_caches_are_of_the_whole_one():
+    role = Role(Decision.parse("full+cfg"), emit_output=True, emit_residual=True, residual_window=Window("box", 1))
+    module, sites, _ = one_attention()
+    lines = printed(rewrite(module, sites, [role], Context(1)).module).splitlines()
+    assert "\n".join(line for line in lines if re.match(r"%(sub|repeat|contiguous|add)|return", line)) == graph_text("""
+        %sub = sub(%sdpa, %local)  float32 (1, 2, 6, 8)
+        %repeat_1 = repeat(%sub, 2, 1, 1, 1)  float32 (2, 2, 6, 8)
+        %contiguous = contiguous(%repeat_1)  float32 (2, 2, 6, 8)
+        %repeat = repeat(%linear_3, 2, 1, 1)  float32 (2, 6, 16), batch 0
+        %contiguous_1 = contiguous(%repeat)  float32 (2, 6, 16)
+        %add = add(%x, %repeat)  float32 (2, 6, 16), batch 0
+        return (%add, %contiguous, %contiguous_1)
+    """)

@@ -6,9 +6,9 @@ import torch
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.passes.graph import alias_root, mutated_argument
 from difa_compile.passes.order import rewrite
-from difa_compile.passes.rewrite.erase import erase_region
-from difa_compile.passes.variant import Context, start_variant
+from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import FULL_ROLE, Role
+from tests.support.printed import graph_text, one_attention, printed
 from tests.support.tiny_models import captured, captured_plain, counts, in_place, sites_of
 
 pytest.importorskip("diffusers")
@@ -91,19 +91,30 @@ def test_a_single_site_is_reused_and_the_other_left():
     assert variant.cache_inputs == ("cache.layers.1.attention.output.0",)
 
 
-def test_erasing_keeps_what_others_still_use():
-    """A region whose output is still read stays whole, its in-place writes included."""
-    _, _, module, values = captured_plain(rotate=True)
-    sites = sites_of(module, values)
-    variant = start_variant(module, sites, [FULL_ROLE] * 2)
-    before = len(variant.graph.nodes)
-    erase_region(variant.targets[0].site.region.interior)
-    assert len(variant.graph.nodes) == before
-    assert torch.equal(variant.finish()(*values)[0], module(*values)[0])
-
-
 def test_alias_root_follows_views_to_the_memory():
     module = captured_plain(rotate=True)[2]
     roots = {alias_root(node).name for node in module.graph.nodes if in_place(node)}
     assert len(roots) == 4
     assert all(name.startswith("out") or "empty" in name for name in roots), roots
+
+
+def test_the_region_is_gone_and_its_output_is_an_input():
+    module, sites, _ = one_attention()
+    assert printed(rewrite(module, sites, [Role(REUSE)], Context(1)).module) == graph_text("""
+        %x = input  float32 (2, 6, 16), batch 0
+        %cache_0 = input  float32 (2, 6, 16), cache.attention.output.0
+        %add = add(%x, %cache_0)  float32 (2, 6, 16), batch 0
+        return (%add)
+    """)
+
+
+def test_with_cfg_the_conditional_half_of_the_cache_is_taken_twice():
+    module, sites, _ = one_attention()
+    assert printed(rewrite(module, sites, [Role(Decision.parse("reuse+cfg"))], Context(1)).module) == graph_text("""
+        %x = input  float32 (2, 6, 16), batch 0
+        %cache_0 = input  float32 (2, 6, 16), cache.attention.output.0
+        %narrow = narrow(%cache_0, 0, 1, 1)  float32 (1, 6, 16)
+        %repeat = repeat(%narrow, 2, 1, 1)  float32 (2, 6, 16)
+        %add = add(%x, %repeat)  float32 (2, 6, 16), batch 0
+        return (%add)
+    """)

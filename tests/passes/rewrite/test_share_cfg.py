@@ -11,6 +11,7 @@ from difa_compile.passes.order import rewrite
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import Role
+from tests.support.printed import graph_text, one_attention, printed
 from tests.support.tiny_models import FAMILIES, BareAttention, captured, captured_plain, graph_of, sites_of
 
 pytest.importorskip("diffusers")
@@ -155,3 +156,34 @@ def test_the_graph_that_is_asked_stays_as_it_was():
     for site in sites_of(module, values):
         assert why_not_shared(module, site, Context(1)) is None
     assert str(module.graph) == before
+
+
+def test_the_region_is_computed_on_the_half_and_doubled_behind():
+    module, sites, _ = one_attention()
+    assert printed(rewrite(module, sites, [SHARED], Context(1)).module) == graph_text("""
+        %x = input  float32 (2, 6, 16), batch 0
+        %narrow = narrow(%x, 0, 1, 1)  float32 (1, 6, 16)
+        %linear = linear(%narrow, q.weight, q.bias)  float32 (1, 6, 16), batch 0
+        %unflatten = unflatten(%linear, -1, (2, 8))  float32 (1, 6, 2, 8), batch 0
+        %query = transpose(%unflatten, 1, 2)  float32 (1, 2, 6, 8), batch 0
+        %linear_1 = linear(%narrow, k.weight, k.bias)  float32 (1, 6, 16), batch 0
+        %unflatten_1 = unflatten(%linear_1, -1, (2, 8))  float32 (1, 6, 2, 8), batch 0
+        %key = transpose(%unflatten_1, 1, 2)  float32 (1, 2, 6, 8), batch 0
+        %linear_2 = linear(%narrow, v.weight, v.bias)  float32 (1, 6, 16), batch 0
+        %unflatten_2 = unflatten(%linear_2, -1, (2, 8))  float32 (1, 6, 2, 8), batch 0
+        %value = transpose(%unflatten_2, 1, 2)  float32 (1, 2, 6, 8), batch 0
+        %sdpa = sdpa(%query, %key, %value)  float32 (1, 2, 6, 8), batch 0
+        %transpose_3 = transpose(%sdpa, 1, 2)  float32 (1, 6, 2, 8), batch 0
+        %y = flatten(%transpose_3, 2)  float32 (1, 6, 16), batch 0
+        %linear_3 = linear(%y, o.weight, o.bias)  float32 (1, 6, 16), batch 0
+        %repeat = repeat(%linear_3, 2, 1, 1)  float32 (2, 6, 16), batch 0
+        %add = add(%x, %repeat)  float32 (2, 6, 16), batch 0
+        return (%add)
+    """)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_half_that_is_conditional_is_the_one_taken(half):
+    module, sites, _ = one_attention()
+    lines = printed(rewrite(module, sites, [SHARED], Context(half)).module).splitlines()
+    assert [line for line in lines if "narrow(" in line] == [f"%narrow = narrow(%x, 0, {half}, 1)  float32 (1, 6, 16)"]

@@ -12,6 +12,7 @@ from difa_compile.passes.order import rewrite
 from difa_compile.passes.rewrite.window import why_not_window
 from difa_compile.passes.variant import Context
 from difa_compile.plan.schedule import Role
+from tests.support.printed import changes, graph_text, one_attention, printed
 from tests.support.tiny_models import BareAttention, captured, captured_plain, graph_of, plain, sites_of
 
 pytest.importorskip("diffusers")
@@ -186,3 +187,50 @@ def test_the_plain_model_is_windowed_as_well():
     _, _, module, values = captured_plain(rotate=True)
     variant = windowed(module, values, "window(box:6)")
     torch.testing.assert_close(variant.module(*values)[0], module(*values)[0], atol=2e-6, rtol=0)
+
+
+# --- the graph before and after --------------------------------------------------------------------------------------
+
+
+def changed(decision):
+    module, sites, _ = one_attention()
+    variant = rewrite(module, sites, [Role(Decision.parse(decision))], Context(1))
+    return changes(printed(module), printed(variant.module))
+
+
+def test_a_window_changes_the_attention_and_nothing_else():
+    assert changed("window(box:1)") == graph_text("""
+        ...
+        - %sdpa = sdpa(%query, %key, %value)  float32 (2, 2, 6, 8), batch 0
+        + %local = local_attention(%query, %key, %value, [2, 3], 0, 0, 'box', 1, None, None)  float32 (2, 2, 6, 8)
+        - %transpose_3 = transpose(%sdpa, 1, 2)  float32 (2, 6, 2, 8), batch 0
+        + %transpose_3 = transpose(%local, 1, 2)  float32 (2, 6, 2, 8), batch 0
+        ...
+    """)
+
+
+def test_with_the_residual_a_cache_is_added():
+    assert changed("window(box:1)+residual") == graph_text("""
+        ...
+        + %cache_0 = input  float32 (2, 2, 6, 8), cache.attention.residual
+        ...
+        - %sdpa = sdpa(%query, %key, %value)  float32 (2, 2, 6, 8), batch 0
+        + %local = local_attention(%query, %key, %value, [2, 3], 0, 0, 'box', 1, None, None)  float32 (2, 2, 6, 8)
+        + %add_1 = add(%local, %cache_0)  float32 (2, 2, 6, 8)
+        - %transpose_3 = transpose(%sdpa, 1, 2)  float32 (2, 6, 2, 8), batch 0
+        + %transpose_3 = transpose(%add_1, 1, 2)  float32 (2, 6, 2, 8), batch 0
+        ...
+    """)
+
+
+def test_on_half_a_batch_the_same_half_of_the_residual_is_added():
+    module, sites, _ = one_attention()
+    variant = rewrite(module, sites, [Role(Decision.parse("window(box:1)+residual+cfg"))], Context(1))
+    lines = printed(variant.module).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("%local"))
+    assert "\n".join(lines[first : first + 4]) == graph_text("""
+        %local = local_attention(%query, %key, %value, [2, 3], 0, 0, 'box', 1, None, None)  float32 (1, 2, 6, 8)
+        %narrow_1 = narrow(%cache_0, 0, 1, 1)  float32 (1, 2, 6, 8)
+        %add_1 = add(%local, %narrow_1)  float32 (1, 2, 6, 8)
+        %transpose_3 = transpose(%add_1, 1, 2)  float32 (1, 6, 2, 8), batch 0
+    """)

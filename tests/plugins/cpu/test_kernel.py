@@ -126,7 +126,7 @@ def test_it_computes_the_reference_with_avx2_alone():
         pytest.skip("not an x86 processor with AVX2")
     code = """
 import itertools, torch
-from tests.plugins import test_cpu as t
+from tests.plugins.cpu import test_kernel as t
 assert torch.backends.cpu.get_cpu_capability() == "AVX2", torch.backends.cpu.get_cpu_capability()
 assert "-mavx512f" not in t.cpu.build.instruction_flags()
 common = dict(before=3, after=2, radius=3, groups=2, memory="BLHD", pooled=4, mask="bias", queries="all")

@@ -1,0 +1,172 @@
+"""The part of a run that belongs to some captures: which caches it keeps, for whom, and when it lets go of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from difa_compile.backend.capture import Capture
+from difa_compile.backend.run import sampling
+from difa_compile.backend.run_part import Fit, apart
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.errors import RunError
+from difa_compile.passes.caches import CacheName
+from difa_compile.pipeline.rules import plan_from_rule
+from tests.support import two_attentions
+from tests.support.by_hand import assert_near, by_hand, call, compiled, plain_output
+from tests.support.tiny_models import BareAttention, at_step, captured_plain, plain_plan
+
+D = Decision.parse
+
+
+def test_memory_held_by_caches_is_counted_and_let_go():
+    model, inputs, _, _ = captured_plain()
+    window = "window(disc:2)"
+    fast = compiled(model, plain_plan([FULL, D(window), D(f"{window}+residual"), REUSE, D(window), FULL]))
+    output, residual = 2 * 24 * 32 * 4, 2 * 2 * 24 * 16 * 4
+    held = []
+    with sampling(fast, 6) as run:
+        for step in range(6):
+            run.step(step)
+            call(fast, at_step(inputs, step))
+            held.append(run.cache_bytes())
+        assert run.peak_cache_bytes == 2 * max(output, residual)
+    assert held == [2 * residual, 2 * residual, 2 * output, 0, 0, 0]
+    assert run.cache_bytes() == 0
+
+
+def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
+    """It fails at the very end, when the step's own caches have been computed: they must not be taken over."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
+    expected = by_hand(model)
+
+    row = Capture.compiled_row
+
+    def failing(self, roles):
+        def fail(args, caches):
+            row(self, roles)(args, caches)
+            raise MemoryError
+
+        return fail
+
+    with sampling(fast, 4) as run:
+        call(fast, at_step(inputs, 0))
+        run.step(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Capture, "compiled_row", failing)
+            with pytest.raises(MemoryError):
+                call(fast, at_step(inputs, 9))
+        found = call(fast, at_step(inputs, 1))
+    plain_output(expected, [FULL] * 2, at_step(inputs, 0))
+    assert_near(found, plain_output(expected, [REUSE] * 2, at_step(inputs, 1)))
+
+
+def test_two_unlabelled_calls_of_a_step_are_refused():
+    """Guidance in two calls whose branches nobody named: each would read the other's caches."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]))
+    with sampling(fast, 2):
+        call(fast, at_step(inputs, 0))
+        with pytest.raises(RunError, match="called twice without a branch"):
+            call(fast, at_step(inputs, 5))
+
+
+def test_a_branch_that_leaves_steps_out_reads_nothing_stale():
+    """Guidance in an interval: the unconditional call is made at steps 0 and 3 only."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE, FULL, REUSE]))
+    with sampling(fast, 4) as run, torch.no_grad():
+        for step in range(4):
+            run.step(step)
+            run.branch("cond")
+            call(fast, at_step(inputs, step))
+            if step in (0, 3):
+                run.branch("uncond")
+                found = call(fast, at_step(inputs, 10 + step))
+        assert torch.equal(found, model(**at_step(inputs, 13))), "full: what step 2 would have left is not there"
+
+
+def test_what_is_handed_out_is_not_the_cache():
+    """A model that returns its attention's output as it is: writing to it must not reach the next step."""
+
+    class Naked(BareAttention):
+        def forward(self, x):
+            q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return self.o(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = Naked().eval()
+    x = torch.randn(2, 6, 16)
+    plan = plan_from_rule(model, 3, lambda step, site: REUSE if step else FULL, inputs={"x": x})
+    fast = compiled(model, plan)
+    with sampling(fast, 3) as run, torch.no_grad():
+        wanted = model(x)
+        for step in range(3):
+            run.step(step)
+            found = fast(x)
+            assert torch.equal(found, wanted), step
+            found.zero_()
+
+
+# --- between which captures caches pass ------------------------------------------------------------------------------
+
+
+def fit_of(rows, **options):
+    return Fit.of(two_attentions.capture(rows, **options))
+
+
+def test_captures_of_one_plan_fit():
+    rows = [FULL, D("window(band:2)"), REUSE]
+    one, two = fit_of(rows), fit_of(rows)
+    assert one == two
+    assert (one.two_call, one.batch) == (False, 2)
+    assert one.caches[0] == (
+        "layers.0.attention",
+        24,
+        ((2, 2, 24, 16), (2, 24, 32)),
+        torch.float32,
+        torch.float32,
+        torch.device("cpu"),
+    )
+
+
+def test_what_is_carried_out_decides_and_not_what_was_decided(profile_at):
+    """A plan whose windows are left out on this machine fits one that has full attention there."""
+    window = D("window(band:2)")
+    assert fit_of([FULL, window]) != fit_of([FULL, FULL])
+    profile_at(**two_attentions.SLOW)
+    assert fit_of([FULL, window]) == fit_of([FULL, FULL])
+
+
+def test_what_differs_is_told():
+    here = fit_of([FULL, REUSE])
+    path, tokens, shapes, *dtypes, device = here.caches[1]
+
+    def other(**changed):
+        cache = {"tokens": tokens, "shapes": shapes, "dtypes": dtypes, "device": device, **changed}
+        return (here.caches[0], (path, cache["tokens"], cache["shapes"], *cache["dtypes"], cache["device"]))
+
+    half = [torch.bfloat16, torch.bfloat16]
+    for changed, words in (
+        (replace(here, batch=4), "its attention has a batch of 4, not 2"),
+        (replace(here, caches=other(tokens=31)), "layers.1.attention has 31 tokens, not 24"),
+        (
+            replace(here, caches=other(dtypes=half)),
+            "layers.1.attention is in torch.bfloat16 on cpu, not torch.float32 on cpu",
+        ),
+        (fit_of([FULL, FULL]), "at layers.0.attention the plan comes to full, not reuse"),
+        (fit_of([FULL, REUSE, REUSE]), "it follows another plan"),
+    ):
+        assert changed != here
+        assert changed.difference(here) == words
+
+
+def test_what_is_handed_out_is_copied_where_a_cache_holds_the_same_memory():
+    cache, own = torch.zeros(2, 3), torch.zeros(2, 3)
+    outputs = apart([own, cache.T, cache[:1], None, 5], {CacheName.residual("a"): cache})
+    assert outputs[0] is own
+    assert outputs[3:] == [None, 5]
+    for output in outputs[1:3]:
+        output.fill_(1)
+    assert not cache.any()

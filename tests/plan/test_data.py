@@ -1,0 +1,57 @@
+"""The parts of a plan: what each refuses, and the digest of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from difa_compile.decision import FULL
+from difa_compile.errors import DifaError, LayoutError, PlanFormatError
+from difa_compile.layout import Layout
+from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
+from tests.support.plans import Configured, Plain
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SiteInfo("a", "cross", 1, 1, 1, 1, None), PlanFormatError, "self, joint"),
+        (lambda: SiteInfo("a", "self", 0, 1, 1, 1, None), PlanFormatError, "heads"),
+        (lambda: SiteInfo("a", "self", 1, 1, 5, 1, Layout((2, 2))), LayoutError, "4 tokens .* has 5"),
+        (lambda: ModelInfo("A", "00", -1), PlanFormatError, "parameters"),
+        (lambda: Trial(FULL, float("nan"), 0.1), PlanFormatError, "loss of full is nan"),
+        (lambda: Trial(FULL, 0.1, float("inf")), PlanFormatError, "threshold of full is inf"),
+        (lambda: Trial(FULL, 0.1, 0.2, cost=-1.0), PlanFormatError, "cost of full is -1"),
+        (lambda: Cell(FULL, (), 1.5), PlanFormatError, "at most 1"),
+        (lambda: Cell(FULL, (), -0.1), PlanFormatError, "flops_saved"),
+        (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, rule"),
+        (lambda: Settings("rule", loss="mse"), PlanFormatError, "paper, code"),
+        (lambda: Settings("rule", guidance="both"), PlanFormatError, "batched, two-call, none"),
+        (lambda: Settings("rule", conditional_half=2), PlanFormatError, "conditional_half"),
+    ],
+)
+def test_odd_parts_are_refused(make: Callable[[], object], error: type[DifaError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_settings_name_the_installed_versions() -> None:
+    assert Settings("rule").torch == torch.__version__.partition("+")[0] or Settings("rule").torch == torch.__version__
+
+
+def test_model_digest_of_a_configured_model_is_its_class_and_config() -> None:
+    info = model_digest(Configured(layers=2, size=[4, 4]))
+    assert info.class_name == "Configured"
+    assert info.parameters == 8
+    assert len(info.config_digest) == 64
+    assert model_digest(Configured(size=[4, 4], layers=2, _name_or_path="elsewhere")) == info
+    assert model_digest(Configured(layers=3, size=[4, 4])).config_digest != info.config_digest
+
+
+def test_model_digest_of_any_other_module_is_its_parameters() -> None:
+    info = model_digest(Plain())
+    assert model_digest(Plain()) == info  # other weights, same model
+    assert model_digest(Plain(4)).config_digest != info.config_digest
+    assert model_digest(torch.compile(Plain())) == info  # type: ignore[arg-type]

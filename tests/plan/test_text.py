@@ -1,0 +1,79 @@
+"""Plans as text for people: summaries, differences, the map of sites by steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from difa_compile.decision import FULL, REUSE
+from difa_compile.errors import PlanMismatchError
+from difa_compile.plan.plan import Difference
+from tests.support.plans import GREEDY, measured_plan, plan_of
+
+
+def test_diff() -> None:
+    mine, theirs = plan_of("FFFF", "F.F."), plan_of("F...", "F.F.")
+    assert mine.diff(mine) == ()
+    assert mine.diff(theirs) == tuple(Difference(step, 0, FULL, REUSE) for step in (1, 2, 3))
+    with pytest.raises(PlanMismatchError, match="plans of 4 and 3 steps"):
+        mine.diff(plan_of("FFF", "FFF"))
+    with pytest.raises(PlanMismatchError, match=r"2 sites.*1 sites"):
+        mine.diff(plan_of("FFFF"))
+
+
+def test_diff_text() -> None:
+    mine = plan_of("FFFFF", "F.F.F")
+    theirs = plan_of("F..F.", "F.F.F", settings=dataclasses.replace(GREEDY, threshold=0.1))
+    lines = mine.diff_text(theirs).splitlines()
+    assert "settings.threshold: 0.05 -> 0.1" in lines
+    assert "3 of 10 cells differ" in lines
+    assert "attention FLOPs: 80.0 % -> 50.0 % of full" in lines
+    assert "     3  full -> reuse" in lines
+    assert "  blocks.0.attn1  steps 1-2, 4: full -> reuse" in lines
+    assert mine.diff_text(mine).endswith("0 of 10 cells differ\n")
+
+
+SUMMARY = """\
+plan DIGEST for DiTTransformer2DModel (config abababababab, 1,234,567 parameters)
+made: greedy, threshold 0.05, loss of the paper, window band:32, guidance batched (conditional half 1), VERSIONS
+candidates: reuse, full+cfg
+12 steps, progress 1.000 to 0.083; 2 sites, self, 6 heads x 64, 256 tokens (16x16), width 384
+
+   decision                  cells   share
+.  reuse                        13   54.2 %
+F  full                          4   16.7 %
+f  full+cfg                      4   16.7 %
+R  window(band:32)+residual      2    8.3 %
+W  window(band:32)               1    4.2 %
+
+attention FLOPs, q k^T and p v    29.0 % of full  (699.7 MFLOP of 2.416 GFLOP, 23.94 MFLOP of it for residuals)
+attention FLOPs with projections  35.4 % of full  (3.418 GFLOP of 9.664 GFLOP, 23.94 MFLOP of it for residuals)
+distinct rows: 7 of 12 (each is one variant of the graph)
+
+step            0         10
+blocks.0.attn1  FWRRff......
+blocks.1.attn1  FF..ff.F....
+F full  W window  R window+residual  . reuse; f w r , the same with the CFG halves shared
+"""
+
+
+def test_summary() -> None:
+    plan = plan_of("FWRRff......", "FF..ff.F....")
+    assert plan.summary() == SUMMARY.replace("DIGEST", plan.digest[:12]).replace(
+        "VERSIONS", "torch 2.13.0, diffusers 0.42.1"
+    )
+
+
+def test_summary_of_measurements() -> None:
+    text = measured_plan().summary()
+    assert "candidates measured: 4, accepted: 2, largest accepted loss 0.0125 (step 1, joint.0.attn)" in text
+    assert "2 sites: 1 x (self, 6 heads x 64, 256 tokens (16x16), width 384); 1 x (joint, 24 heads" in text
+
+
+def test_summary_of_a_resolved_plan_names_the_promotions() -> None:
+    text = plan_of("F." * 5).resolve(4).summary()
+    assert "of 10 steps on a schedule of 4" in text
+    assert "fell out: 2\n" in text
+    assert "  step 2, blocks.0.attn1: reuse; it reads the output of the plan's step 4" in text
+    assert "blocks.0.attn1  FFFF\n" in text

@@ -1,0 +1,85 @@
+"""The map of a plan, step by site: its cells, their colours and what they tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.plan.plan import Cell, Plan, Trial
+from difa_compile.report.heatmap import heat_map
+from tests.support.pages import write
+from tests.support.report_sample import make_comparison, make_plan
+
+
+@pytest.mark.parametrize(("steps", "sites"), [(1, 1), (20, 6), (50, 57)])
+def test_heat_map_has_one_cell_per_step_and_site(steps, sites, tmp_path):
+    made = make_plan(steps, sites)
+    tags = write(tmp_path, made, make_comparison(made, images=10)).all("td")
+    assert sum("title" in attrs for attrs in tags) == steps * sites
+
+
+def test_cell_tells_the_losses_of_every_tried_candidate(plan):
+    made = heat_map(plan)
+    step, site = next(
+        (step, site) for step in range(50) for site in range(6) if len(plan.rows[step][site].trials) == 4 and site != 2
+    )
+    cell = plan.rows[step][site]
+    lines = made.rows[site].cells[step].text.split("\n")
+    assert lines[0] == f"step {step} · transformer_blocks.{site}.attn1"
+    assert lines[1] == str(cell.decision)
+    assert f"{100 * cell.flops_saved:.0f}\u00a0%" in lines[2] or "saves nothing" in lines[2]
+    assert len(lines) == 3 + 4
+    for line, trial in zip(lines[3:], cell.trials, strict=True):
+        name, loss, limit, verdict = line.split("\t")
+        assert name == str(trial.decision)
+        assert float(loss.removeprefix("loss ")) == pytest.approx(trial.loss, rel=5e-3)
+        assert float(limit.removeprefix("limit ")) == pytest.approx(trial.threshold, rel=5e-3)
+        assert (verdict == "over the limit") == (trial.loss >= trial.threshold)
+
+
+def test_the_plan_says_how_its_cells_were_chosen(plan):
+    assert "Each cell is the first candidate, in the order tried" in heat_map(plan).intro
+    weighed = replace(plan, settings=replace(plan.settings, method="weighed"))
+    assert "Each cell is the candidate with the lowest sum of cost" in heat_map(weighed).intro
+    by_hand = replace(plan, settings=replace(plan.settings, method="rule"))
+    assert "nothing was measured" in heat_map(by_hand).intro
+
+
+def test_cell_tells_the_cost_where_it_was_weighed(plan):
+    decision = Decision.parse("full+cfg")
+    trials = (Trial(REUSE, 0.05, 0.1, cost=0.0), Trial(decision, 0.06, 0.1, cost=0.5), Trial(FULL, 0.2, 0.1, cost=1.0))
+    cell = Cell(REUSE, trials, 1.0)
+    weighed = replace(plan, rows=(plan.rows[0], (cell, *plan.rows[1][1:]), *plan.rows[2:]))
+    lines = heat_map(weighed).rows[0].cells[1].text.split("\n")[3:]
+    assert lines == [
+        "reuse\tloss 0.05\tlimit 0.1, takes 0\u00a0%\tchosen",
+        "full+cfg\tloss 0.06\tlimit 0.1, takes 50\u00a0%\tsaves too little for it",
+        "full\tloss 0.2\tlimit 0.1, takes 100\u00a0%\tover the limit",
+    ]
+
+
+def test_cell_tells_why_a_candidate_does_not_apply(plan):
+    texts = [cell.text for cell in heat_map(plan).rows[2].cells]
+    assert any("a mask stands on this attention\t\tnot tried" in text for text in texts)
+
+
+def test_each_decision_has_a_colour_of_its_own_and_its_count(plan):
+    windows = [Decision.parse(f"window(band:{radius})") for radius in (8, 16, 32)]
+    rows = [[FULL] * 6, [*windows, *windows]]
+    cells = tuple(tuple(replace(plan.rows[0][0], decision=decision) for decision in row) for row in rows)
+    made = heat_map(Plan(plan.model, plan.settings, plan.sites, (1.0, 0.5), cells))
+    assert [(colour.name, colour.count) for colour in made.colours] == [
+        ("full", 6),
+        ("window(band:8)", 2),
+        ("window(band:16)", 2),
+        ("window(band:32)", 2),
+    ]
+    for mode in ("light", "dark"):
+        assert len({getattr(colour, mode) for colour in made.colours}) == 4
+
+
+def test_rule_plans_do_not_claim_measurements(plan):
+    by_rule = replace(plan, settings=replace(plan.settings, method="rule", threshold=None, loss=None, candidates=()))
+    assert "nothing was measured" in heat_map(by_rule).intro
