@@ -89,7 +89,7 @@ class Wiring:
         def effective(site, decision):
             return FULL if (plan.sites[site].path, str(decision)) in skipped else decision
 
-        captures = [SimpleNamespace(effective=effective)]
+        captures = [SimpleNamespace(verdicts=SimpleNamespace(effective=effective))]
         return SimpleNamespace(records=self.records, last_run=SimpleNamespace(peak_cache_bytes=4096), captures=captures)
 
     def remove(self, pipe):

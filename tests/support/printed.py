@@ -23,8 +23,8 @@ def is_weight(node):
 
 
 def shortened(line):
-    line = re.sub(r"%l_self_modules_(\w+?)_parameters_(\w+?)_(?!\w)", r"\1.\2", line)
-    line = re.sub(r"%l_(\w+?)_(?!\w)", r"%\1", line)
+    line = re.sub(r"\$(\w+\.[\w.]+)", r"\1", line)
+    line = line.replace("$", "%")
     line = line.replace("scaled_dot_product_attention", "sdpa").replace("local_attention_default", "local")
     return re.sub(r" {2,}", "  ", line)
 

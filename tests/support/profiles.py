@@ -1,6 +1,6 @@
 """Made-up profiles: what an operation takes is told per (query, key) pair, in all dtypes that tests use."""
 
-from difa_compile.machine.profile import ELEMENTWISE, FULL, LINEAR, Fit, Machine, Profile, Sample
+from difa_compile.machine.profile import ELEMENTWISE, FULL_ATTENTION, LINEAR, Fit, Machine, Profile, Sample
 
 KERNELS = ("CPU", "masked SDPA")
 
@@ -14,7 +14,7 @@ def made_up(*, full=1.0, window=0.1, elements=0.0, call=0.0, tokens=4096, machin
         return Fit(operation, dtype, prices, (sample,), (0.0,))
 
     fits = [
-        fit(FULL, calls=0.0, multiply_adds=0.0, pairs=full),
+        fit(FULL_ATTENTION, calls=0.0, multiply_adds=0.0, pairs=full),
         *(fit(f"local {name}", calls=call, multiply_adds=0.0, pairs=window) for name in KERNELS),
         fit(LINEAR, calls=0.0, multiply_adds=1e-9),
         fit(ELEMENTWISE, calls=0.0, bytes=elements),
