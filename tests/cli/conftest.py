@@ -59,3 +59,11 @@ def measure(monkeypatch, plan):
     monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
     monkeypatch.setattr(difa_compile.comparison.compare, "compare", compare)
     return seen
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A small comparison on disk, in the folder ``kept``."""
+    plan = make_plan(4, 2)
+    StoredComparison(plan, make_comparison(plan, images=10), "Kept", "difa", MACHINE, {}).save(tmp_path / "kept")
+    return tmp_path / "kept"

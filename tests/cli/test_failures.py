@@ -15,13 +15,6 @@ from difa_compile.cli.app import app
 from difa_compile.cli.failures import interruptible, readable_name, state_kept
 from difa_compile.errors import PlanFormatError
 from tests.support.commands import WIDTH, explode, refused, run
-from tests.support.report_sample import make_plan
-
-
-@pytest.fixture
-def plan_file(tmp_path):
-    make_plan(4, 2).save(tmp_path / "plan.json")
-    return tmp_path / "plan.json"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):

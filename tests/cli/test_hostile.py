@@ -197,17 +197,6 @@ def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_f
     assert sorted(path.name for path in Path().iterdir() if path.name.endswith(".tmp")) == []
 
 
-@pytest.fixture
-def kept(tmp_path):
-    """A comparison on disk, in the folder ``kept``."""
-    from difa_compile.report.stored import StoredComparison
-    from tests.support.report_sample import MACHINE, make_comparison
-
-    plan = make_plan(4, 2)
-    StoredComparison(plan, make_comparison(plan, images=10), "Kept", "difa", MACHINE, {}).save(tmp_path / "kept")
-    return tmp_path / "kept"
-
-
 def test_every_option_with_a_value_is_in_the_table():
     """An option that somebody adds must be thought of here, or be among those that take anything."""
     anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt")}
@@ -452,7 +441,7 @@ def test_nothing_but_a_panel_comes_of_any_arguments(seed, reached, plan_file):
             assert all(character.isprintable() or character == "\n" for character in result.stderr), words
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
+# --- the whole program -----------------------------------------------------------------------------------------------
 
 
 def start(shell, **env):

@@ -17,23 +17,6 @@ from tests.support.places import ROOT
 from tests.support.report_sample import make_plan
 
 
-@pytest.fixture
-def plan_file(tmp_path):
-    make_plan(4, 2).save(tmp_path / "plan.json")
-    return tmp_path / "plan.json"
-
-
-@pytest.fixture
-def kept(tmp_path):
-    """A comparison on disk, in the folder ``kept``."""
-    from difa_compile.report.stored import StoredComparison
-    from tests.support.report_sample import MACHINE, make_comparison
-
-    plan = make_plan(4, 2)
-    StoredComparison(plan, make_comparison(plan, images=10), "Kept", "difa", MACHINE, {}).save(tmp_path / "kept")
-    return tmp_path / "kept"
-
-
 def ended(stdout, stderr, *arguments):
     """The exit code of a command with these streams, flushed as Python does at its end."""
     with pytest.MonkeyPatch.context() as patch:
