@@ -25,7 +25,7 @@ class RewriteLimit:
 
     most: int
     made: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def allows(self, name: str, site: str, role: object) -> bool:
         """Whether the rewrite that comes next, of a pass at a site (module path), is made; says so."""

@@ -6,11 +6,8 @@ import math
 from functools import lru_cache
 
 from difa_compile.decision import Window, WindowShape
-from difa_compile.errors import DecisionError, LayoutError
+from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
-
-MAX_LINES = 2**21
-"""Lines of an unbounded disc that are counted, some seconds' work."""
 
 
 def visible_pairs(layout: Layout | None, window: Window | None, tokens: int) -> int:
@@ -63,30 +60,3 @@ def _disc_pairs(grid: tuple[int, ...], budget: int) -> int:
     for offset in range(1, min(reach, size - 1) + 1):
         pairs += 2 * (size - offset) * _disc_pairs(rest, budget - offset * offset)
     return pairs
-
-
-def window_keys(window: Window, dims: int = 2) -> int:
-    """Image keys that an interior token sees on an unbounded grid of ``dims`` dimensions, itself included.
-
-    A disc of radius 8, 16, 32 on an image has 193, 793, 3205. A band is 1-D whatever the grid. A disc is counted line
-    by line. Raises :class:`DecisionError` for one of more than 2^21 lines, far more than any image or video has.
-    """
-    side = 2 * window.radius + 1
-    if window.shape is WindowShape.BAND:
-        return side
-    if window.shape is WindowShape.BOX:
-        return int(side**dims)
-    if dims > 1 and (2 * window.radius - 1) ** (dims - 1) > MAX_LINES:
-        raise DecisionError(
-            f"the keys of {window} on an unbounded grid of {dims} dimensions are too many to count; count those on a "
-            "grid with visible_pairs"
-        )
-    return _ball(dims, window.radius * window.radius - 1)
-
-
-def _ball(dims: int, budget: int) -> int:
-    """Whole-number points of a ``dims``-dimensional ball of squared radius ``budget``."""
-    reach = math.isqrt(budget)
-    if dims == 1:
-        return 2 * reach + 1
-    return sum(_ball(dims - 1, budget - offset * offset) for offset in range(-reach, reach + 1))

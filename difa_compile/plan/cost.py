@@ -233,15 +233,6 @@ class PlanCost:
         """Planned over full: 1 computes everything, 0 nothing."""
         return self.total_planned / self.total_full
 
-    @property
-    def share_per_step(self) -> tuple[float, ...]:
-        return tuple(flops / self.full_per_step for flops in self.planned_per_step)
-
-    @property
-    def share_per_site(self) -> tuple[float, ...]:
-        full = self.full_per_site
-        return tuple(planned / whole for planned, whole in zip(self.planned_per_site, full, strict=True))
-
 
 def plan_flops(plan: Costed, with_projections: bool) -> PlanCost:
     """Operations of a :class:`Plan` or :class:`ResolvedPlan` over its schedule, in one of the two conventions."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import difa_compile
+from difa_compile.backend.run import run_of
 from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import DecisionError, PlanMismatchError, UnsupportedPipelineError
 from difa_compile.pipeline.rules import plan_from_rule
@@ -432,8 +433,7 @@ def test_caches_of_a_transformer_that_is_done_are_let_go(tmp_path):
 
 def call_in_progress(pipe):
     """The run of a pipeline's call that is in progress."""
-    (run,) = [run for run in difa_compile.backend.run._active.get() if pipe.transformer in run.models]
-    return run
+    return run_of(pipe.transformer)
 
 
 @pytest.mark.slow

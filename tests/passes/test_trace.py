@@ -76,7 +76,7 @@ def test_rewriting_marks_what_each_pass_made_and_lists_what_it_took_out(tmp_path
     assert (
         (trace.folder / "00-before.txt")
         .read_text()
-        .startswith("# before\n# attention: window(box:1)+cfg >output\n\n%l_x_ = input   float32 (2, 6, 16), batch 0\n")
+        .startswith("# before\n# attention: window(box:1)+cfg >output\n\n$x = input   float32 (2, 6, 16), batch 0\n")
     )
     assert marks(trace.folder / "01-reuse.txt") == {}
     shared = marks(trace.folder / "02-share_cfg.txt")["share_cfg"]
@@ -144,10 +144,10 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda x: x[:, 1:, ::2], "getitem(%l_x_, (::, 1::, ::2))"),
-        (lambda x: x.to(torch.bfloat16), "to(%l_x_, bfloat16)"),
-        (lambda x: torch.cat([x, x], dim=1), "cat([%l_x_, %l_x_], dim=1)"),
-        (lambda x: x.split((1, 3), 1)[0], "split(%l_x_, (1, 3), 1)"),
+        (lambda x: x[:, 1:, ::2], "getitem($x, (::, 1::, ::2))"),
+        (lambda x: x.to(torch.bfloat16), "to($x, bfloat16)"),
+        (lambda x: torch.cat([x, x], dim=1), "cat([$x, $x], dim=1)"),
+        (lambda x: x.split((1, 3), 1)[0], "split($x, (1, 3), 1)"),
     ],
 )
 def test_arguments_are_written_as_they_are_read(call, line):

@@ -150,8 +150,8 @@ def test_plan_flops_by_hand() -> None:
     assert cost.total_planned == sum(cost.planned_per_step) == sum(cost.planned_per_site)
     assert cost.full_per_site == (3 * full_a, 3 * full_b)
     assert cost.share == cost.total_planned / cost.total_full
-    assert cost.share_per_step[0] == 1
-    assert cost.share_per_site[1] == pytest.approx((full_b + 2 * band_b * 4) / (3 * full_b))
+    assert cost.planned_per_step[0] == cost.full_per_step
+    assert cost.planned_per_site[1] == full_b + 2 * band_b * 4
 
 
 def test_projections_add_the_same_to_full_and_window() -> None:

@@ -60,7 +60,8 @@ def make_comparison(plan: Plan, images: int = 20, size: int = 32, channels: int 
     costs = [plan_flops(plan, counted) for counted in (False, True)]
     operations = [Operations(cost.full_per_step, cost.planned_per_step) for cost in costs]
     slow = tuple(0.031 + random.random() * 0.002 for _ in range(plan.steps))
-    quick = tuple(0.016 + 0.015 * share + random.random() * 0.002 for share in costs[1].share_per_step)
+    shares = [flops / costs[1].full_per_step for flops in costs[1].planned_per_step]
+    quick = tuple(0.016 + 0.015 * share + random.random() * 0.002 for share in shares)
     quality = Quality(1, 0.087, 33.9, 27.2, 0.972, 0.911, 0.84, 5.31, 5.62, 0.984, 0.976, 0.957)
     return Comparison(
         plan_digest=plan.digest,
