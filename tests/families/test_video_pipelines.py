@@ -229,17 +229,17 @@ def test_error_within_the_transformer_leaves_the_pipeline_usable(family):
     applied = difa_compile.apply(tiny.pipe, plan, inner="eager")
     tiny.frames()
     count = 0
-    execute = applied.captures[0].execute
+    compiled_row = applied.captures[0].compiled_row
 
-    def broken(*args):
+    def broken(roles):
         nonlocal count
         count += 1
         if count == 8 - len(rows) % 2:
             raise ZeroDivisionError
-        return execute(*args)
+        return compiled_row(roles)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(applied.captures[0], "execute", broken)
+        patch.setattr(applied.captures[0], "compiled_row", broken)
         if not tiny.two_calls:
             count = 4
         with pytest.raises(ZeroDivisionError):

@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import LayoutError
 from difa_compile.layout import Layout
+from difa_compile.ops import reference
 from difa_compile.ops.pairs import visible_pairs
 
 layouts = st.builds(
