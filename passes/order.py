@@ -2,8 +2,7 @@
 
 ::
 
-    graph ── PREPARATION ──►  prepared graph, which full attention runs
-          ── canonicalise ─►  canonical graph, which plans rewrite
+    graph ── PREPARATION ──►  prepared graph, which full attention runs; canonical graph, which plans rewrite
           ── ANALYSIS ─────►  facts: sites, layouts, batch, segments, proofs
           = an AnalysedModel
     roles ── REWRITES ─────►  a variant, of the whole graph or of a segment
@@ -29,7 +28,7 @@ from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.passes.facts import Analysis, Facts, Preparation
 from difa_compile.passes.limit import RewriteLimit
 from difa_compile.passes.prepare.arguments import name_arguments
-from difa_compile.passes.prepare.canonical import canonicalise
+from difa_compile.passes.prepare.canonical import Prepared, canonicalise
 from difa_compile.passes.prepare.questions import Questions, answer_questions
 from difa_compile.passes.prepare.specialize import specialize
 from difa_compile.passes.proofs import Proofs, prove_regions
@@ -47,6 +46,7 @@ PREPARATION: tuple[Preparation, ...] = (
     name_arguments,  # first, for only while Dynamo is at it can be told which function it captured
     answer_questions,  # sizes that the inputs answer become known
     specialize,  # and those that Dynamo holds open become numbers: all that follows reads numbers
+    canonicalise,  # last, on a copy: what was prepared before is kept for full attention
 )
 
 ANALYSIS: tuple[Analysis, ...] = (
@@ -94,18 +94,20 @@ def analyse(
     if trace is not None:
         trace.after("captured", module)
     for prepare in PREPARATION:
-        module = _prepared(prepare, module, facts, trace)
-    canonical = _prepared(canonicalise, module, facts, trace)
+        with _named(prepare.__name__):
+            module = prepare(module, facts)
+        if trace is not None:
+            trace.after(prepare.__name__, module)
     for find in ANALYSIS:
         with _named(find.__name__):
-            fact = find(canonical, facts)
+            fact = find(module, facts)
         if fact is not None:
             facts.keep(fact)
         if trace is not None:
-            trace.after(find.__name__, canonical, _told(fact), _notes(facts))
+            trace.after(find.__name__, module, _told(fact), _notes(facts))
     return AnalysedModel(
-        module=module,
-        canonical=canonical,
+        module=facts[Prepared].module,
+        canonical=module,
         context=context,
         sample=facts[Sample].sizes,
         all_sites=facts[Sites].all,
@@ -153,14 +155,6 @@ def rewrite(
         finished = variant.finish()
     moved = tuple(target.site for target in variant.targets)
     return Rewritten(finished, tuple(variant.cache_inputs), tuple(variant.cache_outputs), moved)
-
-
-def _prepared(prepare: Preparation, module: fx.GraphModule, facts: Facts, trace: Trace | None) -> fx.GraphModule:
-    with _named(prepare.__name__):
-        prepared = prepare(module, facts)
-    if trace is not None:
-        trace.after(prepare.__name__, prepared)
-    return prepared
 
 
 @contextmanager

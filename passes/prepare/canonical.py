@@ -40,8 +40,19 @@ from difa_compile.passes.variant import refresh, start_variant
 SDPA = F.scaled_dot_product_attention
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The prepared graph as it was before attention was brought into one form; what full attention runs."""
+
+    module: fx.GraphModule
+
+
 def canonicalise(module: fx.GraphModule, facts: Facts) -> fx.GraphModule:
-    """The graph that plans rewrite: with all attention in one form, if that computes the same on the example inputs."""
+    """The graph that plans rewrite: with all attention in one form, if that computes the same on the example inputs.
+
+    Keeps the graph given (:class:`Prepared`), which stays as it is.
+    """
+    facts.keep(Prepared(module))
     rewritten = canonical(module)
     if rewritten is module or computes_the_same(module, rewritten, facts.inputs):
         return rewritten

@@ -1,6 +1,6 @@
 """Window attention, with or without the cached residual (WA and WA-RS, arXiv 2406.08552; disc: arXiv 2412.16112).
 
-Before: ``o = sdpa(q, k, v)``.
+Before: ``o = sdpa(q, k, v)``. After: one of
 
 1. window: ``o = difa::local_attention(q, k, v)``.
 2. window + residual: ``o = difa::local_attention(q, k, v) + cache.<site>.residual``; on half a batch, plus the same

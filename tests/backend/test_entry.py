@@ -14,11 +14,14 @@ from difa_compile.errors import (
     DecisionError,
     LayoutError,
     NoAttentionError,
+    OutputError,
+    PassError,
     PlanFormatError,
     PlanMismatchError,
     RunError,
     SiteSkippedError,
 )
+from difa_compile.passes.order import ANALYSIS, PREPARATION
 from tests.support.tiny_models import (
     FAMILIES,
     Average,
@@ -364,3 +367,35 @@ def test_bfloat16_follows_the_plan():
             wanted = exact(**now)
             unplanned = model(now["x"].to(torch.bfloat16)).float() - single(**now)
             assert (found - wanted).abs().max() <= 3 * unplanned.abs().max() + 1e-3, step
+
+
+def test_a_trace_holds_the_graph_after_every_pass(tmp_path):
+    """As an option of the backend: of the capture, and of each variant when it is first needed."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL, REUSE]), trace=str(tmp_path / "trace"))
+    with torch.no_grad(), sampling(fast, 2) as run:
+        fast(**inputs)
+        run.step(1)
+        fast(**inputs)
+    (capture,) = (tmp_path / "trace").iterdir()
+    passes = [path.stem[3:] for path in sorted(capture.glob("*.txt"))]
+    assert passes == ["captured", *(each.__name__ for each in (*PREPARATION, *ANALYSIS))]
+    reused = [path for path in capture.glob("variant-*/*reuse.txt") if "<< reuse" in path.read_text()]
+    assert len(reused) == 1, "both blocks are of one kind"
+
+
+def test_a_trace_is_a_folder_that_can_be_written(tmp_path):
+    model, inputs, _, _ = captured_plain()
+    (tmp_path / "file").write_text("")
+    with torch.no_grad():
+        with pytest.raises(OutputError, match="file"):
+            compiled(model, plain_plan([FULL]), trace=tmp_path / "file")(**inputs)
+        with pytest.raises(DecisionError, match="option trace is a int; give the path of a folder"):
+            compiled(model, plain_plan([FULL]), trace=3)(**inputs)
+
+
+def test_a_limit_on_rewrites_that_is_no_number_is_refused(monkeypatch):
+    model, inputs, _, _ = captured_plain()
+    monkeypatch.setenv("DIFA_PASS_LIMIT", "many")
+    with torch.no_grad(), pytest.raises(PassError, match="DIFA_PASS_LIMIT is 'many'"):
+        compiled(model, plain_plan([FULL]))(**inputs)

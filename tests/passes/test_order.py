@@ -1,6 +1,7 @@
 """The order of passes: what stands in it, what becomes of a pass that fails, whole graphs and segments alike."""
 
 import inspect
+import re
 import sys
 
 import pytest
@@ -12,7 +13,6 @@ from difa_compile.errors import LayoutError, PassError
 from difa_compile.layout import Layout
 from difa_compile.passes import order
 from difa_compile.passes.order import ANALYSIS, PREPARATION, REWRITES, analyse, rewrite
-from difa_compile.passes.prepare.canonical import canonicalise
 from difa_compile.passes.variant import Context, Rewrite
 from difa_compile.plan.schedule import FULL_ROLE, Role
 from tests.support.captures import capture_of
@@ -20,13 +20,17 @@ from tests.support.printed import one_attention
 from tests.support.tiny_models import captured, captured_plain, graph_of, plain
 
 D = Decision.parse
-EVERY_PASS = [*PREPARATION, canonicalise, *ANALYSIS, *(each.apply for each in REWRITES)]
+EVERY_PASS = [*PREPARATION, *ANALYSIS, *(each.apply for each in REWRITES)]
 
 
 @pytest.mark.parametrize("made", EVERY_PASS, ids=lambda made: made.__name__)
 def test_every_pass_says_what_it_does(made):
+    """Its file begins with the graph before and after, or with what it finds or notes."""
     assert (made.__doc__ or "").strip().endswith((".", "?"))
-    assert (sys.modules[made.__module__].__doc__ or "").strip()
+    told = sys.modules[made.__module__].__doc__
+    assert re.search(r"^(Finds|Notes) " if made in ANALYSIS else r"^Before(,[^:]*)?: .*\bAfter: ", told, re.M | re.S), (
+        told
+    )
 
 
 @pytest.mark.parametrize("made", EVERY_PASS, ids=lambda made: made.__name__)

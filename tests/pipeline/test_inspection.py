@@ -1,5 +1,7 @@
 """Looking into a model without changing it."""
 
+import re
+
 import pytest
 import torch
 
@@ -97,3 +99,16 @@ def test_a_model_without_attention_is_refused():
 def test_a_pipeline_without_transformer_is_refused():
     with pytest.raises(UnsupportedPipelineError):
         inspect_model(object())
+
+
+def test_a_trace_shows_what_every_pass_makes_of_the_model(tmp_path):
+    model, inputs, _, _ = captured("dit")
+    inspect_model(model, inputs, trace=tmp_path)
+    (capture,) = tmp_path.iterdir()
+    sites = (capture / "07-find_sites.txt").read_text()
+    assert "# transformer_blocks.0.attn1: self, 4x4" in sites
+    assert re.search(r"^%\w+ = scaled_dot_product_attention\(.* attention of transformer_blocks\.0\.attn1", sites, re.M)
+    made = {path.name[11:]: (path / "03-window.txt").read_text() for path in capture.glob("variant-*")}
+    assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse"}
+    assert "<< window" in made["window_band_1_"]
+    assert "scaled_dot_product_attention" not in made["reuse"]
