@@ -1,6 +1,6 @@
-"""Passes over the captured graph of a model: find the attention sites, then rewrite them by their roles.
+"""Passes over the captured graph of a model: prepare it, find out what it shows, rewrite its sites by their roles.
 
-One pass per file, named after what it does; the module docstring shows the graph before and after and what is left
-untouched. A rewriting pass is a function ``(variant, context) -> None`` that acts on the sites whose role concerns it.
-Their order is one visible tuple, ``PASSES`` in :mod:`difa_compile.passes.order`, with the reason for it.
+``order`` says what is done in what order, and is the way in: ``analyse`` gives an analysed model, ``rewrite`` a variant.
+One pass per file, which begins with the graph before and after, or with what it finds. Imports plans, ops and ground
+words; emits ops and never a kernel; knows no compiler, no pipeline and no model class.
 """

@@ -1,4 +1,4 @@
-"""Following one call of a pipeline through its sampling schedule, without ever waiting for the device.
+"""What follows one call of a pipeline through its sampling schedule, without ever waiting for the device.
 
 A :class:`ScheduleFollower` knows at which step one call of a pipeline is, and has the run that belongs to it. It begins
 when a wired pipeline is called and is closed when that returns or raises. It hears of the scheduler's

@@ -1,4 +1,7 @@
-"""The report: one self-contained page that shows a plan and what it gained and lost."""
+"""The report: one self-contained page that shows a plan and what it gained and lost, and comparisons kept on disk.
+
+Imports comparison and what lies below.
+"""
 
 from difa_compile.files.writing import check_writable
 from difa_compile.report.machine import describe_machine, describe_versions
