@@ -192,7 +192,7 @@ import torch
 from torch._dynamo.utils import counters
 from difa_compile.backend.entry import difa
 from difa_compile.decision import FULL, REUSE
-from difa_compile.plan.plan import Plan
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.backend.run import sampling
 from tests.support.tiny_models import plain
 
