@@ -151,3 +151,10 @@ class ComparisonFormatError(DifaError, ValueError):
 
 class PassError(DifaError, RuntimeError):
     """A pass that failed at a graph, which is a fault of this package, or a limit on passes that is no number."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, NumPy's, a GPU's, or torch's on the CPU, whose error is a ``RuntimeError``."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from difa_compile.errors import DifaError, PassError
+from difa_compile.errors import DifaError, PassError, is_out_of_memory
 from difa_compile.layout import Layout
 from difa_compile.passes.analyse.batch_dims import follow_batch
 from difa_compile.passes.analyse.find_attention import Sites, find_sites, hold_positions
@@ -147,6 +147,8 @@ def rewrite(
             try:
                 each.apply(variant, target)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 node = variant.latest if variant.latest is not None else target.attention
                 raise _failed(each.name, error, f"site {target.site.path}, node {node.name}") from error
         if trace is not None:
@@ -159,12 +161,12 @@ def rewrite(
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Within this block what goes wrong unforeseen is an error of the pass called ``name``."""
+    """Within this block what goes wrong unforeseen, but for want of memory, is an error of the pass called ``name``."""
     try:
         yield
-    except DifaError:
-        raise
     except Exception as error:
+        if isinstance(error, DifaError) or is_out_of_memory(error):
+            raise
         raise _failed(name, error) from error
 
 

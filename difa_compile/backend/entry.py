@@ -21,7 +21,15 @@ from difa_compile.backend.graph_breaks import why_piece
 from difa_compile.backend.inductor import GraphCompiler, inductor, uses_cuda_graphs
 from difa_compile.backend.options import Options
 from difa_compile.backend.run import active_run, call_without_run
-from difa_compile.errors import DifaError, NoAttentionError, RunError, SitesMismatchError, UnsupportedModelError
+from difa_compile.errors import (
+    DifaError,
+    NoAttentionError,
+    OutputError,
+    PassError,
+    RunError,
+    SitesMismatchError,
+    UnsupportedModelError,
+)
 from difa_compile.passes.autocast import autocast_kept, runs_regions
 from difa_compile.passes.order import analyse
 from difa_compile.passes.trace import Trace
@@ -42,7 +50,8 @@ def difa(
     ``options``: what :class:`~difa_compile.backend.options.Options` names. Without a ``plan`` among them, inductor
     compiles the graph as it is. ``mode``: what the option of that name is if it is not among them.
 
-    Errors of this package that show at compile time are raised by the call that triggered it, as themselves.
+    Errors of this package that show at compile time are raised by the call that triggered it, as themselves; those that
+    are no fault of the call (:class:`PassError`, a trace that cannot be written) within what Dynamo raises.
     """
     given = {"mode": mode, **(options or {})}
     try:
@@ -50,6 +59,8 @@ def difa(
         if "plan" not in given:
             return inductor(module, example_inputs, chosen.config)
         return planned(module, example_inputs, chosen)
+    except (PassError, OutputError):
+        raise  # nothing that Dynamo should keep: the next call tries again
     except DifaError as error:
         return raiser(error)
 

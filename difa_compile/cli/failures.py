@@ -21,7 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from difa_compile.cli.terminal import INTERRUPTED, finished, keep_traceback, watched_output
-from difa_compile.errors import DifaError
+from difa_compile.errors import DifaError, is_out_of_memory
 from difa_compile.wording import shown, visible
 
 LONGEST = 2000
@@ -103,7 +103,7 @@ def _failed(error: BaseException, command: str) -> int:
     if isinstance(error, DifaError):
         show_failure(readable_name(error), str(error), f"difa --debug {command} … shows where it was raised")
         return 1
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         show_failure(
             "out of memory",
             f"The memory of this machine or device does not suffice: {shown(error)}\n"
@@ -134,13 +134,6 @@ def _misused(error: Any) -> int:
 def _shortened(message: str) -> str:
     """Typer repeats a bad value in full."""
     return shown(message, 600)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, of NumPy, of a GPU, or of torch on the CPU, whose error is a plain ``RuntimeError``."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _check_characters(arguments: Sequence[str]) -> None:

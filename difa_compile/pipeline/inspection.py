@@ -14,7 +14,14 @@ from torch import fx, nn
 
 from difa_compile.backend.verdicts import Record
 from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
-from difa_compile.errors import DifaError, NoAttentionError, UnsupportedModelError, UnsupportedPipelineError
+from difa_compile.errors import (
+    DifaError,
+    NoAttentionError,
+    OutputError,
+    PassError,
+    UnsupportedModelError,
+    UnsupportedPipelineError,
+)
 from difa_compile.layout import Layout
 from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.passes.order import analyse, rewrite
@@ -101,6 +108,8 @@ def inspect_model(
             models.append(analyse(module, example, layout=layout, trace=here))
             if here is not None:
                 trace_rewrites(models[-1], here)
+        except (PassError, OutputError):
+            raise
         except DifaError as error:
             failures.append(error)
         return module.forward

@@ -225,9 +225,8 @@ class _Dispatch:
             return
         if wiring not in dispatch.users:
             return
-        if len(dispatch.users) > 1:
-            dispatch.users.remove(wiring)
-        else:
+        dispatch.users = [user for user in dispatch.users if user is not wiring and user.is_alive]
+        if not dispatch.users:
             model._compiled_call_impl = dispatch.before
             model.__dict__.pop("cache_context", None)
 

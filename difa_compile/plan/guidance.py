@@ -243,7 +243,7 @@ def settle(pipe: object = None, stated: StatedGuidance = NOTHING_STATED, plan: P
     half = next((each for each in (stated.conditional_half, told, known.conditional_half) if each is not None), None)
     if stated.form is not None:
         form = stated.form
-    elif stated.conditional_half is None and "two-call" in (made_for, known.form):
+    elif made_for == "two-call" or (stated.conditional_half is None and known.form == "two-call"):
         form = "two-call"
     else:
         form = known.form if half is None else "batched"

@@ -233,9 +233,13 @@ def describe(node: fx.Node) -> Description | None:
     if rule is None:
         return Unknown(node, "whose effect on dimensions is not known")
     try:
-        return rule(node)
+        found = rule(node)
     except UnknownForm as form:
         return Unknown(node, str(form))
+    value = tensor_of(node)
+    if isinstance(found, Value) and value is not None and len(found.dimensions) != value.ndim:
+        return Unknown(node, "whose operands come in another form than is read here")
+    return found
 
 
 def place_of(node: fx.Node) -> str:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.backends.registry import list_backends, register_backend
+from torch._dynamo.exc import BackendCompilerFailed
 
 from difa_compile.backend.entry import difa
 from difa_compile.backend.run import sampling
@@ -21,6 +22,7 @@ from difa_compile.errors import (
     RunError,
     SiteSkippedError,
 )
+from difa_compile.passes import order
 from difa_compile.passes.order import ANALYSIS, PREPARATION
 from tests.support.tiny_models import (
     FAMILIES,
@@ -388,14 +390,40 @@ def test_a_trace_is_a_folder_that_can_be_written(tmp_path):
     model, inputs, _, _ = captured_plain()
     (tmp_path / "file").write_text("")
     with torch.no_grad():
-        with pytest.raises(OutputError, match="file"):
+        with pytest.raises(BackendCompilerFailed, match="file") as failed:
             compiled(model, plain_plan([FULL]), trace=tmp_path / "file")(**inputs)
+        assert isinstance(failed.value.inner_exception, OutputError)
         with pytest.raises(DecisionError, match="option trace is a int; give the path of a folder"):
             compiled(model, plain_plan([FULL]), trace=3)(**inputs)
 
 
-def test_a_limit_on_rewrites_that_is_no_number_is_refused(monkeypatch):
+def test_a_limit_on_rewrites_that_is_no_number_is_refused_until_it_is_one(monkeypatch):
+    """What is no fault of the call is not kept: the next call tries again."""
     model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL]))
     monkeypatch.setenv("DIFA_PASS_LIMIT", "many")
-    with torch.no_grad(), pytest.raises(PassError, match="DIFA_PASS_LIMIT is 'many'"):
-        compiled(model, plain_plan([FULL]))(**inputs)
+    with torch.no_grad(), sampling(fast, 1):
+        with pytest.raises(BackendCompilerFailed, match="DIFA_PASS_LIMIT is 'many'") as failed:
+            fast(**inputs)
+        assert isinstance(failed.value.inner_exception, PassError)
+        monkeypatch.setenv("DIFA_PASS_LIMIT", "0")
+        assert torch.equal(fast(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyError("a fault")])
+def test_a_pass_that_fails_once_is_tried_again(error, monkeypatch):
+    """For want of memory, which is said as such, or by a fault of its own."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([FULL]))
+
+    def fail(module, facts):
+        raise error
+
+    with torch.no_grad(), sampling(fast, 1):
+        with monkeypatch.context() as broken:
+            broken.setattr(order, "ANALYSIS", (*ANALYSIS, fail))
+            with pytest.raises(BackendCompilerFailed) as failed:
+                fast(**inputs)
+        expected = PassError if isinstance(error, KeyError) else type(error)
+        assert type(failed.value.inner_exception) is expected
+        assert torch.equal(fast(**inputs), model(**inputs))

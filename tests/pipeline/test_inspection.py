@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from difa_compile.errors import ExampleInputsError, NoAttentionError, UnsupportedPipelineError
+from difa_compile.errors import ExampleInputsError, NoAttentionError, OutputError, PassError, UnsupportedPipelineError
 from difa_compile.layout import Layout
+from difa_compile.passes import order
 from difa_compile.pipeline.inspection import inspect_model
 from tests.support.tiny_models import Average, captured, dit, pixart, plain
 from tests.support.tiny_pipelines import tiny_pipeline
@@ -112,3 +113,17 @@ def test_a_trace_shows_what_every_pass_makes_of_the_model(tmp_path):
     assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse"}
     assert "<< window" in made["window_band_1_"]
     assert "scaled_dot_product_attention" not in made["reuse"]
+
+
+def test_what_goes_wrong_in_a_pass_is_not_taken_for_a_model_without_attention(tmp_path, monkeypatch):
+    model, inputs, _, _ = captured("dit")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        inspect_model(model, inputs, trace=tmp_path / "file" / "x")
+
+    def broken(module, facts):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(order, "ANALYSIS", (broken,))
+    with pytest.raises(PassError, match="pass broken failed: KeyError"):
+        inspect_model(model, inputs)

@@ -1,6 +1,7 @@
 """Attaching to pipelines in place: what stays as it was, what is shared, and that calls do not see each other."""
 
 import copy
+import gc
 import inspect
 import pickle
 import threading
@@ -15,7 +16,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, F
 
 from difa_compile.decision import FULL
 from difa_compile.errors import UnsupportedPipelineError
-from difa_compile.pipeline.apply import apply
+from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.pipeline.schedule_follower import ScheduleFollower
 from difa_compile.pipeline.wiring import Wiring, unwired, wiring_of
@@ -319,3 +320,16 @@ def test_a_class_that_dynamo_gave_up_on_is_named_with_the_remedy():
         sample(pipe)
     torch._dynamo.reset()
     assert np.isfinite(sample(pipe)).all()
+
+
+def test_a_transformer_is_left_as_it_was_though_another_pipeline_of_it_is_gone():
+    one, two = tiny_pipeline(), tiny_pipeline()
+    two.transformer = one.transformer
+    for pipe in (one, two):
+        apply(pipe, plan_from_rule(pipe, 2, lambda step, site: FULL), inner="eager")
+    transformer = two.transformer
+    del one, pipe
+    gc.collect()
+    remove(two)
+    assert transformer._compiled_call_impl is None
+    assert "cache_context" not in transformer.__dict__

@@ -5,6 +5,7 @@ import inspect
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,6 +162,14 @@ def test_what_is_stated_of_guidance_completes_what_is_known():
     assert settle(other) == settle() == Guidance("unknown")
     assert settle(other, StatedGuidance("two-call")) == Guidance("two-call")
     assert settle(other, StatedGuidance(conditional_half=1)) == Guidance("batched", 1)
+
+
+def test_what_is_not_stated_is_as_the_plan_says():
+    for made_for, half, told, form in (("two-call", None, 0, "two-call"), ("batched", 1, 0, "batched")):
+        plan = SimpleNamespace(settings=SimpleNamespace(guidance=made_for, conditional_half=half), decisions=())
+        settled = settle(stated=StatedGuidance(conditional_half=told), plan=plan)
+        assert settled.form == form
+        assert settled.conditional_half == (told if form == "batched" else None)
 
 
 @pytest.mark.parametrize(
