@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_compile.decision import FULL, REUSE
-from difa_compile.errors import PassError
+from difa_compile.errors import PassError, is_out_of_memory
 from difa_compile.passes.autocast import autocast_kept
 from difa_compile.passes.caches import CacheName
 from difa_compile.passes.facts import Facts, Rewriter
@@ -224,7 +224,9 @@ def double_half(value: Any, dim: int | None) -> Any:
 
 
 def does_not_run(error: Exception) -> str:
-    """The reason where a region's variant cannot be made or run."""
+    """The reason where a region's variant cannot be made or run. Want of memory says nothing of it, and is raised."""
+    if is_out_of_memory(error):
+        raise error
     cause = error.__cause__ if isinstance(error, PassError) and error.__cause__ is not None else error
     return f"the rewritten region does not run: {type(cause).__name__}: {first_line(cause)}"
 

@@ -234,3 +234,15 @@ def test_rounding_counts_as_agreement_only_if_contiguous_outputs_explain_it():
     assert agree([rounded], [one], [rounded])
     assert not agree([rounded], [one], [one])
     assert not agree([wrong], [one], [wrong])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_want_of_memory_is_no_reason_against_a_region(error):
+    """It would leave the site full for good, with a reason that the next call disproves."""
+    _, _, module, values = captured_plain()
+
+    def full_of(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        prove(module, sites_of(module, values), 0, values, Context(0), full_of)
