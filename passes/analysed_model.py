@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from difa_compile.decision import Decision
 from difa_compile.passes.analyse.positions import HeldPositions
-from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.prepare.questions import Questions
 from difa_compile.passes.proofs import Proof
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
@@ -38,6 +37,9 @@ class AnalysedModel:
         split: ``canonical`` cut into segments.
         proofs: for each of ``sites``, why it must not be reused or shared.
         questions, positions: what of the inputs' values the graph holds for.
+        cache_dtypes: for each of ``sites`` the dtypes of what may be cached there, as its shapes
+            (:attr:`Site.cache_shapes`), and the device. Read once: a fake value says ``meta`` for its device while
+            another thread computes with values of its graph.
         first_parameter: where the first parameter of the model stands among the inputs, None if there is none.
     """
 
@@ -51,6 +53,7 @@ class AnalysedModel:
     questions: Questions
     positions: HeldPositions
     first_parameter: int | None
+    cache_dtypes: tuple[tuple[object, ...], ...]
     _reasons: dict[tuple[int, Decision], str | None] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -116,12 +119,6 @@ class AnalysedModel:
         inputs = tuple(str(node.target) for node in self.module.graph.find_nodes(op="placeholder"))
         pieces = tuple((segment.structure, segment.inputs, segment.outputs) for segment in self.split.segments)
         return structure_of(self.module), inputs, pieces, self.split.results
-
-    def cache_dtypes(self, site: int) -> tuple[object, ...]:
-        """The dtypes of what may be cached at a site, as its shapes (:attr:`Site.cache_shapes`), and the device."""
-        region = self.sites[site].region
-        values = [tensor_of(node) for node in (region.attention, *region.outputs)]
-        return *(None if value is None else value.dtype for value in values), getattr(values[0], "device", None)
 
     def parameter(self, args: Sequence[Any]) -> Tensor | None:
         """A parameter of the model that makes a call with ``args``, or None if it has none.

@@ -26,6 +26,7 @@ from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.analyse.sample import Sample, find_sample
 from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.passes.facts import Analysis, Facts, Preparation
+from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.limit import RewriteLimit
 from difa_compile.passes.prepare.arguments import name_arguments
 from difa_compile.passes.prepare.canonical import Prepared, canonicalise
@@ -115,6 +116,7 @@ def analyse(
         proofs=facts[Proofs].of_sites,
         questions=facts[Questions],
         positions=facts[HeldPositions],
+        cache_dtypes=tuple(map(_cache_dtypes, facts[Sites].rewritable)),
         first_parameter=next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None),
     )
 
@@ -157,6 +159,12 @@ def rewrite(
         finished = variant.finish()
     moved = tuple(target.site for target in variant.targets)
     return Rewritten(finished, tuple(variant.cache_inputs), tuple(variant.cache_outputs), moved)
+
+
+def _cache_dtypes(site: Site) -> tuple[object, ...]:
+    """The dtypes of what may be cached at a site, and the device."""
+    values = [tensor_of(node) for node in (site.region.attention, *site.region.outputs)]
+    return *(None if value is None else value.dtype for value in values), getattr(values[0], "device", None)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Fit:
             for row in capture.plan.decisions
         )
         caches = tuple(
-            (site.path, site.tokens, site.cache_shapes, *model.cache_dtypes(index))
+            (site.path, site.tokens, site.cache_shapes, *model.cache_dtypes[index])
             for index, site in enumerate(model.sites)
         )
         return cls(model.context.two_call, rows, model.batch, caches)

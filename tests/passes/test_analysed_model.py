@@ -138,7 +138,7 @@ def test_where_its_sites_stand(batched):
         assert segment.sites[0].path == batched.sites[index].path
     assert batched.batch == 2
     assert batched.sample == (3, 8, 12)
-    assert batched.cache_dtypes(0) == (torch.float32, torch.float32, torch.device("cpu"))
+    assert batched.cache_dtypes[0] == (torch.float32, torch.float32, torch.device("cpu"))
 
 
 def test_cross_attention_is_known_and_not_acted_on():
