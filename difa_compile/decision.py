@@ -1,12 +1,13 @@
 """Decisions: what a plan says for one site at one step.
 
-Definitions follow DiTFastAttn (arXiv 2406.08552) and CLEAR (arXiv 2412.16112):
+Definitions follow DiTFastAttn (arXiv 2406.08552), CLEAR (arXiv 2412.16112) and TaylorSeer (arXiv 2503.06923):
 
 ============================ ==========================================================================
 full                         the attention as the model computes it
 window                       keys limited to a neighbourhood of the query; text sees and is seen by everything
 window+residual              window attention plus ``full - window`` of the last full step (WA-RS)
 reuse                        the region's output of an earlier step; nothing is computed (AST)
+forecast:k                   the region's output, extrapolated from its last k + 1 computed ones; nothing is computed
 ...+cfg                      the conditional half of the batch is computed and copied to the other (ASC)
 ============================ ==========================================================================
 """
@@ -24,6 +25,7 @@ from difa_compile.errors import DecisionError
 from difa_compile.wording import quoted
 
 _WINDOW = r"([a-z]+):([0-9]+)"
+_FORECAST = r"forecast:([0-9]{1,4})(\(([a-z]+)\))?(\+cfg)?"
 
 
 class WindowShape(StrEnum):
@@ -109,6 +111,7 @@ class Kind(StrEnum):
     WINDOW = "window"
     WINDOW_RESIDUAL = "window+residual"
     REUSE = "reuse"
+    FORECAST = "forecast"
 
     @property
     def windowed(self) -> bool:
@@ -122,10 +125,23 @@ class Kind(StrEnum):
 
     def fills(self, cache: str | None) -> bool:
         """Whether a step of this kind has what goes into a cache: its ``"output"``, or its ``"residual"``."""
-        return self is Kind.FULL if cache == "residual" else self is not Kind.REUSE
+        return self is Kind.FULL if cache == "residual" else self.reads != "output"
 
 
-_READS = {Kind.WINDOW_RESIDUAL: "residual", Kind.REUSE: "output"}
+_READS = {Kind.WINDOW_RESIDUAL: "residual", Kind.REUSE: "output", Kind.FORECAST: "output"}
+
+
+class Basis(StrEnum):
+    """In what coordinate of the steps a forecast extrapolates: outputs are taken for a polynomial in it."""
+
+    PROGRESS = "progress"
+    """Progress through the schedule, the normalised timestep: uneven steps count as far as they go."""
+    STEP = "step"
+    """The number of the step: all steps count alike (TaylorSeer, arXiv 2503.06923)."""
+
+
+MAX_ORDER = 3
+"""A forecast of order k keeps k + 1 outputs of a site; higher ones amplify what is noise in them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -133,12 +149,16 @@ class Decision:
     """What one site does at one step.
 
     ``window`` is given for the two window kinds and for no other. ``cfg_shared``: only the conditional half of a
-    classifier-free-guidance batch is computed; the other half receives a copy.
+    classifier-free-guidance batch is computed; the other half receives a copy. ``order`` (1 to 3) and ``basis`` are
+    given for a forecast and for no other: the degree of the polynomial through the last ``order + 1`` computed outputs,
+    and the coordinate that it is one in.
     """
 
     kind: Kind
     window: Window | None = None
     cfg_shared: bool = False
+    order: int = 0
+    basis: Basis | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in list(Kind):
@@ -148,17 +168,37 @@ class Decision:
             raise DecisionError(f"decision {self.kind} needs a window, for instance Window('band', 128)")
         if not self.kind.windowed and self.window is not None:
             raise DecisionError(f"decision {self.kind} takes no window, but {self.window} was given")
+        if self.kind is Kind.FORECAST:
+            if isinstance(self.order, bool) or not isinstance(self.order, int) or not 1 <= self.order <= MAX_ORDER:
+                raise DecisionError(
+                    f"the order of a forecast is {quoted(self.order)}; give a whole number from 1 (a line through the "
+                    f"last two outputs) to {MAX_ORDER}, or use reuse"
+                )
+            basis = Basis.PROGRESS if self.basis is None else self.basis
+            if not isinstance(basis, str) or basis not in list(Basis):
+                raise DecisionError(f"the basis of a forecast is {quoted(basis)}; choose one of {', '.join(Basis)}")
+            object.__setattr__(self, "basis", Basis(basis))
+        elif self.order != 0 or self.basis is not None:
+            raise DecisionError(f"decision {self.kind} takes no order and no basis; only a forecast has them")
 
     def __str__(self) -> str:
         text = str(self.kind)
+        if self.kind is Kind.FORECAST:
+            text += f":{self.order}" + ("" if self.basis is Basis.PROGRESS else f"({self.basis})")
         if self.window is not None:
             text = text.replace("window", f"window({self.window})")
         return text + ("+cfg" if self.cfg_shared else "")
 
     @classmethod
     def parse(cls, text: str) -> Decision:
-        """Read what ``str`` writes: ``"full"``, ``"window(band:128)+residual+cfg"``, ``"reuse"``."""
+        """Read what ``str`` writes: ``"full"``, ``"window(band:128)+residual+cfg"``, ``"reuse"``, ``"forecast:1"``."""
         return _parsed(text)
+
+    @classmethod
+    def example(cls, kind: Kind, cfg_shared: bool = False) -> Decision:
+        """A decision of a kind, with the smallest window or the lowest order where it has one."""
+        window = Window(WindowShape.BAND, 1) if kind.windowed else None
+        return cls(kind, window, cfg_shared, 1 if kind is Kind.FORECAST else 0)
 
     @property
     def is_full(self) -> bool:
@@ -168,10 +208,14 @@ class Decision:
 
 @lru_cache(maxsize=4096)  # a plan repeats a few decisions in all its cells
 def _parsed(text: str) -> Decision:
+    forecast = re.fullmatch(_FORECAST, text)
+    if forecast:
+        order, _, basis, shared = forecast.groups()
+        return Decision(Kind.FORECAST, None, bool(shared), int(order), basis or Basis.PROGRESS)
     match = re.fullmatch(rf"(full|reuse|window\(({_WINDOW})\)(\+residual)?)(\+cfg)?", text)
     if not match:
         raise DecisionError(
-            f"decision {quoted(text)} is not understood; write full, reuse, window(SHAPE:RADIUS) or "
+            f"decision {quoted(text)} is not understood; write full, reuse, forecast:ORDER, window(SHAPE:RADIUS) or "
             "window(SHAPE:RADIUS)+residual, each with +cfg if the CFG halves are shared"
         )
     _, window, shape, radius, residual, shared = match.groups()

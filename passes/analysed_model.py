@@ -17,6 +17,7 @@ from difa_compile.decision import Decision
 from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.prepare.questions import Questions
 from difa_compile.passes.proofs import Proof
+from difa_compile.passes.rewrite.reuse import why_not_forecast
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.rewrite.window import why_not_window
 from difa_compile.passes.segments import Segment, Split, structure_of
@@ -83,6 +84,8 @@ class AnalysedModel:
         across_calls = decision.cfg_shared and self.context.two_call
         halved = decision.cfg_shared and not self.context.two_call
         reason = proof.reuse if decision.kind.reads == "output" or across_calls else None
+        if reason is None and decision.order:
+            reason = why_not_forecast(segment.sites[place])
         if reason is None and halved:
             reason = proof.sharing
         if reason is None and decision.window is not None:

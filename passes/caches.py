@@ -2,45 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, MutableMapping
+from typing import Literal, TypeVar
 
-CacheKind = Literal["output", "residual"]
+from difa_compile.decision import MAX_ORDER
+
+T = TypeVar("T")
+
+CacheKind = Literal["output", "residual", "weights"]
 
 
 class CacheName(str):
-    """The name of a cache: ``cache.<site>.output.<number>`` or ``cache.<site>.residual``.
+    """The name of a cache: ``cache.<site>.output.<number>``, ``cache.<site>.output.<number>.<age>`` or
+    ``cache.<site>.residual``; and of what goes with them, ``cache.<site>.weights``.
 
     A string, so it can stand wherever names do; built here and taken apart here, nowhere else. The *output* is what
-    left a region (its ``number``-th value), the *residual* is full minus window attention.
+    left a region (its ``number``-th value), the newest one or, with an ``age`` of 1, 2, ..., that of the computed step
+    before, and so on; the *residual* is full minus window attention. The *weights* of a forecast are numbers of the
+    run, one per output that it reads, the newest first: no graph writes them.
     """
 
     __slots__ = ()
 
     @classmethod
-    def output(cls, site: str, number: int) -> CacheName:
+    def output(cls, site: str, number: int, age: int = 0) -> CacheName:
         """The cache of the ``number``-th value that leaves the region of a site (its module path)."""
-        return cls(f"cache.{site}.output.{number}")
+        return cls(f"cache.{site}.output.{number}" + (f".{age}" if age else ""))
 
     @classmethod
     def residual(cls, site: str) -> CacheName:
         """The cache of ``full - window`` at a site (its module path)."""
         return cls(f"cache.{site}.residual")
 
+    @classmethod
+    def weights(cls, site: str) -> CacheName:
+        """The weights by which a site (its module path) is forecast."""
+        return cls(f"cache.{site}.weights")
+
     @property
     def kind(self) -> CacheKind:
-        return "residual" if self.endswith(".residual") else "output"
+        if self.endswith(".residual"):
+            return "residual"
+        return "weights" if self.endswith(".weights") else "output"
 
     @property
     def site(self) -> str:
         """The module path of the site."""
         path = self.removeprefix("cache.")
-        return path.removesuffix(".residual") if self.kind == "residual" else path.rpartition(".output.")[0]
+        return path.rpartition(".output.")[0] if self.kind == "output" else path.removesuffix(f".{self.kind}")
 
     @property
     def number(self) -> int:
-        """Which of the region's outputs it holds; 0 for a residual."""
-        return 0 if self.kind == "residual" else int(self.rpartition(".")[2])
+        """Which of the region's outputs it holds; 0 for what is no output."""
+        return self._output[0]
+
+    @property
+    def age(self) -> int:
+        """How many steps that computed the output came after it: 0 for the newest, and for what is no output."""
+        return self._output[1]
+
+    @property
+    def _output(self) -> tuple[int, int]:
+        if self.kind != "output":
+            return 0, 0
+        number, _, age = self.rpartition(".output.")[2].partition(".")
+        return int(number), int(age or 0)
+
+    def older(self) -> CacheName:
+        """The name that an output has once the next one is computed."""
+        return CacheName.output(self.site, self.number, self.age + 1)
 
     def at(self, site: str) -> CacheName:
-        """The cache of the same kind and number at another site."""
-        return CacheName.residual(site) if self.kind == "residual" else CacheName.output(site, self.number)
+        """The cache of the same kind, number and age at another site."""
+        if self.kind == "output":
+            return CacheName.output(site, self.number, self.age)
+        return CacheName.residual(site) if self.kind == "residual" else CacheName.weights(site)
+
+
+def renew(caches: MutableMapping[CacheName, T], written: Mapping[CacheName, T]) -> None:
+    """Add what a step has written. Outputs that were the newest become older, by name alone: nothing is copied."""
+    for name, value in written.items():
+        if name.kind == "output":
+            held, older = caches.get(name), name.older()
+            while held is not None and older.age <= MAX_ORDER:
+                caches[older], held, older = held, caches.get(older), older.older()
+        caches[name] = value

@@ -34,7 +34,7 @@ from difa_compile.passes.prepare.questions import Questions, answer_questions
 from difa_compile.passes.prepare.specialize import specialize
 from difa_compile.passes.proofs import Proofs, prove_regions
 from difa_compile.passes.rewrite.emit_caches import emit_caches
-from difa_compile.passes.rewrite.reuse import reuse
+from difa_compile.passes.rewrite.reuse import forecast, reuse
 from difa_compile.passes.rewrite.share_cfg import share_cfg
 from difa_compile.passes.rewrite.window import window
 from difa_compile.passes.segments import Split, cut_segments
@@ -61,7 +61,8 @@ ANALYSIS: tuple[Analysis, ...] = (
 
 REWRITES: tuple[Rewrite, ...] = (
     # First, so that nothing else works on regions that go.
-    Rewrite(reuse, lambda role: role.reads_output),
+    Rewrite(reuse, lambda role: role.reads_output and not role.decision.order),
+    Rewrite(forecast, lambda role: role.reads_output and role.decision.order > 0),
     # Before windows, so that the local attention is inserted on the halved values.
     Rewrite(share_cfg, lambda role: role.decision.cfg_shared and not role.reads_output),
     Rewrite(window, lambda role: role.decision.window is not None),

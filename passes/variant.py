@@ -63,8 +63,15 @@ class Variant:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
-    def read_cache(self, name: CacheName, like: fx.Node) -> fx.Node:
-        """A placeholder for cache ``name``, shaped like ``like`` and contiguous."""
+    def read_cache(
+        self,
+        name: CacheName,
+        like: fx.Node,
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """A placeholder for cache ``name``, contiguous and like ``like``, where no other shape or dtype is given."""
         if name not in self.cache_inputs:
             last = [node for node in self.graph.nodes if node.op == "placeholder"]
             first_op = next(node for node in self.graph.nodes if node.op != "placeholder")
@@ -73,7 +80,8 @@ class Variant:
             value = tensor_of(like)
             assert value is not None
             with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
-                node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+                sizes = value.shape if shape is None else shape
+                node.meta["example_value"] = torch.empty(sizes, dtype=dtype or value.dtype, device=value.device)
             node._dynamo_source = None
             node.meta["difa_cache"] = name
             self.cache_inputs[name] = node

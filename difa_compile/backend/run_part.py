@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.two_calls import conditional_role, take_over, unshared
-from difa_compile.decision import Decision
+from difa_compile.decision import MAX_ORDER, Basis, Decision
 from difa_compile.errors import PlanMismatchError, RunError
-from difa_compile.passes.caches import CacheName
-from difa_compile.plan.schedule import Promotion, Role, assign_roles, take_rows
+from difa_compile.ops.reference import extrapolation_dtype
+from difa_compile.passes.caches import CacheName, renew
+from difa_compile.plan.schedule import Promotion, Role, assign_roles, forecast_weights, output_sources, take_rows
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class StepCall:
     wanted: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a branch does from a step on at which nothing is cached: by step a role per site, and the weights of its
+    forecasts, each a view of one tensor per device and dtype."""
+
+    roles: Mapping[int, tuple[Role, ...]]
+    weights: Mapping[int, Mapping[CacheName, Tensor]]
+
+
 class RunPart:
     """The part of a run that belongs to the captures of one fit: the plan resolved onto the schedule, and the caches
     per branch.
@@ -95,14 +106,15 @@ class RunPart:
         self._promotions = promotions
         resolved = plan.resolve(steps, progress=progress)
         self._source_steps = resolved.source_steps
-        self.roles = self._roles_from(0)
-        self._branch_roles: dict[str | None, dict[int, tuple[Role, ...]]] = {}
-        """Roles by step of a branch that has left steps out, and so was entered anew."""
+        self._progress = resolved.progress
+        self._paths = tuple(site.path for site in capture.model.sites)
+        self._sites = {path: index for index, path in enumerate(self._paths)}
+        self._course = self._course_from(0)
+        self._branch_courses: dict[str | None, Course] = {}
+        """Of branches that have left steps out, and so were entered anew."""
         self.caches: dict[str | None, dict[CacheName, Tensor]] = {}
         self._last: dict[str | None, int] = {}
         self._shareable: set[RunPart] = set()
-        self._paths = tuple(site.path for site in capture.model.sites)
-        self._sites = {path: index for index, path in enumerate(self._paths)}
 
     def same_as(self, capture: Capture) -> Capture:
         """The capture that stands for ``capture``: the first that computes the same, or itself."""
@@ -123,24 +135,52 @@ class RunPart:
         read = {self._sites[name.site] for name in self.caches.get(branch, {}) if self._read_later(step, branch, name)}
         return [self._paths[site] for site in sorted(read)]
 
-    def _roles_from(self, step: int) -> tuple[tuple[Role, ...], ...]:
-        """Roles of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
+    def _course_from(self, step: int) -> Course:
+        """The course of the steps from ``step`` on, where nothing is cached: what would be read from before is full."""
         plan = self.capture.plan
         assert plan is not None
         start = self.first + step
         rows, promotions = take_rows(plan.decisions, self._source_steps[start:])
         self._promotions.update((replace(promotion, step=start + promotion.step), None) for promotion in promotions)
         effective = self.capture.verdicts.effective
-        return assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
+        roles = assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
+        weights = self._weights_of([[role.decision for role in row] for row in roles], self._progress[start:])
+        return Course(dict(enumerate(roles, start=step)), {step + i: found for i, found in weights.items()})
 
-    def _roles_now(self, step: int, branch: str | None) -> tuple[Role, ...]:
-        """The roles of a step, unless the branch has left steps out: then it is entered anew, with empty caches.
+    def _weights_of(
+        self, rows: Sequence[Sequence[Decision]], progress: Sequence[float]
+    ) -> dict[int, dict[CacheName, Tensor]]:
+        """The weights of all forecasts of a course, by step; moved to each device at once."""
+        found: dict[tuple[torch.device, torch.dtype], list[tuple[int, CacheName, tuple[float, ...]]]] = {}
+        for index, path in enumerate(self._paths):
+            column = [row[index] for row in rows]
+            if not any(decision.order for decision in column):
+                continue
+            _, *dtypes, device = self.capture.model.cache_dtypes[index]
+            assert isinstance(device, torch.device)
+            assert isinstance(dtypes[0], torch.dtype)
+            place = device, extrapolation_dtype(dtypes[0])
+            for step, (decision, sources) in enumerate(zip(column, output_sources(column), strict=True)):
+                if decision.order:
+                    weights = forecast_weights(progress, step, sources, decision.basis or Basis.PROGRESS)
+                    found.setdefault(place, []).append((step, CacheName.weights(path), weights))
+        by_step: dict[int, dict[CacheName, Tensor]] = {}
+        for (device, dtype), weights_there in found.items():
+            widest = max(len(weights) for _, _, weights in weights_there)
+            table = [[*weights, *[0.0] * (widest - len(weights))] for _, _, weights in weights_there]
+            tensor = torch.tensor(table, dtype=dtype, device=device)
+            for row, (step, name, weights) in zip(tensor, weights_there, strict=True):
+                by_step.setdefault(step, {})[name] = row[: len(weights)]
+        return by_step
+
+    def _course_now(self, step: int, branch: str | None) -> Course:
+        """The course of a branch at a step; if it has left steps out it is entered anew, with empty caches.
 
         Raises :class:`RunError` for a second call of one step and branch, which would take caches from the first.
         """
         last = self._last.get(branch)
-        known = self._branch_roles.get(branch)
-        if last == step and any(role.depends_on_calls for role in self.roles[step]):
+        known = self._branch_courses.get(branch)
+        if last == step and any(role.depends_on_calls for role in self._course.roles[step]):
             where = f"in branch {branch!r}" if branch else "without a branch"
             raise RunError(
                 f"step {self.first + step}: the model was called twice {where}, and the plan keeps caches, which such "
@@ -149,8 +189,8 @@ class RunPart:
             )
         if last != step and step != (0 if last is None else last + 1):
             self.caches[branch] = {}
-            known = self._branch_roles[branch] = dict(enumerate(self._roles_from(step), start=step))
-        return self.roles[step] if known is None else known[step]
+            known = self._branch_courses[branch] = self._course_from(step)
+        return self._course if known is None else known
 
     def drop_left(self, index: int) -> None:
         """The run goes to step ``index``: let go of the caches of branches that have left out the step before."""
@@ -166,8 +206,10 @@ class RunPart:
         sharing needs it, :class:`PlanMismatchError` if what is to be shared does not fit.
         """
         step = index - self.first
-        roles = self._roles_now(step, branch)
+        course = self._course_now(step, branch)
+        roles = course.roles[step]
         caches = self.caches.setdefault(branch, {})
+        weights = course.weights.get(step, {})
         if branch == "uncond" and conditional is not None:
             self._check_shareable(conditional)
         shared = [capture.model.context.two_call and role.decision.cfg_shared for role in roles]
@@ -176,7 +218,7 @@ class RunPart:
             shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
             roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
         if not any(shared):
-            return StepCall(step, roles, caches, {}, frozenset())
+            return StepCall(step, roles, {**caches, **weights} if weights else caches, {}, frozenset())
         if branch is None:
             raise RunError(
                 f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
@@ -185,14 +227,15 @@ class RunPart:
         if branch == "cond":
             row = tuple(conditional_role(role) if share else role for role, share in zip(roles, shared, strict=True))
             kept = frozenset(path for path, share in zip(self._paths, shared, strict=True) if share)
-            return StepCall(step, row, caches, {}, kept)
+            return StepCall(step, row, {**caches, **weights}, {}, kept)
         if conditional is None or not conditional.is_at(index):
             raise RunError(
                 f"step {index} shares the conditional call's attention with the {branch} call, but the "
                 "conditional call of this step has not been made; call the conditional branch first, or use a plan "
                 "without +cfg"
             )
-        taken = take_over(self._paths, roles, shared, caches, conditional.caches["cond"])
+        theirs_now = {**conditional.caches["cond"], **conditional.weights_at(index)}
+        taken = take_over(self._paths, roles, shared, {**caches, **weights}, theirs_now)
         return StepCall(step, taken.roles, taken.read, taken.kept, frozenset())
 
     def leave(
@@ -200,8 +243,7 @@ class RunPart:
     ) -> list[Any]:
         """The call is made: keep the caches that a later call reads. Gives outputs that share no memory with them."""
         caches = self.caches[branch]
-        caches.update(call.kept)
-        caches.update(written)
+        renew(caches, {**call.kept, **written})
         outputs = apart(outputs, caches)
         for name in list(caches):
             if not (name.kind == "output" and name.site in call.wanted) and not self._read_later(
@@ -218,7 +260,11 @@ class RunPart:
     def roles_at(self, index: int) -> tuple[Role, ...]:
         """The roles of the conditional branch at step ``index`` of the run."""
         step = index - self.first
-        return self._branch_roles.get("cond", {}).get(step, self.roles[step])
+        return self._branch_courses.get("cond", self._course).roles[step]
+
+    def weights_at(self, index: int) -> Mapping[CacheName, Tensor]:
+        """The weights of the conditional branch's forecasts at step ``index`` of the run."""
+        return self._branch_courses.get("cond", self._course).weights.get(index - self.first, {})
 
     def _check_shareable(self, conditional: RunPart) -> None:
         """Raise :class:`PlanMismatchError` if a site that shares has caches of other shapes in the conditional call.
@@ -230,7 +276,9 @@ class RunPart:
             return
         sites = zip(self.capture.model.sites, conditional.capture.model.sites, strict=True)
         for index, (mine, theirs) in enumerate(sites):
-            if mine.cache_shapes != theirs.cache_shapes and any(row[index].decision.cfg_shared for row in self.roles):
+            if mine.cache_shapes != theirs.cache_shapes and any(
+                row[index].decision.cfg_shared for row in self._course.roles.values()
+            ):
                 raise PlanMismatchError(
                     f"{mine.path}: the plan shares the conditional call's attention with the unconditional one, but it "
                     f"is over {theirs.tokens} tokens (batch {theirs.query_shape[0]}) in the conditional call and "
@@ -240,12 +288,18 @@ class RunPart:
         self._shareable.add(conditional)
 
     def _read_later(self, step: int, branch: str | None, name: CacheName) -> bool:
-        """Whether a step after ``step`` reads a cache before another step fills it."""
-        own = self._branch_roles.get(branch, {})
-        site = self._sites[name.site]
-        later = (own.get(i, self.roles[i])[site].decision.kind for i in range(step + 1, len(self.roles)))
-        touches = (kind.reads == name.kind for kind in later if kind.reads == name.kind or kind.fills(name.kind))
-        return next(touches, False)
+        """Whether a step after ``step`` reads a cache before other steps have filled it, or pushed it out."""
+        roles = self._branch_courses.get(branch, self._course).roles
+        site, age = self._sites[name.site], name.age
+        for later in range(step + 1, len(self._source_steps) - self.first):
+            decision = roles[later][site].decision
+            if decision.kind.reads == name.kind and age <= decision.order:
+                return True
+            if decision.kind.fills(name.kind):
+                age += 1
+                if name.kind == "residual" or age > MAX_ORDER:
+                    return False
+        return False
 
 
 def apart(outputs: list[Any], caches: Mapping[CacheName, Tensor]) -> list[Any]:

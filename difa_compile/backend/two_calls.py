@@ -1,8 +1,9 @@
 """Sharing the halves of guidance where they are two calls of a step: the second takes what the first has computed.
 
 The conditional call goes first. At a site that shares it computes as if nothing were shared, and its output is kept
-(:func:`conditional_role`). The unconditional call reads that output like one of an earlier step, and takes over the
-caches that its own later steps will read (:func:`take_over`). Who decides what is shared, a run of a plan or the search
+(:func:`conditional_role`). The unconditional call reads that output like one of an earlier step (what the conditional
+one has forecast it forecasts from the same outputs), and takes over the caches that its own later steps will read
+(:func:`take_over`). Who decides what is shared, a run of a plan or the search
 for one, does it by these two.
 """
 
@@ -58,15 +59,24 @@ def take_over(
         own: the caches of the unconditional branch. ``conditional``: those of the conditional branch, after its call of
             this step.
     """
-    row = tuple(Role(REUSE) if share else role for role, share in zip(roles, shared, strict=True))
+    row = tuple(_taking(role) if share else role for role, share in zip(roles, shared, strict=True))
     sharing = {path: role for path, role, share in zip(paths, roles, shared, strict=True) if share}
     read, kept = dict(own), {}
     for name, value in conditional.items():
         role = sharing.get(name.site)
         if role is None:
             continue
-        if name.kind == "output":
+        if name.kind != "residual":
             read[name] = value
-        if role.emit_output if name.kind == "output" else role.emit_residual:
+        if (
+            role.emit_residual
+            if name.kind == "residual"
+            else role.emit_output and name.kind == "output" and not name.age
+        ):
             kept[name] = value
     return TakenOver(row, read, kept)
+
+
+def _taking(role: Role) -> Role:
+    """The role that takes the conditional call's output."""
+    return Role(alone(role.decision) if role.decision.order else REUSE)

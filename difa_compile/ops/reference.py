@@ -5,6 +5,8 @@ Kernels, rewritten graphs and engines are tested against these functions; nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,24 @@ def combined(near: Tensor, mask: Tensor | None) -> Tensor:
 def residual(full: Tensor, local: Tensor) -> Tensor:
     """What a full step leaves for later window steps: ``full - local``, per head, before the output projection."""
     return full - local
+
+
+def extrapolate(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """A region's output, forecast from its last computed ones, the newest first: their sum, weighted.
+
+    ``outputs``: k + 1 tensors of one shape and floating-point dtype. ``weights``: (k + 1,), in
+    :func:`extrapolation_dtype`, in which the sum is taken; it is rounded once. TaylorSeer, arXiv 2503.06923; the
+    weights are those of the polynomial through the outputs (:func:`difa_compile.plan.schedule.forecast_weights`).
+    """
+    total = outputs[0].to(weights.dtype) * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=True):
+        total = total + output.to(weights.dtype) * weight
+    return total.to(outputs[0].dtype)
+
+
+def extrapolation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype outputs of a dtype are extrapolated: float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def share_halves(value: Tensor, conditional_half: int, dim: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from difa_compile.backend.verdicts import Record
-from difa_compile.decision import FULL, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import (
     DifaError,
     NoAttentionError,
@@ -187,7 +187,7 @@ def other_attention(model: nn.Module, found: Sequence[str]) -> tuple[Record, ...
 
 def example_decisions() -> tuple[Decision, ...]:
     """One decision of every kind but full, windows being the smallest there are."""
-    every = (Decision(kind, Window(WindowShape.BAND, 1) if kind.windowed else None) for kind in Kind)
+    every = map(Decision.example, Kind)
     return tuple(decision for decision in every if not decision.is_full)
 
 

@@ -15,6 +15,7 @@ Seconds (:func:`site_seconds`) are of a whole batch on one machine, and need its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,10 +60,11 @@ def attention_flops(
     """Operations of one site at one step, for one element of the batch.
 
     ``residual_window``: the step also takes a residual against this window, hence computes window attention too
-    (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing;
-    CFG sharing costs half. Raises :class:`LayoutError` as :func:`visible_pairs` does.
+    (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing,
+    forecasts too (elementwise work is not counted); CFG sharing costs half. Raises :class:`LayoutError` as
+    :func:`visible_pairs` does.
     """
-    if decision.kind is Kind.REUSE:
+    if decision.kind.reads == "output":
         return Flops(0, 0)
     inner = heads * head_dim
     pairs = visible_pairs(layout, decision.window, tokens)
@@ -132,11 +134,16 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
     """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
 
     A role that takes a residual computes its window as well. Reuse takes no time; CFG sharing that of half the batch
-    and a copy. None where the profile cannot tell: a dtype or kernel that was not measured, attention under a mask.
+    and a copy; a forecast that of its sum. None where the profile cannot tell: a dtype or kernel that was not measured,
+    attention under a mask.
     """
     decision, residual_window = _carried_out(role, site)
     if decision.kind is Kind.REUSE:
         return 0.0
+    if decision.kind is Kind.FORECAST:
+        elements = setting.batch * site.tokens * site.width
+        sums = [_passes(profile, setting, elements, 2) for _ in range(decision.order + 1)]
+        return _total(sums)
     if setting.masked:
         return None
     batch = max(1, setting.batch // 2) if decision.cfg_shared else setting.batch
@@ -155,7 +162,7 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
         )
 
     def passes(elements: int, reads: float) -> float | None:
-        return profile.seconds(ELEMENTWISE, dtype, elementwise_work(elements, dtype, device, reads))
+        return _passes(profile, setting, elements, reads)
 
     into = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.width, site.inner))
     out = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.inner, site.width))
@@ -166,6 +173,17 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
         parts += [attention(residual_window), passes(batch * site.tokens * site.inner, 2)]
     if decision.cfg_shared:
         parts.append(passes(setting.batch * site.tokens * site.width, 0.5))
+    return _total(parts)
+
+
+def _passes(profile: Profile, setting: Setting, elements: int, reads: float) -> float | None:
+    """Seconds of one elementwise operation that reads its ``elements`` so many times."""
+    work = elementwise_work(elements, setting.dtype, setting.device, reads)
+    return profile.seconds(ELEMENTWISE, setting.dtype, work)
+
+
+def _total(parts: Sequence[float | None]) -> float | None:
+    """The sum; None where a part is not known."""
     known = [part for part in parts if part is not None]
     return sum(known) if len(known) == len(parts) else None
 

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.decision import FULL, Basis, Decision, Kind, Window
 from difa_compile.errors import DecisionError, ScheduleError
 
 _SLACK = 1e-6
@@ -37,7 +37,7 @@ class Role:
 
     def __post_init__(self) -> None:
         if self.emit_output and not self.decision.kind.fills("output"):
-            raise DecisionError("a reuse step computes no output, so it cannot fill the output cache")
+            raise DecisionError(f"a {self.decision.kind} step computes no output, so it cannot fill the output cache")
         if self.emit_residual and not self.decision.is_full:
             raise DecisionError(f"only a full step has a residual, but {self.decision} was to fill the residual cache")
         if self.emit_residual != (self.residual_window is not None):
@@ -85,12 +85,14 @@ class Bucket:
 def assign_roles(rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
     """Roles of ``rows[step][site]``, by look-ahead.
 
-    A step writes the output cache of a site iff it is not reuse and the site's next step is. A step of kind full writes
-    the residual cache iff a window+residual comes later, before the next step of kind full. So each reader reads what
-    the latest step that could fill its cache has written: DiTFastAttn's rule (arXiv 2406.08552, section 3).
+    A step that computes a site's output writes it iff a later step reads it: a reuse reads what the latest such step
+    has computed, a forecast of order k what the latest k + 1 have. A step of kind full writes the residual cache iff a
+    window+residual comes later, before the next step of kind full. So each reader reads what the latest steps that
+    could fill its cache have written: DiTFastAttn's rule (arXiv 2406.08552, section 3).
 
     Raises :class:`ScheduleError`, naming step and site index, if there is no step, if rows differ in length, if a
-    reader has no earlier filler, and if two readers want residuals of the same full step against different windows.
+    reader has too few earlier fillers, and if two readers want residuals of the same full step against different
+    windows.
     """
     if not rows:
         raise ScheduleError("a schedule needs at least one step, but there is none")
@@ -107,16 +109,17 @@ def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
     residual: dict[int, tuple[Window, int]] = {}
     """Full step -> (window its residual is taken against, first step that reads it)."""
     last_full: int | None = None
-    filled = False
-    for step, decision in enumerate(column):
-        if decision.kind is Kind.REUSE:
-            if not filled:
+    kept: set[int] = set()
+    """Steps whose output is read."""
+    for step, (decision, sources) in enumerate(zip(column, output_sources(column), strict=True)):
+        if decision.kind.reads == "output":
+            if len(sources) <= decision.order:
                 raise ScheduleError(
-                    f"step {step}, site {site}: reuse needs the output of an earlier step, but no earlier step of this "
-                    "site computes one; make an earlier step full or windowed"
+                    f"step {step}, site {site}: {decision} needs {_outputs(decision)}, but "
+                    f"{_fewer(len(sources))} of this site computes one; make an earlier step full or windowed"
                 )
+            kept.update(sources)
             continue
-        filled = True
         if decision.kind is Kind.WINDOW_RESIDUAL:
             assert decision.window is not None  # Decision guarantees it
             if last_full is None:
@@ -135,10 +138,58 @@ def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
             last_full = step
     roles = []
     for step, decision in enumerate(column):
-        emit_output = decision.kind is not Kind.REUSE and step + 1 < len(column) and column[step + 1].kind is Kind.REUSE
         taken = residual.get(step)
-        roles.append(Role(decision, emit_output, taken is not None, taken[0] if taken else None))
+        roles.append(Role(decision, step in kept, taken is not None, taken[0] if taken else None))
     return roles
+
+
+def _outputs(decision: Decision) -> str:
+    return f"the outputs of {decision.order + 1} earlier steps" if decision.order else "the output of an earlier step"
+
+
+def _fewer(steps: int) -> str:
+    return "no earlier step" if steps == 0 else f"only {steps} earlier step{'s' if steps > 1 else ''}"
+
+
+def output_sources(column: Sequence[Decision]) -> tuple[tuple[int, ...], ...]:
+    """For each step of one site the steps whose outputs it reads, the newest first; fewer than it needs if there are
+    not as many before it, and none if it reads no output."""
+    computed: list[int] = []
+    found: list[tuple[int, ...]] = []
+    for step, decision in enumerate(column):
+        if decision.kind.reads == "output":
+            found.append(tuple(reversed(computed[-1 - decision.order :])))
+            continue
+        found.append(())
+        if decision.kind.fills("output"):
+            computed.append(step)
+    return tuple(found)
+
+
+def forecast_weights(
+    progress: Sequence[float], step: int, sources: Sequence[int], basis: Basis | str = Basis.PROGRESS
+) -> tuple[float, ...]:
+    """The weights by which the outputs of the steps ``sources`` are summed to forecast that of ``step``.
+
+    They are those of the polynomial through the outputs, of degree ``len(sources) - 1``, at the step: with x the step's
+    coordinate in ``basis`` and x_j those of the sources, ``w_j = prod over m != j of (x - x_m) / (x_j - x_m)``
+    (Lagrange; the same as Newton's divided differences). They sum to 1. Where a schedule visits a timestep twice
+    (second-order schedulers), sources of equal progress determine no polynomial in it, and the number of the step is
+    the coordinate.
+    """
+    of = [float(each) for each in range(len(progress))]
+    if basis is Basis.PROGRESS:
+        values = [progress[each] for each in sources]
+        if all(abs(a - b) > _SAME for i, a in enumerate(values) for b in values[:i]):
+            of = [float(value) for value in progress]
+    weights = []
+    for own in sources:
+        weight = 1.0
+        for other in sources:
+            if other != own:
+                weight *= (of[step] - of[other]) / (of[own] - of[other])
+        weights.append(weight)
+    return tuple(weights)
 
 
 def buckets(roles: Iterable[tuple[Role, ...]]) -> tuple[Bucket, ...]:
@@ -283,11 +334,12 @@ def take_rows(
 ) -> tuple[tuple[tuple[Decision, ...], ...], tuple[Promotion, ...]]:
     """Rows of a new schedule whose step ``j`` follows row ``source_steps[j]``, and the promotions this takes.
 
-    Contract 6. In the plan, a reuse at row ``i`` reads what the last row before ``i`` computed that is not reuse; a
-    window+residual reads the residual of the last row before ``i`` of kind full. In the new schedule a reader keeps its
-    decision iff what it would find is at least as recent: iff an earlier new step that fills the cache follows that row
-    or a later one. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the
-    caches itself, for the next readers of the same row: one promotion per gap is enough.
+    Contract 6. In the plan, a reuse or forecast at row ``i`` reads what the last rows before ``i`` computed that
+    compute an output; a window+residual reads the residual of the last row before ``i`` of kind full. In the new
+    schedule a reader keeps its decision iff the newest that it would find is at least as recent: iff an earlier new
+    step that fills the cache follows that row or a later one; a forecast of order k also needs k + 1 steps that fill
+    it. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the caches itself,
+    for the next readers of the same row: one promotion per gap is enough (for a forecast, up to k + 1).
 
     ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
     ``rows`` does. Raises :class:`ScheduleError` if source steps decrease or lie outside ``rows``.
@@ -312,27 +364,34 @@ def _take_column(
     plan: Sequence[Decision], source_steps: Sequence[int], site: int
 ) -> tuple[list[Decision], list[Promotion]]:
     """:func:`take_rows` for one site."""
-    outputs = _latest_before(decision.kind is not Kind.REUSE for decision in plan)
+    outputs = _latest_before(decision.kind.fills("output") for decision in plan)
     residuals = _latest_before(decision.is_full for decision in plan)
     column: list[Decision] = []
     promotions: list[Promotion] = []
     output_row = residual_row = -1
     """The plan row followed by the latest new step that computed an output, and by the latest of kind full."""
+    computed = 0
+    """How many new steps have computed an output."""
     for step, source in enumerate(source_steps):
         wanted = plan[source]
         decision = wanted
         needed, held, cache = -1, -1, ""
-        if wanted.kind is Kind.REUSE:
+        if wanted.kind.reads == "output":
             needed, held, cache = outputs[source], output_row, "output"
         elif wanted.kind is Kind.WINDOW_RESIDUAL:
             needed, held, cache = residuals[source], residual_row, "residual"
+        reason = ""
         if held < needed:
-            decision = Decision(Kind.FULL, None, wanted.cfg_shared)
             reason = f"it reads the {cache} of the plan's step {needed}, which no earlier step of this schedule follows"
+        elif wanted.order and computed <= wanted.order:
+            reason = f"it needs {_outputs(wanted)}, and in this schedule {_fewer(computed)} computes one"
+        if reason:
+            decision = Decision(Kind.FULL, None, wanted.cfg_shared)
             promotions.append(Promotion(step, site, wanted, reason))
         column.append(decision)
-        if decision.kind is not Kind.REUSE:
+        if decision.kind.fills("output"):
             output_row = source
+            computed += 1
         if decision.is_full:
             residual_row = source
     return column, promotions

@@ -52,11 +52,11 @@ class ResolvedView(Costed, Protocol):
     def steps(self) -> int: ...
 
 
-_LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: "."}
-_SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ","}
+_LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: ".", Kind.FORECAST: "P"}
+_SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ",", Kind.FORECAST: "p"}
 _PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
 _SHAPES = 8  # different shapes of sites that are told
-_LEGEND = "F full  W window  R window+residual  . reuse; f w r , the same with the CFG halves shared"
+_LEGEND = "F full  W window  R window+residual  . reuse  P forecast; f w r , p the same with the CFG halves shared"
 
 
 def letter(decision: Decision) -> str:

@@ -19,6 +19,8 @@ _LIGHT = {
     (Kind.WINDOW, True): "#45936f",
     (Kind.REUSE, False): "#3d73b4",
     (Kind.REUSE, True): "#244a7a",
+    (Kind.FORECAST, False): "#7cc4dd",
+    (Kind.FORECAST, True): "#3c93b4",
 }
 _DARK = {
     (Kind.FULL, False): "#3b434f",
@@ -29,15 +31,18 @@ _DARK = {
     (Kind.WINDOW, True): "#7ccaa3",
     (Kind.REUSE, False): "#5b97de",
     (Kind.REUSE, True): "#9cc5f5",
+    (Kind.FORECAST, False): "#2f7f99",
+    (Kind.FORECAST, True): "#62b9d3",
 }
 _MEANING = {
     Kind.FULL: "The attention as the model computes it.",
     Kind.WINDOW: "Each image token sees only its neighbourhood; text sees and is seen by everything.",
     Kind.WINDOW_RESIDUAL: "Window attention plus what the window left out at the last full step.",
     Kind.REUSE: "The output of an earlier step; nothing is computed, not even the projections.",
+    Kind.FORECAST: "What the outputs of the last computed steps lead to; nothing else is computed.",
 }
 _SHARED = " Only the conditional half of the batch is computed; the other half gets a copy."
-_ORDER = (Kind.FULL, Kind.WINDOW_RESIDUAL, Kind.WINDOW, Kind.REUSE)
+_ORDER = (Kind.FULL, Kind.WINDOW_RESIDUAL, Kind.WINDOW, Kind.FORECAST, Kind.REUSE)
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,13 @@ def _intro(plan: Plan) -> str:
 def _colours(plan: Plan) -> tuple[Colour, ...]:
     counts = Counter(decision for row in plan.decisions for decision in row)
     windows = sorted({decision.window for decision in counts if decision.window is not None})
-    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), d.cfg_shared))
+    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), str(d)))
+    forecasts = list(dict.fromkeys((d.order, d.basis) for d in ordered if d.order))
     colours = []
     for number, decision in enumerate(ordered):
         shade = windows.index(decision.window) / len(windows) if decision.window is not None else 0.0
+        if decision.order:
+            shade = forecasts.index((decision.order, decision.basis)) / len(forecasts)
         family = (decision.kind, decision.cfg_shared)
         meaning = _MEANING[decision.kind] + (_SHARED if decision.cfg_shared else "")
         light, dark = _mix(_LIGHT[family], "#000000", 0.45 * shade), _mix(_DARK[family], "#ffffff", 0.45 * shade)
