@@ -21,7 +21,7 @@ from difa_compile.passes.rewrite.reuse import why_not_forecast
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.rewrite.window import why_not_window
 from difa_compile.passes.segments import Segment, Split, structure_of
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Block, Site, Unit
 from difa_compile.passes.variant import Context
 
 
@@ -36,9 +36,11 @@ class AnalysedModel:
         sample: sizes of the noisy sample behind its first dimension, None where the samples of a list differ in them.
         all_sites: every attention call of ``canonical`` in execution order, cross-attention included.
         split: ``canonical`` cut into segments.
-        proofs: for each of ``sites``, why it must not be reused or shared.
+        blocks: the blocks that hold sites, as units of their own.
+        refused_blocks: path and reason of those that are no units.
+        proofs: for each of ``units``, why it must not be reused or shared.
         questions, positions: what of the inputs' values the graph holds for.
-        cache_dtypes: for each of ``sites`` the dtypes of what may be cached there, as its shapes
+        cache_dtypes: for each of ``units`` the dtypes of what may be cached there, as its shapes
             (:attr:`Site.cache_shapes`), and the device. Read once: a fake value says ``meta`` for its device while
             another thread computes with values of its graph.
         first_parameter: where the first parameter of the model stands among the inputs, None if there is none.
@@ -49,6 +51,8 @@ class AnalysedModel:
     context: Context
     sample: tuple[int, ...] | None
     all_sites: tuple[Site, ...]
+    blocks: tuple[Block, ...]
+    refused_blocks: tuple[tuple[str, str], ...]
     split: Split
     proofs: tuple[Proof, ...]
     questions: Questions
@@ -59,8 +63,13 @@ class AnalysedModel:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites a plan can act on (self- and joint attention), in execution order."""
+        """The attention sites a plan can act on (self- and joint attention), in execution order."""
         return tuple(site for site in self.all_sites if site.rewritable)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All that a plan can act on: the attention sites, then the blocks."""
+        return (*self.sites, *self.blocks)
 
     @property
     def batch(self) -> int:
@@ -68,7 +77,7 @@ class AnalysedModel:
         return self.sites[0].query_shape[0]
 
     def why_not(self, site: int, decision: Decision) -> str | None:
-        """The reason why ``decision`` can't be carried out at a site (an index into ``sites``), or None.
+        """The reason why ``decision`` can't be carried out at a site (an index into ``units``), or None.
 
         Guidance's halves are judged as ``context`` says they come: halves of a batch, or two calls, across which
         sharing is reuse within the step.
@@ -80,18 +89,24 @@ class AnalysedModel:
 
     def _why_not(self, site: int, decision: Decision) -> str | None:
         segment, place = self._place(site)
+        unit = segment.sites[place]
+        if isinstance(unit, Block) and (decision.window is not None or decision.cfg_shared):
+            what = (
+                "the halves of a whole block are not shared" if decision.cfg_shared else "a whole block has no window"
+            )
+            return f"{what}; decide so for its attention"
         proof = self.proofs[site]
         across_calls = decision.cfg_shared and self.context.two_call
         halved = decision.cfg_shared and not self.context.two_call
         reason = proof.reuse if decision.kind.reads == "output" or across_calls else None
         if reason is None and decision.order:
-            reason = why_not_forecast(segment.sites[place])
+            reason = why_not_forecast(unit)
         if reason is None and halved:
             reason = proof.sharing
-        if reason is None and decision.window is not None:
-            reason = why_not_window(segment.sites[place])
-        if reason is None and halved:
-            reason = why_not_shared(segment.module, segment.sites[place], self.context)
+        if reason is None and decision.window is not None and isinstance(unit, Site):
+            reason = why_not_window(unit)
+        if reason is None and halved and isinstance(unit, Site):
+            reason = why_not_shared(segment.module, unit, self.context)
         return reason
 
     def _place(self, site: int) -> tuple[Segment, int]:

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from torch import fx
 
 from difa_compile.layout import Layout
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Unit
 from difa_compile.passes.variant import Context, Rewritten
 from difa_compile.plan.schedule import Role
 
 T = TypeVar("T")
 
-Rewriter = Callable[[fx.GraphModule, Sequence[Site], Sequence[Role], Context], Rewritten]
+Rewriter = Callable[[fx.GraphModule, Sequence[Unit], Sequence[Role], Context], Rewritten]
 """Makes a variant: :func:`difa_compile.passes.order.rewrite`."""
 
 

@@ -22,6 +22,7 @@ from difa_compile.errors import DifaError, PassError, is_out_of_memory
 from difa_compile.layout import Layout
 from difa_compile.passes.analyse.batch_dims import follow_batch
 from difa_compile.passes.analyse.find_attention import Sites, find_sites, hold_positions
+from difa_compile.passes.analyse.find_blocks import Blocks, find_blocks
 from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.analyse.sample import Sample, find_sample
 from difa_compile.passes.analysed_model import AnalysedModel
@@ -38,7 +39,7 @@ from difa_compile.passes.rewrite.reuse import forecast, reuse
 from difa_compile.passes.rewrite.share_cfg import share_cfg
 from difa_compile.passes.rewrite.window import window
 from difa_compile.passes.segments import Split, cut_segments
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Unit
 from difa_compile.passes.trace import Trace
 from difa_compile.passes.variant import Context, Rewrite, Rewritten, start_variant
 from difa_compile.plan.schedule import Role
@@ -55,6 +56,7 @@ ANALYSIS: tuple[Analysis, ...] = (
     follow_batch,  # from the sample
     find_sites,  # with the grids of their tokens, from the sample
     hold_positions,  # the inputs by whose values those grids were told
+    find_blocks,  # that hold these sites
     cut_segments,  # around the blocks that hold sites
     prove_regions,  # segment by segment; by rewriting, so the batch is known by now
 )
@@ -117,21 +119,23 @@ def analyse(
         proofs=facts[Proofs].of_sites,
         questions=facts[Questions],
         positions=facts[HeldPositions],
-        cache_dtypes=tuple(map(_cache_dtypes, facts[Sites].rewritable)),
+        blocks=facts[Blocks].found,
+        refused_blocks=facts[Blocks].refused,
+        cache_dtypes=(*map(_cache_dtypes, facts[Sites].rewritable), *map(_cache_dtypes, facts[Blocks].found)),
         first_parameter=next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None),
     )
 
 
 def rewrite(
     module: fx.GraphModule,
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     roles: Sequence[Role],
     context: Context,
     *,
     trace: Trace | None = None,
     limit: RewriteLimit | None = None,
 ) -> Rewritten:
-    """Apply one role per site to a copy of a graph: the whole one or a segment. The roles must be possible.
+    """Apply possible roles, one per site (attention calls, then blocks), to a copy of a graph: the whole or a segment.
 
     ``trace``: where the copy is written after every pass. ``limit``: which rewrites are made. Raises
     :class:`PassError`, naming the pass, the site and the node.
@@ -162,7 +166,7 @@ def rewrite(
     return Rewritten(finished, tuple(variant.cache_inputs), tuple(variant.cache_outputs), moved)
 
 
-def _cache_dtypes(site: Site) -> tuple[object, ...]:
+def _cache_dtypes(site: Unit) -> tuple[object, ...]:
     """The dtypes of what may be cached at a site, and the device."""
     values = [tensor_of(node) for node in (site.region.attention, *site.region.outputs)]
     return *(None if value is None else value.dtype for value in values), getattr(values[0], "device", None)
@@ -197,6 +201,9 @@ def _told(fact: object) -> str:
             else f"{site.path}: cross"
             for site in fact.all
         )
+    if isinstance(fact, Blocks):
+        told = [f"{block.path}: {len(block.region.interior)} nodes, {block.flops} operations" for block in fact.found]
+        return "\n".join([*told, *(f"{path}: none, {reason}" for path, reason in fact.refused)])
     if isinstance(fact, Proofs):
         return "\n".join(f"{i}: {proof}" for i, proof in enumerate(fact.of_sites))
     if isinstance(fact, Split):

@@ -11,13 +11,16 @@ Finds :class:`Proofs`: for each site why it must not be reused, and why its halv
 A cache is contiguous, and what reads it may round otherwise than where it read the same numbers with other strides:
 where 1 or 2 hold up to rounding only, they must hold to the bit with the region's outputs made contiguous.
 
+A block proves the same of what it adds to its streams: 1 and 2 hold for its outputs as its stream plus that, to the
+bit, and as they are up to rounding, which ``stream + (output - stream)`` brings about.
+
 A site that fails 1 or 2 is not reused and not shared; one that fails 3 is not shared. Windows leave the region as it
 is and need none of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,7 +37,7 @@ from difa_compile.passes.graph import is_attention, is_parameter
 from difa_compile.passes.replay import Replay, close, coarsest, fresh, same
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.segments import Split
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Block, Region, Site, Unit
 from difa_compile.passes.variant import Context, Rewritten
 from difa_compile.plan.schedule import FULL_ROLE, Role
 
@@ -49,7 +52,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Proofs:
-    """One proof for each site that a plan can act on, in execution order."""
+    """One proof for each attention site and block that a plan can act on."""
 
     of_sites: tuple[Proof, ...]
 
@@ -87,16 +90,18 @@ def prove_regions(module: fx.GraphModule, facts: Facts) -> Proofs:
 
 def prove(
     module: fx.GraphModule,
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     index: int,
     inputs: Sequence[Any],
     context: Context,
     rewrite: Rewriter,
 ) -> Proof:
     """Put site ``index`` of a graph to the test. ``inputs``: real values of the graph."""
+    unit = sites[index]
     with autocast_kept():
-        reason = why_not_reused(module, sites, index, inputs, context, rewrite)
-    if reason is not None:
+        why_not = why_not_left_out if isinstance(unit, Block) else why_not_reused
+        reason = why_not(module, sites, index, inputs, context, rewrite)
+    if reason is not None or isinstance(unit, Block):
         return Proof(reason, reason)
     with autocast_kept():
         return Proof(None, why_not_halved(module, sites, index, inputs, context, rewrite))
@@ -104,7 +109,7 @@ def prove(
 
 def run_with(
     module: fx.GraphModule,
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     index: int,
     role: Role,
     values: Sequence[Any],
@@ -121,7 +126,7 @@ def run_with(
 
 def why_not_reused(
     module: fx.GraphModule,
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     index: int,
     inputs: Sequence[Any],
     context: Context,
@@ -130,10 +135,7 @@ def why_not_reused(
     region = sites[index].region
     if any(is_attention(node) for node in region.interior if node is not region.attention):
         return "another attention call lies within its region"
-    other = [
-        elsewhere(value) if not is_parameter(node) else value
-        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    ]
+    other = moved(module, inputs)
     try:
         expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context, rewrite)
         found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context, rewrite)
@@ -159,16 +161,78 @@ def why_not_reused(
     return None
 
 
+def why_not_left_out(
+    module: fx.GraphModule,
+    sites: Sequence[Unit],
+    index: int,
+    inputs: Sequence[Any],
+    context: Context,
+    rewrite: Rewriter,
+) -> str | None:
+    """:func:`why_not_reused` for a block, of which the sum that it adds to its streams is cached."""
+    region = sites[index].region
+    other = moved(module, inputs)
+    try:
+        expected, caches = run_with(module, sites, index, Role(FULL, emit_output=True), inputs, {}, context, rewrite)
+        found, _ = run_with(module, sites, index, Role(REUSE), inputs, caches, context, rewrite)
+        added: dict[int, Tensor] = {}
+        summed = replay_sums(module, region, inputs, lambda i, x, y: x + added.setdefault(i, y - x))
+        taken, _ = run_with(module, sites, index, Role(REUSE), other, caches, context, rewrite)
+        foreign = replay_sums(module, region, other, lambda i, x, y: x + added[i])
+        row = [Role(REUSE) if i == index else FULL_ROLE for i in range(len(sites))]
+        left = rewrite(module, sites, row, context).module
+    except Exception as error:  # whatever a model's ops raise is the reason, shown to the user
+        return does_not_run(error)
+    dtype = coarsest(module)
+    exact = all(same(a, b) for a, b in zip(found, summed, strict=True))
+    if not exact or not all(close(a, b, dtype) for a, b in zip(found, expected, strict=True)):
+        return "reusing what the block itself has added does not reproduce its output"
+    if len(left.graph.nodes) > len(module.graph.nodes) - len(region.interior) + 2 * len(region.outputs):
+        return "reuse would save nothing: what the block computes is used elsewhere"
+    if not all(same(a, b) for a, b in zip(taken, foreign, strict=True)):
+        return "what the block adds depends on other values of its step"
+    return None
+
+
+def replay_sums(
+    module: fx.GraphModule, region: Region, inputs: Sequence[Any], made: Callable[[int, Tensor, Tensor], Tensor]
+) -> Sequence[Any]:
+    """Outputs of a graph in which each output y of a block, by number and with its stream x, is what ``made`` says."""
+    streams: dict[fx.Node, Tensor] = {}
+
+    def noted(node: fx.Node, value: Tensor) -> Tensor:
+        streams[node] = value
+        return value
+
+    def exchanged(i: int, value: Tensor) -> Tensor:
+        return made(i, streams[region.streams[i]], value)
+
+    changed: dict[fx.Node, Callable[[Any], Any]] = {node: partial(noted, node) for node in region.streams}
+    changed |= {output: partial(exchanged, i) for i, output in enumerate(region.outputs)}
+    result: Sequence[Any] = Replay(module, changed=changed).run(*fresh(module, inputs))
+    return result
+
+
+def moved(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Other inputs of the same shapes, for the same model."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return [
+        elsewhere(value) if not is_parameter(node) else value for node, value in zip(placeholders, inputs, strict=True)
+    ]
+
+
 def why_not_halved(
     module: fx.GraphModule,
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     index: int,
     inputs: Sequence[Any],
     context: Context,
     rewrite: Rewriter,
 ) -> str | None:
     shared = Role(replace(FULL, cfg_shared=True))
-    if context.conditional_half is None or why_not_shared(module, sites[index], context) is not None:
+    site = sites[index]
+    assert isinstance(site, Site)
+    if context.conditional_half is None or why_not_shared(module, site, context) is not None:
         return None  # said when sharing is asked for
     roles = [shared if i == index else FULL_ROLE for i in range(len(sites))]
     try:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from difa_compile.passes.analyse.find_attention import Sites
+from difa_compile.passes.analyse.find_blocks import Blocks
 from difa_compile.passes.autocast import EXIT, is_enter, is_exit, open_at
 from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
@@ -33,7 +34,7 @@ from difa_compile.passes.graph import (
     tensor_of,
 )
 from difa_compile.passes.prepare.specialize import check_sizes
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Block, Unit
 from difa_compile.passes.variant import move_site
 
 
@@ -42,7 +43,8 @@ class Segment:
     """A piece of a graph as a graph of its own.
 
     ``inputs`` and ``outputs`` are value numbers, in the order of the module's placeholders and results. ``sites`` are
-    the sites inside, bound to the module's nodes; ``site_indices`` are their numbers among all rewritable sites.
+    the attention sites and blocks inside, bound to the module's nodes; ``site_indices`` are their numbers among all
+    that a plan can act on.
     ``structure`` is equal for segments that compute the same function of their inputs. ``last_use``: the inputs that no
     later segment reads.
     """
@@ -50,7 +52,7 @@ class Segment:
     module: fx.GraphModule
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[Unit, ...]
     site_indices: tuple[int, ...]
     structure: str
     last_use: tuple[int, ...]
@@ -71,13 +73,13 @@ class Split:
 
 def cut_segments(module: fx.GraphModule, facts: Facts) -> Split:
     """Cut the graph around its blocks. Raises :class:`UnsupportedModelError` if a value of open size would cross."""
-    split = split_at_blocks(module, facts[Sites].rewritable)
+    split = split_at_blocks(module, (*facts[Sites].rewritable, *facts[Blocks].found))
     for segment in split.segments:
         check_sizes(segment.module.graph.find_nodes(op="placeholder"))
     return split
 
 
-def split_at_blocks(module: fx.GraphModule, sites: Sequence[Site]) -> Split:
+def split_at_blocks(module: fx.GraphModule, sites: Sequence[Unit]) -> Split:
     """Cut ``module`` around the repeated blocks that hold ``sites``."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
@@ -108,7 +110,7 @@ def split_at_blocks(module: fx.GraphModule, sites: Sequence[Site]) -> Split:
     return Split(module, finished, len(number), results)
 
 
-def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[Site]) -> list[int]:
+def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[Unit]) -> list[int]:
     """Where segments start: ascending positions in ``body``, the first of them 0."""
     starts = {0}
     for site in sites:
@@ -139,7 +141,7 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[S
 def build_segment(
     module: fx.GraphModule,
     piece: list[fx.Node],
-    sites: Sequence[Site],
+    sites: Sequence[Unit],
     number: dict[fx.Node, int],
     returned: set[object],
 ) -> Segment:
@@ -207,7 +209,7 @@ def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return fresh
 
 
-def structure_of(module: fx.GraphModule, sites: Sequence[Site] = ()) -> str:
+def structure_of(module: fx.GraphModule, sites: Sequence[Unit] = ()) -> str:
     """A digest of what a graph computes and of its sites: ops, arguments and input shapes, without names or paths.
 
     Graphs with attributes of their own (constants) are only equal to themselves.
@@ -226,5 +228,9 @@ def structure_of(module: fx.GraphModule, sites: Sequence[Site] = ()) -> str:
         lines.append(text)
     for site in sites:
         nodes = (site.region.attention, *site.region.interior, *site.region.outputs)
+        if isinstance(site, Block):
+            nodes = (*site.region.interior, *site.region.outputs, *site.region.streams)
+            lines.append(f"block {[names[node] for node in nodes]}")
+            continue
         lines.append(f"site {site.kind} {site.mask} {site.layout} {[names[node] for node in nodes]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

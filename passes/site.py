@@ -1,7 +1,8 @@
-"""Sites: the attention calls of a graph, the regions around them, and what is known about each."""
+"""Sites: the attention calls of a graph and its blocks, the regions around them, and what is known about each."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +22,8 @@ class SiteKind(StrEnum):
     """Several streams in keys and values, all of them (MMDiT: image and text) or one in the queries."""
     CROSS = "cross"
     """Keys from elsewhere than the queries (text conditioning); left alone."""
+    BLOCK = "block"
+    """A whole block: norms, attention, MLP and gates."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,16 @@ class Region:
 
     ``interior`` holds every node from the q/k/v projections to ``outputs`` (after the output projection where it
     belongs to the attention module), closed under in-place writes. ``inputs`` are values from outside that it reads.
+    Of a block, ``interior`` is all that leads to its ``outputs``, ``attention`` the first attention inside, and
+    ``streams`` has for each output the input that it is added to: what is cached is the difference. An attention's
+    region has no streams: its outputs are cached as they are.
     """
 
     attention: fx.Node
     interior: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    streams: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,41 @@ class Site:
     def rewritable(self) -> bool:
         """Whether a plan can act on this site at all: self- and joint attention of the denoised stream."""
         return self.kind is not SiteKind.CROSS
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a graph that holds sites: all that it adds to its one or two streams.
+
+    ``flops``: operations (two per multiply-add) of its linears, convolutions and attention for one element of the
+    batch.
+    """
+
+    path: str
+    region: Region
+    flops: int
+
+    @property
+    def kind(self) -> SiteKind:
+        return SiteKind.BLOCK
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its streams together, of one element of the batch."""
+        shapes = [shape_of(output) for output in self.region.outputs]
+        return sum(math.prod(shape[1:-1]) for shape in shapes)
+
+    @property
+    def info(self) -> SiteInfo:
+        """What a plan records about this block."""
+        width = shape_of(self.region.outputs[0])[-1]
+        return SiteInfo(self.path, str(self.kind), 1, width, self.tokens, width, None, self.flops)
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what may be cached, after one that stands where an attention has its residual's."""
+        return (), *(shape_of(output) for output in self.region.outputs)
+
+
+Unit = Site | Block
+"""What a plan decides on: an attention call or a whole block."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from difa_compile.passes.autocast import autocast_of
 from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import copy_module, tensor_of
-from difa_compile.passes.site import Region, Site
+from difa_compile.passes.site import Block, Region, Site, Unit
 from difa_compile.plan.schedule import Role
 
 
@@ -38,7 +38,7 @@ class Context:
 class Target:
     """A site in a variant while it is rewritten: the nodes that stand for its attention and outputs now."""
 
-    site: Site
+    site: Unit
     role: Role
     attention: fx.Node
     outputs: list[fx.Node]
@@ -133,7 +133,7 @@ class Rewritten:
     module: fx.GraphModule
     cache_inputs: tuple[CacheName, ...]
     cache_outputs: tuple[CacheName, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Rewrite:
 
 
 def start_variant(
-    module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[Role], context: Context = Context()
+    module: fx.GraphModule, sites: Sequence[Unit], roles: Sequence[Role], context: Context = Context()
 ) -> Variant:
     """Copy a graph and bind each site, in order, to its role."""
     fresh, mapping = copy_module(module)
@@ -164,20 +164,20 @@ def start_variant(
     return Variant(fresh, targets, context)
 
 
-def move_site(site: Site, mapping: dict[fx.Node, fx.Node]) -> Site:
+U = TypeVar("U", bound=Site | Block)
+
+
+def move_site(site: U, mapping: dict[fx.Node, fx.Node]) -> U:
     """The same site in a copied graph."""
     region = site.region
-    return Site(
-        **{
-            **{name: getattr(site, name) for name in Site.__dataclass_fields__},
-            "region": Region(
-                mapping[region.attention],
-                tuple(mapping[node] for node in region.interior),
-                tuple(mapping[node] for node in region.inputs),
-                tuple(mapping[node] for node in region.outputs),
-            ),
-        }
+    moved = Region(
+        mapping[region.attention],
+        *(
+            tuple(mapping[node] for node in nodes)
+            for nodes in (region.interior, region.inputs, region.outputs, region.streams)
+        ),
     )
+    return replace(site, region=moved)
 
 
 def refresh(node: fx.Node) -> None:

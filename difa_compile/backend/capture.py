@@ -96,7 +96,8 @@ class Capture:
         self._rows: dict[tuple[Role, ...], CompiledRow] = {}
         self._lock = threading.RLock()
         if plan is not None:
-            infos = [site.info for site in model.sites]
+            units = model.units if any(site.is_block for site in plan.sites) else model.sites
+            infos = [unit.info for unit in units]
             samples = (model.sample, plan.settings.sample)
             if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites, samples)):
                 plan = plan.resized(infos, resize or "tokens")
@@ -117,8 +118,8 @@ class Capture:
     # --- whole rows --------------------------------------------------------------------------------------------------
 
     def compiled_row(self, roles: tuple[Role, ...]) -> CompiledRow:
-        """The function that makes one call of the model with one role per site: of inputs and caches, giving outputs
-        and the caches written. What it needs is compiled when it is first called."""
+        """The function that makes one call of the model with one role per site or unit: of inputs and caches, giving
+        outputs and the caches written. What it needs is compiled when it is first called."""
         return self._rows.get(roles) or partial(self._first_call, roles)
 
     def full(self) -> CompiledRow:
@@ -147,8 +148,9 @@ class Capture:
         outputs = self.outputs(state)
         return [copied(value) for value in outputs] if self._overwrites else outputs, dict(state.caches_out)
 
-    def stitched(self, roles: tuple[Role, ...]) -> CompiledRow:
+    def stitched(self, roles: Sequence[Role]) -> CompiledRow:
         """One function that runs all segments with one role per site; their variants must have been run before."""
+        roles = self._whole(roles)
         links = [self._link(i, roles) for i in range(len(self.model.split.segments))]
         return stitch(self.model.split, links, self._overwrites)
 
@@ -169,10 +171,10 @@ class Capture:
     def advance(self, state: State, roles: Sequence[Role], caches: Caches, *, stop: int | None = None) -> State:
         """Run on from ``state`` with one role per site, to the end or up to the segment that holds site ``stop``.
 
-        ``caches`` are read by name; those written are in the result's ``caches_out``. ``state`` stays as it was.
+        ``roles`` are of the attention sites, then of the blocks, which are full where they have none. ``caches`` are
+        read by name; those written are in the result's ``caches_out``. ``state`` stays as it was.
         """
-        if len(roles) != len(self.model.sites):
-            raise PlanMismatchError(f"{len(roles)} roles were given for {len(self.model.sites)} sites")
+        roles = self._whole(roles)
         segments = self.model.split.segments
         end = len(segments) if stop is None else self.model.segment_of(stop)
         values = list(state.values)
@@ -190,6 +192,13 @@ class Capture:
                 values[number] = None
         return State(tuple(values), max(end, state.position), written)
 
+    def _whole(self, roles: Sequence[Role]) -> tuple[Role, ...]:
+        """One role per unit of the model, given those of its sites or of all."""
+        units = len(self.model.units)
+        if len(roles) not in (len(self.model.sites), units):
+            raise PlanMismatchError(f"{len(roles)} roles were given for {len(self.model.sites)} sites")
+        return (*roles, *[FULL_ROLE] * (units - len(roles)))
+
     def outputs(self, state: State) -> list[Any]:
         """The graph's outputs, once a state is at the end."""
         return [None if number is None else state.values[number] for number in self.model.split.results]
@@ -204,7 +213,7 @@ class Capture:
 
     def _names(self, segment: Segment, caches: Sequence[tuple[int, CacheName]]) -> tuple[CacheName, ...]:
         """The names of a variant's caches at a segment."""
-        paths = [self.model.sites[i].path for i in segment.site_indices]
+        paths = [self.model.units[i].path for i in segment.site_indices]
         return tuple(name.at(paths[i]) for i, name in caches)
 
     def _variant(self, index: int, roles: tuple[Role, ...], inputs: Sequence[Any], caches: Caches) -> CompiledVariant:

@@ -39,7 +39,7 @@ class Fit:
         )
         caches = tuple(
             (site.path, site.tokens, site.cache_shapes, *model.cache_dtypes[index])
-            for index, site in enumerate(model.sites)
+            for index, site in enumerate(model.units[: len(capture.plan.sites)])
         )
         return cls(model.context.two_call, rows, model.batch, caches)
 
@@ -107,7 +107,7 @@ class RunPart:
         resolved = plan.resolve(steps, progress=progress)
         self._source_steps = resolved.source_steps
         self._progress = resolved.progress
-        self._paths = tuple(site.path for site in capture.model.sites)
+        self._paths = tuple(site.path for site in plan.sites)
         self._sites = {path: index for index, path in enumerate(self._paths)}
         self._course = self._course_from(0)
         self._branch_courses: dict[str | None, Course] = {}
@@ -140,27 +140,29 @@ class RunPart:
         plan = self.capture.plan
         assert plan is not None
         start = self.first + step
-        rows, promotions = take_rows(plan.decisions, self._source_steps[start:])
+        rows, promotions = take_rows(plan.decisions, self._source_steps[start:], plan.blocks)
         self._promotions.update((replace(promotion, step=start + promotion.step), None) for promotion in promotions)
         effective = self.capture.verdicts.effective
-        roles = assign_roles([[effective(site, decision) for site, decision in enumerate(row)] for row in rows])
-        weights = self._weights_of([[role.decision for role in row] for row in roles], self._progress[start:])
+        carried_out = [[effective(site, decision) for site, decision in enumerate(row)] for row in rows]
+        roles = assign_roles(carried_out, plan.blocks)
+        weights = self._weights_of(roles, self._progress[start:])
         return Course(dict(enumerate(roles, start=step)), {step + i: found for i, found in weights.items()})
 
     def _weights_of(
-        self, rows: Sequence[Sequence[Decision]], progress: Sequence[float]
+        self, rows: Sequence[Sequence[Role]], progress: Sequence[float]
     ) -> dict[int, dict[CacheName, Tensor]]:
         """The weights of all forecasts of a course, by step; moved to each device at once."""
         found: dict[tuple[torch.device, torch.dtype], list[tuple[int, CacheName, tuple[float, ...]]]] = {}
         for index, path in enumerate(self._paths):
-            column = [row[index] for row in rows]
+            column = [row[index].decision for row in rows]
             if not any(decision.order for decision in column):
                 continue
+            read = output_sources(column, [row[index].covered for row in rows])
             _, *dtypes, device = self.capture.model.cache_dtypes[index]
             assert isinstance(device, torch.device)
             assert isinstance(dtypes[0], torch.dtype)
             place = device, extrapolation_dtype(dtypes[0])
-            for step, (decision, sources) in enumerate(zip(column, output_sources(column), strict=True)):
+            for step, (decision, sources) in enumerate(zip(column, read, strict=True)):
                 if decision.order:
                     weights = forecast_weights(progress, step, sources, decision.basis or Basis.PROGRESS)
                     found.setdefault(place, []).append((step, CacheName.weights(path), weights))
@@ -274,7 +276,7 @@ class RunPart:
         """
         if conditional is self or conditional in self._shareable or not self.capture.model.context.two_call:
             return
-        sites = zip(self.capture.model.sites, conditional.capture.model.sites, strict=True)
+        sites = zip(self.capture.model.sites, conditional.capture.model.sites, strict=True)  # blocks share nothing
         for index, (mine, theirs) in enumerate(sites):
             if mine.cache_shapes != theirs.cache_shapes and any(
                 row[index].decision.cfg_shared for row in self._course.roles.values()
@@ -292,7 +294,10 @@ class RunPart:
         roles = self._branch_courses.get(branch, self._course).roles
         site, age = self._sites[name.site], name.age
         for later in range(step + 1, len(self._source_steps) - self.first):
-            decision = roles[later][site].decision
+            role = roles[later][site]
+            decision = role.decision
+            if role.covered:
+                continue
             if decision.kind.reads == name.kind and age <= decision.order:
                 return True
             if decision.kind.fills(name.kind):

@@ -62,7 +62,7 @@ class Verdicts:
             self._slower = prediction.slower_windows(plan.decisions, self.effective)
         self.records = tuple(
             self._record(index, decision)
-            for index in range(len(model.sites))
+            for index in range(len(plan.sites))
             for decision in dict.fromkeys(row[index] for row in plan.decisions)
         )
 
@@ -81,7 +81,7 @@ class Verdicts:
         )
 
     def why_not(self, index: int, decision: Decision) -> str | None:
-        """The reason why ``decision`` can't be carried out at a site (by index), or None."""
+        """The reason why ``decision`` can't be carried out at a site or block (by index), or None."""
         if decision.cfg_shared and self.why_unshared is not None:
             return self.why_unshared
         return self._model.why_not(index, decision)
@@ -98,7 +98,7 @@ class Verdicts:
     def _check(self, plan: Plan) -> None:
         impossible = [
             (site.path, decision, reason)
-            for index, site in enumerate(self._model.sites)
+            for index, site in enumerate(self._model.units[: len(plan.sites)])
             for decision in dict.fromkeys(row[index] for row in plan.decisions)
             if (reason := self.why_not(index, decision)) is not None
         ]
@@ -113,4 +113,4 @@ class Verdicts:
     def _record(self, index: int, decision: Decision) -> Record:
         reason = self.why_not(index, decision) or self._slower.get((index, decision))
         outcome = "skipped" if reason else "full" if decision == FULL else "rewritten"
-        return Record(self._model.sites[index].path, str(decision), outcome, reason or "")
+        return Record(self._model.units[index].path, str(decision), outcome, reason or "")

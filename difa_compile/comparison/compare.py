@@ -457,7 +457,9 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
 
 def _carried_out(capture: Capture, rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
     """The roles with every skipped decision replaced by what was done instead."""
-    return assign_roles([[capture.verdicts.effective(i, decision) for i, decision in enumerate(row)] for row in rows])
+    assert capture.plan is not None
+    carried_out = [[capture.verdicts.effective(i, decision) for i, decision in enumerate(row)] for row in rows]
+    return assign_roles(carried_out, capture.plan.blocks)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class ModelInspection:
 
     ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
     on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
-    ``sample``: sizes of the noisy sample behind its first dimension (:class:`AnalysedModel`).
+    ``sample``: sizes of the noisy sample behind its first dimension (:class:`AnalysedModel`). ``blocks``: the blocks
+    that a plan can act on as a whole; ``block_records``: which it can't, and why.
     """
 
     model: nn.Module
@@ -47,6 +48,8 @@ class ModelInspection:
     site_infos: tuple[SiteInfo, ...]
     records: tuple[Record, ...]
     sample: tuple[int, ...] | None = None
+    blocks: tuple[SiteInfo, ...] = ()
+    block_records: tuple[Record, ...] = ()
 
 
 class _Stop(Exception):
@@ -141,7 +144,9 @@ def inspect_model(
     records = tuple(record for analysed in models for record in limits(analysed))
     records += other_attention(model, [site.path for site in sites])
     infos = tuple(site.info for analysed in models for site in analysed.sites)
-    return ModelInspection(model, sites, infos, records, models[0].sample)
+    blocks = tuple(block.info for analysed in models for block in analysed.blocks)
+    refused = tuple(record for analysed in models for record in block_limits(analysed))
+    return ModelInspection(model, sites, infos, records, models[0].sample, blocks, refused)
 
 
 def first_call(pipe: Any, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -212,4 +217,15 @@ def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
             if reason is not None and (decision.kind.windowed, reason) not in said:  # of all windows alike
                 said.add((decision.kind.windowed, reason))
                 records.append(Record(site.path, str(decision.kind), "skipped", reason))
+    return tuple(records)
+
+
+def block_limits(analysed: AnalysedModel) -> tuple[Record, ...]:
+    """The blocks of a model that can't be left out as a whole, and why."""
+    records = [Record(path, "any", "skipped", reason) for path, reason in analysed.refused_blocks]
+    for index, block in enumerate(analysed.blocks, start=len(analysed.sites)):
+        for decision in example_decisions():
+            reason = None if decision.window is not None else analysed.why_not(index, decision)
+            if reason is not None:
+                records.append(Record(block.path, str(decision.kind), "skipped", reason))
     return tuple(records)

@@ -26,8 +26,8 @@ from difa_compile.layout import Layout
 from difa_compile.machine.profile import ELEMENTWISE, LINEAR, FullCall, Profile, elementwise_work, linear_work
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
-from difa_compile.plan.data import SiteInfo
-from difa_compile.plan.schedule import Role
+from difa_compile.plan.data import SiteInfo, blocks_of
+from difa_compile.plan.schedule import COVERED_ROLE, Role
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
     """:func:`attention_flops` of a role (taking a residual counted in) or of a bare decision at ``site``.
 
     Where the layout is unknown no window can be carried out, so a windowed site counts as the full one that will run.
+    A site that its block covers costs nothing. A block has no attention but that of its sites: it counts none.
     """
+    if site.is_block or (isinstance(role, Role) and role.covered):
+        return Flops(0, 0)
     decision, residual_window = _carried_out(role, site)
     return attention_flops(
         decision,
@@ -105,12 +108,17 @@ def without_window(decision: Decision) -> Decision:
 
 
 def full_flops(site: SiteInfo) -> Flops:
-    """Operations of ``site`` as the model computes it."""
+    """Operations of ``site`` as the model computes it; none for a block, whose attention is that of its sites."""
+    if site.is_block:
+        return Flops(0, 0)
     return Flops(4 * site.tokens * site.keys * site.inner, 8 * site.tokens * site.width * site.inner)
 
 
 def flops_saved(decision: Decision, site: SiteInfo) -> float:
-    """Share of the site's operations, projections included, that ``decision`` does not compute; in [0, 1]."""
+    """Share of the site's operations, projections included, that ``decision`` does not compute; in [0, 1]. Of a block
+    all or nothing."""
+    if site.is_block:
+        return float(decision.kind.reads == "output")
     return 1.0 - site_flops(decision, site).total / full_flops(site).total
 
 
@@ -133,10 +141,13 @@ class Setting:
 def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profile: Profile) -> float | None:
     """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
 
-    A role that takes a residual computes its window as well. Reuse takes no time; CFG sharing that of half the batch
+    A role that takes a residual computes its window as well. Reuse takes no time, nor does a site that its block covers
+    (a block's own work is not predicted); CFG sharing that of half the batch
     and a copy; a forecast that of its sum. None where the profile cannot tell: a dtype or kernel that was not measured,
     attention under a mask.
     """
+    if site.is_block or (isinstance(role, Role) and role.covered):
+        return 0.0
     decision, residual_window = _carried_out(role, site)
     if decision.kind is Kind.REUSE:
         return 0.0
@@ -258,12 +269,38 @@ def plan_flops(plan: Costed, with_projections: bool) -> PlanCost:
     planned = []
     residuals = []
     for row in plan.roles:
-        bare = [site_flops(role.decision, site).count(with_projections) for role, site in zip(row, sites, strict=True)]
+        bare = [
+            site_flops(COVERED_ROLE if role.covered else role.decision, site).count(with_projections)
+            for role, site in zip(row, sites, strict=True)
+        ]
         with_residual = [site_flops(role, site).count(with_projections) for role, site in zip(row, sites, strict=True)]
         planned.append(tuple(with_residual))
         residuals.append(tuple(all_ - part for all_, part in zip(with_residual, bare, strict=True)))
     full = tuple(full_flops(site).count(with_projections) for site in sites)
     return PlanCost(with_projections, full, tuple(planned), tuple(residuals))
+
+
+def block_flops(plan: Costed) -> PlanCost | None:
+    """Operations of a plan's blocks, over its schedule: their linears, convolutions and attention.
+
+    A block that is reused or forecast computes nothing; of one that is full is left out what its attention sites leave
+    out. None where the plan names no block or does not know their operations.
+    """
+    blocks = [index for index, site in enumerate(plan.sites) if site.is_block]
+    known = [plan.sites[index].flops for index in blocks]
+    full = tuple(flops for flops in known if flops is not None)
+    if not full or len(full) < len(blocks):
+        return None
+    held = blocks_of(plan.sites)
+    planned = []
+    for row in plan.roles:
+        left = dict(zip(blocks, full, strict=True))
+        for index, (role, site) in enumerate(zip(row, plan.sites, strict=True)):
+            block = held[index]
+            if block is not None:
+                left[block] -= full_flops(site).total - site_flops(role, site).total
+        planned.append(tuple(0 if row[index].reads_output else max(0, left[index]) for index in blocks))
+    return PlanCost(True, full, tuple(planned), tuple((0,) * len(blocks) for _ in planned))
 
 
 @dataclass(frozen=True)
@@ -304,6 +341,8 @@ class CostBreakdown:
     attention: PlanCost
     with_projections: PlanCost
     seconds: tuple[PlanSeconds, ...] = ()
+    blocks: PlanCost | None = None
+    """Operations of whole blocks, where the plan names them."""
 
     def lines(self) -> tuple[str, ...]:
         """Lines of text: share of full and operations of a run, for one image of a batch; then predicted seconds."""
@@ -315,6 +354,11 @@ class CostBreakdown:
                 ("attention FLOPs with projections", self.with_projections),
             )
         )
+        if self.blocks is not None:
+            counted += (
+                f"{'FLOPs of the blocks':<32} {100 * self.blocks.share:5.1f} % of full  "
+                f"({_scaled(self.blocks.total_planned)} of {_scaled(self.blocks.total_full)})",
+            )
         predicted = tuple(
             f"{'predicted time, ' + str(one.dtype).removeprefix('torch.'):<32} {100 * one.planned / one.full:5.1f} % "
             f"of full  ({seconds_text(one.planned)} of {seconds_text(one.full)} on this machine, batch of {one.batch}"
@@ -331,7 +375,7 @@ def cost_breakdown(plan: Costed, profile: Profile | None = None, batch: int = 1)
     """
     found = [plan_seconds(plan, profile, dtype, batch) for dtype in profile.dtypes] if profile is not None else []
     seconds = tuple(one for one in found if one is not None)
-    return CostBreakdown(plan_flops(plan, False), plan_flops(plan, True), seconds)
+    return CostBreakdown(plan_flops(plan, False), plan_flops(plan, True), seconds, block_flops(plan))
 
 
 def seconds_text(seconds: float) -> str:

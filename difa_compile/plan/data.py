@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -19,21 +19,24 @@ from difa_compile.wording import quoted, shown
 if TYPE_CHECKING:
     from torch import nn
 
-SITE_KINDS = ("self", "joint")
+SITE_KINDS = ("self", "joint", "block")
 METHODS = ("greedy", "weighed", "rule")
 LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
 MAX_PARAMETERS = 10**18
+MAX_FLOPS = 10**24
 
 Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """One self- or joint-attention call, named by its module path.
+    """One self- or joint-attention call, or a block, named by its module path.
 
     ``tokens`` is the number of queries, ``width`` the input width of the q, k and v projections, ``layout`` where the
     image stands among the keys (``None``: unknown, no window possible). Queries are all of these, or ``layout.rows``.
+    A block (kind ``block``) has the tokens and the width of its streams, one head and no layout; ``flops`` are its
+    operations for one element of the batch, attention included, where they are known.
     """
 
     path: str
@@ -43,6 +46,7 @@ class SiteInfo:
     tokens: int
     width: int
     layout: Layout | None = None
+    flops: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
@@ -51,8 +55,17 @@ class SiteInfo:
         _choice(self.kind, SITE_KINDS, f"{what}: kind")
         for name in ("heads", "head_dim", "tokens", "width"):
             _whole(getattr(self, name), f"{what}: {name}", at_least=1, at_most=MAX_TOKENS)
+        if self.is_block and self.layout is not None:
+            raise PlanFormatError(f"{what}: a block has no layout; its attention sites have")
+        if self.flops is not None:
+            _whole(self.flops, f"{what}: flops", at_least=0, at_most=MAX_FLOPS)
         if self.layout is not None and not self.layout.holds(self.tokens):
             self.layout.check(self.tokens, what)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a whole block, and no attention call."""
+        return self.kind == "block"
 
     @property
     def keys(self) -> int:
@@ -67,8 +80,21 @@ class SiteInfo:
     @property
     def shape(self) -> str:
         """The sizes in words, for messages: ``self, 6 heads x 64, 256 tokens (16x16), width 384``."""
+        if self.is_block:
+            return f"block, {self.tokens} tokens, width {self.width}"
         grid = f" ({self.layout})" if self.layout else ""
         return f"{self.kind}, {self.heads} heads x {self.head_dim}, {self.tokens} tokens{grid}, width {self.width}"
+
+
+def blocks_of(sites: Sequence[SiteInfo]) -> tuple[int | None, ...]:
+    """For each site the index of the block that holds it, None for blocks and where none is named."""
+    blocks = {site.path: index for index, site in enumerate(sites) if site.is_block}
+    found: list[int | None] = []
+    for site in sites:
+        parts = [] if site.is_block else site.path.split(".")
+        paths = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        found.append(next((blocks[path] for path in paths if path in blocks), None))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def _site_json(site: SiteInfo) -> dict[str, object]:
         "tokens": site.tokens,
         "width": site.width,
         "layout": layout and {"grid": list(layout.grid), "before": layout.before, "after": layout.after},
+        **({} if site.flops is None else {"flops": site.flops}),
     }
 
 
@@ -226,7 +227,7 @@ def _read_settings(value: object) -> Settings:
 
 
 def _read_site(value: object, where: str) -> SiteInfo:
-    fields = as_object(value, where, ("path", "kind", "heads", "head_dim", "tokens", "width", "layout"))
+    fields = as_object(value, where, ("path", "kind", "heads", "head_dim", "tokens", "width", "layout"), ("flops",))
     layout = None
     if fields["layout"] is not None:
         place = f"{where}.layout"
@@ -241,6 +242,7 @@ def _read_site(value: object, where: str) -> SiteInfo:
         fields["tokens"],
         fields["width"],
         layout,
+        as_whole(fields["flops"], f"{where}.flops") if "flops" in fields else None,
     )
 
 

@@ -20,7 +20,17 @@ from difa_compile.files.writing import write_whole
 from difa_compile.plan import json_form
 from difa_compile.plan import text as plan_text
 from difa_compile.plan.cost import flops_saved
-from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo, Sizes, Trial, model_digest
+from difa_compile.plan.data import (
+    Cell,
+    Difference,
+    ModelInfo,
+    Settings,
+    SiteInfo,
+    Sizes,
+    Trial,
+    blocks_of,
+    model_digest,
+)
 from difa_compile.plan.json_form import SCHEMA_VERSION
 from difa_compile.plan.schedule import (
     Bucket,
@@ -63,7 +73,8 @@ RESIZES = ("fraction", "tokens")
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions over a sampling schedule: ``rows[step][site]``, sites in execution order.
+    """All decisions over a sampling schedule: ``rows[step][site]``: attention sites in execution order, then blocks, if
+    it says anything of these. Where a block is reused or forecast, the cells of the sites that it holds say full.
 
     ``progress[step]`` lies in [0, 1] and never rises. A plan that exists can run: construction raises
     :class:`ScheduleError` if there is no step, progress is out of order or a reader has no earlier filler
@@ -91,6 +102,13 @@ class Plan:
                 f"the plan has {len(self.rows)} rows but the progress of {len(self.progress)} steps; give one row per "
                 "step"
             )
+        first = next((index for index, site in enumerate(self.sites) if site.is_block), len(self.sites))
+        late = next((site for site in self.sites[first:] if not site.is_block), None)
+        if late is not None or first == 0:
+            which = self.sites[0] if late is None else late
+            raise PlanFormatError(
+                f"site {quoted(which.path)} is out of order; a plan names attention sites first, then blocks"
+            )
         for step, row in enumerate(self.rows):
             if len(row) != len(self.sites):
                 raise PlanFormatError(
@@ -110,7 +128,12 @@ class Plan:
     @cached_property
     def roles(self) -> tuple[tuple[Role, ...], ...]:
         """``roles[step][site]``: decisions and the caches they write."""
-        return assign_roles(self.decisions)
+        return assign_roles(self.decisions, self.blocks)
+
+    @cached_property
+    def blocks(self) -> tuple[int | None, ...]:
+        """For each site the index of the block that holds it, None where the plan names none."""
+        return blocks_of(self.sites)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -207,7 +230,8 @@ class Plan:
             raise DecisionError(f"windows is {windows!r}; choose one of {', '.join(RESIZES)}")
         if len(sites) == len(self.sites):
             same = [
-                replace(new, tokens=old.tokens, layout=old.layout) for new, old in zip(sites, self.sites, strict=True)
+                replace(new, tokens=old.tokens, layout=old.layout, flops=old.flops)
+                for new, old in zip(sites, self.sites, strict=True)
             ]
         else:
             same = list(sites)
@@ -253,7 +277,7 @@ class Plan:
             source_steps = nearest_steps(uniform_progress(self.steps), uniform_progress(len(wanted)))
         else:
             source_steps = nearest_steps(self.progress, wanted)
-        rows, promotions = take_rows(self.decisions, source_steps)
+        rows, promotions = take_rows(self.decisions, source_steps, self.blocks)
         return ResolvedPlan(self, wanted, source_steps, rows, promotions)
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -324,7 +348,7 @@ class ResolvedPlan:
     @cached_property
     def roles(self) -> tuple[tuple[Role, ...], ...]:
         """``roles[step][site]``: decisions and the caches they write."""
-        return assign_roles(self.rows)
+        return assign_roles(self.rows, self.plan.blocks)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -381,7 +405,7 @@ def same_but_for_text(
     same_sample = samples[0] is not None and samples[0] == samples[1]
 
     def alike(mine: SiteInfo, theirs: SiteInfo) -> bool:
-        if replace(mine, tokens=1, layout=None) != replace(theirs, tokens=1, layout=None):
+        if replace(mine, tokens=1, layout=None, flops=None) != replace(theirs, tokens=1, layout=None, flops=None):
             return False
         if mine.layout is None or theirs.layout is None:
             return mine == theirs or same_sample

@@ -28,14 +28,21 @@ class Role:
     ``emit_output``: write ``cache.<site>.output``, which a later reuse reads. ``emit_residual``: write
     ``cache.<site>.residual`` = full - window output, which a later window+residual reads. The window that is subtracted
     is the reader's, so it stands here too: ``residual_window`` is given exactly when ``emit_residual`` is true.
+    ``covered``: the block that holds the site is left out, and the site with it; the decision is then full, for want of
+    another, and nothing is computed.
     """
 
     decision: Decision
     emit_output: bool = False
     emit_residual: bool = False
     residual_window: Window | None = None
+    covered: bool = False
 
     def __post_init__(self) -> None:
+        if self.covered and (self.decision != FULL or self.emit_output or self.emit_residual):
+            raise DecisionError(
+                f"a site whose block is left out does nothing, but {self.decision} was to be done there"
+            )
         if self.emit_output and not self.decision.kind.fills("output"):
             raise DecisionError(f"a {self.decision.kind} step computes no output, so it cannot fill the output cache")
         if self.emit_residual and not self.decision.is_full:
@@ -68,10 +75,11 @@ class Role:
             text += " >output"
         if self.emit_residual:
             text += f" >residual({self.residual_window})"
-        return text
+        return "covered" if self.covered else text
 
 
 FULL_ROLE = Role(FULL)
+COVERED_ROLE = Role(FULL, covered=True)
 
 
 @dataclass(frozen=True)
@@ -82,17 +90,22 @@ class Bucket:
     steps: tuple[int, ...]
 
 
-def assign_roles(rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
-    """Roles of ``rows[step][site]``, by look-ahead.
+Blocks = Sequence[int | None]
+"""For each site the index of the block that holds it, or None (:func:`difa_compile.plan.data.blocks_of`)."""
+
+
+def assign_roles(rows: Sequence[Sequence[Decision]], blocks: Blocks = ()) -> tuple[tuple[Role, ...], ...]:
+    """Roles of ``rows[step][site]``, by look-ahead. Without ``blocks`` no site is held by another.
 
     A step that computes a site's output writes it iff a later step reads it: a reuse reads what the latest such step
     has computed, a forecast of order k what the latest k + 1 have. A step of kind full writes the residual cache iff a
     window+residual comes later, before the next step of kind full. So each reader reads what the latest steps that
-    could fill its cache have written: DiTFastAttn's rule (arXiv 2406.08552, section 3).
+    could fill its cache have written: DiTFastAttn's rule (arXiv 2406.08552, section 3). At a step at which a block is
+    reused or forecast the sites that it holds are covered: they do nothing and fill no cache.
 
     Raises :class:`ScheduleError`, naming step and site index, if there is no step, if rows differ in length, if a
-    reader has too few earlier fillers, and if two readers want residuals of the same full step against different
-    windows.
+    reader has too few earlier fillers, if a covered site is to do something, and if two readers want residuals of the
+    same full step against different windows.
     """
     if not rows:
         raise ScheduleError("a schedule needs at least one step, but there is none")
@@ -100,18 +113,31 @@ def assign_roles(rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], 
     for step, row in enumerate(rows):
         if len(row) != sites:
             raise ScheduleError(f"step {step} has decisions for {len(row)} sites, but step 0 has {sites}")
-    columns = [_site_roles([row[site] for row in rows], site) for site in range(sites)]
+    columns = [_site_roles([row[site] for row in rows], site, _covered(rows, site, blocks)) for site in range(sites)]
     return tuple(tuple(column[step] for column in columns) for step in range(len(rows)))
 
 
-def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
+def _covered(rows: Sequence[Sequence[Decision]], site: int, blocks: Blocks) -> list[bool]:
+    """At which steps a site is covered by its block."""
+    block = blocks[site] if blocks else None
+    return [block is not None and row[block].kind.reads == "output" for row in rows]
+
+
+def _site_roles(column: Sequence[Decision], site: int, covered: Sequence[bool]) -> list[Role]:
     """Roles of one site over all steps; ``site`` is for messages."""
     residual: dict[int, tuple[Window, int]] = {}
     """Full step -> (window its residual is taken against, first step that reads it)."""
     last_full: int | None = None
     kept: set[int] = set()
     """Steps whose output is read."""
-    for step, (decision, sources) in enumerate(zip(column, output_sources(column), strict=True)):
+    for step, (decision, sources) in enumerate(zip(column, output_sources(column, covered), strict=True)):
+        if covered[step]:
+            if decision != FULL:
+                raise ScheduleError(
+                    f"step {step}, site {site}: {decision} is asked for, but the block that holds the site is left out "
+                    "at this step; say full there, or let the block be full"
+                )
+            continue
         if decision.kind.reads == "output":
             if len(sources) <= decision.order:
                 raise ScheduleError(
@@ -138,6 +164,9 @@ def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
             last_full = step
     roles = []
     for step, decision in enumerate(column):
+        if covered[step]:
+            roles.append(COVERED_ROLE)
+            continue
         taken = residual.get(step)
         roles.append(Role(decision, step in kept, taken is not None, taken[0] if taken else None))
     return roles
@@ -151,9 +180,9 @@ def _fewer(steps: int) -> str:
     return "no earlier step" if steps == 0 else f"only {steps} earlier step{'s' if steps > 1 else ''}"
 
 
-def output_sources(column: Sequence[Decision]) -> tuple[tuple[int, ...], ...]:
+def output_sources(column: Sequence[Decision], covered: Sequence[bool] = ()) -> tuple[tuple[int, ...], ...]:
     """For each step of one site the steps whose outputs it reads, the newest first; fewer than it needs if there are
-    not as many before it, and none if it reads no output."""
+    not as many before it, and none if it reads no output. ``covered``: the steps at which its block is left out."""
     computed: list[int] = []
     found: list[tuple[int, ...]] = []
     for step, decision in enumerate(column):
@@ -161,7 +190,7 @@ def output_sources(column: Sequence[Decision]) -> tuple[tuple[int, ...], ...]:
             found.append(tuple(reversed(computed[-1 - decision.order :])))
             continue
         found.append(())
-        if decision.kind.fills("output"):
+        if decision.kind.fills("output") and not (covered and covered[step]):
             computed.append(step)
     return tuple(found)
 
@@ -330,7 +359,7 @@ class Promotion:
 
 
 def take_rows(
-    rows: Sequence[Sequence[Decision]], source_steps: Sequence[int]
+    rows: Sequence[Sequence[Decision]], source_steps: Sequence[int], blocks: Blocks = ()
 ) -> tuple[tuple[tuple[Decision, ...], ...], tuple[Promotion, ...]]:
     """Rows of a new schedule whose step ``j`` follows row ``source_steps[j]``, and the promotions this takes.
 
@@ -349,23 +378,34 @@ def take_rows(
             raise ScheduleError(
                 f"step {step} follows row {source}, but rows run from 0 to {len(rows) - 1} and must not go back"
             )
-    columns: list[list[Decision]] = []
+    columns: dict[int, list[Decision]] = {}
     promotions: list[Promotion] = []
-    for site in range(len(rows[0])):
-        column, promoted = _take_column([row[site] for row in rows], source_steps, site)
-        columns.append(column)
+    count = len(rows[0])
+    nowhere = [False] * len(source_steps)
+    for site in sorted(range(count), key=lambda site: bool(blocks) and blocks[site] is not None):  # blocks come first
+        block = blocks[site] if blocks else None
+        covered = nowhere if block is None else [decision.kind.reads == "output" for decision in columns[block]]
+        column, promoted = _take_column(
+            [row[site] for row in rows], source_steps, site, _covered(rows, site, blocks), covered
+        )
+        columns[site] = column
         promotions.extend(promoted)
     promotions.sort(key=lambda promotion: (promotion.step, promotion.site))
-    taken = tuple(tuple(column[step] for column in columns) for step in range(len(source_steps)))
+    taken = tuple(tuple(columns[site][step] for site in range(count)) for step in range(len(source_steps)))
     return taken, tuple(promotions)
 
 
 def _take_column(
-    plan: Sequence[Decision], source_steps: Sequence[int], site: int
+    plan: Sequence[Decision],
+    source_steps: Sequence[int],
+    site: int,
+    covered_there: Sequence[bool],
+    covered: Sequence[bool],
 ) -> tuple[list[Decision], list[Promotion]]:
-    """:func:`take_rows` for one site."""
-    outputs = _latest_before(decision.kind.fills("output") for decision in plan)
-    residuals = _latest_before(decision.is_full for decision in plan)
+    """:func:`take_rows` for one site, which its block covers at these steps of the plan and of the new schedule."""
+    pairs = list(zip(plan, covered_there, strict=True))
+    outputs = _latest_before(decision.kind.fills("output") and not left for decision, left in pairs)
+    residuals = _latest_before(decision.is_full and not left for decision, left in pairs)
     column: list[Decision] = []
     promotions: list[Promotion] = []
     output_row = residual_row = -1
@@ -374,6 +414,9 @@ def _take_column(
     """How many new steps have computed an output."""
     for step, source in enumerate(source_steps):
         wanted = plan[source]
+        if covered[step]:
+            column.append(FULL)
+            continue
         decision = wanted
         needed, held, cache = -1, -1, ""
         if wanted.kind.reads == "output":

@@ -10,7 +10,7 @@ from difa_compile.decision import Decision, Kind
 from difa_compile.machine.profile import Profile
 from difa_compile.plan.cost import Costed, cost_breakdown
 from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo
-from difa_compile.plan.schedule import Bucket, Promotion
+from difa_compile.plan.schedule import Bucket, Promotion, Role
 from difa_compile.wording import shown
 
 
@@ -56,6 +56,7 @@ _LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.RE
 _SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ",", Kind.FORECAST: "p"}
 _PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
 _SHAPES = 8  # different shapes of sites that are told
+_COVERED = "-"
 _LEGEND = "F full  W window  R window+residual  . reuse  P forecast; f w r , p the same with the CFG halves shared"
 
 
@@ -95,7 +96,7 @@ def summary(plan: PlanView, profile: Profile | None = None) -> str:
     measured = _measured(plan.rows, plan.sites)
     if measured:
         lines.append(measured)
-    return "\n".join([*lines, "", *_map(plan.decisions, plan.sites)]) + "\n"
+    return "\n".join([*lines, "", *_map(plan.roles, plan.sites)]) + "\n"
 
 
 def resolved_summary(resolved: ResolvedView) -> str:
@@ -115,7 +116,7 @@ def resolved_summary(resolved: ResolvedView) -> str:
         f"  step {promotion.step}, {_path(plan.sites[promotion.site])}: {promotion.wanted}; {promotion.reason}"
         for promotion in resolved.promotions
     ]
-    return "\n".join([*lines, "", *_map(resolved.rows, plan.sites)]) + "\n"
+    return "\n".join([*lines, "", *_map(resolved.roles, plan.sites)]) + "\n"
 
 
 def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Difference]) -> str:
@@ -229,12 +230,14 @@ def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str 
     return text
 
 
-def _map(rows: Sequence[Sequence[Decision]], sites: Sequence[SiteInfo]) -> list[str]:
+def _map(roles: Sequence[Sequence[Role]], sites: Sequence[SiteInfo]) -> list[str]:
     """One line per site, one character per step, under a ruler that marks every tenth step."""
     paths = [_path(site) for site in sites]
     width = max(len("step"), *map(len, paths))
-    ruler = "".join(f"{step:<10}" for step in range(0, len(rows), 10)).rstrip()
+    ruler = "".join(f"{step:<10}" for step in range(0, len(roles), 10)).rstrip()
     lines = [f"{'step':<{width}}  {ruler}"]
     for index, path in enumerate(paths):
-        lines.append(f"{path:<{width}}  {''.join(letter(row[index]) for row in rows)}")
-    return [*lines, _LEGEND]
+        line = "".join(_COVERED if row[index].covered else letter(row[index].decision) for row in roles)
+        lines.append(f"{path:<{width}}  {line}")
+    covered = any(role.covered for row in roles for role in row)
+    return [*lines, _LEGEND + (f"  {_COVERED} its block is left out" if covered else "")]

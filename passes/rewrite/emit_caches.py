@@ -4,7 +4,8 @@ Before: ``return out``. After: ``return out, cache``, the cache being contiguous
 
 1. residual: on a step with full attention, ``cache.<site>.residual = o - difa::local_attention(q, k, v)``; on half a
    batch the conditional half's residual is stored for both.
-2. output: the region's outputs as they leave it (after CFG sharing), so a window step feeds a later reuse.
+2. output: the region's outputs as they leave it (after CFG sharing), so a window step feeds a later reuse; of a block
+   what it has added to its streams, ``out - stream``.
 """
 
 from __future__ import annotations
@@ -26,5 +27,8 @@ def emit_caches(variant: Variant, target: Target) -> None:
             residual = twice(variant, residual, residual, 0)
         variant.write_cache(CacheName.residual(target.site.path), residual)
     if target.role.emit_output:
+        streams = target.site.region.streams
         for i, output in enumerate(target.outputs):
+            if streams:
+                output = variant.call_after(output, torch.sub, (output, streams[i]))
             variant.write_cache(CacheName.output(target.site.path, i), output)

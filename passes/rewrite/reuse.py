@@ -7,8 +7,9 @@ Before: ``y = region(x); out = x0 + gate * y``. After: the region is gone, and `
    last k + 1 computed outputs, in at least float32; ``w = cache.<site>.weights`` are numbers of the run, so that one
    variant serves every distance between steps.
 
-With +cfg two copies of the conditional half of that. The region is erased, projections included; what fed it (norms,
-modulation) is left to the compiler, which drops what became unused.
+With +cfg two copies of the conditional half of that. Of a block these are what it adds: ``y = stream + that``. The
+region is erased, projections included; what fed it (norms, modulation) is left to the compiler, which drops what became
+unused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import tensor_of
 from difa_compile.passes.rewrite.erase import erase_region
 from difa_compile.passes.rewrite.share_cfg import narrow_to_half, twice
-from difa_compile.passes.site import Site
+from difa_compile.passes.site import Unit
 from difa_compile.passes.variant import Target, Variant
 
 
@@ -63,7 +64,7 @@ def forecast(variant: Variant, target: Target) -> None:
     _leave_out(variant, target, forecast_output)
 
 
-def why_not_forecast(site: Site) -> str | None:
+def why_not_forecast(site: Unit) -> str | None:
     """The reason why a site's outputs can't be extrapolated, or None."""
     for output in site.region.outputs:
         value = tensor_of(output)
@@ -71,6 +72,11 @@ def why_not_forecast(site: Site) -> str | None:
             kind = "no tensor" if value is None else str(value.dtype).removeprefix("torch.")
             return f"{output.name}, which leaves the region, is {kind}: only floating-point numbers are extrapolated"
     return None
+
+
+def behind(one: fx.Node, other: fx.Node) -> fx.Node:
+    """The later of two nodes of a graph."""
+    return other if one < other else one
 
 
 def _leave_out(variant: Variant, target: Target, made: Callable[[int, fx.Node], fx.Node]) -> None:
@@ -83,6 +89,8 @@ def _leave_out(variant: Variant, target: Target, made: Callable[[int, fx.Node], 
             dim = output.meta["batch_dim"]
             half = narrow_to_half(variant, value, value, dim)
             value = twice(variant, half, half, dim)
+        if region.streams:
+            value = variant.call_after(behind(value, region.streams[i]), torch.add, (region.streams[i], value))
         for user in [user for user in output.users if user not in inside]:
             user.replace_input_with(output, value)
         target.outputs[i] = value

@@ -44,12 +44,14 @@ def window(variant: Variant, target: Target) -> None:
 
 def insert_local(variant: Variant, target: Target, neighbourhood: Window) -> fx.Node:
     """Insert the local form of a site's attention behind it."""
-    layout = target.site.layout
+    site = target.site
+    assert isinstance(site, Site), "a block has no window"
+    layout = site.layout
     assert layout is not None, "why_not_window admits no site without a layout"
     query, key, value = attention_inputs(target.attention)
     where = (list(layout.grid), layout.before, layout.after, str(neighbourhood.shape), neighbourhood.radius)
     mask = argument(target.attention, 3, "attn_mask")
-    return variant.call_after(target.attention, LOCAL_ATTENTION, (query, key, value, *where, target.site.scale, mask))
+    return variant.call_after(target.attention, LOCAL_ATTENTION, (query, key, value, *where, site.scale, mask))
 
 
 def unhalved(target: Target, node: fx.Node) -> fx.Node:

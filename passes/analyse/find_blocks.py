@@ -1,0 +1,171 @@
+"""Find the blocks of a graph that hold attention sites, and the streams that each adds to.
+
+Finds :class:`Blocks`.
+
+A block is the run of consecutive nodes with attention that one repeated module (``blocks.3``) has made. What it has to
+do with the rest of the graph must be this and no more: it reads values, and each value that it hands on is a *stream*,
+the sum of a value that came in and of what the block adds to it (one stream, or two where image and text go side by
+side).
+
+1. *Outputs*: the block's values that are used outside of it.
+2. *Streams*: from each output back through sums, and through what only moves, cuts, joins and converts values, to the
+   one value from outside that has its shape.
+3. *Interior*: what of the block leads to its outputs, in-place writes included.
+
+What can be left out is then the difference between output and stream. A block that does more (a value handed on that is
+no such sum, a write into memory from outside, a module that attends several times) is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from difa_compile.passes.analyse.find_attention import Sites
+from difa_compile.passes.autocast import is_enter, is_exit
+from difa_compile.passes.facts import Facts
+from difa_compile.passes.graph import (
+    REARRANGING,
+    alias_root,
+    block_path,
+    is_attention,
+    is_linear,
+    is_parameter,
+    module_path,
+    mutated_argument,
+    op_name,
+    reaching,
+    shape_of,
+    tensor_of,
+)
+from difa_compile.passes.site import Block, Region
+
+_SUMS = {"add", "iadd", "add_"}
+_JOINS = {"cat", "concat", "concatenate"}
+_PASSED = REARRANGING | {"dropout", "type_promote", "to_copy"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a graph in execution order, and the reasons why others (by path) are none."""
+
+    found: tuple[Block, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def find_blocks(module: fx.GraphModule, facts: Facts) -> Blocks:
+    """Find the blocks around the sites of a graph."""
+    sites = facts[Sites].rewritable
+    body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    runs = block_runs(body)
+    found, refused = [], []
+    for path in dict.fromkeys(block_path(site.path) for site in sites):
+        if not path:
+            continue
+        described = describe_block(path, runs[path])
+        if isinstance(described, Block):
+            found.append(described)
+        else:
+            refused.append((path, described))
+    return Blocks(tuple(found), tuple(refused))
+
+
+def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
+    """By block the runs of consecutive nodes that it has made; nodes that open or close an autocast are no break."""
+    runs: dict[str, list[list[fx.Node]]] = {}
+    last = None
+    for node in body:
+        path = block_path(module_path(node))
+        if is_enter(node) or is_exit(node):
+            path = last or path
+        if path and path == last:
+            runs[path][-1].append(node)
+        elif path:
+            runs.setdefault(path, []).append([node])
+        last = path
+    return runs
+
+
+def describe_block(path: str, runs: list[list[fx.Node]]) -> Block | str:
+    """The block that a module has made, or the reason why it is none."""
+    attending = [run for run in runs if any(is_attention(node) for node in run)]
+    if len(attending) > 1:
+        return f"it attends in {len(attending)} parts, with other work between"
+    nodes = [node for node in attending[0] if not (is_enter(node) or is_exit(node))]
+    inside = set(nodes)
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    for node in nodes:
+        written = mutated_argument(node)
+        if written is not None and alias_root(written) not in inside:
+            return f"it writes in place into {alias_root(written).name}, which comes from outside"
+    streams = []
+    for output in outputs:
+        stream = stream_of(output, inside)
+        if isinstance(stream, str):
+            return stream
+        streams.append(stream)
+    if len(set(streams)) < len(streams):
+        return "two of the values that it hands on are sums with the same value from outside"
+    needed = reaching(outputs) & inside
+    while True:  # a write in place belongs to the value that it writes
+        writers = {n for n in nodes if mutated_argument(n) is not None and alias_root(n) in needed}
+        grown = needed | (reaching(writers) & inside)
+        if grown == needed:
+            break
+        needed = grown
+    interior = tuple(node for node in nodes if node in needed)
+    attention = next((node for node in interior if is_attention(node)), None)
+    if attention is None:
+        return "nothing of what it hands on has passed its attention"
+    inputs = dict.fromkeys(source for node in interior for source in node.all_input_nodes if source not in needed)
+    region = Region(attention, interior, tuple(inputs), tuple(outputs), tuple(streams))
+    return Block(path, region, sum(map(operations, interior)) // max(1, shape_of(outputs[0])[0]))
+
+
+def stream_of(output: fx.Node, inside: set[fx.Node]) -> fx.Node | str:
+    """The value from outside that a block adds to on the way to ``output``, or the reason why there is none."""
+    value = tensor_of(output)
+    if value is None or not value.is_floating_point():
+        return f"{output.name}, which is used outside of it, is no tensor of floating-point numbers"
+    if value.ndim < 3:
+        return f"{output.name}, which is used outside of it, has shape {shape_of(output)}: no stream of tokens"
+    seen, todo = {output}, [output]
+    found: dict[fx.Node, None] = {}
+    while todo:
+        node = todo.pop()
+        if node not in inside:
+            there = tensor_of(node)
+            if not is_parameter(node) and there is not None and there.is_floating_point():
+                found[node] = None
+            continue
+        name = op_name(node)
+        if name in _SUMS or name in _JOINS or name in _PASSED:
+            sources = node.all_input_nodes
+            for source in sources if name in _SUMS or name in _JOINS else sources[:1]:
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+    alike = [node for node in found if shape_of(node) == shape_of(output) and tensor_of(node).dtype == value.dtype]  # type: ignore[union-attr]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        return f"{output.name}, which is used outside of it, may be a sum with {alike[0].name} or {alike[1].name}"
+    return f"{output.name}, which is used outside of it, is no sum of a value that came in and of what the block adds"
+
+
+def operations(node: fx.Node) -> int:
+    """Operations (two per multiply-add) of a linear, convolution, matrix product or attention; 0 for others."""
+    made = math.prod(shape_of(node))
+    name = op_name(node)
+    if is_linear(node):
+        return 2 * made * shape_of(node.all_input_nodes[0])[-1]
+    if name in ("conv1d", "conv2d", "conv3d"):
+        return 2 * made * math.prod(shape_of(node.all_input_nodes[1])[1:])
+    if name in ("matmul", "bmm"):
+        return 2 * made * shape_of(node.all_input_nodes[0])[-1]
+    if is_attention(node):
+        query, key = (shape_of(each) for each in node.all_input_nodes[:2])
+        return 4 * math.prod(query) * key[-2]
+    return 0
