@@ -32,7 +32,7 @@ class Region:
 
     ``interior`` holds every node from the q/k/v projections to ``outputs`` (after the output projection where it
     belongs to the attention module), closed under in-place writes. ``inputs`` are values from outside that it reads.
-    Of a block, ``interior`` is all that leads to its ``outputs``, ``attention`` the first attention inside, and
+    Of a block, ``interior`` is all its nodes, ``attention`` the first attention inside, and
     ``streams`` has for each output the input that it is added to: what is cached is the difference. An attention's
     region has no streams: its outputs are cached as they are.
     """

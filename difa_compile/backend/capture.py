@@ -94,6 +94,7 @@ class Capture:
         self._limit = rewrite_limit()
         self._compiled: dict[object, CompiledVariant] = {}
         self._rows: dict[tuple[Role, ...], CompiledRow] = {}
+        self._unmodified: CompiledRow | None = None
         self._lock = threading.RLock()
         if plan is not None:
             units = model.units if any(site.is_block for site in plan.sites) else model.sites
@@ -138,9 +139,10 @@ class Capture:
         """Make a call and keep its row for the next time."""
         if all(role == FULL_ROLE for role in roles):
             with self._lock:
-                if roles not in self._rows:
-                    self._rows[roles] = whole_row(self._compiler(self.model.module, args), self._overwrites)
-            return self._rows[roles](args, caches)
+                if self._unmodified is None:
+                    self._unmodified = whole_row(self._compiler(self.model.module, args), self._overwrites)
+                self._rows[roles] = self._unmodified
+            return self._unmodified(args, caches)
         if self._overwrites:
             torch.compiler.cudagraph_mark_step_begin()  # the results of the call before may go
         state = self.advance(self.begin(args), roles, caches)  # compiles what the row needs

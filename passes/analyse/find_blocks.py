@@ -8,9 +8,10 @@ the sum of a value that came in and of what the block adds to it (one stream, or
 side).
 
 1. *Outputs*: the block's values that are used outside of it.
-2. *Streams*: from each output back through sums, and through what only moves, cuts, joins and converts values, to the
-   one value from outside that has its shape.
-3. *Interior*: what of the block leads to its outputs, in-place writes included.
+2. *Streams*: from each output back through sums, and through what only moves, cuts, joins and converts values, to a
+   value from outside that has its shape; of several one that comes from the noisy sample, of these the one that was
+   computed last.
+3. *Interior*: all its nodes. What leads to no output is dead, and goes with the rest.
 
 What can be left out is then the difference between output and stream. A block that does more (a value handed on that is
 no such sum, a write into memory from outside, a module that attends several times) is refused with the reason.
@@ -24,19 +25,20 @@ from dataclasses import dataclass
 from torch import fx
 
 from difa_compile.passes.analyse.find_attention import Sites
+from difa_compile.passes.analyse.sample import Sample
 from difa_compile.passes.autocast import is_enter, is_exit
 from difa_compile.passes.facts import Facts
 from difa_compile.passes.graph import (
     REARRANGING,
     alias_root,
     block_path,
+    influenced_by,
     is_attention,
     is_linear,
     is_parameter,
     module_path,
     mutated_argument,
     op_name,
-    reaching,
     shape_of,
     tensor_of,
 )
@@ -60,11 +62,12 @@ def find_blocks(module: fx.GraphModule, facts: Facts) -> Blocks:
     sites = facts[Sites].rewritable
     body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
     runs = block_runs(body)
+    from_sample = influenced_by(facts[Sample].latents)
     found, refused = [], []
     for path in dict.fromkeys(block_path(site.path) for site in sites):
         if not path:
             continue
-        described = describe_block(path, runs[path])
+        described = describe_block(path, runs[path], from_sample)
         if isinstance(described, Block):
             found.append(described)
         else:
@@ -88,9 +91,11 @@ def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
     return runs
 
 
-def describe_block(path: str, runs: list[list[fx.Node]]) -> Block | str:
+def describe_block(path: str, runs: list[list[fx.Node]], from_sample: set[fx.Node]) -> Block | str:
     """The block that a module has made, or the reason why it is none."""
     attending = [run for run in runs if any(is_attention(node) for node in run)]
+    if not attending:
+        return "its attention was not written by one module"
     if len(attending) > 1:
         return f"it attends in {len(attending)} parts, with other work between"
     nodes = [node for node in attending[0] if not (is_enter(node) or is_exit(node))]
@@ -102,34 +107,24 @@ def describe_block(path: str, runs: list[list[fx.Node]]) -> Block | str:
             return f"it writes in place into {alias_root(written).name}, which comes from outside"
     streams = []
     for output in outputs:
-        stream = stream_of(output, inside)
+        stream = stream_of(output, inside, from_sample)
         if isinstance(stream, str):
             return stream
         streams.append(stream)
     if len(set(streams)) < len(streams):
         return "two of the values that it hands on are sums with the same value from outside"
-    needed = reaching(outputs) & inside
-    while True:  # a write in place belongs to the value that it writes
-        writers = {n for n in nodes if mutated_argument(n) is not None and alias_root(n) in needed}
-        grown = needed | (reaching(writers) & inside)
-        if grown == needed:
-            break
-        needed = grown
-    interior = tuple(node for node in nodes if node in needed)
-    attention = next((node for node in interior if is_attention(node)), None)
-    if attention is None:
-        return "nothing of what it hands on has passed its attention"
-    inputs = dict.fromkeys(source for node in interior for source in node.all_input_nodes if source not in needed)
-    region = Region(attention, interior, tuple(inputs), tuple(outputs), tuple(streams))
-    return Block(path, region, sum(map(operations, interior)) // max(1, shape_of(outputs[0])[0]))
+    attention = next(node for node in nodes if is_attention(node))
+    inputs = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    region = Region(attention, tuple(nodes), tuple(inputs), tuple(outputs), tuple(streams))
+    return Block(path, region, sum(map(operations, nodes)) // max(1, shape_of(outputs[0])[0]))
 
 
-def stream_of(output: fx.Node, inside: set[fx.Node]) -> fx.Node | str:
+def stream_of(output: fx.Node, inside: set[fx.Node], from_sample: set[fx.Node]) -> fx.Node | str:
     """The value from outside that a block adds to on the way to ``output``, or the reason why there is none."""
     value = tensor_of(output)
     if value is None or not value.is_floating_point():
         return f"{output.name}, which is used outside of it, is no tensor of floating-point numbers"
-    if value.ndim < 3:
+    if value.ndim < 2:
         return f"{output.name}, which is used outside of it, has shape {shape_of(output)}: no stream of tokens"
     seen, todo = {output}, [output]
     found: dict[fx.Node, None] = {}
@@ -148,10 +143,9 @@ def stream_of(output: fx.Node, inside: set[fx.Node]) -> fx.Node | str:
                     seen.add(source)
                     todo.append(source)
     alike = [node for node in found if shape_of(node) == shape_of(output) and tensor_of(node).dtype == value.dtype]  # type: ignore[union-attr]
-    if len(alike) == 1:
-        return alike[0]
     if alike:
-        return f"{output.name}, which is used outside of it, may be a sum with {alike[0].name} or {alike[1].name}"
+        sampled = [node for node in alike if node in from_sample]
+        return max(sampled or alike)
     return f"{output.name}, which is used outside of it, is no sum of a value that came in and of what the block adds"
 
 
