@@ -36,7 +36,7 @@ class AnalysedModel:
         sample: sizes of the noisy sample behind its first dimension, None where the samples of a list differ in them.
         all_sites: every attention call of ``canonical`` in execution order, cross-attention included.
         split: ``canonical`` cut into segments.
-        blocks: the blocks that hold sites, as units of their own.
+        blocks: the blocks that hold sites, then spans of them, as units of their own.
         refused_blocks: path and reason of those that are no units.
         proofs: for each of ``units``, why it must not be reused or shared.
         questions, positions: what of the inputs' values the graph holds for.

@@ -109,6 +109,7 @@ def analyse(
             facts.keep(fact)
         if trace is not None:
             trace.after(find.__name__, module, _told(fact), _notes(facts))
+    blocks = (*facts[Blocks].found, *facts[Split].spans)
     return AnalysedModel(
         module=facts[Prepared].module,
         canonical=module,
@@ -119,9 +120,9 @@ def analyse(
         proofs=facts[Proofs].of_sites,
         questions=facts[Questions],
         positions=facts[HeldPositions],
-        blocks=facts[Blocks].found,
+        blocks=blocks,
         refused_blocks=facts[Blocks].refused,
-        cache_dtypes=(*map(_cache_dtypes, facts[Sites].rewritable), *map(_cache_dtypes, facts[Blocks].found)),
+        cache_dtypes=(*map(_cache_dtypes, facts[Sites].rewritable), *map(_cache_dtypes, blocks)),
         first_parameter=next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None),
     )
 
@@ -202,13 +203,17 @@ def _told(fact: object) -> str:
             for site in fact.all
         )
     if isinstance(fact, Blocks):
-        told = [f"{block.path}: {len(block.region.interior)} nodes, {block.flops} operations" for block in fact.found]
+        told = [
+            f"{block.path}: {len(block.region.interior)} nodes, {block.flops} operations"
+            for block in (*fact.found, *fact.spans)
+        ]
         return "\n".join([*told, *(f"{path}: none, {reason}" for path, reason in fact.refused)])
     if isinstance(fact, Proofs):
         return "\n".join(f"{i}: {proof}" for i, proof in enumerate(fact.of_sites))
     if isinstance(fact, Split):
         return "\n".join(
-            f"segment {i}: {segment.structure[:12]}, sites {', '.join(map(str, segment.site_indices)) or 'none'}"
+            f"{'gate' if segment.spanned else 'segment'} {i}: {segment.structure[:12]}, "
+            f"sites {', '.join(map(str, segment.site_indices)) or 'none'}"
             for i, segment in enumerate(fact.segments)
         )
     return ""

@@ -6,6 +6,10 @@ A segment is a run of consecutive nodes: either all nodes of one repeated block 
 the nodes between two such blocks. Segments run one after the other on a list of numbered values, so equal blocks that
 take equal decisions share one compiled function and differ in the values they are given.
 
+A span of blocks (:mod:`difa_compile.passes.analyse.find_blocks`) is many segments. Behind the last of them stands a
+*gate*, a segment made for it: it is given the span's streams as they were before it and after it, and hands on the
+latter. What a role makes of a span, it makes of the gate, and where the span is left out its segments are not run.
+
 Values that cross a cut are laid out row by row. A cut that would part a region, or part an in-place write from the
 value it writes, is not made. A cut inside an autocast region of the graph is: the segment before it leaves the region
 at its end, the one after it enters it again.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -34,7 +38,7 @@ from difa_compile.passes.graph import (
     tensor_of,
 )
 from difa_compile.passes.prepare.specialize import check_sizes
-from difa_compile.passes.site import Block, Unit
+from difa_compile.passes.site import Block, Region, Unit
 from difa_compile.passes.variant import move_site
 
 
@@ -46,7 +50,8 @@ class Segment:
     the attention sites and blocks inside, bound to the module's nodes; ``site_indices`` are their numbers among all
     that a plan can act on.
     ``structure`` is equal for segments that compute the same function of their inputs. ``last_use``: the inputs that no
-    later segment reads.
+    later segment reads. ``spanned``: of a gate, the segments (by number, one after the other) of its span; its inputs
+    are the streams before the span, then those behind it.
     """
 
     module: fx.GraphModule
@@ -56,6 +61,7 @@ class Segment:
     site_indices: tuple[int, ...]
     structure: str
     last_use: tuple[int, ...]
+    spanned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,24 +69,26 @@ class Split:
     """A graph cut into segments. Values are numbered: the placeholders first, in order, then segment outputs.
 
     ``module``: the whole. ``results`` gives the graph's outputs as value numbers, or None where the graph returns None.
+    ``spans``: those of the whole that have a gate: that begin and end where segments do.
     """
 
     module: fx.GraphModule
     segments: tuple[Segment, ...]
     values: int
     results: tuple[int | None, ...]
+    spans: tuple[Block, ...] = ()
 
 
 def cut_segments(module: fx.GraphModule, facts: Facts) -> Split:
     """Cut the graph around its blocks. Raises :class:`UnsupportedModelError` if a value of open size would cross."""
-    split = split_at_blocks(module, (*facts[Sites].rewritable, *facts[Blocks].found))
+    split = split_at_blocks(module, (*facts[Sites].rewritable, *facts[Blocks].found), facts[Blocks].spans)
     for segment in split.segments:
         check_sizes(segment.module.graph.find_nodes(op="placeholder"))
     return split
 
 
-def split_at_blocks(module: fx.GraphModule, sites: Sequence[Unit]) -> Split:
-    """Cut ``module`` around the repeated blocks that hold ``sites``."""
+def split_at_blocks(module: fx.GraphModule, sites: Sequence[Unit], spans: Sequence[Block] = ()) -> Split:
+    """Cut ``module`` around the repeated blocks that hold ``sites``, with a gate behind each of ``spans``."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
     place = {node: i for i, node in enumerate(body)}
@@ -89,25 +97,25 @@ def split_at_blocks(module: fx.GraphModule, sites: Sequence[Unit]) -> Split:
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     pieces = [body[start:end] for start, end in zip(starts, [*starts[1:], len(body)], strict=True)]
-    segments = []
-    last_read: dict[int, int] = {}
-    for i, piece in enumerate(pieces):
-        built = build_segment(module, piece, sites, number, set(returned))
-        for value in built.inputs:
-            last_read[value] = i
-        segments.append(built)
+    ends = {piece[-1] for piece in pieces}, {piece[0] for piece in pieces}
+    cut = tuple(s for s in spans if s.region.interior[-1] in ends[0] and s.region.interior[0] in ends[1])
+    segments: list[Segment] = []
+    begun: dict[fx.Node, int] = {}
+    for piece in pieces:
+        begun[piece[0]] = len(segments)
+        segments.append(build_segment(module, piece, sites, number, set(returned)))
+        for i, span in enumerate(cut, start=len(sites)):
+            if piece[-1] is span.region.interior[-1]:
+                spanned = tuple(range(begun[span.region.interior[0]], len(segments)))
+                segments.append(build_gate(module, span, i, number, spanned))
+    last_read = {value: i for i, segment in enumerate(segments) for value in segment.inputs}
     kept = {number[node] for node in returned if isinstance(node, fx.Node)} | set(range(len(placeholders)))
     finished = tuple(
-        Segment(
-            **{
-                **{name: getattr(segment, name) for name in Segment.__dataclass_fields__},
-                "last_use": tuple(v for v in segment.inputs if last_read[v] == i and v not in kept),
-            }
-        )
+        replace(segment, last_use=tuple(v for v in segment.inputs if last_read[v] == i and v not in kept))
         for i, segment in enumerate(segments)
     )
     results = tuple(number[node] if isinstance(node, fx.Node) else None for node in returned)
-    return Split(module, finished, len(number), results)
+    return Split(module, finished, 1 + max(number.values(), default=-1), results, cut)
 
 
 def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[Unit]) -> list[int]:
@@ -136,6 +144,39 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[U
     return sorted(
         start for start in starts if start < len(body) and not any(first < start <= last for first, last in forbidden)
     )
+
+
+def build_gate(
+    module: fx.GraphModule, span: Block, index: int, number: dict[fx.Node, int], spanned: tuple[int, ...]
+) -> Segment:
+    """The gate behind a span, unit ``index``; later segments read what it hands on."""
+    graph = fx.Graph()
+    region = span.region
+    inputs = (*region.streams, *region.outputs)
+    mapping: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        placeholder = graph.placeholder(f"value_{i}")
+        value = tensor_of(node)
+        assert value is not None, "streams are tensors"
+        placeholder.meta = {**node.meta, "example_value": value.contiguous()}
+        placeholder._dynamo_source = getattr(node, "_dynamo_source", None)
+        mapping[node] = placeholder
+    handed = []
+    for node in region.outputs:
+        passed = graph.call_method("contiguous", (mapping[node],))
+        passed.meta = dict(mapping[node].meta)
+        handed.append(passed)
+    graph.output(tuple(handed))
+    built = fx.GraphModule(module, graph)
+    keep_origin(built, module)
+    streams = tuple(mapping[node] for node in region.streams)
+    own = tuple(mapping[node] for node in region.outputs)
+    gate = replace(span, region=Region(handed[0], tuple(handed), (*streams, *own), tuple(handed), streams))
+    numbers = tuple(number[node] for node in inputs)
+    for node in region.outputs:
+        number[node] = 1 + max(number.values())
+    outputs = tuple(number[node] for node in region.outputs)
+    return Segment(built, numbers, outputs, (gate,), (index,), structure_of(built, (gate,)), (), spanned)
 
 
 def build_segment(
@@ -185,7 +226,7 @@ def build_segment(
     built = fx.GraphModule(module, graph)
     keep_origin(built, module)
     for node in outputs:
-        number[node] = len(number)
+        number[node] = 1 + max(number.values(), default=-1)
     here = [(i, site) for i, site in enumerate(sites) if site.region.attention in inside]
     moved = tuple(move_site(site, mapping) for _, site in here)
     return Segment(

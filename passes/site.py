@@ -89,15 +89,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a graph that holds sites: all that it adds to its one or two streams.
+    """A block of a graph that holds sites, or a span of blocks: all that it adds to its one or two streams.
 
     ``flops``: operations (two per multiply-add) of its linears, convolutions and attention for one element of the
-    batch.
+    batch. ``blocks``: the paths of a span's blocks, in order; none for a single block.
     """
 
     path: str
     region: Region
     flops: int
+    blocks: tuple[str, ...] = ()
 
     @property
     def kind(self) -> SiteKind:
@@ -113,7 +114,7 @@ class Block:
     def info(self) -> SiteInfo:
         """What a plan records about this block."""
         width = shape_of(self.region.outputs[0])[-1]
-        return SiteInfo(self.path, str(self.kind), 1, width, self.tokens, width, None, self.flops)
+        return SiteInfo(self.path, str(self.kind), 1, width, self.tokens, width, None, self.flops, self.blocks)
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, ...], ...]:

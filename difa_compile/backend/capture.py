@@ -8,7 +8,7 @@ needed, once per unique (segment structure, roles).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +69,7 @@ class Capture:
     Attributes:
         model: the analysed model.
         plan: the plan it was compiled for, as it was carried onto this model, or None.
+        units: for each site of the plan its number among the model's units; without a plan, all units.
         prediction: what its sites take on this machine.
         verdicts: what of the plan is carried out.
         compiled_variants: how many segment variants have been compiled so far.
@@ -97,15 +98,21 @@ class Capture:
         self._unmodified: CompiledRow | None = None
         self._lock = threading.RLock()
         if plan is not None:
-            units = model.units if any(site.is_block for site in plan.sites) else model.sites
-            infos = [unit.info for unit in units]
+            named = {site.path for site in plan.sites if site.is_block}
+            infos = [site.info for site in model.sites]
+            infos += [block.info for block in model.blocks if block.path in named]
             samples = (model.sample, plan.settings.sample)
             if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites, samples)):
                 plan = plan.resized(infos, resize or "tokens")
             plan.validate(sites=infos)
         self.plan = plan
+        self.units = tuple(self._units(plan))
         self.prediction = Prediction(model)
-        self.verdicts = Verdicts(model, self.prediction, plan, strict=strict, allow_slower=allow_slower)
+        self.verdicts = Verdicts(model, self.prediction, plan, self.units, strict=strict, allow_slower=allow_slower)
+
+    def _units(self, plan: Plan | None) -> Iterable[int]:
+        number = {unit.path: index for index, unit in enumerate(self.model.units)}
+        return number.values() if plan is None else (number[site.path] for site in plan.sites)
 
     def leave_unshared(self, reason: str) -> None:
         """From now on no decision that shares the CFG halves is carried out, for this reason.
@@ -153,15 +160,31 @@ class Capture:
     def stitched(self, roles: Sequence[Role]) -> CompiledRow:
         """One function that runs all segments with one role per site; their variants must have been run before."""
         roles = self._whole(roles)
-        links = [self._link(i, roles) for i in range(len(self.model.split.segments))]
+        left_out = self._left_out(roles)
+        links = [None if i in left_out else self._link(i, roles) for i in range(len(self.model.split.segments))]
         return stitch(self.model.split, links, self._overwrites)
 
     def _link(self, index: int, roles: tuple[Role, ...]) -> Link:
         """What runs a segment in a row that has been run before."""
         segment = self.model.split.segments[index]
-        variant = self._compiled[self._key(index, tuple(roles[i] for i in segment.site_indices))]
+        own = tuple(roles[i] for i in segment.site_indices)
+        if is_open(segment, own):
+            return Link(None, segment.inputs[-len(segment.outputs) :], (), ())
+        variant = self._compiled[self._key(index, own)]
         return Link(
-            variant.run, self._names(segment, variant.cache_inputs), self._names(segment, variant.cache_outputs)
+            variant.run,
+            inputs_of(segment, own),
+            self._names(segment, variant.cache_inputs),
+            self._names(segment, variant.cache_outputs),
+        )
+
+    def _left_out(self, roles: Sequence[Role]) -> frozenset[int]:
+        """The segments (by number) of the spans that are left out."""
+        return frozenset(
+            number
+            for segment in self.model.split.segments
+            if segment.spanned and roles[segment.site_indices[0]].reads_output
+            for number in segment.spanned
         )
 
     # --- step by step ------------------------------------------------------------------------------------------------
@@ -181,10 +204,18 @@ class Capture:
         end = len(segments) if stop is None else self.model.segment_of(stop)
         values = list(state.values)
         written = dict(state.caches_out)
+        left_out = self._left_out(roles)
         for index in range(state.position, end):
+            if index in left_out:
+                continue
             segment = segments[index]
-            inputs = [values[i] for i in segment.inputs]
-            variant = self._variant(index, tuple(roles[i] for i in segment.site_indices), inputs, caches)
+            own = tuple(roles[i] for i in segment.site_indices)
+            inputs = [values[i] for i in inputs_of(segment, own)]
+            if is_open(segment, own):
+                for number, value in zip(segment.outputs, inputs[-len(segment.outputs) :], strict=True):
+                    values[number] = value
+                continue
+            variant = self._variant(index, own, inputs, caches)
             results = variant.run(*inputs, *[caches[name] for name in self._names(segment, variant.cache_inputs)])
             for number, value in zip(segment.outputs, results, strict=False):
                 values[number] = value
@@ -195,11 +226,17 @@ class Capture:
         return State(tuple(values), max(end, state.position), written)
 
     def _whole(self, roles: Sequence[Role]) -> tuple[Role, ...]:
-        """One role per unit of the model, given those of its sites or of all."""
-        units = len(self.model.units)
-        if len(roles) not in (len(self.model.sites), units):
+        """One role per unit of the model, given those of its attention sites, of the plan's, or of all."""
+        count = len(self.model.units)
+        if len(roles) == count:
+            return tuple(roles)
+        units = range(len(self.model.sites)) if len(roles) == len(self.model.sites) else self.units
+        if len(roles) != len(units):
             raise PlanMismatchError(f"{len(roles)} roles were given for {len(self.model.sites)} sites")
-        return (*roles, *[FULL_ROLE] * (units - len(roles)))
+        whole = [FULL_ROLE] * count
+        for unit, role in zip(units, roles, strict=True):
+            whole[unit] = role
+        return tuple(whole)
 
     def outputs(self, state: State) -> list[Any]:
         """The graph's outputs, once a state is at the end."""
@@ -246,6 +283,20 @@ class Capture:
             run = copying_from(len(segment.outputs), run)
         self.compiled_variants += 1
         return CompiledVariant(run, reads, writes)
+
+
+def is_open(segment: Segment, roles: Sequence[Role]) -> bool:
+    """Whether a segment is a gate that hands on what it is given: its span is full, and nobody wants what it adds."""
+    return bool(segment.spanned) and roles[0] == FULL_ROLE
+
+
+def inputs_of(segment: Segment, roles: Sequence[Role]) -> tuple[int, ...]:
+    """The values (by number) that a segment is given. A gate whose span is left out has no streams behind it: those
+    before it, of the same form, stand in their places, which are not read then."""
+    if segment.spanned and roles[0].reads_output:
+        streams = segment.inputs[: len(segment.outputs)]
+        return (*streams, *streams)
+    return segment.inputs
 
 
 def whole_row(run: Callable[..., Any], overwrites: bool) -> CompiledRow:

@@ -38,8 +38,8 @@ class Fit:
             for row in capture.plan.decisions
         )
         caches = tuple(
-            (site.path, site.tokens, site.cache_shapes, *model.cache_dtypes[index])
-            for index, site in enumerate(model.units[: len(capture.plan.sites)])
+            (model.units[i].path, model.units[i].tokens, model.units[i].cache_shapes, *model.cache_dtypes[i])
+            for i in capture.units
         )
         return cls(model.context.two_call, rows, model.batch, caches)
 
@@ -158,7 +158,7 @@ class RunPart:
             if not any(decision.order for decision in column):
                 continue
             read = output_sources(column, [row[index].covered for row in rows])
-            _, *dtypes, device = self.capture.model.cache_dtypes[index]
+            _, *dtypes, device = self.capture.model.cache_dtypes[self.capture.units[index]]
             assert isinstance(device, torch.device)
             assert isinstance(dtypes[0], torch.dtype)
             place = device, extrapolation_dtype(dtypes[0])

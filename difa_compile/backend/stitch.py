@@ -29,22 +29,24 @@ CompiledRow = Callable[[Sequence[Any], Mapping[CacheName, Tensor]], tuple[list[A
 
 @dataclass(frozen=True)
 class Link:
-    """What runs a segment in a row: a compiled function and the names of the caches it reads and writes, in order."""
+    """What runs a segment in a row: a compiled function, the values (by number) that it is given, and the names of the
+    caches that it reads and writes, in order. Without a function the values are handed on."""
 
-    run: Callable[..., Any]
+    run: Callable[..., Any] | None
+    inputs: tuple[int, ...]
     reads: tuple[CacheName, ...]
     writes: tuple[CacheName, ...]
 
 
-def stitch(split: Split, links: Sequence[Link], overwrites: bool = False) -> CompiledRow:
-    """The function that runs ``links``, one per segment of ``split``, one after the other.
+def stitch(split: Split, links: Sequence[Link | None], overwrites: bool = False) -> CompiledRow:
+    """The function that runs ``links``, one per segment of ``split``, one after the other; None for those left out.
 
     ``overwrites``: links return memory that is overwritten in the next call of the model (CUDA graphs), so each call is
     marked as a step of its own, and outputs are copied out of it.
     """
     source = source_of(split, links, overwrites)
-    space: dict[str, Any] = {f"segment_{i}": link.run for i, link in enumerate(links)}
-    names = dict.fromkeys(name for link in links for name in link.writes)
+    space: dict[str, Any] = {f"segment_{i}": link.run for i, link in enumerate(links) if link is not None}
+    names = dict.fromkeys(name for link in links if link is not None for name in link.writes)
     space |= {f"name_{i}": name for i, name in enumerate(names)}
     space |= {"copied": copied, "begin_step": torch.compiler.cudagraph_mark_step_begin}
     exec(compile(source, "<difa row>", "exec"), space)
@@ -57,24 +59,32 @@ def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def source_of(split: Split, links: Sequence[Link], overwrites: bool = False) -> str:
+def source_of(split: Split, links: Sequence[Link | None], overwrites: bool = False) -> str:
     """The source of :func:`stitch`'s function."""
     made = {number for segment in split.segments for number in segment.outputs}
-    wanted = [number for segment in split.segments for number in segment.inputs]
+    wanted = [number for link in links if link is not None for number in link.inputs]
     wanted += [number for number in split.results if number is not None]
     given = sorted({number for number in wanted if number not in made})
     lines = ["begin_step()"] if overwrites else []
     lines += [f"v{number} = args[{number}]" for number in given]
     written: dict[CacheName, str] = {}
+    known = set(given)
     for i, (segment, link) in enumerate(zip(split.segments, links, strict=True)):
-        arguments = [f"v{number}" for number in segment.inputs] + [f"caches[{str(name)!r}]" for name in link.reads]
+        if link is None:
+            continue
+        arguments = [f"v{number}" for number in link.inputs] + [f"caches[{str(name)!r}]" for name in link.reads]
+        known.update(segment.outputs)
+        last_use = [number for number in segment.last_use if number in known]
+        if link.run is None:
+            lines += [f"v{to} = v{of}" for to, of in zip(segment.outputs, link.inputs, strict=True)]
+            continue
         fresh = [f"c{len(written) + k}" for k in range(len(link.writes))]
         written |= dict(zip(link.writes, fresh, strict=True))
         targets = [f"v{number}" for number in segment.outputs] + fresh
         call = f"segment_{i}({', '.join(arguments)})"
         lines.append(f"{', '.join(targets)}, = {call}" if targets else call)
-        if segment.last_use:
-            lines.append(f"del {', '.join(f'v{number}' for number in segment.last_use)}")
+        if last_use:
+            lines.append(f"del {', '.join(f'v{number}' for number in last_use)}")
     result = "copied(v{})" if overwrites else "v{}"
     results = ", ".join("None" if number is None else result.format(number) for number in split.results)
     caches = ", ".join(f"name_{i}: {value}" for i, value in enumerate(written.values()))

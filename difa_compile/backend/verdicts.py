@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from difa_compile.backend.prediction import Prediction
@@ -28,9 +29,10 @@ class Record:
 class Verdicts:
     """What is carried out of the decisions of a plan.
 
-    ``plan``: fits the model, or None: then anything that is possible is carried out. ``strict``: a decision that cannot
-    be carried out is a :class:`SiteSkippedError`, raised here. ``allow_slower``: windows are carried out even where the
-    machine's profile says that they take longer than full attention. ``why_unshared``: why no halves are shared at all.
+    ``plan``: fits the model, or None: then anything that is possible is carried out. ``units``: for each site of the
+    plan its number among the model's. ``strict``: a decision that cannot be carried out is a
+    :class:`SiteSkippedError`, raised here. ``allow_slower``: windows are carried out even where the machine's profile
+    says that they take longer than full attention. ``why_unshared``: why no halves are shared at all.
 
     Attributes:
         records: what became of each decision of the plan at each site; empty without a plan.
@@ -41,6 +43,7 @@ class Verdicts:
         model: AnalysedModel,
         prediction: Prediction,
         plan: Plan | None = None,
+        units: Sequence[int] | None = None,
         *,
         strict: bool = False,
         allow_slower: bool = False,
@@ -49,6 +52,7 @@ class Verdicts:
         self._model = model
         self._prediction = prediction
         self._plan = plan
+        self._units = range(len(model.units)) if units is None else units
         self._allow_slower = allow_slower
         self.strict = strict
         self.why_unshared = why_unshared
@@ -75,6 +79,7 @@ class Verdicts:
             self._model,
             self._prediction,
             self._plan,
+            self._units,
             strict=self.strict,
             allow_slower=self._allow_slower,
             why_unshared=reason,
@@ -84,7 +89,7 @@ class Verdicts:
         """The reason why ``decision`` can't be carried out at a site or block (by index), or None."""
         if decision.cfg_shared and self.why_unshared is not None:
             return self.why_unshared
-        return self._model.why_not(index, decision)
+        return self._model.why_not(self._units[index], decision)
 
     def effective(self, index: int, decision: Decision) -> Decision:
         """The decision itself, or full: where it can't be carried out, and for a window that is predicted slower.
@@ -98,7 +103,7 @@ class Verdicts:
     def _check(self, plan: Plan) -> None:
         impossible = [
             (site.path, decision, reason)
-            for index, site in enumerate(self._model.units[: len(plan.sites)])
+            for index, site in enumerate(plan.sites)
             for decision in dict.fromkeys(row[index] for row in plan.decisions)
             if (reason := self.why_not(index, decision)) is not None
         ]
@@ -113,4 +118,4 @@ class Verdicts:
     def _record(self, index: int, decision: Decision) -> Record:
         reason = self.why_not(index, decision) or self._slower.get((index, decision))
         outcome = "skipped" if reason else "full" if decision == FULL else "rewritten"
-        return Record(self._model.units[index].path, str(decision), outcome, reason or "")
+        return Record(self._model.units[self._units[index]].path, str(decision), outcome, reason or "")

@@ -40,7 +40,7 @@ class ModelInspection:
     ``sites``: every attention call, cross-attention included, in execution order. ``site_infos``: those a plan can act
     on. ``records``: for each site what is left alone and why, in general (reuse, windows) rather than for a plan.
     ``sample``: sizes of the noisy sample behind its first dimension (:class:`AnalysedModel`). ``blocks``: the blocks
-    that a plan can act on as a whole; ``block_records``: which it can't, and why.
+    and spans that a plan can act on as a whole; ``block_records``: which it can't, and why.
     """
 
     model: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import DecisionError
@@ -23,11 +23,13 @@ def plan_from_rule(
     conditional_half: int | None = None,
     guidance: str | None = None,
     blocks: Callable[[int, SiteInfo], Decision] | None = None,
+    spans: Callable[[int, SiteInfo], Decision] | None = None,
 ) -> Plan:
     """Write a plan by hand: ``rule(step, site)`` is asked for every step and every attention site, steps outer.
 
-    ``blocks(step, block)``: asked before that for every block; where its answer leaves a block out (reuse, forecast),
-    the rule is not asked for the sites in it. Without it no block is left out.
+    ``blocks(step, block)`` and ``spans(step, span)``: asked before that for every block, and every span of blocks;
+    where the answer leaves one out (reuse, forecast), nothing is asked for what it holds. Without them no block and no
+    span is left out, and the plan names none.
     ``inputs``: keyword arguments of one call, as for :func:`difa_compile.pipeline.inspection.inspect_model`.
     ``conditional_half`` and ``guidance`` are for rules that share guidance halves, where the pipeline's way is not
     known: which half of a batched call is conditional (0 or 1), or ``"two-call"``. Such a plan has seen no
@@ -38,10 +40,15 @@ def plan_from_rule(
     check_steps(steps)
     cfg = settle(model_or_pipe, StatedGuidance(guidance, conditional_half))
     inspection = inspect_model(model_or_pipe, inputs)
-    sites = (*inspection.site_infos, *(inspection.blocks if blocks is not None else ()))
-    if blocks is not None and not inspection.blocks:
+    named = [block for block in inspection.blocks if (spans if block.blocks else blocks) is not None]
+    sites = (*inspection.site_infos, *named)
+    if not named and (blocks is not None or spans is not None):
         raise DecisionError(_no_block(inspection))
-    rows = tuple(_row(step, sites, rule, blocks) for step in range(steps))
+    asked = {False: blocks or rule, True: spans or rule}
+    rows = tuple(
+        _row(step, sites, lambda step, site: (asked[bool(site.blocks)] if site.is_block else rule)(step, site))
+        for step in range(steps)
+    )
     settings = Settings(
         method="rule",
         guidance="none" if cfg.form == "unknown" else cfg.form,
@@ -51,18 +58,23 @@ def plan_from_rule(
     return Plan(model_digest(inspection.model), settings, sites, uniform_progress(steps), rows)
 
 
-def _row(
-    step: int,
-    sites: tuple[SiteInfo, ...],
-    rule: Callable[[int, SiteInfo], Decision],
-    blocks: Callable[[int, SiteInfo], Decision] | None,
-) -> tuple[Cell, ...]:
-    cells = {site.path: _cell(blocks(step, site), step, site) for site in sites if blocks is not None and site.is_block}
-    for site, block in zip(sites, blocks_of(sites), strict=True):
-        if not site.is_block:
-            covered = block is not None and cells[sites[block].path].decision.kind.reads == "output"
-            cells[site.path] = _cell(FULL if covered else rule(step, site), step, site)
-    return tuple(cells[site.path] for site in sites)
+def _row(step: int, sites: Sequence[SiteInfo], rule: Callable[[int, SiteInfo], Decision]) -> tuple[Cell, ...]:
+    held = blocks_of(sites)
+    cells: dict[int, Cell] = {}
+    left_out: dict[int | None, bool] = {None: False}
+
+    def decide(index: int) -> None:
+        block = held[index]
+        if block is not None and block not in cells:
+            decide(block)
+        cell = _cell(FULL if left_out[block] else rule(step, sites[index]), step, sites[index])
+        cells[index] = cell
+        left_out[index] = left_out[block] or cell.decision.kind.reads == "output"
+
+    for index in range(len(sites)):
+        if index not in cells:
+            decide(index)
+    return tuple(cells[index] for index in range(len(sites)))
 
 
 def _no_block(inspection: ModelInspection) -> str:

@@ -286,21 +286,31 @@ def block_flops(plan: Costed) -> PlanCost | None:
     A block that is reused or forecast computes nothing; of one that is full is left out what its attention sites leave
     out. None where the plan names no block or does not know their operations.
     """
-    blocks = [index for index, site in enumerate(plan.sites) if site.is_block]
+    held = blocks_of(plan.sites)
+    blocks = [index for index, site in enumerate(plan.sites) if site.is_block and held[index] is None]
     known = [plan.sites[index].flops for index in blocks]
     full = tuple(flops for flops in known if flops is not None)
     if not full or len(full) < len(blocks):
         return None
-    held = blocks_of(plan.sites)
-    planned = []
-    for row in plan.roles:
-        left = dict(zip(blocks, full, strict=True))
-        for index, (role, site) in enumerate(zip(row, plan.sites, strict=True)):
-            block = held[index]
-            if block is not None:
-                left[block] -= full_flops(site).total - site_flops(role, site).total
-        planned.append(tuple(0 if row[index].reads_output else max(0, left[index]) for index in blocks))
+    planned = [
+        tuple(
+            max(0, flops - _left_out(row, plan.sites, held, block)) for block, flops in zip(blocks, full, strict=True)
+        )
+        for row in plan.roles
+    ]
     return PlanCost(True, full, tuple(planned), tuple((0,) * len(blocks) for _ in planned))
+
+
+def _left_out(row: Sequence[Role], sites: Sequence[SiteInfo], held: Sequence[int | None], site: int) -> int:
+    """Operations of a site, or of a block with all that it holds, that a row of roles does not compute."""
+    info = sites[site]
+    if row[site].covered:
+        return 0
+    if not info.is_block:
+        return full_flops(info).total - site_flops(row[site], info).total
+    if row[site].reads_output:
+        return info.flops or 0
+    return sum(_left_out(row, sites, held, inner) for inner, block in enumerate(held) if block == site)
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,13 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """One self- or joint-attention call, or a block, named by its module path.
+    """One self- or joint-attention call, a block, or a span of blocks, named by its module path.
 
     ``tokens`` is the number of queries, ``width`` the input width of the q, k and v projections, ``layout`` where the
     image stands among the keys (``None``: unknown, no window possible). Queries are all of these, or ``layout.rows``.
     A block (kind ``block``) has the tokens and the width of its streams, one head and no layout; ``flops`` are its
-    operations for one element of the batch, attention included, where they are known.
+    operations for one element of the batch, attention included, where they are known. A span is a block whose
+    ``blocks`` are the paths of those that it consists of; its own path is ``FIRST..LAST``.
     """
 
     path: str
@@ -47,6 +48,7 @@ class SiteInfo:
     width: int
     layout: Layout | None = None
     flops: int | None = None
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
@@ -57,6 +59,11 @@ class SiteInfo:
             _whole(getattr(self, name), f"{what}: {name}", at_least=1, at_most=MAX_TOKENS)
         if self.is_block and self.layout is not None:
             raise PlanFormatError(f"{what}: a block has no layout; its attention sites have")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.blocks and not self.is_block:
+            raise PlanFormatError(f"{what}: it names blocks, which only a span has")
+        for path in self.blocks:
+            _text(path, f"{what}: a block")
         if self.flops is not None:
             _whole(self.flops, f"{what}: flops", at_least=0, at_most=MAX_FLOPS)
         if self.layout is not None and not self.layout.holds(self.tokens):
@@ -81,19 +88,22 @@ class SiteInfo:
     def shape(self) -> str:
         """The sizes in words, for messages: ``self, 6 heads x 64, 256 tokens (16x16), width 384``."""
         if self.is_block:
-            return f"block, {self.tokens} tokens, width {self.width}"
+            form = f"span of {len(self.blocks)} blocks" if self.blocks else "block"
+            return f"{form}, {self.tokens} tokens, width {self.width}"
         grid = f" ({self.layout})" if self.layout else ""
         return f"{self.kind}, {self.heads} heads x {self.head_dim}, {self.tokens} tokens{grid}, width {self.width}"
 
 
 def blocks_of(sites: Sequence[SiteInfo]) -> tuple[int | None, ...]:
-    """For each site the index of the block that holds it, None for blocks and where none is named."""
-    blocks = {site.path: index for index, site in enumerate(sites) if site.is_block}
+    """For each site the index of the block or span that holds it, the innermost that is named; None if none does."""
+    spans = {path: index for index, site in enumerate(sites) for path in site.blocks}
+    blocks = {site.path: index for index, site in enumerate(sites) if site.is_block and not site.blocks}
     found: list[int | None] = []
     for site in sites:
-        parts = [] if site.is_block else site.path.split(".")
-        paths = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-        found.append(next((blocks[path] for path in paths if path in blocks), None))
+        parts = [] if site.blocks else site.path.split(".")
+        paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        own = None if site.is_block else next((blocks[path] for path in paths if path in blocks), None)
+        found.append(next((spans[path] for path in paths if path in spans), None) if own is None else own)
     return tuple(found)
 
 

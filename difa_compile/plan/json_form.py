@@ -149,6 +149,7 @@ def _site_json(site: SiteInfo) -> dict[str, object]:
         "width": site.width,
         "layout": layout and {"grid": list(layout.grid), "before": layout.before, "after": layout.after},
         **({} if site.flops is None else {"flops": site.flops}),
+        **({"blocks": list(site.blocks)} if site.blocks else {}),
     }
 
 
@@ -227,7 +228,9 @@ def _read_settings(value: object) -> Settings:
 
 
 def _read_site(value: object, where: str) -> SiteInfo:
-    fields = as_object(value, where, ("path", "kind", "heads", "head_dim", "tokens", "width", "layout"), ("flops",))
+    fields = as_object(
+        value, where, ("path", "kind", "heads", "head_dim", "tokens", "width", "layout"), ("flops", "blocks")
+    )
     layout = None
     if fields["layout"] is not None:
         place = f"{where}.layout"
@@ -243,6 +246,7 @@ def _read_site(value: object, where: str) -> SiteInfo:
         fields["width"],
         layout,
         as_whole(fields["flops"], f"{where}.flops") if "flops" in fields else None,
+        tuple(as_text(path, f"{where}.blocks") for path in as_list(fields.get("blocks", []), f"{where}.blocks")),
     )
 
 

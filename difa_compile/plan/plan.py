@@ -73,8 +73,9 @@ RESIZES = ("fraction", "tokens")
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions over a sampling schedule: ``rows[step][site]``: attention sites in execution order, then blocks, if
-    it says anything of these. Where a block is reused or forecast, the cells of the sites that it holds say full.
+    """All decisions over a sampling schedule: ``rows[step][site]``: attention sites in execution order, then blocks and
+    spans, if it says anything of these. Where one of them is reused or forecast, the cells of all that it holds say
+    full.
 
     ``progress[step]`` lies in [0, 1] and never rises. A plan that exists can run: construction raises
     :class:`ScheduleError` if there is no step, progress is out of order or a reader has no earlier filler

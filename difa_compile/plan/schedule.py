@@ -118,9 +118,13 @@ def assign_roles(rows: Sequence[Sequence[Decision]], blocks: Blocks = ()) -> tup
 
 
 def _covered(rows: Sequence[Sequence[Decision]], site: int, blocks: Blocks) -> list[bool]:
-    """At which steps a site is covered by its block."""
+    """At which steps a site is covered by a block or span that is left out."""
+    around = []
     block = blocks[site] if blocks else None
-    return [block is not None and row[block].kind.reads == "output" for row in rows]
+    while block is not None:
+        around.append(block)
+        block = blocks[block]
+    return [any(row[block].kind.reads == "output" for block in around) for row in rows]
 
 
 def _site_roles(column: Sequence[Decision], site: int, covered: Sequence[bool]) -> list[Role]:
@@ -381,18 +385,27 @@ def take_rows(
     columns: dict[int, list[Decision]] = {}
     promotions: list[Promotion] = []
     count = len(rows[0])
-    nowhere = [False] * len(source_steps)
-    for site in sorted(range(count), key=lambda site: bool(blocks) and blocks[site] is not None):  # blocks come first
-        block = blocks[site] if blocks else None
-        covered = nowhere if block is None else [decision.kind.reads == "output" for decision in columns[block]]
-        column, promoted = _take_column(
-            [row[site] for row in rows], source_steps, site, _covered(rows, site, blocks), covered
-        )
+    covered: dict[int | None, list[bool]] = {None: [False] * len(source_steps)}
+    """By block, at which steps what it holds is covered."""
+    for site in _outermost_first(count, blocks):
+        around = covered[blocks[site] if blocks else None]
+        there = _covered(rows, site, blocks)
+        column, promoted = _take_column([row[site] for row in rows], source_steps, site, there, around)
         columns[site] = column
+        covered[site] = [one or decision.kind.reads == "output" for one, decision in zip(around, column, strict=True)]
         promotions.extend(promoted)
     promotions.sort(key=lambda promotion: (promotion.step, promotion.site))
     taken = tuple(tuple(columns[site][step] for site in range(count)) for step in range(len(source_steps)))
     return taken, tuple(promotions)
+
+
+def _outermost_first(count: int, blocks: Blocks) -> list[int]:
+    """All sites, each behind what holds it."""
+
+    def depth(site: int | None) -> int:
+        return 0 if site is None or not blocks else 1 + depth(blocks[site])
+
+    return sorted(range(count), key=depth)
 
 
 def _take_column(

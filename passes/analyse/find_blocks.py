@@ -13,6 +13,9 @@ side).
    computed last.
 3. *Interior*: all its nodes. What leads to no output is dead, and goes with the rest.
 
+A *span* is a run of blocks, with what lies between them, of which the same holds; its inner streams are nobody's
+business. The longest there is is found, over all blocks or over those of one list.
+
 What can be left out is then the difference between output and stream. A block that does more (a value handed on that is
 no such sum, a write into memory from outside, a module that attends several times) is refused with the reason.
 """
@@ -51,9 +54,10 @@ _PASSED = REARRANGING | {"dropout", "type_promote", "to_copy"}
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a graph in execution order, and the reasons why others (by path) are none."""
+    """The blocks of a graph in execution order, its spans, and the reasons why others (by path) are none."""
 
     found: tuple[Block, ...]
+    spans: tuple[Block, ...]
     refused: tuple[tuple[str, str], ...]
 
 
@@ -63,16 +67,48 @@ def find_blocks(module: fx.GraphModule, facts: Facts) -> Blocks:
     body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
     runs = block_runs(body)
     from_sample = influenced_by(facts[Sample].latents)
-    found, refused = [], []
+    found, refused, ran = [], [], {}
     for path in dict.fromkeys(block_path(site.path) for site in sites):
         if not path:
             continue
-        described = describe_block(path, runs[path], from_sample)
+        attending = [run for run in runs.get(path, []) if any(is_attention(node) for node in run)]
+        if len(attending) != 1:
+            refused.append((path, f"it attends in {len(attending)} parts, with other work between"))
+            continue
+        ran[path] = attending[0]
+        described = describe(path, attending[0], from_sample)
         if isinstance(described, Block):
             found.append(described)
         else:
             refused.append((path, described))
-    return Blocks(tuple(found), tuple(refused))
+    spans, without = find_spans(body, ran, from_sample)
+    return Blocks(tuple(found), spans, (*refused, *without))
+
+
+def find_spans(
+    body: list[fx.Node], runs: dict[str, list[fx.Node]], from_sample: set[fx.Node]
+) -> tuple[tuple[Block, ...], tuple[tuple[str, str], ...]]:
+    """The span of all blocks (given by path with their nodes), or else of those of each list of blocks; why not."""
+    place = {node: i for i, node in enumerate(body)}
+    lists: dict[str, list[str]] = {}
+    for path in runs:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    refused = []
+    for groups in ([list(runs)], list(lists.values())):
+        spans = []
+        for paths in groups:
+            if len(paths) < 2:
+                continue
+            name = f"{paths[0]}..{paths[-1]}"
+            first, last = place[runs[paths[0]][0]], place[runs[paths[-1]][-1]]
+            described = describe(name, body[first : last + 1], from_sample, tuple(paths))
+            if isinstance(described, Block):
+                spans.append(described)
+            else:
+                refused.append((name, described))
+        if spans:
+            return tuple(spans), ()
+    return (), tuple(refused)
 
 
 def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
@@ -91,14 +127,9 @@ def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
     return runs
 
 
-def describe_block(path: str, runs: list[list[fx.Node]], from_sample: set[fx.Node]) -> Block | str:
-    """The block that a module has made, or the reason why it is none."""
-    attending = [run for run in runs if any(is_attention(node) for node in run)]
-    if not attending:
-        return "its attention was not written by one module"
-    if len(attending) > 1:
-        return f"it attends in {len(attending)} parts, with other work between"
-    nodes = [node for node in attending[0] if not (is_enter(node) or is_exit(node))]
+def describe(path: str, run: list[fx.Node], from_sample: set[fx.Node], blocks: tuple[str, ...] = ()) -> Block | str:
+    """The block (or span of ``blocks``) that consists of a run of nodes, or the reason why it is none."""
+    nodes = [node for node in run if not (is_enter(node) or is_exit(node))]
     inside = set(nodes)
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     for node in nodes:
@@ -116,7 +147,7 @@ def describe_block(path: str, runs: list[list[fx.Node]], from_sample: set[fx.Nod
     attention = next(node for node in nodes if is_attention(node))
     inputs = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
     region = Region(attention, tuple(nodes), tuple(inputs), tuple(outputs), tuple(streams))
-    return Block(path, region, sum(map(operations, nodes)) // max(1, shape_of(outputs[0])[0]))
+    return Block(path, region, sum(map(operations, nodes)) // max(1, shape_of(outputs[0])[0]), blocks)
 
 
 def stream_of(output: fx.Node, inside: set[fx.Node], from_sample: set[fx.Node]) -> fx.Node | str:
@@ -145,7 +176,8 @@ def stream_of(output: fx.Node, inside: set[fx.Node], from_sample: set[fx.Node]) 
     alike = [node for node in found if shape_of(node) == shape_of(output) and tensor_of(node).dtype == value.dtype]  # type: ignore[union-attr]
     if alike:
         sampled = [node for node in alike if node in from_sample]
-        return max(sampled or alike)
+        if sampled or output not in from_sample:
+            return max(sampled or alike)
     return f"{output.name}, which is used outside of it, is no sum of a value that came in and of what the block adds"
 
 
