@@ -4,46 +4,32 @@ plan."""
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from difa_compile.backend.entry import difa
 from difa_compile.backend.options import Options
-from difa_compile.backend.run import Run
+from difa_compile.calibration.sampling import call_arguments, identity_of, models_of, progress_bar, sample_with
 from difa_compile.calibration.search import CANDIDATES, MAX_THRESHOLD, PUBLISHED_CANDIDATES, Search, SearchSettings
 from difa_compile.calibration.state import (
     CalibrationState,
     default_path,
-    digest_of,
-    generators_in,
-    weights_digest,
 )
 from difa_compile.decision import Window
 from difa_compile.errors import (
     DecisionError,
-    DifaError,
-    MissingDependencyError,
-    NotAppliedError,
     ProfileError,
     ScheduleError,
     ThresholdError,
     UnsupportedPipelineError,
 )
 from difa_compile.machine.profile import current
-from difa_compile.passes.autocast import Autocast
-from difa_compile.pipeline.call_arguments import check_call, refused
-from difa_compile.pipeline.compiled_forward import CompiledForward
-from difa_compile.pipeline.schedule_follower import ScheduleFollower
-from difa_compile.pipeline.transformers import check_scheduler, find_transformers
-from difa_compile.pipeline.wiring import Wiring, wiring_of
+from difa_compile.pipeline.call_arguments import check_call
 from difa_compile.plan.data import LOSSES
-from difa_compile.plan.guidance import Guidance, StatedGuidance, guidance_is_on, settle
-from difa_compile.plan.plan import Plan, model_digest
+from difa_compile.plan.guidance import Guidance, StatedGuidance, settle
+from difa_compile.plan.plan import Plan
 from difa_compile.wording import quoted, shown
 
 __all__ = ["CANDIDATES", "PUBLISHED_CANDIDATES", "calibrate"]
@@ -97,37 +83,19 @@ def calibrate(
     :class:`CalibrationStateError`, :class:`OutputError` and what capturing the model raises.
     """
     window, names = check_settings(steps, threshold, window, candidates, loss, rank)
-    models = find_transformers(pipe)
-    digests = [model_digest(model) for model in models]
-    if any(digest != digests[0] for digest in digests):
-        raise UnsupportedPipelineError(
-            f"the transformers of this {type(pipe).__name__} are not of one class and configuration, so one plan does "
-            "not fit them all; calibrate them in pipelines of their own"
-        )
-    check_scheduler(pipe)
-    if wiring_of(pipe) is not None:
-        raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before calibrating")
+    models = models_of(pipe)
     guidance = settle(pipe, StatedGuidance(conditional_half=conditional_half))
     half = guidance.conditional_half
     cfg_reason = _why_not_shared(guidance, explicit=candidates is not None, names=names)
     options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
-    call = _call_arguments(pipe, inputs, steps)
+    call = call_arguments(pipe, inputs, steps)
     check_call(pipe, call)
     settings = SearchSettings(float(threshold), loss, window, names, half, cfg_reason, *_ranking(models[0], rank))
-    identity = {
-        **{f"model {key}": str(value) for key, value in asdict(digests[0]).items()},
-        "weights": digest_of([weights_digest(model) for model in models]),
-        "scheduler": digest_of(
-            {"class": type(pipe.scheduler).__name__, "config": _plain(getattr(pipe.scheduler, "config", None))}
-        ),
-        "inputs": digest_of(call),
-        "settings": digest_of(
-            {**settings.identity(), "steps": steps, "torch": torch.__version__, "autocast": str(Autocast.now())}
-        ),
-    }
+    identity = identity_of(pipe, models, call, settings.identity(), steps)
     saved = CalibrationState.open(state if state is not None else default_path(identity), identity)
-    search = Search(models, settings, saved, _bar if progress else None)
-    _sample(pipe, call, search, guidance, options)
+    make_bar = functools.partial(progress_bar, what="calibrating", unit="decision") if progress else None
+    search = Search(models, settings, saved, make_bar, guidance.form)
+    sample_with(pipe, call, search, guidance, options, what="calibration", kept=lambda: shown(saved.path))
     plan = search.plan()
     if not keep_state:
         saved.remove()
@@ -154,68 +122,6 @@ def check_settings(
     if loss not in LOSSES:
         raise DecisionError(f"loss {quoted(loss)} is unknown; choose {' or '.join(LOSSES)}")
     return Window.parse(window) if isinstance(window, str) else window, _check_candidates(candidates)
-
-
-def _sample(pipe: Any, call: dict[str, Any], search: Search, guidance: Guidance, options: Options) -> None:
-    """Call the pipeline once with the search in place of a plan."""
-
-    def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> ScheduleFollower:
-        def open_run(progress: tuple[float, ...]) -> Run:
-            if guidance_is_on(pipe, arguments) is False:
-                search.cfg_reason = search.cfg_reason or "guidance is off in this call, so its batch has no halves"
-            elif guidance.form in ("two-call", "batched"):
-                search.guidance = guidance.form
-            return search.open(progress)
-
-        return ScheduleFollower(scheduler, open_run, one_call_each=True, conditional_first=guidance.conditional_first)
-
-    backend = functools.partial(difa)  # Dynamo takes no other pipeline's graphs for it
-    compiled = {model: CompiledForward(model, backend, options.given) for model in search.models}
-    wiring = Wiring(pipe, compiled, start)
-    generators = [(generator, generator.get_state()) for generator in generators_in(call)]
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    quiet = hasattr(pipe, "set_progress_bar_config")
-    wiring.connect()
-    try:
-        if quiet:
-            pipe.set_progress_bar_config(**{**bar, "disable": True})
-        try:
-            pipe(**call)
-        except (TypeError, ValueError) as error:
-            if search.progress or isinstance(error, DifaError):
-                raise
-            raise refused(pipe, call, error) from error
-    except KeyboardInterrupt as interrupt:
-        kept = f"; they are saved in {shown(search.saved.path)}" if search.done else ""
-        where = "from there" if search.done else "from the beginning"
-        interrupt.add_note(
-            f"calibration interrupted after {search.done} of {len(search.progress)} steps{kept}. Start it again with "
-            f"the same arguments to go on {where}."
-        )
-        raise
-    finally:
-        search.close()
-        wiring.disconnect()
-        if quiet:
-            pipe.set_progress_bar_config(**bar)
-        for generator, initial in generators:
-            generator.set_state(initial)
-
-
-def _call_arguments(pipe: Any, inputs: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the user's, the steps, a seed, and no decoding where that can be left out."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    call = {**inputs, "num_inference_steps": steps}
-    if "num_inference_steps" in inputs and inputs["num_inference_steps"] != steps:
-        raise ScheduleError(
-            f"inputs ask for num_inference_steps={quoted(inputs['num_inference_steps'])}, but calibration is over "
-            f"{steps} steps; leave num_inference_steps out of the inputs"
-        )
-    if "generator" in parameters and call.get("generator") is None:
-        call["generator"] = torch.Generator().manual_seed(0)
-    if "output_type" in parameters:
-        call.setdefault("output_type", "latent")
-    return call
 
 
 def _check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...]:
@@ -251,23 +157,3 @@ def _why_not_shared(guidance: Guidance, *, explicit: bool, names: tuple[str, ...
     if reason and explicit and any(CANDIDATES[name][1] for name in names):
         raise UnsupportedPipelineError(reason)
     return reason
-
-
-def _plain(config: object) -> object:
-    """A config as plain numbers, text and containers; what is none of these by its text."""
-    if isinstance(config, Mapping):
-        return {str(key): _plain(value) for key, value in config.items() if not str(key).startswith("_")}
-    if isinstance(config, (list, tuple)):
-        return [_plain(value) for value in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
-
-
-def _bar(total: int, done: int) -> Any:
-    """A progress bar over decisions (one per step and site) with the time left."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the progress bar needs tqdm, which is not installed; pip install tqdm, or calibrate with progress=False"
-        ) from error
-    return tqdm(total=total, initial=done, desc="calibrating", unit="decision", dynamic_ncols=True)

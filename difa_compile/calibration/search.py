@@ -148,10 +148,13 @@ class Search:
         settings: SearchSettings,
         saved: CalibrationState,
         make_bar: Callable[[int, int], Any] | None,
+        form: str,
     ) -> None:
         self.models = tuple(models)
         self.settings = settings
         self.saved = saved
+        self._form = form
+        """How the pipeline guides; :attr:`guidance` is how it does in the call at hand."""
         self.guidance = "none"
         self.cfg_reason = settings.cfg_reason
         self.progress: tuple[float, ...] = ()
@@ -183,8 +186,12 @@ class Search:
         """Number of steps that are decided and saved."""
         return len(self.saved.rows)
 
-    def open(self, progress: tuple[float, ...]) -> Run:
-        """The run for one pass through the schedule."""
+    def open(self, progress: tuple[float, ...], guided: bool | None) -> Run:
+        """The run for one pass through the schedule. ``guided``: whether guidance is on in this call, if known."""
+        if guided is False:
+            self.cfg_reason = self.cfg_reason or "guidance is off in this call, so its batch has no halves"
+        elif self._form in ("two-call", "batched"):
+            self.guidance = self._form
         if self.progress:
             raise UnsupportedPipelineError(
                 "the pipeline goes through its schedule more than once in a call (set_timesteps is called again), "
@@ -398,7 +405,7 @@ class Search:
         reference: list[Any] = []
         if step > 0:
             reference = capture.outputs(capture.advance(start, [Role(FULL)] * count, caches))
-            _check_finite(reference, f"step {step}, all sites full")
+            check_finite(reference, f"step {step}, all sites full")
         state = start
         roles: list[Role] = []
         cells: list[Cell] = []
@@ -442,7 +449,7 @@ class Search:
                 self._bar.update(1)
         state = capture.advance(state, roles, caches)
         if step == 0:
-            _check_finite(capture.outputs(state), "step 0, all sites full")
+            check_finite(capture.outputs(state), "step 0, all sites full")
         return tuple(cells), state
 
     def _search_sharing(
@@ -451,7 +458,7 @@ class Search:
         """Decide which sites of the unconditional call take the conditional call's output."""
         count = len(cells)
         reference = capture.outputs(capture.advance(start, [Role(FULL)] * count, caches))
-        _check_finite(reference, f"step {step}, unconditional call, all sites full")
+        check_finite(reference, f"step {step}, unconditional call, all sites full")
         found = list(cells)
         state = start
         for index, (cell, site) in enumerate(zip(cells, self._sites, strict=True)):
@@ -464,7 +471,7 @@ class Search:
             state, _ = self._carry_out(capture, state, caches, row, second=True, stop=index)
             end, _ = self._carry_out(capture, state, caches, row, second=True)
             outputs = capture.outputs(end)
-            _check_finite(outputs, f"step {step}, unconditional call, site {site.path}, candidate {shared}")
+            check_finite(outputs, f"step {step}, unconditional call, site {site.path}, candidate {shared}")
             measured = loss_of(self.settings.loss, reference, outputs)
             trial = Trial(shared, measured, limit, cost=0.0 if self._weighed else None)  # of this call: a copy
             own = next((t.price for t in cell.trials if t.decision == cell.decision and t.price is not None), 1.0)
@@ -490,7 +497,7 @@ class Search:
     ) -> float:
         """Loss of the model's output when ``row`` is run on from ``state``."""
         outputs = capture.outputs(capture.advance(state, row, caches))
-        _check_finite(outputs, f"step {step}, site {site.path}, candidate {decision}")
+        check_finite(outputs, f"step {step}, site {site.path}, candidate {decision}")
         return loss_of(self.settings.loss, reference, outputs)
 
 
@@ -520,7 +527,7 @@ class SearchRun(Run):
         return self._search.call(capture, args, self.index, self.current_branch)
 
 
-def _check_finite(outputs: Sequence[Any], where: str) -> None:
+def check_finite(outputs: Sequence[Any], where: str) -> None:
     for output in outputs:
         if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
             raise NonFiniteError(

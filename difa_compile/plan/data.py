@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SITE_KINDS = ("self", "joint", "block")
-METHODS = ("greedy", "weighed", "rule")
+METHODS = ("greedy", "weighed", "planned", "rule")
 LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
 MAX_PARAMETERS = 10**18

@@ -80,9 +80,9 @@ def _content(
     rows: Sequence[Sequence[Cell]],
 ) -> dict[str, object]:
     return {
-        "model": _model_json(model),
-        "settings": _settings_json(settings),
-        "sites": [_site_json(site) for site in sites],
+        "model": model_json(model),
+        "settings": settings_json(settings),
+        "sites": [site_json(site) for site in sites],
         "progress": list(progress),
         "rows": [[cell_json(cell) for cell in row] for row in rows],
     }
@@ -99,15 +99,15 @@ def write(
     rows: Sequence[Sequence[Cell]],
 ) -> str:
     """The text of a plan file, ending in a newline."""
-    site_lines = ",\n".join("    " + _line(_site_json(site)) for site in sites)
+    site_lines = ",\n".join("    " + _line(site_json(site)) for site in sites)
     row_blocks = ",\n".join(
         "    [\n" + ",\n".join("      " + _line(cell_json(cell)) for cell in row) + "\n    ]" for row in rows
     )
     members = {
         "schema_version": str(SCHEMA_VERSION),
         "digest": _line(digest(model, settings, sites, progress, rows)),
-        "model": _line(_model_json(model)),
-        "settings": _line(_settings_json(settings)),
+        "model": _line(model_json(model)),
+        "settings": _line(settings_json(settings)),
         "sites": f"[\n{site_lines}\n  ]",
         "progress": _line(list(progress)),
         "rows": f"[\n{row_blocks}\n  ]",
@@ -119,11 +119,11 @@ def _line(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _model_json(model: ModelInfo) -> dict[str, object]:
+def model_json(model: ModelInfo) -> dict[str, object]:
     return {"class_name": model.class_name, "config_digest": model.config_digest, "parameters": model.parameters}
 
 
-def _settings_json(settings: Settings) -> dict[str, object]:
+def settings_json(settings: Settings) -> dict[str, object]:
     return {
         "method": settings.method,
         "threshold": settings.threshold,
@@ -138,7 +138,7 @@ def _settings_json(settings: Settings) -> dict[str, object]:
     }
 
 
-def _site_json(site: SiteInfo) -> dict[str, object]:
+def site_json(site: SiteInfo) -> dict[str, object]:
     layout = site.layout
     return {
         "path": site.path,
@@ -186,9 +186,9 @@ def read(data: str | bytes, where: object) -> Parts:
     del data
     with PLAN.reading(where):
         parts: Parts = (
-            _read_model(fields["model"]),
-            _read_settings(fields["settings"]),
-            tuple(_read_site(item, f"sites[{i}]") for i, item in enumerate(as_list(fields["sites"], "sites"))),
+            read_model(fields["model"]),
+            read_settings(fields["settings"]),
+            tuple(read_site(item, f"sites[{i}]") for i, item in enumerate(as_list(fields["sites"], "sites"))),
             tuple(as_number(item, f"progress[{i}]") for i, item in enumerate(as_list(fields["progress"], "progress"))),
             read_rows(fields["rows"], "rows"),
         )
@@ -204,12 +204,12 @@ def read_rows(value: object, where: str) -> tuple[tuple[Cell, ...], ...]:
     )
 
 
-def _read_model(value: object) -> ModelInfo:
+def read_model(value: object) -> ModelInfo:
     fields = as_object(value, "model", ("class_name", "config_digest", "parameters"))
     return ModelInfo(fields["class_name"], fields["config_digest"], fields["parameters"])
 
 
-def _read_settings(value: object) -> Settings:
+def read_settings(value: object) -> Settings:
     keys = (
         "method",
         "threshold",
@@ -227,7 +227,7 @@ def _read_settings(value: object) -> Settings:
     return replace(Settings(*(fields[key] for key in keys)), sample=sample)
 
 
-def _read_site(value: object, where: str) -> SiteInfo:
+def read_site(value: object, where: str) -> SiteInfo:
     fields = as_object(
         value, where, ("path", "kind", "heads", "head_dim", "tokens", "width", "layout"), ("flops", "blocks")
     )

@@ -1,0 +1,509 @@
+"""Measure once what decisions would do to a model's output, for plans under any budget.
+
+One call of the pipeline, in which every step is computed in full. Beside that, at each step, the decisions are tried
+one by one on the very inputs of the step, on the variants that a plan runs:
+
+1. *Drift*: all units of a group (the blocks of the network, its attention sites) take what they computed i steps
+   before. What that changes of the model's output, after guidance, is their drift at this step and lag. An
+   extrapolation is a sum of lags, so it needs no trial of its own (:mod:`difa_compile.planner.effects`).
+2. *Other decisions* (windows): what they change, in the same way.
+3. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
+
+Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one everywhere, so
+that those of several decisions and steps can be added up. Each step is stored when it is done; a measurement that was
+interrupted goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difa_compile.backend.capture import Capture
+from difa_compile.backend.options import Options
+from difa_compile.backend.run import Run
+from difa_compile.calibration.sampling import call_arguments, identity_of, models_of, progress_bar, sample_with
+from difa_compile.calibration.search import check_finite
+from difa_compile.calibration.state import default_path
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
+from difa_compile.errors import CalibrationError, CalibrationStateError, UnsupportedPipelineError
+from difa_compile.files.writing import check_target
+from difa_compile.passes.caches import CacheName
+from difa_compile.pipeline.call_arguments import check_call
+from difa_compile.plan.data import Settings, SiteInfo, model_digest
+from difa_compile.plan.guidance import StatedGuidance, settle
+from difa_compile.plan.schedule import COVERED_ROLE, FULL_ROLE, Role, check_steps
+from difa_compile.planner.table import ErrorTable, MeasuredUnit
+from difa_compile.wording import shown
+
+NUMBERS = 512
+"""To how many numbers a change of the output is projected: squared sizes are right to some six per cent."""
+LAGS = 14
+"""How many steps back blocks are tried: as far as a plan may reach without computing."""
+ATTENTION_LAGS = (1, 2, 3, 5, 8)
+"""The same of attention, which takes most of a call for each; those between are interpolated."""
+ROUNDS = 7
+"""How often each kind of row is timed."""
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given.
+
+    ``windows``: tried at all attention sites together. ``attention``: whether attention is measured at all. ``half``:
+    which half of a batch is conditional, None where the halves are two calls or there are none.
+    """
+
+    windows: tuple[Window, ...] = ()
+    attention: bool = True
+    lags: int = LAGS
+    numbers: int = NUMBERS
+    guidance: tuple[float, float] = (1.0, 0.0)
+    half: int | None = None
+    two_call: bool = False
+
+
+class Projection:
+    """A random projection of a model's output to ``numbers`` numbers, whose squared length is the mean squared entry.
+
+    Entries get random signs and fall into random bins. It depends on the sizes alone, so it is the same at every step.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        self._numbers = numbers
+        self._made: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """``value`` of any shape as (numbers,) float64 on the CPU."""
+        flat = value.flatten().float()
+        key = (flat.numel(), flat.device)
+        if key not in self._made:
+            generator = torch.Generator().manual_seed(flat.numel())
+            signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1.0
+            bins = torch.randperm(flat.numel(), generator=generator) % self._numbers
+            self._made[key] = signs.to(flat.device), bins.to(flat.device)
+        signs, bins = self._made[key]
+        sums = torch.zeros(self._numbers, dtype=torch.float64, device=flat.device)
+        sums.index_add_(0, bins, (flat * signs).double())
+        projected: Tensor = (sums / flat.numel() ** 0.5).cpu()
+        return projected
+
+
+@dataclass
+class _Group:
+    """Units that are tried together. ``units``: their numbers in the model. ``sites``: in the table."""
+
+    name: str
+    units: tuple[int, ...]
+    sites: tuple[int, ...]
+    lags: tuple[int, ...]
+    decisions: tuple[Decision, ...] = ()
+    inside: int | None = None
+
+
+@dataclass
+class _Stream:
+    """The outputs that a branch of a model has computed so far, by the group that reads them, the newest first."""
+
+    history: list[dict[CacheName, Tensor]] = field(default_factory=list)
+
+
+class Measuring:
+    """A measurement over one pass through the schedule. ``table``: what is known from an earlier, interrupted one.
+
+    Each call of the transformer arrives at :meth:`call`. ``keep(table)`` is called after every step.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        settings: MeasureSettings,
+        start: ErrorTable | None,
+        keep: Callable[[ErrorTable], None],
+        make_bar: Callable[[int, int], Any] | None,
+    ) -> None:
+        self.models = tuple(models)
+        self.settings = settings
+        self.progress: tuple[float, ...] = ()
+        self.table = start
+        self._keep = keep
+        self._make_bar = make_bar
+        self._bar: Any = None
+        self._groups: list[_Group] = []
+        self._captures: list[Capture] = []
+        self._streams: dict[tuple[int, int, str | None], _Stream] = {}
+        self._project = Projection(settings.numbers)
+        self._step = -1
+        self._calls = 0
+        """Calls made in the step in progress."""
+        self._found: dict[tuple[int, object], Tensor] = {}
+        """Effects of the step in progress: by group, and lag or decision."""
+        self._spread: dict[tuple[int, int], list[Tensor]] = {}
+        self._seconds: dict[str, float] = {}
+        self._inside = 0.0
+        """Seconds spent in calls of the model."""
+
+    @property
+    def done(self) -> int:
+        """Steps that are measured and kept."""
+        return 0 if self.table is None else self.table.done
+
+    def open(self, progress: tuple[float, ...], guided: bool | None) -> Run:
+        """The run for one pass through the schedule. ``guided``: whether guidance is on in this call, if known."""
+        if guided is False:
+            self.settings = replace(self.settings, guidance=(1.0, 0.0), half=None, two_call=False)
+        if self.progress:
+            raise UnsupportedPipelineError(
+                "the pipeline goes through its schedule more than once in a call (set_timesteps is called again), "
+                "which measuring does not support; measure with inputs that take one pass"
+            )
+        self.progress = progress
+        return MeasureRun(progress, self)
+
+    def close(self) -> None:
+        """Stop showing progress and let the caches go."""
+        self._streams.clear()
+        if self._bar is not None:
+            self._bar.close()
+
+    def finished(self, call_seconds: float) -> ErrorTable:
+        """The whole table. ``call_seconds``: what the pipeline's call took, all in all.
+
+        Raises :class:`CalibrationError` if the pipeline stopped early.
+        """
+        self._finish_step()
+        if self.table is None or self.table.done != len(self.progress):
+            raise CalibrationError(
+                f"the pipeline ended after {self.done} of {len(self.progress)} steps; measure with inputs that go "
+                "through the whole schedule"
+            )
+        if "pipeline" not in self.table.seconds:
+            beside = max(0.0, call_seconds - self._inside) / len(self.progress)
+            self.table = replace(self.table, seconds={**self.table.seconds, "pipeline": beside})
+            self._keep(self.table)
+        return self.table
+
+    # --- one call ----------------------------------------------------------------------------------------------------
+
+    def call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
+        """One transformer call: in full, with all that is tried beside it."""
+        start = time.perf_counter()
+        try:
+            return self._call(capture, args, step, branch)
+        finally:
+            self._inside += time.perf_counter() - start
+
+    def _call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
+        self._meet(capture)
+        if step != self._step:
+            self._finish_step()
+            self._step = step
+        self._calls += 1
+        place = (id(capture), id(capture.model.parameter(args)), branch)
+        stream = self._streams.setdefault(place, _Stream())
+        outputs, written = capture.execute(args, self._full_row(capture), {})
+        check_finite(outputs, f"step {step}, all sites full")
+        if step >= self.done:
+            self._try_all(capture, args, stream, outputs, step, branch)
+        untimed = self.table is not None and not self.table.seconds and not self._seconds
+        if step >= min(1, len(self.progress) - 1) and self._calls == 1 and untimed:
+            self._time(capture, args, written)
+        stream.history.insert(0, written)
+        del stream.history[max(max(group.lags) for group in self._groups) :]
+        return outputs
+
+    def _meet(self, capture: Capture) -> None:
+        """Note the units of the first graph; later graphs must have the same."""
+        if any(known is capture for known in self._captures):
+            return
+        self._captures.append(capture)
+        groups, sites = self._grouped(capture)
+        if not self._groups:
+            self._groups = groups
+            if not groups:
+                raise CalibrationError(
+                    "nothing in this model can be reused: "
+                    + "; ".join(f"{path}: {reason}" for path, reason in capture.model.refused_blocks[:3])
+                )
+            if self.table is None:
+                self.table = self._empty(capture, sites)
+            elif [site.path for site in self.table.sites] != [site.path for site in sites]:
+                raise CalibrationError("the measurement to go on with is of another model; delete it to start anew")
+            if self._make_bar is not None:
+                self._bar = self._make_bar(len(self.progress), self.done)
+        elif [group.units for group in groups] != [group.units for group in self._groups]:
+            raise CalibrationError(
+                "the transformer was called with inputs of other sizes in mid-run, so that what can be reused changed; "
+                "measure with inputs of one size"
+            )
+
+    def _grouped(self, capture: Capture) -> tuple[list[_Group], tuple[SiteInfo, ...]]:
+        """The groups of units that are tried together, and the sites of the table."""
+        model = capture.model
+        count = len(model.sites)
+        able = [i for i in range(len(model.units)) if model.why_not(i, REUSE) is None]
+        spans = [i for i in able if i >= count and model.blocks[i - count].blocks]
+        held = {path for i in spans for path in model.blocks[i - count].blocks}
+        outer = [*spans, *(i for i in able if i >= count and i not in spans and model.units[i].path not in held)]
+        sites = (*(site.info for site in model.sites), *(model.units[i].info for i in outer))
+        groups = []
+        if outer:
+            places = tuple(range(count, count + len(outer)))
+            groups.append(_Group("blocks", tuple(outer), places, tuple(range(1, self.settings.lags + 1))))
+        inner = tuple(i for i in able if i < count)
+        if inner and self.settings.attention:
+            windows = [Decision(Kind.WINDOW, window) for window in self.settings.windows]
+            tried = tuple(w for w in windows if all(model.why_not(i, w) is None for i in inner))
+            lags = tuple(lag for lag in ATTENTION_LAGS if lag <= self.settings.lags)
+            groups.append(_Group("attention", inner, inner, lags, tried, 0 if outer else None))
+        return groups, sites
+
+    def _empty(self, capture: Capture, sites: tuple[SiteInfo, ...]) -> ErrorTable:
+        settings = self.settings
+        form = "two-call" if settings.two_call else "none" if settings.half is None else "batched"
+        described = Settings(
+            method="planned", guidance=form, conditional_half=settings.half, sample=capture.model.sample
+        )
+        units = tuple(
+            MeasuredUnit.empty(
+                group.name, group.sites, group.inside, group.lags, group.decisions, settings.numbers, len(self.progress)
+            )
+            for group in self._groups
+        )
+        return ErrorTable(model_digest(self.models[0]), described, sites, self.progress, units, 0)
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def _row(self, capture: Capture, given: Mapping[int, Role]) -> tuple[Role, ...]:
+        """A row with these roles, by unit, all others full; what a block that is left out holds is covered."""
+        row = [given.get(i, FULL_ROLE) for i in range(len(capture.model.units))]
+        return tuple(row)
+
+    def _full_row(self, capture: Capture) -> tuple[Role, ...]:
+        kept = {i: Role(FULL, emit_output=True) for group in self._groups for i in group.units}
+        return self._row(capture, kept)
+
+    def _group_row(self, capture: Capture, group: _Group, role: Role) -> tuple[Role, ...]:
+        row = dict.fromkeys(group.units, role)
+        if role.reads_output and group.inside is None and group.units[0] >= len(capture.model.sites):
+            row |= self._covered(capture, group)
+        return self._row(capture, row)
+
+    def _covered(self, capture: Capture, group: _Group) -> dict[int, Role]:
+        """The roles of what the blocks of a group hold, where they are left out."""
+        model = capture.model
+        blocks = {path for i in group.units for path in (model.units[i].info.blocks or (model.units[i].path,))}
+        return {
+            i: COVERED_ROLE
+            for i, unit in enumerate(model.units)
+            if i not in group.units and any(unit.path == path or unit.path.startswith(f"{path}.") for path in blocks)
+        }
+
+    # --- trials ------------------------------------------------------------------------------------------------------
+
+    def _try_all(
+        self, capture: Capture, args: list[Any], stream: _Stream, full: list[Any], step: int, branch: str | None
+    ) -> None:
+        for index, group in enumerate(self._groups):
+            for lag in group.lags:
+                if lag <= len(stream.history):
+                    row = self._group_row(capture, group, Role(REUSE))
+                    outputs, _ = capture.execute(args, row, stream.history[lag - 1])
+                    self._note(index, lag, full, outputs, f"step {step}, {group.name} of {lag} steps before", branch)
+            for decision in group.decisions:
+                outputs, _ = capture.execute(args, self._group_row(capture, group, Role(decision)), {})
+                self._note(index, decision, full, outputs, f"step {step}, {group.name}, {decision}", branch)
+
+    def _note(
+        self, group: int, what: object, full: list[Any], tried: list[Any], where: str, branch: str | None
+    ) -> None:
+        """Add the effect of a trial in this call to that of the step."""
+        check_finite(tried, where)
+        changes = [
+            self._guided(b.float() - a.float(), branch)
+            for a, b in zip(full, tried, strict=True)
+            if isinstance(a, Tensor) and a.is_floating_point()
+        ]
+        change = self._latent(changes[0])
+        projected = self._project(change)
+        key = (group, what)
+        self._found[key] = self._found[key] + projected if key in self._found else projected
+        if isinstance(what, int):
+            each = change.flatten(1).square().mean(1).cpu()
+            self._spread.setdefault((group, what), []).append(each)
+
+    def _guided(self, change: Tensor, branch: str | None) -> Tensor:
+        """What a change of the model's output is in what the scheduler is given."""
+        conditional, other = self.settings.guidance
+        if self.settings.two_call:
+            return change * (other if branch == "uncond" else conditional)
+        if self.settings.half is None or change.shape[0] % 2:
+            return change
+        halves = change.chunk(2)
+        return conditional * halves[self.settings.half] + other * halves[1 - self.settings.half]
+
+    def _latent(self, change: Tensor) -> Tensor:
+        """Without the channels of a learned variance, which are no part of the sample."""
+        sample = self._captures[0].model.sample
+        if sample and change.ndim == len(sample) + 1 and change.shape[1] == 2 * sample[0]:
+            return change[:, : sample[0]]
+        return change
+
+    def _finish_step(self) -> None:
+        """The step in progress is over: keep what was found."""
+        if self.table is None or self._step < self.done or not self._calls:
+            self._calls = 0
+            return
+        found = {(self._groups[group].name, what): value.numpy() for (group, what), value in self._found.items()}
+        spread: dict[tuple[str, object], float] = {
+            (self._groups[group].name, lag): float(torch.cat(each).std() / torch.cat(each).mean().clamp_min(1e-30))
+            for (group, lag), each in self._spread.items()
+        }
+        self.table = self.table.with_step(found, spread)
+        if self._seconds:
+            self.table = self.table.with_seconds(self._seconds, self._calls)
+        self._found, self._spread, self._calls = {}, {}, 0
+        self._keep(self.table)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    # --- seconds -----------------------------------------------------------------------------------------------------
+
+    def _time(self, capture: Capture, args: list[Any], written: Mapping[CacheName, Tensor]) -> None:
+        """Time one row of each kind in turn; the seconds of a row are the median over the rounds."""
+        rows: dict[str, tuple[tuple[Role, ...], Mapping[CacheName, Tensor]]] = {
+            "full": ((FULL_ROLE,) * len(capture.model.units), {})
+        }
+        for group in self._groups:
+            caches = dict(written) | {name.older(): value for name, value in written.items()}
+            for i in group.units:
+                wide = next(value for name, value in written.items() if name.site == capture.model.units[i].path)
+                dtype = torch.promote_types(wide.dtype, torch.float32)
+                caches[CacheName.weights(capture.model.units[i].path)] = torch.tensor(
+                    [2.0, -1.0], dtype=dtype, device=wide.device
+                )
+            rows[f"{group.name} filled"] = (self._group_row(capture, group, Role(FULL, emit_output=True)), {})
+            rows[f"{group.name} reuse"] = (self._group_row(capture, group, Role(REUSE)), caches)
+            forecast = Decision(Kind.FORECAST, order=1)
+            if all(capture.model.why_not(i, forecast) is None for i in group.units):
+                rows[f"{group.name} forecast"] = (self._group_row(capture, group, Role(forecast)), caches)
+            for decision in group.decisions:
+                rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), {})
+        seconds: dict[str, list[float]] = {name: [] for name in rows}
+        for turn in range(ROUNDS + 1):
+            for name, (row, given) in rows.items():
+                start = time.perf_counter()
+                capture.execute(args, row, given)
+                if any(value.is_cuda for value in written.values()):
+                    torch.cuda.synchronize()
+                if turn:  # the first compiles
+                    seconds[name].append(time.perf_counter() - start)
+        self._seconds = {name: statistics.median(found) for name, found in seconds.items()}
+
+
+class MeasureRun(Run):
+    """A run in which every call is computed in full and measured."""
+
+    def __init__(self, progress: tuple[float, ...], measuring: Measuring) -> None:
+        super().__init__(measuring.models[0], len(progress), progress=progress, experts=measuring.models[1:])
+        self._measuring = measuring
+
+    def call(self, capture: Capture, args: list[Any]) -> list[Any]:
+        self.calls += 1
+        return self._measuring.call(capture, args, self.index, self.current_branch)
+
+
+def measure(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    steps: int = 50,
+    *,
+    windows: Sequence[Window | str] = (),
+    attention: bool = True,
+    state: Path | None = None,
+    progress: bool = True,
+    conditional_half: int | None = None,
+    inner: str = "inductor",
+) -> ErrorTable:
+    """Measure what leaving out work would do to the output of ``pipe``, called once with ``inputs``.
+
+    From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
+    (prompts, labels) make it a mean over them. ``windows``: tried at all attention sites. ``attention``: False measures
+    whole blocks alone, which is enough for short sequences and takes a third of the time. ``inner``,
+    ``conditional_half``: as in :func:`difa_compile.calibrate`.
+
+    After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in
+    the end), so that a measurement that was interrupted goes on where it was, when started with the same arguments.
+
+    Raises :class:`ScheduleError` (steps), :class:`DecisionError` (windows), :class:`PipelineCallError`,
+    :class:`UnsupportedPipelineError`, :class:`NotAppliedError`, :class:`NonFiniteError`, :class:`CalibrationError` if
+    nothing can be reused, :class:`ErrorTableError` and :class:`CalibrationStateError` for a ``state`` that is damaged
+    or of another measurement, :class:`OutputError` and what capturing the model raises.
+    """
+    check_steps(steps)
+    tried = tuple(Window.parse(window) if isinstance(window, str) else window for window in windows)
+    models = models_of(pipe)
+    guidance = settle(pipe, StatedGuidance(conditional_half=conditional_half))
+    half = guidance.conditional_half
+    call = call_arguments(pipe, inputs, steps)
+    check_call(pipe, call)
+    scale = guidance_scale(pipe, call)
+    settings = MeasureSettings(
+        tried, attention, guidance=(scale, 1 - scale), half=half, two_call=guidance.form == "two-call"
+    )
+    if half is None and not settings.two_call:
+        settings = replace(settings, guidance=(1.0, 0.0))
+    described = {**asdict(settings), "windows": [str(window) for window in tried]}
+    identity = identity_of(pipe, models, call, described, steps)
+    path = state if state is not None else default_path(identity)
+    start = _saved(path, identity)
+    check_target(path, "the table of errors")
+
+    def keep(table: ErrorTable) -> None:
+        replace(table, identity=identity).save(path)
+
+    make_bar = functools.partial(progress_bar, what="measuring", unit="step") if progress else None
+    measuring = Measuring(models, settings, start, keep, make_bar)
+    options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
+    began = time.perf_counter()
+    sample_with(pipe, call, measuring, guidance, options, what="measurement", kept=lambda: shown(path))
+    table = replace(measuring.finished(time.perf_counter() - began), identity=identity)
+    if state is None:
+        path.unlink(missing_ok=True)
+    else:
+        table.save(path)
+    return table
+
+
+def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float:
+    """The scale that a call of ``pipe`` guides with: its own argument or the default; 1 where there is none."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in parameters:
+            value = call.get(name, parameters[name].default)
+            if isinstance(value, (int, float)):
+                return float(value)
+    return 1.0
+
+
+def _saved(path: Path, identity: Mapping[str, str]) -> ErrorTable | None:
+    """The table of an interrupted measurement. Raises :class:`CalibrationStateError` if it is of another one."""
+    if not path.exists():
+        return None
+    table = ErrorTable.load(path)
+    differ = [name for name in identity if table.identity.get(name) != identity[name]]
+    if differ:
+        raise CalibrationStateError(
+            f"the table of errors {shown(path)} is of another measurement ({', '.join(differ)} differ); name another "
+            "file, or delete it to start from the beginning"
+        )
+    return table
