@@ -1,9 +1,9 @@
 """What a decision at a site does to the model's output, in K numbers per cell: linear, so that sums tell the truth.
 
 The *effect* of a decision at a step is the change of the model's output (after guidance) that it causes alone, put
-through one random projection to K numbers that is the same for all sites and steps; its squared norm is the mean squared
-change of the output. Effects are kept as differences to the step computed in full, never as products of two outputs:
-at 60 dB the error is a millionth of the output, and nothing of that size is lost.
+through one random projection to K numbers that is the same for all sites and steps; its squared norm is the mean
+squared change of the output. Effects are kept as differences to the step computed in full, never as products of two
+outputs: at 60 dB the error is a millionth of the output, and nothing of that size is lost.
 
 For weights ``w_j`` over source steps ``s_j`` that sum to 1, with ``d[t, i]`` the effect of giving step t what step t - i
 computed (:attr:`Effects.drift`),
@@ -69,8 +69,7 @@ class Effects:
             if (
                 decision.kind.reads == "output"
                 or decision == FULL
-                or decision in self.computed
-                and decision in self.residual
+                or (decision in self.computed and decision in self.residual)
             ):
                 raise ErrorTableError(f"{decision} has no effects of its own to be measured here")
             if (decision.kind is Kind.WINDOW_RESIDUAL) != (decision in self.residual):
@@ -84,12 +83,12 @@ class Effects:
     @property
     def lags(self) -> int:
         """W, the longest lag."""
-        return self.drift.shape[1] - 1
+        return int(self.drift.shape[1]) - 1
 
     @property
     def size(self) -> int:
         """K."""
-        return self.drift.shape[2]
+        return int(self.drift.shape[2])
 
 
 def tied(members: Sequence[Effects]) -> Effects:

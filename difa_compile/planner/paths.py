@@ -119,8 +119,8 @@ def best_paths(prices: Prices, nodes: Array, active: Indices, carry: Array, coun
     """The cheapest paths of all units.
 
     ``nodes`` (U, T): the price of computing each step. ``active`` (U, T): the steps at which the unit exists; at the
-    others it neither computes nor reads. ``carry`` (U, T): the squared effect of what a step computes, which its readers
-    have too; zero where it is full.
+    others it neither computes nor reads. ``carry`` (U, T): the squared effect of what a step computes, which its
+    readers have too; zero where it is full.
     """
     units, steps, lags, depth = (
         nodes.shape[0],

@@ -24,8 +24,8 @@ def optimum(problem: Problem, budget: float, seconds: float = 60.0) -> float:
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import coo_matrix
-    except ImportError as error:
-        raise MissingDependencyError(f"the exact optimum needs scipy ({error}); pip install scipy") from error
+    except ImportError as missing:
+        raise MissingDependencyError(f"the exact optimum needs scipy ({missing}); pip install scipy") from missing
     simple = all(unit.inside is None and len(unit.costs.computed) == 1 for unit in problem.units)
     if not simple or max(reader.order for reader in problem.readers) > 1:
         raise ErrorTableError("the exact optimum is for units in no other, full or not, and forecasts of order 1")
@@ -70,7 +70,7 @@ def optimum(problem: Problem, budget: float, seconds: float = 60.0) -> float:
     rows, columns, values = zip(*entries, strict=True)
     flow = coo_matrix((values, (rows, columns)), shape=(len(equations), len(errors)))
     total = budget * problem.full_cost - problem.base * steps
-    scale = max(max(errors), 1e-300)
+    scale = max(*errors, 1e-300)
     found = milp(
         np.array(errors) / scale,
         constraints=[LinearConstraint(flow, sources, sources), LinearConstraint(np.array(costs)[None], -np.inf, total)],

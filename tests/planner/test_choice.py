@@ -1,7 +1,7 @@
 """Choices keep to their budgets, are as good as the best of all plans, and say what is not possible."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -35,9 +35,9 @@ def nested(steps=16, blocks=2, seed=0):
     for block in range(blocks):
         drift = drift_of_values(smooth_values(seed + block, steps), 8)
         units.append(Unit((2 * block,), Effects(drift), Costs({FULL: 3.0}, read=0.05, fill=0.05)))
-        inner = drift_of_values(smooth_values(seed + 50 + block, steps) * 0.5, 8)
-        ages = 0.02 * np.arange(9)[None, :, None] * rng.standard_normal((steps, 9, 6))
-        own = {WINDOW: 0.2 * rng.standard_normal((steps, 6)), SHARED: 0.1 * rng.standard_normal((steps, 6))}
+        inner = drift_of_values(smooth_values(seed + 50 + block, steps) + rng.standard_normal((steps, 6)), 8)
+        ages = 0.002 * np.arange(9)[None, :, None] * rng.standard_normal((steps, 9, 6))
+        own = {WINDOW: 0.02 * rng.standard_normal((steps, 6)), SHARED: 0.01 * rng.standard_normal((steps, 6))}
         costs = Costs({FULL: 1.0, WINDOW: 0.4, RESIDUAL: 0.45, SHARED: 0.5}, read=0.02, fill=0.02, residual=0.03)
         units.append(Unit((2 * block + 1,), Effects(inner, own, {RESIDUAL: ages}), costs, inside=2 * block))
     progress = tuple((steps - step) / steps for step in range(steps))
@@ -61,7 +61,7 @@ def test_one_unit_has_the_best_plan_there_is(budget, readers):
 def test_more_budget_is_never_worse():
     problem = make_problem(steps=20, units=3, readers=(REUSE, FORECAST))
     errors = [choose(problem, budget).error for budget in (0.25, 0.3, 0.4, 0.5, 0.7, 1.0)]
-    assert all(later <= earlier * 1.05 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * 1.05 for earlier, later in pairwise(errors))
     assert errors[-1] == 0
 
 
@@ -88,7 +88,7 @@ def test_nested_choice_beats_blocks_alone_where_windows_are_good():
             for unit in problem.units
         ),
     )
-    assert choose(problem, 0.8).error <= choose(alone, 0.8).error * 1.5
+    assert choose(problem, 0.8).error < choose(alone, 0.8).error
     used = {decision for column in choose(problem, 0.8).columns for decision in column}
     assert used & {WINDOW, RESIDUAL, SHARED}
 

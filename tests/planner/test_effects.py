@@ -16,7 +16,6 @@ from difa_compile.planner.effects import (
     total_error,
     weights_of,
 )
-
 from tests.support.planner_problems import smooth_values
 
 PROGRESS = tuple((10 - step) / 10 for step in range(10))
