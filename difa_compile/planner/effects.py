@@ -5,8 +5,8 @@ through one random projection to K numbers that is the same for all sites and st
 squared change of the output. Effects are kept as differences to the step computed in full, never as products of two
 outputs: at 60 dB the error is a millionth of the output, and nothing of that size is lost.
 
-For weights ``w_j`` over source steps ``s_j`` that sum to 1, with ``d[t, i]`` the effect of giving step t what step t - i
-computed (:attr:`Effects.drift`),
+For weights ``w_j`` over source steps ``s_j`` that sum to 1, with ``d[t, i]`` the effect of giving step t what step
+t - i computed (:attr:`Effects.drift`),
 
     effect(t) = sum over j of w_j d[t, t - s_j]
 
