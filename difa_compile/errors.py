@@ -113,6 +113,18 @@ class CalibrationStateError(CalibrationError, ValueError):
     """A saved calibration state that belongs to another model, other inputs or other settings."""
 
 
+class ErrorTableError(DifaError, ValueError):
+    """A table of errors to plan from that is damaged or does not go together: NaN, sizes, missing measurements."""
+
+
+class BudgetError(DifaError, ValueError):
+    """A budget or an error to plan for that is no share of the full model's time, or that nothing can keep to."""
+
+
+class RowLimitError(DifaError, ValueError):
+    """A limit on a plan's distinct rows below one, or that no plan can keep to."""
+
+
 class OutputError(DifaError, OSError):
     """A folder or file that cannot be written."""
 

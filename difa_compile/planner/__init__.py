@@ -1,0 +1,8 @@
+"""The planner: from a table of measured effects the best decisions under a budget of time or of error.
+
+In: a :class:`~difa_compile.planner.problem.Problem` (numpy arrays: effects, costs, response). Out: a
+:class:`~difa_compile.planner.problem.Outcome` (decisions[step][site], predicted share of time, predicted error), from
+``choice.choose``, ``choice.choose_error``, ``choice.front``; ``rows.limit_rows`` holds it to few distinct rows,
+``proof.optimum`` is the exact optimum of small cases. ``effects`` and ``paths`` are what these are made of. Imports
+numpy and plan.
+"""

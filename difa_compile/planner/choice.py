@@ -1,0 +1,396 @@
+"""Choosing under a budget of time, or for an error: prices bisected, counts filled up, neighbours tried.
+
+For a fixed price of cost every unit takes its cheapest path (:mod:`difa_compile.planner.paths`); units inside others
+are solved after them, on the steps that are left to them, and once more the other way round. The price is bisected to
+the budget. What is left of the budget then is filled by choosing each unit's number of computed steps (a knapsack of
+exact paths, one for each number), since one price cannot reach every number. Last, computed steps are moved by one or
+two as long as that lowers the error with its coherence, which paths cannot see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from difa_compile.decision import FULL, Decision, Kind
+from difa_compile.errors import BudgetError
+from difa_compile.planner.effects import Array, kernel
+from difa_compile.planner.paths import Indices, Paths, Prices, Readers, best_paths, decided, forms_of
+from difa_compile.planner.problem import Outcome, Problem, cost_of, covered_steps, effects_of, outcome, psnr
+from difa_compile.wording import quoted
+
+Columns = list[tuple[Decision, ...]]
+
+_HALVINGS = 40
+_GRID = 4000
+"""Into how many parts a budget is cut where counts are chosen."""
+_SWEEPS = 12
+
+
+def choose(problem: Problem, budget: float, *, worst: bool = False, polish: bool = True) -> Outcome:
+    """The decisions of least error whose share of a full run's cost is at most ``budget``.
+
+    ``worst``: first the greatest squared error of any one cell (times its response) is made as small as the budget
+    allows (LeMiCa, arXiv 2511.00090), then the sum. ``polish``: computed steps are moved in the end.
+    Raises :class:`BudgetError`, naming the nearest possible budget, if there is none, or if it is not in (0, 1].
+    """
+    return Planner(problem).choose(budget, worst=worst, polish=polish)
+
+
+def choose_error(problem: Problem, error: float) -> Outcome:
+    """The cheapest decisions found whose predicted mean squared error is at most ``error``; for a PSNR of p dB that is
+    ``10^(-p / 10)``. Raises :class:`BudgetError` unless it is a positive number."""
+    return Planner(problem).choose_error(error)
+
+
+def front(problem: Problem, budgets: Sequence[float]) -> tuple[Outcome, ...]:
+    """The choice for each budget, in their order; possible ones only."""
+    planner = Planner(problem)
+    least = planner.least.share
+    return tuple(planner.choose(budget) for budget in budgets if budget >= least)
+
+
+class Planner:
+    """A problem whose readers' errors are worked out once, for many budgets."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.outer = [index for index, unit in enumerate(problem.units) if unit.inside is None]
+        self.inner = [index for index, unit in enumerate(problem.units) if unit.inside is not None]
+        self.readers = {"outer": Readers(problem, self.outer)}
+        if self.inner:
+            self.readers["inner"] = Readers(problem, self.inner)
+        self.kernel = kernel(problem.steps, problem.coherence)
+        self.weight = problem.response**2
+        largest = max(float((unit.effects.drift**2).sum(2).max()) for unit in problem.units) * float(self.weight.max())
+        self.top = 1e6 * max(largest, 1e-30) * problem.steps * len(problem.units) / problem.full_cost
+        """A price at which nothing is computed that can be left out."""
+        self.least = outcome(problem, self._columns(self.top))
+
+    def choose(self, budget: float, *, worst: bool = False, polish: bool = True) -> Outcome:
+        """As :func:`choose`."""
+        self._check(budget)
+        if budget >= 1:
+            return outcome(self.problem, [(FULL,) * self.problem.steps for _ in self.problem.units])
+        cap = self._least_cap(budget) if worst else math.inf
+        price, best = self._bisected(budget, cap)
+        if not worst:
+            found = [best, self._filled(price, budget)]
+            if polish:
+                found = [self._polished(each, price, budget) for each in found]
+            best = min((each for each in found if each.share <= budget), key=lambda each: each.error)
+        return best
+
+    def bound(self, budget: float) -> float:
+        """A sum of squared errors that no decisions within the budget can go below, coherence apart
+        (:func:`~difa_compile.planner.problem.additive_error`): the best that prices can say of it,
+
+            max over price p >= 0 of min over paths (error + p cost) - p budget
+
+        0 where units are inside others or have more than full among their computed decisions: there paths are no bound.
+        """
+        self._check(budget)
+        problem = self.problem
+        if self.inner or any(len(unit.costs.computed) > 1 for unit in problem.units):
+            return 0.0
+        total = budget * problem.full_cost - problem.base * problem.steps
+        everywhere = np.ones((len(self.outer), problem.steps), dtype=bool)
+
+        def dual(price: float) -> float:
+            nodes, carry = self._nodes(self.outer, price)
+            found = best_paths(self.readers["outer"].priced(price), nodes, everywhere, carry)
+            return float(found.price.sum()) - price * total
+
+        low, high = math.log(self.top) - 60, math.log(self.top)
+        for _ in range(60):  # concave in the price: thirds
+            left, right = low + (high - low) / 3, high - (high - low) / 3
+            if dual(math.exp(left)) < dual(math.exp(right)):
+                low = left
+            else:
+                high = right
+        return max(0.0, dual(math.exp((low + high) / 2)))
+
+    def choose_error(self, error: float) -> Outcome:
+        """As :func:`choose_error`."""
+        if not (isinstance(error, (int, float)) and error > 0 and math.isfinite(error)):
+            raise BudgetError(f"the error allowed is {quoted(error)}; give a positive mean squared error")
+        if self.least.error <= error:
+            return self.least
+        low, high = self.least.share, 1.0
+        best = self.choose(1.0)
+        for _ in range(14):
+            middle = (low + high) / 2
+            found = self.choose(middle)
+            if found.error <= error:
+                high, best = min(middle, found.share), found
+            else:
+                low = middle
+            if high - low < 1e-3:
+                break
+        return best
+
+    def _check(self, budget: float) -> None:
+        if not (isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget <= 1):
+            raise BudgetError(
+                f"the budget is {quoted(budget)}; give a share of the full model's time, above 0 and at most 1"
+            )
+        if budget < self.least.share:
+            raise BudgetError(
+                f"a budget of {budget:.4g} is not possible with this table: the least is {self._rounded():.4g} of the "
+                f"full model's time, at a predicted {psnr(self.least.error):.1f} dB"
+            )
+
+    def _rounded(self) -> float:
+        """The least share, rounded up to what a message shows of it."""
+        return math.ceil(self.least.share * 1e4) / 1e4
+
+    def _bisected(self, budget: float, cap: float) -> tuple[float, Outcome]:
+        """The lowest price found at which the budget is kept, and what it buys."""
+        low, high = math.log(self.top) - 60, math.log(self.top)
+        best = self._columns(self.top, cap)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found = self._columns(math.exp(middle), cap)
+            if self._share(found) <= budget:
+                high, best = middle, found
+            else:
+                low = middle
+            if high - low < 1e-3:
+                break
+        return math.exp(high), outcome(self.problem, best)
+
+    def _share(self, columns: Columns) -> float:
+        """The share of a full run's cost."""
+        problem = self.problem
+        spent = sum(cost_of(unit, column, covered_steps(unit, columns))
+                    for unit, column in zip(problem.units, columns, strict=True))  # fmt: skip
+        return (spent + problem.base * problem.steps) / problem.full_cost
+
+    def _least_cap(self, budget: float) -> float:
+        """The smallest greatest error of a cell that the budget allows."""
+        errors = [table.errors[np.isfinite(table.errors)] for table in self.readers.values()]
+        levels = np.unique(np.concatenate(errors))
+        low, high = 0, len(levels) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._share(self._columns(self.top, float(levels[middle]))) <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        return float(levels[low])
+
+    # Paths at a price.
+
+    def _columns(self, price: float, cap: float = math.inf) -> Columns:
+        """The decisions of all units at a price of cost, none of whose readers has an error above ``cap``."""
+        problem = self.problem
+        everywhere = np.ones((len(self.outer), problem.steps), dtype=bool)
+        outer = self.readers["outer"].priced(price, cap)
+        nodes, carry = self._nodes(self.outer, price)
+        if not self.inner:
+            found = best_paths(outer, nodes, everywhere, carry)
+            return self._decided({"outer": (outer, found.computed[0])}, price)
+        inner = self.readers["inner"].priced(price, cap)
+        inner_nodes, inner_carry = self._nodes(self.inner, price)
+        active = np.ones((len(self.inner), problem.steps), dtype=bool)
+        for _ in range(2):
+            within = best_paths(inner, inner_nodes, active, inner_carry)
+            mean = within.price[0] / active.sum(1)
+            extra = np.array([sum(mean[self.inner.index(c)] for c in problem.children(u)) for u in self.outer])
+            around = best_paths(outer, nodes + extra[:, None], everywhere, carry).computed[0]
+            active = self._active(around)
+        within = best_paths(inner, inner_nodes, active, inner_carry)
+        return self._decided({"outer": (outer, around), "inner": (inner, within.computed[0])}, price)
+
+    def _active(self, around: Indices) -> Indices:
+        """(inner units, T): where the units around them are computed."""
+        outer = [self.problem.units[unit].inside for unit in self.inner]
+        return np.stack([around[self.outer.index(each)] for each in outer if each is not None])
+
+    def _nodes(self, units: Sequence[int], price: float) -> tuple[Array, Array]:
+        """(U, T): the price of computing a step in the best way that reads nothing, and that way's squared effect."""
+        nodes, carry = [], []
+        for index in units:
+            unit = self.problem.units[index]
+            forms = [form for form in unit.costs.computed if form.kind is not Kind.WINDOW_RESIDUAL]
+            power = np.stack([self._own(index, form) for form in forms])
+            cost = np.array([unit.costs.computed[form] for form in forms])
+            prices = price * cost[:, None] + power * self.weight
+            best = prices.argmin(0)
+            nodes.append(prices[best, np.arange(self.problem.steps)])
+            carry.append(power[best, np.arange(self.problem.steps)])
+        return np.stack(nodes), np.stack(carry)
+
+    def _own(self, unit: int, form: Decision) -> Array:
+        """(T,): the squared effect of a computed decision."""
+        if form == FULL:
+            return np.zeros(self.problem.steps)
+        return np.asarray((self.problem.units[unit].effects.computed[form] ** 2).sum(1))
+
+    def _decided(self, paths: dict[str, tuple[Prices, Indices]], price: float) -> Columns:
+        """The columns of all units from their computed steps (units, T)."""
+        columns: dict[int, tuple[Decision, ...]] = {}
+        for level, (prices, computed) in paths.items():
+            for place, unit in enumerate(self.readers[level].units):
+                inside = self.problem.units[unit].inside
+                active = np.ones(self.problem.steps, dtype=bool)
+                if inside is not None:
+                    active = np.array([each.kind.reads != "output" for each in columns[inside]])
+                columns[unit] = self._column(level, prices, place, computed[place], active, price)
+        return [columns[unit] for unit in range(len(self.problem.units))]
+
+    def _column(
+        self, level: str, prices: Prices, place: int, computed: Indices, active: Indices, price: float
+    ) -> tuple[Decision, ...]:
+        unit = self.readers[level].units[place]
+        done = forms_of(self.problem, unit, computed, active, price)
+        forms: list[Decision | None] = [None] * self.problem.steps
+        for step, form in zip(np.flatnonzero(computed).tolist(), done, strict=True):
+            forms[step] = form
+        return decided(self.readers[level], prices, place, forms, active)
+
+    # Every number of computed steps.
+
+    def _filled(self, price: float, budget: float) -> Outcome:
+        """The best numbers of computed steps of the outer units, then of the inner ones, within the budget."""
+        problem = self.problem
+        total = budget * problem.full_cost - problem.base * problem.steps
+        prices = self.readers["outer"].priced(price)
+        nodes, carry = self._nodes(self.outer, price)
+        everywhere = np.ones((len(self.outer), problem.steps), dtype=bool)
+        within = np.zeros(len(self.outer))
+        """For each outer unit what the units inside it cost at a step, at this price."""
+        if self.inner:
+            columns = self._columns(price)
+            for place, unit in enumerate(self.outer):
+                on = sum(decision.kind.reads != "output" for decision in columns[unit])
+                for child in problem.children(unit):
+                    covered = covered_steps(problem.units[child], columns)
+                    within[place] += cost_of(problem.units[child], columns[child], covered) / on
+        around = self._counted("outer", prices, nodes, carry, everywhere, within, total, price)
+        if not self.inner:
+            return outcome(problem, self._decided({"outer": (prices, around)}, price))
+        active = self._active(around)
+        columns = self._decided(
+            {"outer": (prices, around), "inner": (self.readers["inner"].priced(price), active)}, price
+        )
+        for unit in self.outer:
+            total -= cost_of(problem.units[unit], columns[unit], covered_steps(problem.units[unit], columns))
+        prices = self.readers["inner"].priced(price)
+        nodes, carry = self._nodes(self.inner, price)
+        inside = self._counted("inner", prices, nodes, carry, active, np.zeros(len(self.inner)), total, price)
+        outer_prices = self.readers["outer"].priced(price)
+        return outcome(problem, self._decided({"outer": (outer_prices, around), "inner": (prices, inside)}, price))
+
+    def _counted(
+        self, level: str, prices: Prices, nodes: Array, carry: Array, active: Indices, extra: Array, total: float,
+        price: float,
+    ) -> Indices:  # fmt: skip
+        """Computed steps (U, T) of a level's units: each of its best paths of so many computed steps, the numbers such
+        that the costs are at most ``total`` and the errors least. ``extra`` (U,) goes with each computed step."""
+        found: Paths = best_paths(prices, nodes, active, carry, counts=True)
+        layers, units = found.price.shape
+        costs = np.full((layers, units), np.inf)
+        errors = np.full((layers, units), np.inf)
+        for layer, place in zip(*np.nonzero(np.isfinite(found.price)), strict=True):
+            unit = self.problem.units[self.readers[level].units[place]]
+            column = self._column(level, prices, place, found.computed[layer, place], active[place], price)
+            spent = cost_of(unit, column, (~active[place]).tolist())
+            costs[layer, place] = spent + extra[place] * (layer + 1)
+            errors[layer, place] = found.price[layer, place] - price * spent
+        taken = knapsack(costs.T, errors.T, total)
+        return np.stack([found.computed[layer, place] for place, layer in enumerate(taken)])
+
+    # Neighbours.
+
+    def _polished(self, start: Outcome, price: float, budget: float) -> Outcome:
+        """Computed steps moved by up to three while that lowers the error; only of units with none inside or around, in
+        which a step is computed in full or not."""
+        problem = self.problem
+        columns = [list(column) for column in start.columns]
+        free = [u for u in self.outer if not problem.children(u) and len(problem.units[u].costs.computed) == 1]
+        if not free:
+            return start
+        prices = self.readers["outer"].priced(price)
+        everywhere = np.ones(problem.steps, dtype=bool)
+        never = [False] * problem.steps
+        own = [effects_of(problem, unit, column, covered_steps(unit, columns))
+               for unit, column in zip(problem.units, columns, strict=True)]  # fmt: skip
+        cost, limit = start.share * problem.full_cost, max(budget, start.share) * problem.full_cost
+        effects = np.sum(own, axis=0)
+        error = self._error(effects)
+        for _ in range(_SWEEPS):
+            before = error
+            for unit in free:
+                place = self.outer.index(unit)
+                for step in range(1, problem.steps):
+                    for move in (-3, -2, -1, 1, 2, 3):
+                        target = step + move
+                        if (
+                            columns[unit][step] != FULL
+                            or not 0 < target < problem.steps
+                            or columns[unit][target] == FULL
+                        ):
+                            continue
+                        computed = np.array([each == FULL for each in columns[unit]])
+                        computed[step], computed[target] = False, True
+                        if _widest(computed) > problem.units[unit].effects.lags:
+                            continue
+                        column = self._column("outer", prices, place, computed, everywhere, price)
+                        spent = cost_of(problem.units[unit], column, never)
+                        new_cost = cost + spent - cost_of(problem.units[unit], columns[unit], never)
+                        done = effects_of(problem, problem.units[unit], column, never)
+                        new_error = self._error(effects - own[unit] + done)
+                        if new_error < error * (1 - 1e-9) and new_cost <= limit:
+                            error, cost, effects = new_error, new_cost, effects - own[unit] + done
+                            own[unit], columns[unit] = done, list(column)
+            if error > before * (1 - 1e-3):
+                break
+        return outcome(problem, [tuple(column) for column in columns])
+
+    def _error(self, effects: Array) -> float:
+        scaled = effects * self.problem.response[:, None]
+        return float(((self.kernel @ scaled) * scaled).sum())
+
+
+def _widest(computed: Indices) -> int:
+    """The longest way from a computed step to the next, or to the end."""
+    return int(np.diff(np.append(np.flatnonzero(computed), len(computed))).max())
+
+
+def knapsack(costs: Array, errors: Array, total: float) -> list[int]:
+    """For each of U units one of its options (U, M), such that costs are at most ``total`` and the errors' sum least.
+
+    Costs are rounded up to 1/4000 of the total, so that it is kept; for one unit nothing is rounded. Where nothing fits
+    each unit takes its cheapest option. Infinite costs or errors are no options.
+    """
+    options = np.isfinite(costs) & np.isfinite(errors)
+    cheapest = [int(np.where(options[unit], costs[unit], np.inf).argmin()) for unit in range(len(costs))]
+    if len(costs) == 1:
+        fits = options[0] & (costs[0] <= total * (1 + 1e-12))
+        return [int(np.where(fits, errors[0], np.inf).argmin())] if fits.any() else cheapest
+    if total <= 0:
+        return cheapest
+    least = np.full(_GRID + 1, 0.0)
+    """The least error of the units so far, for each part of the total."""
+    trace = np.zeros((len(costs), _GRID + 1), dtype=np.int64)
+    parts = np.ceil(np.where(options, costs, 0) / total * _GRID - 1e-9).astype(np.int64)
+    for unit in range(len(costs)):
+        after = np.full(_GRID + 1, np.inf)
+        for option in np.flatnonzero(options[unit] & (parts[unit] <= _GRID)).tolist():
+            part = int(parts[unit, option])
+            tried = np.full(_GRID + 1, np.inf)
+            tried[part:] = least[: _GRID + 1 - part] + errors[unit, option]
+            better = tried < after
+            after[better], trace[unit, better] = tried[better], option
+        least = after
+    if not np.isfinite(least[-1]):
+        return cheapest
+    chosen, room = [], _GRID
+    for unit in reversed(range(len(costs))):
+        option = int(trace[unit, room])
+        chosen.append(option)
+        room -= int(parts[unit, option])
+    return chosen[::-1]
