@@ -239,21 +239,23 @@ class _StepClock:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """One call of a pipeline: how long it took, all in all and per step, and its images (N, C, H, W) in [0, 1]."""
+
     seconds: float
     step_seconds: tuple[float, ...]
     images: Tensor
 
 
 @dataclass(frozen=True)
-class _Caller:
+class Caller:
     """Calls one pipeline with everything but the seed held fixed."""
 
     pipe: Any
     inputs: Mapping[str, Any]
     steps: int
 
-    def __call__(self, seed: int) -> _Call:
+    def __call__(self, seed: int) -> Call:
         device = torch.device(self.pipe.device)
         clock = _StepClock(device)
         generator = torch.Generator().manual_seed(seed)
@@ -268,7 +270,7 @@ class _Caller:
                 raise refused(self.pipe, self.inputs, error) from error
             _synchronize(device)
             seconds = time.perf_counter() - start
-        return _Call(seconds, tuple(clock.seconds()), _images(output))
+        return Call(seconds, tuple(clock.seconds()), _images(output))
 
 
 def _synchronize(device: torch.device) -> None:
@@ -292,7 +294,7 @@ def _images(output: Any) -> Tensor:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar."""
     kept = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
@@ -303,7 +305,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled(transformer: Any, backend: str) -> Iterator[None]:
+def compiled_by(transformer: Any, backend: str) -> Iterator[None]:
     """``transformer`` compiled in place by ``backend``; for ``"eager"`` it is left as it is."""
     if backend == "eager":
         yield
@@ -377,13 +379,13 @@ def compare(
     transformers = find_transformers(pipe)
     rounds = max(repeats, len(seeds) - 1)
 
-    calls: dict[str, list[_Call]] = {"full": [], "planned": []}
+    calls: dict[str, list[Call]] = {"full": [], "planned": []}
     with ExitStack() as stack:
-        stack.enter_context(_quiet(pipe))
+        stack.enter_context(quiet(pipe))
         for transformer in transformers:
-            stack.enter_context(_compiled(transformer, backend_full))
+            stack.enter_context(compiled_by(transformer, backend_full))
         # The copy shares all components; only `pipe` is wired, and calls of the copy run the transformer as it was.
-        sides = [("full", _Caller(copy.copy(pipe), inputs, steps)), ("planned", _Caller(pipe, inputs, steps))]
+        sides = [("full", Caller(copy.copy(pipe), inputs, steps)), ("planned", Caller(pipe, inputs, steps))]
         applied = apply(pipe, plan, allow_slower=allow_slower)
         stack.callback(remove, pipe)
         advance = stack.enter_context(_bar(2 * (rounds + 1), progress))
@@ -439,7 +441,7 @@ def _check_arguments(
         raise ComparisonError(f"backend_full is {quoted(backend_full)}; choose inductor or eager")
 
 
-def _timing(calls: Sequence[_Call]) -> Timing:
+def _timing(calls: Sequence[Call]) -> Timing:
     first, *timed = calls
     per_step = zip(*(call.step_seconds for call in timed), strict=True)
     return Timing(

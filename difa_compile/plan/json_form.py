@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from difa_compile.decision import Decision
 from difa_compile.errors import DecisionError, PlanDigestError, PlanFormatError, PlanVersionError
 from difa_compile.files.documents import Format, Unfit, as_list, as_number, as_object, as_text, as_whole
 from difa_compile.layout import Layout
-from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo, Trial
+from difa_compile.plan.data import Cell, ModelInfo, Promise, Settings, SiteInfo, Trial
 
 SCHEMA_VERSION = 1
 MOST_BYTES = 2**29
@@ -135,6 +135,7 @@ def settings_json(settings: Settings) -> dict[str, object]:
         "torch": settings.torch,
         "diffusers": settings.diffusers,
         **({} if settings.sample is None else {"sample": list(settings.sample)}),
+        **({} if settings.promise is None else {"promise": asdict(settings.promise)}),
     }
 
 
@@ -221,10 +222,16 @@ def read_settings(value: object) -> Settings:
         "torch",
         "diffusers",
     )
-    fields = as_object(value, "settings", keys, optional=("sample",))
+    fields = as_object(value, "settings", keys, optional=("sample", "promise"))
     as_list(fields["candidates"], "settings.candidates")
     sample = tuple(as_list(fields["sample"], "settings.sample")) if "sample" in fields else None
-    return replace(Settings(*(fields[key] for key in keys)), sample=sample)
+    promise = _read_promise(fields["promise"]) if "promise" in fields else None
+    return replace(Settings(*(fields[key] for key in keys)), sample=sample, promise=promise)
+
+
+def _read_promise(value: object) -> Promise:
+    names = tuple(Promise.__dataclass_fields__)
+    return Promise(**as_object(value, "settings.promise", names))
 
 
 def read_site(value: object, where: str) -> SiteInfo:

@@ -84,6 +84,8 @@ def summary(plan: PlanView, profile: Profile | None = None) -> str:
         f"plan {plan.digest[:12]} for {shown(model.class_name)} ({config})",
         f"made: {', '.join(made)}",
     ]
+    if settings.promise is not None:
+        lines.append(str(settings.promise))
     if settings.candidates:
         lines.append(f"candidates: {shown(', '.join(settings.candidates), 1000)}")
     lines += [

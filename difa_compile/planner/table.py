@@ -1,0 +1,326 @@
+"""Tables of errors: what was measured of a model, for plans under any budget; a file.
+
+```
+{
+  "table_version": 1,
+  "digest": "<SHA-256 of everything below, as canonical JSON>",
+  "model": ..., "settings": ..., "sites": [...], "progress": [...],   (as in a plan)
+  "done": 50,
+  "seconds": {"full": 0.06, "blocks filled": 0.061, ...},
+  "calls": 1,
+  "identity": {"weights": "<digest>", ...},
+  "units": [{"name": "blocks", "sites": [6], "inside": null, "lags": [1, 2, ...], "decisions": [], "drift": "<base64>",
+             "spread": [[...], ...], "computed": {}}, ...]
+}
+```
+
+Effects (:mod:`difa_compile.planner.effects`) are float32, little-endian, base64. A table of fewer steps than its
+schedule has is that of a measurement that was interrupted, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind
+from difa_compile.errors import DecisionError, ErrorTableError, PlanMismatchError
+from difa_compile.files.documents import Format, as_list, as_mapping, as_number, as_object, as_text, as_whole
+from difa_compile.files.writing import write_whole
+from difa_compile.plan.data import ModelInfo, Settings, SiteInfo
+from difa_compile.plan.json_form import (
+    model_json,
+    read_model,
+    read_settings,
+    read_site,
+    settings_json,
+    site_json,
+)
+from difa_compile.planner.effects import Array, Effects
+from difa_compile.planner.problem import Costs, Problem, Unit, flat_response
+from difa_compile.wording import quoted, shown
+
+TABLE = Format(
+    name="table of errors",
+    version_key="table_version",
+    version=1,
+    keys=("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity", "units"),
+    most_bytes=2**30,
+    damaged=ErrorTableError,
+    other_version=ErrorTableError,
+    edited=ErrorTableError,
+    where_from="give the path of a table of errors, as written by difa measure",
+    again="measure again",
+)
+
+
+@dataclass(frozen=True)
+class MeasuredUnit:
+    """The effects of sites that are decided together.
+
+    ``sites``: their numbers in the table. ``inside``: the number of the unit that holds them. ``lags``: how many steps
+    back they were tried, ascending. ``drift`` (steps, lags, K): the effect of what they computed so many steps before.
+    ``spread`` (steps, lags): of its squared size the standard deviation over the images, as a share of the mean.
+    ``computed``: of each other decision its effect (steps, K). Steps that are not done are zero.
+    """
+
+    name: str
+    sites: tuple[int, ...]
+    inside: int | None
+    lags: tuple[int, ...]
+    drift: Array = field(repr=False)
+    spread: Array = field(repr=False)
+    computed: Mapping[Decision, Array] = field(repr=False)
+
+    @classmethod
+    def empty(
+        cls,
+        name: str,
+        sites: Sequence[int],
+        inside: int | None,
+        lags: Sequence[int],
+        decisions: Sequence[Decision],
+        numbers: int,
+        steps: int,
+    ) -> MeasuredUnit:
+        """A unit before anything is measured."""
+        return cls(
+            name,
+            tuple(sites),
+            inside,
+            tuple(lags),
+            np.zeros((steps, len(lags), numbers)),
+            np.zeros((steps, len(lags))),
+            {decision: np.zeros((steps, numbers)) for decision in decisions},
+        )
+
+    def with_step(
+        self, step: int, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
+    ) -> MeasuredUnit:
+        """The unit with what was found at a step; lags that reach before the first step stay zero."""
+        drift, spreads = self.drift.copy(), self.spread.copy()
+        computed = {decision: values.copy() for decision, values in self.computed.items()}
+        for i, lag in enumerate(self.lags):
+            if (self.name, lag) in found:
+                drift[step, i] = found[self.name, lag]
+                spreads[step, i] = spread.get((self.name, lag), 0.0)
+        for decision, values in computed.items():
+            values[step] = found[self.name, decision]
+        return replace(self, drift=drift, spread=spreads, computed=computed)
+
+    @property
+    def effects(self) -> Effects:
+        """The effects at every lag up to the longest; those that were not tried are interpolated."""
+        steps, _, numbers = self.drift.shape
+        known = [0, *self.lags]
+        drift = np.zeros((steps, self.lags[-1] + 1, numbers))
+        values = np.concatenate([np.zeros((steps, 1, numbers)), self.drift], axis=1)
+        for lag in range(1, self.lags[-1] + 1):
+            above = next(i for i, each in enumerate(known) if each >= lag)
+            low, high = known[above - 1], known[above]
+            share = (lag - low) / (high - low)
+            drift[:, lag] = (1 - share) * values[:, above - 1] + share * values[:, above]
+            if low < lag < high:  # near the first step the longer lag does not exist
+                early = slice(lag, min(high, steps))
+                drift[early, lag] = values[early, above - 1] * (lag / low if low else 1.0)
+        return Effects(drift, self.computed)
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """What was measured of a model over one schedule.
+
+    ``seconds``: of a row of each kind, per call of the model, ``calls`` of which make a step; ``pipeline``: of a step
+    outside the model. ``done``: how many steps are
+    measured. ``identity``: digests of what was measured with, by what they cover.
+    """
+
+    model: ModelInfo
+    settings: Settings
+    sites: tuple[SiteInfo, ...]
+    progress: tuple[float, ...]
+    units: tuple[MeasuredUnit, ...]
+    done: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    calls: int = 1
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            if any(not 0 <= site < len(self.sites) for site in unit.sites):
+                raise ErrorTableError(f"unit {quoted(unit.name)} of the table names a site that it does not have")
+            if len(unit.drift) != len(self.progress):
+                raise ErrorTableError(
+                    f"unit {quoted(unit.name)} was measured over {len(unit.drift)} steps, but the schedule has "
+                    f"{len(self.progress)}"
+                )
+        if not 0 <= self.done <= len(self.progress):
+            raise ErrorTableError(f"{self.done} steps are said to be done, of {len(self.progress)}")
+
+    def with_step(
+        self, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
+    ) -> ErrorTable:
+        """The table with the next step: effects by unit and lag or decision."""
+        units = tuple(unit.with_step(self.done, found, spread) for unit in self.units)
+        return replace(self, units=units, done=self.done + 1)
+
+    def with_seconds(self, seconds: Mapping[str, float], calls: int) -> ErrorTable:
+        """The table with what rows take."""
+        return replace(self, seconds=dict(seconds), calls=calls)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are measured."""
+        return self.done == len(self.progress)
+
+    def check_complete(self, where: object = "given") -> None:
+        """Raise :class:`ErrorTableError` if steps are missing."""
+        if not self.complete or not self.seconds:
+            raise ErrorTableError(
+                f"the table of errors {shown(where)} holds {self.done} of {len(self.progress)} steps: the measurement "
+                "was interrupted; start difa measure with the same arguments again to go on"
+            )
+
+    def check_model(self, model: ModelInfo) -> None:
+        """Raise :class:`PlanMismatchError` unless the table is of this model."""
+        if (model.class_name, model.config_digest) != (self.model.class_name, self.model.config_digest):
+            raise PlanMismatchError(
+                f"the table of errors is of {shown(self.model.class_name)} (config "
+                f"{shown(self.model.config_digest[:12])}), this is {model.class_name} (config "
+                f"{model.config_digest[:12]}); measure this model"
+            )
+
+    def problem(self) -> Problem:
+        """What the planner chooses from; costs are seconds per step. Raises :class:`ErrorTableError` if steps are
+        missing."""
+        self.check_complete()
+        seconds = {name: value * self.calls for name, value in self.seconds.items() if name != "pipeline"}
+        full = seconds["full"]
+        units = []
+        rest = full
+        for unit in self.units:
+            reuse = seconds[f"{unit.name} reuse"]
+            read = max(0.0, seconds.get(f"{unit.name} forecast", reuse) - reuse)
+            own = max(1e-9, full - reuse + read)
+            inner = sum(
+                max(0.0, full - seconds[f"{other.name} reuse"])
+                for other in self.units
+                if other is not unit and other.inside is not None and self.units[other.inside] is unit
+            )
+            computed = {FULL: max(1e-9, own - inner)}
+            for decision in unit.computed:
+                computed[decision] = max(0.0, computed[FULL] + seconds[f"{unit.name} {decision}"] - full)
+            fill = max(0.0, seconds[f"{unit.name} filled"] - full)
+            units.append(Unit(unit.sites, unit.effects, Costs(computed, read, fill), unit.inside))
+            rest -= computed[FULL]
+        forecasts = any(f"{unit.name} forecast" in seconds for unit in self.units)
+        readers = (Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS),) if forecasts else (REUSE,)
+        response = flat_response(len(self.progress))
+        return Problem(
+            self.progress, tuple(units), response, max(0.0, rest) + self.seconds.get("pipeline", 0.0), readers
+        )
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all. Raises :class:`OutputError`."""
+        text = json.dumps(TABLE.frame(self._content()), allow_nan=False)
+        write_whole(Path(path), text + "\n", "the table of errors")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ErrorTable:
+        """Read a file. Raises :class:`ErrorTableError` if it is damaged, edited, or of another version."""
+        fields = TABLE.parse(TABLE.read_bytes(path), path)
+        with TABLE.reading(path, also=(DecisionError,)):
+            table = cls(
+                read_model(fields["model"]),
+                read_settings(fields["settings"]),
+                tuple(read_site(item, f"sites[{i}]") for i, item in enumerate(as_list(fields["sites"], "sites"))),
+                tuple(
+                    as_number(item, f"progress[{i}]") for i, item in enumerate(as_list(fields["progress"], "progress"))
+                ),
+                tuple(_read_unit(item, f"units[{i}]") for i, item in enumerate(as_list(fields["units"], "units"))),
+                as_whole(fields["done"], "done"),
+                {
+                    name: as_number(value, f"seconds.{name}")
+                    for name, value in as_mapping(fields["seconds"], "seconds").items()
+                },
+                as_whole(fields["calls"], "calls"),
+                {
+                    name: as_text(value, f"identity.{name}")
+                    for name, value in as_mapping(fields["identity"], "identity").items()
+                },
+            )
+        TABLE.check_digest(fields, table._content(), path)
+        return table
+
+    def _content(self) -> dict[str, object]:
+        return {
+            "model": model_json(self.model),
+            "settings": settings_json(self.settings),
+            "sites": [site_json(site) for site in self.sites],
+            "progress": list(self.progress),
+            "done": self.done,
+            "seconds": dict(self.seconds),
+            "calls": self.calls,
+            "identity": dict(self.identity),
+            "units": [_unit_json(unit) for unit in self.units],
+        }
+
+
+def _unit_json(unit: MeasuredUnit) -> dict[str, object]:
+    return {
+        "name": unit.name,
+        "sites": list(unit.sites),
+        "inside": unit.inside,
+        "lags": list(unit.lags),
+        "numbers": unit.drift.shape[2],
+        "drift": _packed(unit.drift),
+        "spread": _packed(unit.spread),
+        "computed": {str(decision): _packed(values) for decision, values in unit.computed.items()},
+    }
+
+
+def _read_unit(value: object, where: str) -> MeasuredUnit:
+    keys = ("name", "sites", "inside", "lags", "numbers", "drift", "spread", "computed")
+    fields = as_object(value, where, keys)
+    lags = tuple(as_whole(lag, f"{where}.lags") for lag in as_list(fields["lags"], f"{where}.lags"))
+    if not lags or lags[0] < 1 or any(a >= b for a, b in pairwise(lags)):
+        raise ErrorTableError(f"{where}: lags must ascend from 1 or more")
+    numbers = as_whole(fields["numbers"], f"{where}.numbers")
+    inside = None if fields["inside"] is None else as_whole(fields["inside"], f"{where}.inside")
+    computed = as_mapping(fields["computed"], f"{where}.computed")
+    return MeasuredUnit(
+        as_text(fields["name"], f"{where}.name"),
+        tuple(as_whole(site, f"{where}.sites") for site in as_list(fields["sites"], f"{where}.sites")),
+        inside,
+        lags,
+        _unpacked(fields["drift"], f"{where}.drift", (-1, len(lags), numbers)),
+        _unpacked(fields["spread"], f"{where}.spread", (-1, len(lags))),
+        {
+            Decision.parse(name): _unpacked(values, f"{where}.computed", (-1, numbers))
+            for name, values in computed.items()
+        },
+    )
+
+
+def _packed(values: Array) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii")
+
+
+def _unpacked(value: object, where: str, shape: tuple[int, ...]) -> Array:
+    try:
+        data = base64.b64decode(as_text(value, where), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{where} is not base64") from error
+    values = np.frombuffer(data, dtype="<f4").astype(np.float64).reshape(shape)
+    if not np.isfinite(values).all():
+        raise ErrorTableError(f"{where} of the table of errors holds NaN or infinity; measure again")
+    return values
