@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
     from difa_compile.backend.run import Run, sampling
     from difa_compile.calibration.calibrate import calibrate
+    from difa_compile.calibration.measure import measure
+    from difa_compile.comparison.planned import plan_within
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
     from difa_compile.layout import Layout
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from difa_compile.pipeline.loading import load_pipeline
     from difa_compile.pipeline.rules import plan_from_rule
     from difa_compile.plan.plan import Plan
+    from difa_compile.planner.make import Limit, plan_from_table
+    from difa_compile.planner.table import ErrorTable
 
 _HOME = {
     "FULL": "decision",
@@ -33,8 +37,10 @@ _HOME = {
     "AnyBatch": "backend.batch_sizes",
     "Decision": "decision",
     "DifaError": "errors",
+    "ErrorTable": "planner.table",
     "Kind": "decision",
     "Layout": "layout",
+    "Limit": "planner.make",
     "Plan": "plan.plan",
     "Run": "backend.run",
     "Window": "decision",
@@ -43,7 +49,10 @@ _HOME = {
     "calibrate": "calibration.calibrate",
     "inspect_model": "pipeline.inspection",
     "load_pipeline": "pipeline.loading",
+    "measure": "calibration.measure",
     "plan_from_rule": "pipeline.rules",
+    "plan_from_table": "planner.make",
+    "plan_within": "comparison.planned",
     "remove": "pipeline.apply",
     "sampling": "backend.run",
 }
@@ -54,8 +63,10 @@ __all__ = [
     "AnyBatch",
     "Decision",
     "DifaError",
+    "ErrorTable",
     "Kind",
     "Layout",
+    "Limit",
     "Plan",
     "Run",
     "Window",
@@ -64,7 +75,10 @@ __all__ = [
     "calibrate",
     "inspect_model",
     "load_pipeline",
+    "measure",
     "plan_from_rule",
+    "plan_from_table",
+    "plan_within",
     "remove",
     "sampling",
 ]

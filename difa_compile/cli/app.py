@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -30,10 +30,20 @@ from difa_compile.cli.inputs import (
     open_pipeline,
     seeds_for,
 )
-from difa_compile.cli.tables import not_applicable, print_comparison, print_plan, print_records, print_sites
+from difa_compile.cli.tables import (
+    not_applicable,
+    print_comparison,
+    print_front,
+    print_plan,
+    print_records,
+    print_sites,
+)
 from difa_compile.files.writing import check_target, check_writable
 from difa_compile.pipeline.loading import DEMO
 from difa_compile.wording import shown, visible
+
+if TYPE_CHECKING:
+    from difa_compile.planner.make import Limit
 
 app = typer.Typer(
     name="difa",
@@ -63,6 +73,30 @@ Inputs = Annotated[
     str | None, typer.Option(help="Arguments of the pipeline's call: JSON, or a JSON file.", show_default=False)
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")]
+Budget = Annotated[
+    float | None, typer.Option(help="Plan for this share of the full model's time, e.g. 0.5.", show_default=False)
+]
+Psnr = Annotated[
+    float | None, typer.Option(help="Plan for this PSNR (dB) against the full model's images.", show_default=False)
+]
+AllowedError = Annotated[
+    float | None,
+    typer.Option("--error", help="Plan for this mean squared error of images in [0, 1].", show_default=False),
+]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(help="At most so many distinct rows, each a variant of the model.", show_default="any number"),
+]
+Table = Annotated[
+    Path, typer.Argument(metavar="TABLE", help="A table of errors, as difa measure writes it.", show_default=False)
+]
+Windows = Annotated[
+    list[str] | None,
+    typer.Option("--window", help="SHAPE:RADIUS to measure at all attention sites; may be repeated."),
+]
+BlocksOnly = Annotated[
+    bool, typer.Option("--blocks-only", help="Measure whole blocks alone: a third of the time, enough for short runs.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
 
 
@@ -159,10 +193,26 @@ def calibrate(
             "paper's loss more pass); or auto, time where this machine is measured."
         ),
     ] = "auto",
+    budget: Budget = None,
+    psnr: Psnr = None,
+    error: AllowedError = None,
+    max_rows: MaxRows = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Search a plan for a model: what each attention may leave out at each step, and what that costs in quality."""
+    """Find a plan for a model: what it may leave out at each step, and what that costs in quality.
+
+    With --budget, --psnr or --error the plan is chosen from one measurement, whole blocks among its decisions, and then
+    run beside the full model and held to its word. Else attention alone is searched, by --threshold.
+    """
+    if max_rows is not None or any(given is not None for given in (budget, psnr, error)):
+        from difa_compile.planner.make import Limit
+
+        limit = Limit(budget, psnr, error, max_rows)
+        call = call_inputs(model, inputs, labels, prompt, guidance)
+        windows = [window] if window is not None else []
+        _calibrate_within(model, output, steps, limit, call, windows, state, seed, device)
+        return
     require("diffusers", "tqdm")
     from difa_compile.calibration.calibrate import calibrate as search
     from difa_compile.calibration.calibrate import check_settings
@@ -196,6 +246,114 @@ def calibrate(
     with suppress(OSError):  # the plan is stored; a state left behind harms nobody
         kept.unlink(missing_ok=True)
     print_plan(console, plan, profile_for(pipe))
+    _print_place(console, "The plan: ", str(output))
+
+
+def _calibrate_within(
+    model: str,
+    output: Path,
+    steps: int,
+    limit: Limit,
+    call: dict[str, Any],
+    windows: list[str],
+    state: Path | None,
+    seed: int,
+    device: str | None,
+) -> None:
+    require("diffusers", "tqdm", "numpy", "torchmetrics")
+    from difa_compile.comparison.planned import plan_within
+    from difa_compile.decision import Window as Neighbourhood
+
+    tried = [Neighbourhood.parse(window) for window in windows]
+    check_device(device)
+    kept = state if state is not None else output.parent / f"{output.name}.state"
+    console = _console()
+    pipe = open_pipeline(model, device, call)
+    check_target(output, "the plan")
+    check_target(kept, "the table of errors")
+    with interruptible(lambda: state_kept(kept)):
+        plan = plan_within(
+            pipe, call, limit, steps, windows=tried, seed=seed, held_out=(seed + 1,), state=kept,
+            told=lambda text: console.print(Text(f"tried: {visible(text)}")),
+        )  # fmt: skip
+    plan.save(output)
+    with suppress(OSError):
+        kept.unlink(missing_ok=True)
+    print_plan(console, plan)
+    _print_place(console, "The plan: ", str(output))
+
+
+@app.command()
+def measure(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write.")] = Path("errors.json"),
+    steps: Steps = 50,
+    windows: Windows = None,
+    blocks_only: BlocksOnly = False,
+    labels: Labels = None,
+    prompt: Prompt = None,
+    inputs: Inputs = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure once what leaving out work does to a model's output; difa plan makes plans for any budget from that.
+
+    A measurement that was interrupted goes on where it was when the same command is given again.
+    """
+    require("diffusers", "tqdm", "numpy")
+    from difa_compile.calibration.measure import measure as measure_errors
+    from difa_compile.decision import Window as Neighbourhood
+
+    tried = [Neighbourhood.parse(window) for window in windows or ()]
+    call = call_inputs(model, inputs, labels, prompt, guidance)
+    check_device(device)
+    console = _console()
+    pipe = open_pipeline(model, device, call)
+    check_target(output, "the table of errors")
+    with interruptible(lambda: state_kept(output)):
+        table = measure_errors(
+            pipe,
+            call | {"generator": torch.Generator().manual_seed(seed)},
+            steps,
+            windows=tried,
+            attention=not blocks_only,
+            state=output,
+        )
+    print_front(console, table)
+    _print_place(console, "The table: ", str(output))
+
+
+@app.command()
+def plan(
+    table: Table,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")] = Path("plan.json"),
+    budget: Budget = None,
+    psnr: Psnr = None,
+    error: AllowedError = None,
+    max_rows: MaxRows = None,
+) -> None:
+    """Make the best plan that a table of errors shows under a budget, or for a quality; without either, show both.
+
+    Nothing is run: difa calibrate --budget also runs the plan and holds it to its word.
+    """
+    require("numpy")
+    from difa_compile.planner.make import Limit, plan_from_table
+    from difa_compile.planner.table import ErrorTable
+
+    console = _console()
+    asked = [given is not None for given in (budget, psnr, error)]
+    if max_rows is not None or any(asked):
+        Limit(budget, psnr, error, max_rows)
+    found = ErrorTable.load(table)
+    found.check_complete(table)
+    if not any(asked):
+        print_front(console, found)
+        return
+    check_target(output, "the plan")
+    made = plan_from_table(found, budget=budget, psnr=psnr, error=error, max_rows=max_rows)
+    made.save(output)
+    print_plan(console, made)
     _print_place(console, "The plan: ", str(output))
 
 

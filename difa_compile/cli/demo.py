@@ -121,7 +121,14 @@ def _real_digits(count: int, console: Console) -> Tensor | None:
     return images / 2 + 0.5
 
 
-EXTRAS = {"diffusers": "diffusers", "tqdm": "report", "torchmetrics": "report", "jinja2": "report", "PIL": "report"}
+EXTRAS = {"diffusers": "diffusers"} | dict.fromkeys(("numpy", "tqdm", "torchmetrics", "jinja2", "PIL"), "report")
+    "diffusers": "diffusers",
+    "numpy": "report",
+    "tqdm": "report",
+    "torchmetrics": "report",
+    "jinja2": "report",
+    "PIL": "report",
+}
 
 
 def require(*modules: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from difa_compile.comparison.compare import Comparison
     from difa_compile.machine.profile import Profile
     from difa_compile.plan.plan import Plan
+    from difa_compile.planner.table import ErrorTable
 
 
 CELL = 400
@@ -76,6 +77,20 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     skipped = len(set(comparison.skips))
     if skipped:
         console.print(f"{skipped} decision{'s' if skipped > 1 else ''} skipped; the report gives the reasons.")
+
+
+def print_front(console: Console, table: ErrorTable) -> None:
+    """What each budget buys, by a table of errors."""
+    from difa_compile.planner.make import front_of
+    from difa_compile.planner.rows import distinct
+
+    shown_table = Table(
+        "budget", "predicted PSNR", "distinct rows", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for found in front_of(table.problem()):
+        decibels = "the same images" if found.error <= 0 else f"{found.psnr:.1f} dB"
+        shown_table.add_row(f"{found.share:.2f} of full's time", decibels, str(distinct(found.columns)))
+    console.print(shown_table)
 
 
 def print_plan(console: Console, plan: Plan, profile: Profile | None = None) -> None:
