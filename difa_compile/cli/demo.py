@@ -122,13 +122,6 @@ def _real_digits(count: int, console: Console) -> Tensor | None:
 
 
 EXTRAS = {"diffusers": "diffusers"} | dict.fromkeys(("numpy", "tqdm", "torchmetrics", "jinja2", "PIL"), "report")
-    "diffusers": "diffusers",
-    "numpy": "report",
-    "tqdm": "report",
-    "torchmetrics": "report",
-    "jinja2": "report",
-    "PIL": "report",
-}
 
 
 def require(*modules: str) -> None:
