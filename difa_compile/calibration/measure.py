@@ -149,8 +149,10 @@ class Measuring:
         """Effects of the step in progress: by group, and lag or decision."""
         self._spread: dict[tuple[int, int], list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
-        self._inside = 0.0
-        """Seconds spent in calls of the model."""
+        self._left = 0.0
+        """When the last call of the model ended."""
+        self._gaps: list[float] = []
+        """Seconds between calls of the model."""
 
     @property
     def done(self) -> int:
@@ -175,8 +177,8 @@ class Measuring:
         if self._bar is not None:
             self._bar.close()
 
-    def finished(self, call_seconds: float) -> ErrorTable:
-        """The whole table. ``call_seconds``: what the pipeline's call took, all in all.
+    def finished(self) -> ErrorTable:
+        """The whole table, once the pipeline has returned.
 
         Raises :class:`CalibrationError` if the pipeline stopped early.
         """
@@ -187,7 +189,8 @@ class Measuring:
                 "through the whole schedule"
             )
         if "pipeline" not in self.table.seconds:
-            beside = max(0.0, call_seconds - self._inside) / len(self.progress)
+            after = (time.perf_counter() - self._left) / len(self.progress)  # decoding, say
+            beside = statistics.median(self._gaps or [0.0]) * self.table.calls + after
             self.table = replace(self.table, seconds={**self.table.seconds, "pipeline": beside})
             self._keep(self.table)
         return self.table
@@ -196,11 +199,12 @@ class Measuring:
 
     def call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
         """One transformer call: in full, with all that is tried beside it."""
-        start = time.perf_counter()
+        if self._left:
+            self._gaps.append(time.perf_counter() - self._left)
         try:
             return self._call(capture, args, step, branch)
         finally:
-            self._inside += time.perf_counter() - start
+            self._left = time.perf_counter()
 
     def _call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
         self._meet(capture)
@@ -474,9 +478,8 @@ def measure(
     make_bar = functools.partial(progress_bar, what="measuring", unit="step") if progress else None
     measuring = Measuring(models, settings, start, keep, make_bar)
     options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
-    began = time.perf_counter()
     sample_with(pipe, call, measuring, guidance, options, what="measurement", kept=lambda: shown(path))
-    table = replace(measuring.finished(time.perf_counter() - began), identity=identity)
+    table = replace(measuring.finished(), identity=identity)
     if state is None:
         path.unlink(missing_ok=True)
     else:
