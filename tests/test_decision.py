@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind, Window, WindowShape
 from difa_compile.errors import DecisionError
 
 windows = st.builds(Window, st.sampled_from(WindowShape), st.integers(1, 10**6))
 decisions = st.one_of(
     st.builds(Decision, st.sampled_from([Kind.FULL, Kind.REUSE]), st.none(), st.booleans()),
     st.builds(Decision, st.sampled_from([Kind.WINDOW, Kind.WINDOW_RESIDUAL]), windows, st.booleans()),
+    st.builds(
+        Decision,
+        st.just(Kind.FORECAST),
+        st.none(),
+        st.booleans(),
+        st.integers(1, 3),
+        st.none() | st.sampled_from(Basis),
+    ),
 )
 
 
@@ -37,6 +46,9 @@ def test_window_text_round_trip(window: Window) -> None:
         (Decision(Kind.WINDOW, Window(WindowShape.DISC, 8)), "window(disc:8)"),
         (Decision(Kind.WINDOW_RESIDUAL, Window(WindowShape.BAND, 128)), "window(band:128)+residual"),
         (Decision(Kind.WINDOW_RESIDUAL, Window(WindowShape.BOX, 3), True), "window(box:3)+residual+cfg"),
+        (Decision(Kind.FORECAST, order=1), "forecast:1"),
+        (Decision(Kind.FORECAST, order=2, basis=Basis.PROGRESS), "forecast:2"),
+        (Decision(Kind.FORECAST, None, True, 3, Basis.STEP), "forecast:3(step)+cfg"),
     ],
 )
 def test_text_is_stable(decision: Decision, text: str) -> None:
@@ -61,6 +73,21 @@ def test_text_is_stable(decision: Decision, text: str) -> None:
         "window(disc:1.5)",
         "window(blob:3)",
         "full+cfg+cfg",
+        "forecast",
+        "forecast:",
+        "forecast:0",
+        "forecast:4",
+        "forecast:-1",
+        "forecast:1.0",
+        "forecast:\u0661",
+        "forecast:" + "9" * 5000,
+        "forecast:1()",
+        "forecast:1(steps)",
+        "forecast:1+cfg(step)",
+        "forecast:1+residual",
+        "forecast:1(step)\n",
+        "reuse:1",
+        "full(step)",
     ],
 )
 def test_unknown_text_is_refused(text: str) -> None:
@@ -86,10 +113,50 @@ def test_window_kinds_need_a_window(kind: Kind) -> None:
         Decision(kind)
 
 
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.REUSE])
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.REUSE, Kind.FORECAST])
 def test_other_kinds_take_none(kind: Kind) -> None:
     with pytest.raises(DecisionError, match="takes no window"):
         Decision(kind, Window(WindowShape.BAND, 4))
+
+
+@pytest.mark.parametrize("order", [0, -1, 4, 1.0, True, None, "1", 10**4000], ids=lambda value: str(value)[:4])
+def test_the_order_of_a_forecast_is_a_small_whole_number(order: object) -> None:
+    with pytest.raises(DecisionError, match="order of a forecast") as caught:
+        Decision(Kind.FORECAST, order=order)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("basis", ["steps", "", 1, [], Kind.FULL], ids=repr)
+def test_the_basis_of_a_forecast_is_one_of_two(basis: object) -> None:
+    with pytest.raises(DecisionError, match=r"basis of a forecast is .*; choose one of progress, step"):
+        Decision(Kind.FORECAST, order=1, basis=basis)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.REUSE, Kind.WINDOW])
+def test_only_a_forecast_has_an_order_and_a_basis(kind: Kind) -> None:
+    window = Window(WindowShape.BAND, 4) if kind.windowed else None
+    for order, basis in ((1, None), (0, Basis.STEP)):
+        with pytest.raises(DecisionError, match="takes no order and no basis"):
+            Decision(kind, window, False, order, basis)
+
+
+def test_a_forecast_is_in_progress_unless_it_says_otherwise() -> None:
+    """One decision has one text, whichever way it was given."""
+    given = [
+        Decision(Kind.FORECAST, order=2),
+        Decision("forecast", order=2, basis="progress"),  # type: ignore[arg-type]
+        Decision.parse("forecast:2(progress)"),
+        Decision.parse("forecast:2"),
+    ]
+    assert len(set(given)) == 1
+    assert str(given[2]) == "forecast:2"
+    assert given[0] != Decision.parse("forecast:2(step)")
+
+
+@given(st.lists(decisions, max_size=8))
+def test_decisions_have_an_order(several: list[Decision]) -> None:
+    ordered = sorted(several)
+    assert all(a < b for a, b in pairwise(ordered) if a != b)
 
 
 def test_full_with_shared_cfg_counts_as_full() -> None:

@@ -62,13 +62,14 @@ class Fit:
 @dataclass(frozen=True)
 class StepCall:
     """One call of the model at a step of a part: a role per site, the caches it reads, those of another branch that it
-    takes over, and the sites whose outputs the other call of this step will want."""
+    takes over, and the sites whose outputs the other call of this step will want, with the age of the oldest of them.
+    """
 
     step: int
     roles: tuple[Role, ...]
     read: Mapping[CacheName, Tensor]
     kept: Mapping[CacheName, Tensor]
-    wanted: frozenset[str]
+    wanted: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,14 @@ class RunPart:
             self._check_shareable(conditional)
         shared = [capture.model.context.two_call and role.decision.cfg_shared for role in roles]
         if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
-            theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
-            shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
+            theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared, and how
+            shared = [
+                mine and other.decision.cfg_shared and other.decision.order == role.decision.order
+                for mine, role, other in zip(shared, roles, theirs, strict=True)
+            ]
             roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
         if not any(shared):
-            return StepCall(step, roles, {**caches, **weights} if weights else caches, {}, frozenset())
+            return StepCall(step, roles, {**caches, **weights} if weights else caches, {}, {})
         if branch is None:
             raise RunError(
                 f"step {index} shares the CFG halves across two calls, but the run does not know which call this "
@@ -228,8 +232,10 @@ class RunPart:
             )
         if branch == "cond":
             row = tuple(conditional_role(role) if share else role for role, share in zip(roles, shared, strict=True))
-            kept = frozenset(path for path, share in zip(self._paths, shared, strict=True) if share)
-            return StepCall(step, row, {**caches, **weights}, {}, kept)
+            wanted = {
+                path: role.decision.order for path, role, share in zip(self._paths, row, shared, strict=True) if share
+            }
+            return StepCall(step, row, {**caches, **weights}, {}, wanted)
         if conditional is None or not conditional.is_at(index):
             raise RunError(
                 f"step {index} shares the conditional call's attention with the {branch} call, but the "
@@ -238,7 +244,7 @@ class RunPart:
             )
         theirs_now = {**conditional.caches["cond"], **conditional.weights_at(index)}
         taken = take_over(self._paths, roles, shared, {**caches, **weights}, theirs_now)
-        return StepCall(step, taken.roles, taken.read, taken.kept, frozenset())
+        return StepCall(step, taken.roles, taken.read, taken.kept, {})
 
     def leave(
         self, call: StepCall, branch: str | None, outputs: list[Any], written: Mapping[CacheName, Tensor]
@@ -248,9 +254,8 @@ class RunPart:
         renew(caches, {**call.kept, **written})
         outputs = apart(outputs, caches)
         for name in list(caches):
-            if not (name.kind == "output" and name.site in call.wanted) and not self._read_later(
-                call.step, branch, name
-            ):
+            wanted = name.kind == "output" and name.age <= call.wanted.get(name.site, -1)
+            if not wanted and not self._read_later(call.step, branch, name):
                 del caches[name]
         self._last[branch] = call.step
         return outputs

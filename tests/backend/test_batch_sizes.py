@@ -212,15 +212,16 @@ def test_a_pipeline_compiles_twice_for_any_number_of_batch_sizes(inner, monkeypa
 def test_every_family_is_compiled_twice(family):
     """Shared halves, joint attention, rotary tables, video: all numbers that change follow the batch."""
     model, _ = FAMILIES[family](2)
-    plan = family_plan(family, ROWS, conditional_half=1)
+    rows = [*ROWS, Decision.parse("forecast:1+cfg"), Decision.parse("forecast:2")]
+    plan = family_plan(family, rows, conditional_half=1)
 
     def outputs(batch, **options):
         options = {"plan": plan, "inner": "eager", "strict": True, **options}
         torch._dynamo.reset()  # which keeps eight graphs of a model
         compiled = torch.compile(model, backend="difa", options=options, dynamic=False)
         inputs = FAMILIES[family](batch)[1]
-        with torch.no_grad(), difa_compile.sampling(compiled, len(ROWS)) as run:
-            for step in range(len(ROWS)):
+        with torch.no_grad(), difa_compile.sampling(compiled, len(rows)) as run:
+            for step in range(len(rows)):
                 run.step(step)
                 result = compiled(**at_step(inputs, step))
         return result[0] if isinstance(result, tuple) else result.sample

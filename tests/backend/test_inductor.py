@@ -17,6 +17,7 @@ from difa_compile.backend.run import sampling
 from difa_compile.decision import FULL, Decision
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.plan.schedule import FULL_ROLE, assign_roles
+from tests.support.by_hand import assert_near, by_hand, call, plain_output
 from tests.support.captures import capture_of
 from tests.support.places import ROOT
 from tests.support.tiny_models import at_step, captured, captured_plain, plain_plan
@@ -125,6 +126,7 @@ class Replayed:
 
 
 ROWS = ["full", "window(band:2)+residual", "reuse", "full+cfg", "window(band:2)+residual+cfg", "reuse"]
+ROWS += ["forecast:1+cfg", "forecast:2"]
 
 
 @pytest.mark.parametrize("guidance", ["batched", "two-call"])
@@ -155,6 +157,21 @@ def test_what_outlives_a_call_is_not_in_memory_that_cuda_graphs_reuse(monkeypatc
     assert replayed.steps == len(found), "every call of the model is a step of its own"
     replayed.mark_step()
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.slow
+def test_forecasts_compiled_by_inductor():
+    """Weights reach compiled code as rows of a table, at addresses that no graph has been compiled for."""
+    model, inputs, _, _ = captured_plain()
+    column = [D(text) for text in ("full", "full", "forecast:1+cfg", "full", "forecast:2", "forecast:1")]
+    progress = (1.0, 0.9, 0.7, 0.65, 0.4, 0.1)
+    fast = torch.compile(model, backend=difa, options={"plan": plain_plan(column, conditional_half=0), "strict": True})
+    expected = by_hand(model)
+    with sampling(fast, len(column), progress=progress) as run:
+        for step, decision in enumerate(column):
+            run.step(step)
+            now = at_step(inputs, step)
+            assert_near(call(fast, now), plain_output(expected, [decision] * 2, now, place=progress[step]))
 
 
 def test_full_calls_outside_of_a_plan_are_copied_too(monkeypatch):

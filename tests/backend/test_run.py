@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,8 +41,20 @@ def test_a_family_follows_its_plan_through_a_schedule_without_recompiling(family
     model, inputs, _, _ = captured(family)
     window = "window(band:3)"
     rows = [
-        D(text) for text in ("full", f"{window}+residual", "reuse", f"{window}+residual+cfg", "full+cfg", "reuse+cfg")
+        D(text.replace("W", window))
+        for text in (
+            "full",
+            "W+residual",
+            "reuse",
+            "W+residual+cfg",
+            "forecast:1",
+            "full+cfg",
+            "reuse+cfg",
+            "forecast:2(step)+cfg",
+            "forecast:1",
+        )
     ]
+    progress = (1.0, 0.95, 0.9, 0.8, 0.7, 0.65, 0.5, 0.2, 0.1)
     plan = family_plan(family, rows, conditional_half=1)
     paths = [name for name, _ in model.named_modules() if ATTENTIONS[family](name)]
     torch._dynamo.reset()
@@ -50,12 +63,12 @@ def test_a_family_follows_its_plan_through_a_schedule_without_recompiling(family
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             expected = Altered(model, paths, [LAYOUTS[family]] * len(paths), 1, Window.parse("band:3"))
-            with sampling(fast, len(rows)) as run:
+            with sampling(fast, len(rows), progress=progress) as run:
                 for step, decision in enumerate(rows):
                     run.step(step)
                     now = at_step(inputs, step)
                     with torch._dynamo.config.patch(disable=True):
-                        wanted = expected([decision] * len(paths), now)
+                        wanted = expected([decision] * len(paths), now, progress[step])
                     assert_near(call(fast, now), wanted)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -248,26 +261,22 @@ def two_calls(rows):
 
 def test_the_unconditional_call_takes_what_the_conditional_call_computed():
     model, inputs, _, _ = captured_plain()
-    rows = ["full+cfg", "reuse", "window(band:2)+residual+cfg", "full", "reuse+cfg"]
+    rows = ["full+cfg", "reuse", "window(band:2)+residual+cfg", "forecast:1+cfg", "full", "reuse+cfg"]
+    rows += ["forecast:2+cfg", "forecast:1", "full+cfg", "forecast:2", "forecast:1(step)+cfg"]
+    progress = tuple((1 - step / 20) ** 2 for step in range(len(rows)))
     fast = compiled(model, two_calls(rows))
     expected = {name: by_hand(model) for name in ("cond", "uncond")}
-    with sampling(fast, len(rows)) as run:
+    with sampling(fast, len(rows), progress=progress) as run:
         for step, text in enumerate(rows):
             decision = D(text)
             run.step(step)
-            alone = Decision(decision.kind, decision.window)
+            alone = replace(decision, cfg_shared=False)
             for name, offset in (("cond", 0), ("uncond", 30)):
                 run.branch(name)
                 now = at_step(inputs, offset + step)
                 found = call(fast, now)
-                altered = expected[name]
-                if name == "uncond" and decision.cfg_shared:
-                    altered.outputs = list(expected["cond"].outputs)
-                    altered.residuals = list(expected["cond"].residuals)
-                    row = [REUSE] * 2
-                else:
-                    row = [alone] * 2
-                wanted = plain_output(altered, row, now)
+                row, cond = ([alone] * 2, None) if name == "cond" else ([decision] * 2, expected["cond"])
+                wanted = plain_output(expected[name], row, now, place=progress[step], conditional=cond)
                 difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
                 assert difference <= EXACT, f"{name} call of step {step} ({text}): {difference}"
 

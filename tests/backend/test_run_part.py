@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difa_compile.backend.capture import Capture
-from difa_compile.backend.run import sampling
+from difa_compile.backend.run import Run, sampling
 from difa_compile.backend.run_part import Fit, apart
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import RunError
@@ -17,6 +17,8 @@ from tests.support.by_hand import assert_near, by_hand, call, compiled, plain_ou
 from tests.support.tiny_models import BareAttention, at_step, captured_plain, plain_plan
 
 D = Decision.parse
+OUTPUT = 24 * 32 * 4
+"""Bytes of a site's output, of one image."""
 
 
 def test_memory_held_by_caches_is_counted_and_let_go():
@@ -33,6 +35,74 @@ def test_memory_held_by_caches_is_counted_and_let_go():
         assert run.peak_cache_bytes == 2 * max(output, residual)
     assert held == [2 * residual, 2 * residual, 2 * output, 0, 0, 0]
     assert run.cache_bytes() == 0
+
+
+def test_of_outputs_no_more_are_held_than_a_later_step_reads():
+    """k + 1 for a forecast of order k, and only from the first step whose output is read."""
+    model, inputs, _, _ = captured_plain()
+    column = ["full"] * 5 + ["forecast:2", "forecast:1", "full", "forecast:2", "full", "reuse", "full", "full"]
+    fast = compiled(model, plain_plan([D(text) for text in column]))
+    held = []
+    with sampling(fast, len(column)) as run:
+        for step in range(len(column)):
+            run.step(step)
+            call(fast, at_step(inputs, step))
+            held.append(run.cache_bytes() / (2 * 2 * OUTPUT))  # two sites, two images
+        assert run.peak_cache_bytes == 3 * 2 * 2 * OUTPUT
+    assert held == [0, 0, 1, 2, 3, 2, 2, 3, 0, 1, 0, 0, 0]
+
+
+def test_across_two_calls_no_older_outputs_are_held_than_the_other_call_reads():
+    """The newest where it was computed for both; as many as a forecast reads where it is forecast for both."""
+    model, inputs, _, _ = captured_plain()
+    column = ["full+cfg"] * 4 + ["forecast:1+cfg", "full+cfg", "full+cfg"]
+    fast = compiled(model, plain_plan([D(text) for text in column], guidance="two-call"))
+    held = {"cond": [], "uncond": []}
+    with sampling(fast, len(column)) as run:
+        for step in range(len(column)):
+            run.step(step)
+            for name in held:
+                run.branch(name)
+                call(fast, at_step(inputs, step))
+                held[name].append(run.cache_bytes() / (2 * 2 * OUTPUT))
+    # What the other branch has taken over is no copy.
+    assert held == {"cond": [1, 1, 1, 2, 2, 1, 1], "uncond": [1, 1, 1, 2, 2, 1, 1]}
+
+
+class Noting(Run):
+    """A run that notes how many variants its captures have had compiled after each call."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.compiled = []
+
+    def call(self, capture, args):
+        outputs = super().call(capture, args)
+        self.compiled.append(capture.compiled_variants)
+        return outputs
+
+
+def test_one_variant_forecasts_over_every_gap():
+    """The weights are inputs: neither the distance of the steps nor where they lie in the schedule is in the graph."""
+    model, inputs, _, _ = captured_plain()
+    column = [*["full"] * 3, *["forecast:1"] * 3, "full", "forecast:1", "full", "full", *["forecast:1"] * 2]
+    progress = tuple((1 - step / 20) ** 2 for step in range(len(column)))
+    torch._dynamo.utils.counters.clear()
+    fast = compiled(model, plain_plan([D(text) for text in column]))
+    expected = by_hand(model)
+    run = Noting(model, len(column), progress=progress)
+    run.activate()
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step, text in enumerate(column):
+                run.step(step)
+                now = at_step(inputs, step)
+                assert_near(call(fast, now), plain_output(expected, [D(text)] * 2, now, place=progress[step]))
+    finally:
+        run.deactivate()
+    assert run.compiled[3] > run.compiled[2]
+    assert set(run.compiled[3:]) == {run.compiled[3]}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
@@ -85,6 +155,53 @@ def test_a_branch_that_leaves_steps_out_reads_nothing_stale():
                 run.branch("uncond")
                 found = call(fast, at_step(inputs, 10 + step))
         assert torch.equal(found, model(**at_step(inputs, 13))), "full: what step 2 would have left is not there"
+
+
+def in_an_interval(column, uncond, progress, **options):
+    """Outputs of both branches, by branch and step, where the unconditional call is made at some steps only."""
+    model, inputs, _, _ = captured_plain()
+    fast = compiled(model, plain_plan([D(text) for text in column], guidance="two-call"))
+    found = {}
+    with sampling(fast, len(column), progress=progress) as run:
+        for step in range(len(column)):
+            run.step(step)
+            for name, made in (("cond", True), ("uncond", step in uncond)):
+                if made:
+                    run.branch(name)
+                    found[name, step] = call(fast, at_step(inputs, step + 30 * (name == "uncond")))
+    return found, {(promotion.step, promotion.reason) for promotion in run.promotions}
+
+
+def by_hand_in_an_interval(row_of, steps, progress):
+    """The same, with ``row_of[name][step]`` (None: no call); what is shared is the conditional call's of the step."""
+    model, inputs, _, _ = captured_plain()
+    expected = {name: by_hand(model) for name in ("cond", "uncond")}
+    found = {}
+    for step in range(steps):
+        for name, altered in expected.items():
+            text = row_of[name][step]
+            altered.steps = step
+            if text is not None:
+                now = at_step(inputs, step + 30 * (name == "uncond"))
+                cond = expected["cond"] if name == "uncond" else None
+                decision = D(text) if cond else replace(D(text), cfg_shared=False)
+                found[name, step] = plain_output(altered, [decision] * 2, now, place=progress[step], conditional=cond)
+    return found
+
+
+@pytest.mark.parametrize("shares", ["", "+cfg"])
+def test_a_branch_that_leaves_steps_out_forecasts_from_its_own_outputs(shares):
+    """It computes until it has as many as it needs, by itself where the other call forecasts; then shares again."""
+    column = ["full", "full", *[f"forecast:1{shares}"] * 6]
+    progress = (1.0, 0.9, 0.8, 0.75, 0.6, 0.5, 0.2, 0.1)
+    left = ["full", None, None, "full", "full", *[f"forecast:1{shares}"] * 3]
+    found, promotions = in_an_interval(column, (0, 3, 4, 5, 6, 7), progress)
+    wanted = by_hand_in_an_interval({"cond": column, "uncond": left}, len(column), progress)
+    assert found.keys() == wanted.keys()
+    for place, output in found.items():
+        assert_near(output, wanted[place])
+    assert {step for step, _ in promotions} == {3, 4}
+    assert any("needs the outputs of 2 earlier steps" in reason for _, reason in promotions)
 
 
 def test_what_is_handed_out_is_not_the_cache():

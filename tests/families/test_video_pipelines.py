@@ -17,6 +17,7 @@ from tests.support.video_components import (
     LATTE_ROWS,
     TEXT_WIDTH,
     WAN_ROWS,
+    WINDOW,
     Altered,
     cogvideox,
     decisions,
@@ -461,6 +462,53 @@ def test_wan_with_a_second_transformer_calibrated(tmp_path):
     applied = difa_compile.apply(tiny.pipe, plan, inner="eager")
     assert error(tiny.frames(num_inference_steps=5), wanted) < CLOSE
     assert applied.last_run.promotions == ()
+
+
+FORECAST_ROWS = decisions(
+    ("full+cfg", "full"),
+    ("full", "full"),
+    ("forecast:1", WINDOW),
+    ("full", "forecast:1+cfg"),
+    ("forecast:2+cfg", "full+cfg"),
+    ("forecast:1", "forecast:2"),
+    ("reuse", "forecast:1(step)"),
+    ("full", "forecast:1"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unipc", "euler", "heun"])
+def test_wan_with_forecasts(name, tmp_path):
+    """Uneven timesteps; with Heun's method two calls to each, for the conditional and the other half."""
+    tiny = wan(tmp_path, name)
+    steps = 4 if name == "heun" else len(FORECAST_ROWS)
+    plan = plan_of(tiny, FORECAST_ROWS)
+    rows = plan.resolve(7).rows if name == "heun" else plan.decisions
+    full = tiny.frames(num_inference_steps=steps)
+    layouts = tuple(site.layout for site in plan.sites)
+    wanted = Altered(tiny, rows, layouts).frames(num_inference_steps=steps)
+    applied = difa_compile.apply(tiny.pipe, plan, inner="eager")
+    assert error(tiny.frames(num_inference_steps=steps), wanted) < CLOSE
+    assert error(full, wanted) > 100 * CLOSE
+    assert applied.last_run.calls == 2 * len(rows)
+    assert all_carried_out(applied)
+
+
+@pytest.mark.slow
+def test_wan_with_a_second_transformer_forecasts_from_that_ones_outputs(tmp_path):
+    """The second computes until it has as many outputs of its own as a forecast reads."""
+    tiny = wan_with_experts(tmp_path)
+    full = tiny.frames(num_inference_steps=len(FORECAST_ROWS))
+    plan = plan_of(tiny, FORECAST_ROWS)
+    hand = Altered(tiny, plan.decisions, tuple(site.layout for site in plan.sites))
+    wanted = hand.frames()
+    assert {model for model, _, _ in hand.outputs} == {tiny.pipe.transformer, tiny.pipe.transformer_2}
+    assert hand.promoted
+    applied = difa_compile.apply(tiny.pipe, plan, inner="eager")
+    for _ in range(2):
+        assert error(tiny.frames(num_inference_steps=len(FORECAST_ROWS)), wanted) < CLOSE
+    assert error(full, wanted) > 100 * CLOSE
+    assert {(p.step, p.site) for p in applied.last_run.promotions} == hand.promoted
 
 
 def test_transformers_that_are_not_alike_are_refused(tmp_path):

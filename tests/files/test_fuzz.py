@@ -56,9 +56,10 @@ def small_plan() -> Plan:
         (Cell(FULL), Cell(FULL)),
         (Cell(FULL, trials, 0.0), Cell(window, trials[:1], 0.3)),
         (Cell(REUSE), Cell(FULL)),
+        (Cell(Decision.parse("forecast:1(step)+cfg")), Cell(Decision.parse("forecast:2"))),
     )
     settings = Settings("greedy", 0.05, "paper", "disc:3", ("reuse", "window+residual"), "batched", 0, "2", None)
-    return Plan(ModelInfo("Model", "ab" * 32, 10), settings, sites, (1.0, 0.6, 0.3), rows)
+    return Plan(ModelInfo("Model", "ab" * 32, 10), settings, sites, (1.0, 0.6, 0.3, 0.1), rows)
 
 
 @dataclass

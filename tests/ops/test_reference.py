@@ -88,3 +88,37 @@ def test_sharing_copies_the_conditional_half(half):
     wanted = value[[2 * half, 2 * half + 1] * 2]
     assert torch.equal(reference.share_halves(value, half), wanted)
     assert torch.equal(reference.share_halves(value.T.contiguous(), half, 1), wanted.T)
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_forecast_by_hand():
+    outputs = [torch.tensor([3.0, 5.0]), torch.tensor([1.0, 6.0]), torch.tensor([0.0, 2.0])]
+    found = reference.extrapolate(outputs, torch.tensor([3.0, -3.0, 1.0]))
+    assert found.tolist() == [6.0, -1.0]
+    with pytest.raises(ValueError, match="zip"):
+        reference.extrapolate(outputs, torch.tensor([2.0, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_a_forecast_is_summed_in_a_wide_dtype_and_rounded_once(dtype, wide):
+    """Half a unit in the last place of the result, and what a sum of three products loses in the wide dtype."""
+    assert reference.extrapolation_dtype(dtype) == wide
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(2, 5, 7, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+    weights = torch.tensor([10.5, -14.0, 4.5], dtype=wide)
+    found = reference.extrapolate(outputs, weights)
+    assert found.dtype == dtype
+    parts = [output.double() * float(weight) for output, weight in zip(outputs, weights, strict=True)]
+    summed = 5 * torch.finfo(wide).eps * sum(part.abs() for part in parts)
+    rounded = 0.0 if dtype == wide else torch.finfo(dtype).eps / 2 * sum(parts).abs()
+    assert ((found.double() - sum(parts)).abs() <= summed + rounded).all()

@@ -50,7 +50,7 @@ plans = st.builds(
     ),
     st.integers(1, 6).flatmap(
         lambda steps: st.lists(
-            st.text("FfWR.", min_size=steps, max_size=steps).map(lambda text: "F" + text), min_size=1, max_size=3
+            st.text("FfWR.Pp", min_size=steps, max_size=steps).map(lambda text: "FFF" + text), min_size=1, max_size=3
         )
     ),
     st.none() | finite,

@@ -101,7 +101,7 @@ def test_resolve_onto_the_same_steps_is_the_identity() -> None:
         assert resolved.plan is plan
 
 
-@given(st.lists(st.text("FfWR.", min_size=49, max_size=49).map(lambda text: "F" + text), min_size=1, max_size=2))
+@given(st.lists(st.text("FfWR.Pp", min_size=47, max_size=47).map(lambda text: "FFF" + text), min_size=1, max_size=2))
 @settings(max_examples=50)
 def test_fifty_steps_onto_other_counts(columns: list[str]) -> None:
     plan = plan_of(*columns)
@@ -130,6 +130,16 @@ def test_fifty_onto_twenty_and_thirty_by_hand() -> None:
     assert thirty.source_steps[:7] == (0, 2, 3, 5, 7, 8, 10)
     assert letters(thirty.rows)[:7] == "FF.FFFF"
     assert [promotion.step for promotion in thirty.promotions][:2] == [3, 4]
+
+
+def test_fifty_steps_with_forecasts_onto_twenty_by_hand() -> None:
+    """Every fourth step is computed. Steps 5 and 7 of 50 read 4, which fell out; 13 and 15 are read from 12."""
+    twenty = plan_of("FFPP" + "FPPP" * 11 + "FP").resolve(20)
+    assert twenty.source_steps[:8] == (0, 2, 5, 7, 10, 12, 15, 17)
+    assert letters(twenty.rows)[:8] == "FFFPFFPF"
+    assert [promotion.step for promotion in twenty.promotions][:4] == [1, 2, 4, 7]
+    assert "needs the outputs of 2 earlier steps" not in twenty.promotions[2].reason
+    assert twenty.promotions[2].reason.startswith("it reads the output of the plan's step 8, which no earlier step")
 
 
 def test_resolve_keeps_the_spacing_of_the_plan() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind, Window, WindowShape
 from difa_compile.errors import DecisionError, ScheduleError
 from difa_compile.plan.schedule import (
     FULL_ROLE,
@@ -18,8 +18,10 @@ from difa_compile.plan.schedule import (
     assign_roles,
     buckets,
     check_progress,
+    forecast_weights,
     nearest_steps,
     normalised_progress,
+    output_sources,
     scheduler_progress,
     take_rows,
     uniform_progress,
@@ -39,6 +41,9 @@ LETTERS = {
     "Q": RESIDUAL_2,
     ".": REUSE,
     ",": Decision(Kind.REUSE, None, True),
+    "1": Decision(Kind.FORECAST, order=1),
+    "2": Decision(Kind.FORECAST, None, True, 2, Basis.STEP),
+    "3": Decision(Kind.FORECAST, order=3),
 }
 
 
@@ -62,7 +67,8 @@ def made_valid(decisions: list[Decision]) -> list[Decision]:
     window: Window | None = None
     for wanted in decisions:
         decision = wanted
-        if decision.kind is Kind.REUSE and not valid:
+        computed = sum(earlier.kind.fills("output") for earlier in valid)
+        if decision.kind.reads == "output" and computed <= decision.order:
             decision = FULL
         if decision.kind is Kind.WINDOW_RESIDUAL:
             if not any(earlier.is_full for earlier in valid):
@@ -108,9 +114,17 @@ def residuals(decisions: str) -> list[str | None]:
         ("FR.R.", " > > "),
         ("W.", "> "),
         ("f,", "> "),
+        ("FF1", ">> "),
+        ("FFF1FF", " >>   "),  # the last two alone
+        ("FFF2", ">>> "),
+        ("FFFF3..", ">>>>   "),
+        ("FF.1F1", ">>  > "),  # what is reused is older for the next
+        ("FWR1", " >> "),
+        ("FFF.F2", " >> > "),
+        ("FF1F.", ">> > "),
     ],
 )
-def test_outputs_are_written_just_before_a_reuse(decisions: str, written: str) -> None:
+def test_outputs_are_written_where_a_reuse_or_a_forecast_reads_them(decisions: str, written: str) -> None:
     assert outputs(decisions) == written
 
 
@@ -140,6 +154,10 @@ def test_residuals_are_taken_where_one_is_read_before_the_next_full_step(
         (("FF", "FF", "WR"), r"step 1, site 2: window\(band:4\)\+residual needs the residual"),
         (("R",), "step 0, site 0"),
         (("FRQ",), "step 2, site 0: .*residual of step 0, which step 1 reads with window band:4"),
+        (("F1",), "step 1, site 0: forecast:1 needs the outputs of 2 earlier steps, but only 1 earlier step of this"),
+        (("1",), "step 0, site 0: forecast:1 needs the outputs of 2 earlier steps, but no earlier step of this site"),
+        (("FFFF", "FF12"), "step 3, site 1: forecast.* of 3 earlier steps, but only 2 earlier steps of this site"),
+        (("FFF3",), "step 3, site 0: forecast:3 needs the outputs of 4 earlier steps, but only 3 earlier steps"),
     ],
 )
 def test_readers_without_filler_are_refused(columns: tuple[str, ...], message: str) -> None:
@@ -160,21 +178,28 @@ def test_roles_carry_out_the_plan(plan: list[tuple[Decision, ...]]) -> None:
     roles = assign_roles(plan)
     assert [tuple(role.decision for role in row) for row in roles] == plan
     for site in range(len(plan[0])):
-        output: int | None = None
+        computed: list[int] = []
+        held: list[int] = []
+        """The steps whose outputs were written, the newest first."""
         residual: tuple[int, Window | None] | None = None
         unread: set[tuple[str, int]] = set()
+        sources = output_sources([row[site] for row in plan])
         for step, row in enumerate(roles):
             role = row[site]
             earlier = range(step)
             if role.reads_output:
-                assert output == max(s for s in earlier if plan[s][site].kind is not Kind.REUSE)
-                unread.discard(("output", output))
+                wanted = computed[: role.decision.order + 1]
+                assert held[: role.decision.order + 1] == wanted  # those computed last, and none of them left out
+                assert sources[step] == tuple(wanted)
+                unread -= {("output", each) for each in wanted}
+            elif role.decision.kind.fills("output"):
+                computed.insert(0, step)
             if role.reads_residual:
                 last_full = max(s for s in earlier if plan[s][site].is_full)
                 assert residual == (last_full, role.decision.window)
                 unread.discard(("residual", last_full))
             if role.emit_output:
-                output = step
+                held.insert(0, step)
                 unread.add(("output", step))
             if role.emit_residual:
                 residual = (step, role.residual_window)
@@ -189,6 +214,7 @@ def test_roles_carry_out_the_plan(plan: list[tuple[Decision, ...]]) -> None:
     "arguments",
     [
         (REUSE, True),
+        (LETTERS["1"], True),
         (WINDOW, False, True, W1),
         (FULL, False, True),
         (FULL, False, False, W1),
@@ -202,6 +228,80 @@ def test_roles_that_contradict_themselves_are_refused(arguments: tuple[object, .
 def test_role_text() -> None:
     assert str(FULL_ROLE) == "full"
     assert str(Role(FULL, True, True, W1)) == "full >output >residual(band:4)"
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------------
+
+_EXACT = 1e-10
+"""Of the sum of the weighted outputs' sizes. Steps are 0.001 or more of the schedule apart: a difference of two loses
+three digits."""
+
+
+@st.composite
+def forecasts(draw: st.DrawFn) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
+    """A schedule of uneven steps, one of them, and two to four earlier ones, the newest first."""
+    order = draw(st.integers(1, 3))
+    places = draw(st.lists(st.integers(0, 1000), min_size=order + 2, max_size=12, unique=True))
+    step = draw(st.integers(order + 1, len(places) - 1))
+    sources = draw(st.lists(st.integers(0, step - 1), min_size=order + 1, max_size=order + 1, unique=True))
+    return tuple(place / 1000 for place in sorted(places, reverse=True)), step, tuple(sorted(sources, reverse=True))
+
+
+@given(forecasts(), st.sampled_from(Basis), st.lists(st.integers(-9, 9), min_size=4, max_size=4))
+def test_a_polynomial_of_the_order_of_a_forecast_is_forecast_exactly(
+    case: tuple[tuple[float, ...], int, tuple[int, ...]], basis: Basis, coefficients: list[int]
+) -> None:
+    progress, step, sources = case
+    weights = forecast_weights(progress, step, sources, basis)
+    assert sum(weights) == pytest.approx(1, abs=_EXACT * sum(map(abs, weights)))
+
+    def value(at: int) -> float:
+        place = progress[at] if basis is Basis.PROGRESS else at
+        return sum(factor * place**power for power, factor in enumerate(coefficients[: len(sources)]))
+
+    parts = [weight * value(source) for weight, source in zip(weights, sources, strict=True)]
+    assert sum(parts) == pytest.approx(value(step), abs=_EXACT * max(1.0, *map(abs, parts)))
+
+
+@pytest.mark.parametrize(
+    ("progress", "step", "sources", "weights"),
+    [
+        (uniform_progress(8), 6, (4, 0), (1.5, -0.5)),  # half as far again
+        (uniform_progress(8), 3, (2, 1, 0), (3, -3, 1)),
+        ((1.0, 0.8, 0.2), 2, (1, 0), (4, -3)),
+        ((1.0, 0.5, 0.5), 2, (1, 0), (1, 0)),  # the same timestep again: the same output
+    ],
+)
+def test_weights_by_hand(
+    progress: tuple[float, ...], step: int, sources: tuple[int, ...], weights: tuple[float, ...]
+) -> None:
+    assert forecast_weights(progress, step, sources) == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("progress", "step", "sources", "weights"),
+    [
+        ((1.0, 0.5, 0.5, 0.2), 3, (2, 1), (2, -1)),
+        ((1.0, 0.5, 0.5 - 1e-12, 0.2), 3, (2, 1), (2, -1)),
+        ((1.0, 1.0, 0.5, 0.5, 0.1), 4, (2, 1, 0), (6, -8, 3)),
+    ],
+)
+def test_where_outputs_are_of_one_timestep_the_number_of_the_step_counts(
+    progress: tuple[float, ...], step: int, sources: tuple[int, ...], weights: tuple[float, ...]
+) -> None:
+    """As with Heun's two calls of a timestep: through two points at one place goes no line."""
+    assert forecast_weights(progress, step, sources) == pytest.approx(weights)
+
+
+def test_in_steps_the_timesteps_do_not_count() -> None:
+    assert forecast_weights((1.0, 0.8, 0.2), 2, (1, 0), Basis.STEP) == (2, -1)
+    assert forecast_weights((1.0, 0.8, 0.2), 2, (1, 0), "step") == (2, -1)
+
+
+def test_sources_of_each_step() -> None:
+    sources = output_sources(column("FW.1FF2."))
+    assert sources == ((), (), (1,), (1, 0), (), (), (5, 4, 1), (5,))
+    assert output_sources(column("F12")) == ((), (0,), (0,))  # as many as there are
 
 
 # --- buckets ---------------------------------------------------------------------------------------------------------
@@ -391,6 +491,16 @@ def test_repeated_timesteps_are_matched_in_order() -> None:
         ("FW.R", (0, 1, 2, 3), "FW.R", []),
         ("FW.", (0, 0, 1, 1, 2, 2), "FFWW..", []),
         ("FWR", (1, 2), "WF", [1]),
+        ("FF1", (2,), "F", [0]),
+        ("FF11", (1, 2, 3), "FF1", [1]),  # one output is held: the promoted forecast computes the other
+        ("FF11", (0, 2, 3), "FF1", [1]),  # two rows are followed, but not the newest
+        ("FF11", (0, 1, 3), "FF1", []),
+        ("FFF11", (1, 2, 4), "FF1", []),  # of an order's outputs any will do, save the newest
+        ("FFF22", (2, 3, 4), "Fff", [1, 2]),
+        ("FFFF33", (3, 4, 5, 5, 5), "FFFF3", [1, 2, 3]),
+        ("FF1.", (1, 2, 3), "FF.", [1]),
+        ("FF.1", (1, 2, 3), "F.F", [2]),  # reuse needs one, the forecast two
+        ("FFFF11", (0, 4, 5), "FF1", [1]),
     ],
 )
 def test_promotion_cases(plan: str, source_steps: tuple[int, ...], taken: str, promoted: list[int]) -> None:
@@ -404,6 +514,11 @@ def test_promotions_say_why() -> None:
     _, promotions = take_rows(rows("FF", "F."), (1,))
     reason = "it reads the output of the plan's step 0, which no earlier step of this schedule follows"
     assert promotions == (Promotion(0, 1, REUSE, reason),)
+    _, promotions = take_rows(rows("FFFFF", "FFF22"), (2, 3, 4))
+    assert [promotion.reason for promotion in promotions] == [
+        f"it needs the outputs of 3 earlier steps, and in this schedule only {computed} computes one"
+        for computed in ("1 earlier step", "2 earlier steps")
+    ]
 
 
 @pytest.mark.parametrize("source_steps", [(0, 2), (-1,), (1, 0)])
@@ -431,14 +546,17 @@ def test_every_reader_finds_something_recent_enough(case: tuple[list[tuple[Decis
             planned = plan[source][site]
             if (step, site) in promoted:
                 assert promoted[step, site].wanted == planned
-                assert planned.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL)
+                assert planned.kind.reads
                 assert decision == Decision(Kind.FULL, None, planned.cfg_shared)
             else:
                 assert decision == planned
 
 
 def fills(decision: Decision, reader: Decision) -> bool:
-    return decision.is_full if reader.kind is Kind.WINDOW_RESIDUAL else decision.kind is not Kind.REUSE
+    """Whether a step with ``decision`` computes what ``reader`` reads."""
+    if reader.kind is Kind.WINDOW_RESIDUAL:
+        return decision.is_full
+    return decision.kind not in (Kind.REUSE, Kind.FORECAST)
 
 
 @given(taken())
@@ -451,19 +569,34 @@ def test_promotion_happens_where_the_filler_fell_out_and_only_there(
     for step, source in enumerate(source_steps):
         for site in range(len(plan[0])):
             reader = plan[source][site]
-            if reader.kind not in (Kind.REUSE, Kind.WINDOW_RESIDUAL):
+            if not reader.kind.reads:
                 continue
             needed = max(row for row in range(source) if fills(plan[row][site], reader))
             followed = needed in source_steps[:step]
-            if (step, site) in promoted:
-                assert not followed
-            else:
+            held = [s for s in range(step) if fills(result[s][site], reader)]
+            recent = bool(held) and source_steps[held[-1]] >= needed
+            assert ((step, site) in promoted) == (not recent or len(held) <= reader.order)
+            assert recent or not followed
+            if (step, site) not in promoted:
                 # what is read is the wanted filler, or a reader of the same gap that was promoted before
-                latest = max(s for s in range(step) if fills(result[s][site], reader))
+                latest = held[-1]
                 assert source_steps[latest] == needed or (
                     (latest, site) in promoted and needed < source_steps[latest] <= source
                 )
                 assert followed or (latest, site) in promoted
+
+
+@pytest.mark.parametrize(
+    ("steps", "once", "often"),
+    [(20, "FFF" + "1" * 17, "FF" + "f." * 9), (7, "FF11111", "FFffffF"), (3, "FF1", "FFF")],
+)
+def test_fifty_steps_with_forecasts_onto_fewer(steps: int, once: str, often: str) -> None:
+    """What is computed once serves to the end. Of steps computed often too few are followed: others are instead."""
+    plan = rows("FFFF" + "1" * 46, "FFF" + "F222." * 9 + "F2")
+    result, promotions = take_rows(plan, nearest_steps(uniform_progress(50), uniform_progress(steps)))
+    assign_roles(result)
+    assert (text(result), text(result, 1)) == (once, often)
+    assert all(p.reason and p.wanted.kind.reads == "output" for p in promotions)
 
 
 @given(schedules())

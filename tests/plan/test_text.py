@@ -65,6 +65,15 @@ def test_summary() -> None:
     )
 
 
+def test_summary_with_forecasts() -> None:
+    lines = plan_of("FFFpPP.").summary().splitlines()
+    assert "P  forecast:1                2   28.6 %" in lines
+    assert "p  forecast:2(step)+cfg      1   14.3 %" in lines
+    assert "blocks.0.attn1  FFFpPP." in lines
+    assert "distinct rows: 4 of 7 (each is one variant of the graph)" in lines  # one for both gaps
+    assert any(line.startswith("attention FLOPs, q k^T and p v    42.9 % of full") for line in lines)
+
+
 def test_summary_of_measurements() -> None:
     text = measured_plan().summary()
     assert "candidates measured: 4, accepted: 2, largest accepted loss 0.0125 (step 1, joint.0.attn)" in text

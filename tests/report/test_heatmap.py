@@ -67,17 +67,21 @@ def test_cell_tells_why_a_candidate_does_not_apply(plan):
 
 def test_each_decision_has_a_colour_of_its_own_and_its_count(plan):
     windows = [Decision.parse(f"window(band:{radius})") for radius in (8, 16, 32)]
-    rows = [[FULL] * 6, [*windows, *windows]]
+    forecasts = [Decision.parse(f"forecast:{text}") for text in ("1", "1(step)", "2")]
+    rows = [[FULL] * 6, [*windows, *windows], [FULL] * 6, [*forecasts, *forecasts]]
     cells = tuple(tuple(replace(plan.rows[0][0], decision=decision) for decision in row) for row in rows)
-    made = heat_map(Plan(plan.model, plan.settings, plan.sites, (1.0, 0.5), cells))
+    made = heat_map(Plan(plan.model, plan.settings, plan.sites, (1.0, 0.8, 0.5, 0.2), cells))
     assert [(colour.name, colour.count) for colour in made.colours] == [
-        ("full", 6),
+        ("full", 12),
         ("window(band:8)", 2),
         ("window(band:16)", 2),
         ("window(band:32)", 2),
+        ("forecast:1", 2),
+        ("forecast:1(step)", 2),
+        ("forecast:2", 2),
     ]
     for mode in ("light", "dark"):
-        assert len({getattr(colour, mode) for colour in made.colours}) == 4
+        assert len({getattr(colour, mode) for colour in made.colours}) == 7
 
 
 def test_rule_plans_do_not_claim_measurements(plan):

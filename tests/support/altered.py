@@ -1,8 +1,9 @@
 """What plans are compared with: the very same model run eagerly, its attention altered by hand.
 
-Nothing here uses the package's passes. The attention modules' forward is wrapped to return stored outputs (reuse) or to
-be given the conditional half (CFG sharing); ``scaled_dot_product_attention`` is replaced while a module runs, to hide
-keys behind a mask that is written out token by token (windows) and to add what a full step left (residuals).
+Nothing here uses the package's passes. The attention modules' forward is wrapped to return stored outputs (reuse) or
+what they lead to (forecasts), or to be given the conditional half (CFG sharing); ``scaled_dot_product_attention`` is
+replaced while a module runs, to hide keys behind a mask that is written out token by token (windows) and to add what a
+full step left (residuals).
 """
 
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from difa_compile.decision import Kind, WindowShape
+from tests.support.extrapolated import extrapolated
 
 SPLIT = ("hidden_states", "encoder_hidden_states")
 
@@ -42,22 +44,33 @@ class Altered:
     """Runs a model with one decision per attention module and call; keeps outputs and residuals from call to call.
 
     ``paths``: the attention modules, in execution order. ``window``: what residuals of full steps are taken against.
+    Kept of each module are ``past``, the outputs that were computed, the newest first, each with its step and place in
+    the schedule; ``residuals``; and ``now``, what its latest call gave.
     """
 
     def __init__(self, model, paths, layouts, half, window):
         self.model, self.half, self.window = model, half, window
         self.modules = [model.get_submodule(path) for path in paths]
         self.layouts = layouts
-        self.outputs = [None] * len(paths)
+        self.past = [[] for _ in paths]
+        self.now = [None] * len(paths)
+        self.steps = 0
         self.residuals = [None] * len(paths)
 
-    def __call__(self, row, inputs):
+    def __call__(self, row, inputs, place=None, conditional=None):
+        """One call; ``place``: of its step in the schedule, by default its number.
+
+        ``conditional``: what made the conditional call of this step, whose attention those take over that share it.
+        """
+        place = self.steps if place is None else place
         for index, (module, decision) in enumerate(zip(self.modules, row, strict=True)):
-            module.forward = self.wrapped(index, decision, type(module).forward.__get__(module))
+            original = type(module).forward.__get__(module)
+            module.forward = self.wrapped(index, decision, original, place, conditional)
         try:
             with torch.no_grad():
                 return self.model(**inputs)[0]
         finally:
+            self.steps += 1
             for module in self.modules:
                 del module.forward
 
@@ -68,11 +81,27 @@ class Altered:
     def both(self, value):
         return torch.cat([self.conditional(value)] * 2)
 
-    def wrapped(self, index, decision, original):
+    def stored(self, index, decision, place):
+        """What a step that computes nothing takes from earlier ones."""
+        if decision.kind is Kind.REUSE:
+            found = self.past[index][0][2]
+        else:
+            parts = range(len(self.past[index][0][2]))
+            found = tuple(
+                extrapolated(decision, [(step, at, each[i]) for step, at, each in self.past[index]], self.steps, place)
+                for i in parts
+            )
+        return tuple(self.both(part) for part in found) if decision.cfg_shared else found
+
+    def wrapped(self, index, decision, original, place, conditional):
+        computes = decision.kind not in (Kind.REUSE, Kind.FORECAST)
+
         def forward(*args, **kwargs):
-            if decision.kind is Kind.REUSE:
-                stored = self.outputs[index]
-                result = tuple(self.both(part) for part in stored) if decision.cfg_shared else stored
+            if conditional is not None and decision.cfg_shared:
+                result = conditional.now[index]
+                self.residuals[index] = conditional.residuals[index]
+            elif not computes:
+                result = self.stored(index, decision, place)
             elif decision.cfg_shared:
                 args = tuple(self.conditional(value) if i == 0 else value for i, value in enumerate(args))
                 kwargs = {
@@ -86,7 +115,9 @@ class Altered:
                 with self.attending(index, decision):
                     whole = original(*args, **kwargs)
                 result = whole if isinstance(whole, tuple) else (whole,)
-            self.outputs[index] = result
+            if computes:
+                self.past[index].insert(0, (self.steps, place, result))
+            self.now[index] = result
             return result if len(result) > 1 else result[0]
 
         return forward

@@ -25,12 +25,12 @@ def call(compiled_model, inputs):
     return output[0] if isinstance(output, tuple) else output
 
 
-def plain_output(altered, row, inputs):
+def plain_output(altered, row, inputs, **options):
     """The altered :class:`PlainTransformer` returns a tensor, whose first image ``Altered`` would take."""
     forward = type(altered.model).forward
     altered.model.forward = lambda **kwargs: (forward(altered.model, **kwargs),)
     try:
-        return altered(row, inputs)
+        return altered(row, inputs, **options)
     finally:
         del altered.model.forward
 

@@ -33,6 +33,7 @@ from transformers import (
 from difa_compile.decision import FULL, Kind
 from difa_compile.layout import Layout
 from tests.support.altered import sees
+from tests.support.extrapolated import extrapolated
 from tests.support.text_components import word_tokenizer
 from tests.support.tiny_pipelines import drawn, quiet, tiny_pipeline
 
@@ -253,9 +254,10 @@ class Altered:
         self.half, self.two_calls = half, two_calls
         self.made = 0
         """Calls of the transformer so far."""
-        self.outputs, self.residuals = ({}, {}), ({}, {})
+        self.past, self.residuals = ({}, {}), ({}, {})
+        """By branch and site: the outputs that were computed, the newest first, with step and timestep; residuals."""
         self.now = {}
-        """What the conditional call of this step has computed, by site."""
+        """What the conditional call of this step has given, by site."""
 
     @contextmanager
     def of(self, pipe):
@@ -265,6 +267,7 @@ class Altered:
         def forward(*args, **kwargs):
             step, branch = divmod(self.made, 2) if self.two_calls else (self.made, 0)
             self.made += 1
+            self.step, self.timestep = step, float(kwargs["timestep"].flatten()[0])
             with self.attending(self.rows[step], branch):
                 return plain(*args, **kwargs)
 
@@ -293,14 +296,15 @@ class Altered:
             F.scaled_dot_product_attention = plain
 
     def decided(self, site, decision, branch, plain, operands, options):
-        outputs, residuals = self.outputs[branch], self.residuals[branch]
+        past, residuals = self.past[branch].setdefault(site, []), self.residuals[branch]
         shared = decision.cfg_shared
         if shared and self.two_calls and branch == 1:
             if decision.kind is Kind.FULL:
                 residuals[site] = self.residuals[0][site]
             result = self.now[site]
-        elif decision.kind is Kind.REUSE:
-            result = outputs[site]
+        elif decision.kind in (Kind.REUSE, Kind.FORECAST):
+            reuses = decision.kind is Kind.REUSE
+            result = past[0][2] if reuses else extrapolated(decision, past, self.step, self.timestep)
             if shared and not self.two_calls:
                 result = torch.cat([self.conditional(result)] * 2)
         else:
@@ -312,8 +316,8 @@ class Altered:
                 result, residual = (torch.cat([value, value]) for value in (result, residual))
             if decision.kind is Kind.FULL:
                 residuals[site] = residual
-        if decision.kind is not Kind.REUSE:
-            outputs[site] = result
+        if decision.kind not in (Kind.REUSE, Kind.FORECAST):
+            past.insert(0, (self.step, self.timestep, result))
         self.now[site] = result
         return result
 

@@ -10,7 +10,8 @@ LEAVES: tuple[Any, ...] = (
     None, True, False, 0, -0.0, 1, -1, 2, 1.0, 0.5, -1e-9, 1e308, -1e308, 5e-324, 2**31, 2**53 + 1, 2**63, 10**39,
     10**59, 10**60, 10**400, 10**4000, "", "full", "reuse", "window(band:4)", "window(disc:8)+residual+cfg", "cpu",
     "float32", "self", "band:\u0663", "window(band:\u0663)", "window(band:0)", "window(disc:999999999999)",
-    "window(disc:" + "9" * 5000 + ")", "\ud800", "\udfff tail", "\x00", "\x1b[31m", "\u202e", "日本", "x" * 10_000, "1",
+    "window(disc:" + "9" * 5000 + ")", "forecast:1", "forecast:3(step)+cfg", "forecast:" + "9" * 5000,
+    "\ud800", "\udfff tail", "\x00", "\x1b[31m", "\u202e", "日本", "x" * 10_000, "1",
     "1.0", "NaN", "../../etc/passwd", "transformer_blocks.0.attn1", [], {}, [[]], [None], {"": None}, {"\ud800": 1},
     [0] * 50, ["full"] * 3,
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind, Window, WindowShape
 from difa_compile.layout import Layout
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
 from difa_compile.plan.schedule import uniform_progress
@@ -16,6 +16,8 @@ LETTERS = {
     "W": Decision(Kind.WINDOW, BAND),
     "R": Decision(Kind.WINDOW_RESIDUAL, BAND),
     ".": REUSE,
+    "P": Decision(Kind.FORECAST, order=1),
+    "p": Decision(Kind.FORECAST, None, True, 2, Basis.STEP),
 }
 MODEL = ModelInfo("DiTTransformer2DModel", "ab" * 32, 1234567)
 GREEDY = Settings("greedy", 0.05, "paper", "band:32", ("reuse", "full+cfg"), "batched", 1, "2.13.0", "0.42.1")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from difa_compile.decision import FULL, Decision, Kind, WindowShape
+from tests.support.extrapolated import extrapolated
 from tests.support.text_components import word_tokenizer
 from tests.support.tiny_pipelines import drawn, quiet
 
@@ -284,8 +285,8 @@ class Altered:
     """The pipeline run as it is, its attention altered by hand: ``rows[step][site]`` with nothing of the package.
 
     ``layouts``: of the sites, in order. A full step leaves the residual against the window of the site's rows. Kept
-    per transformer and guidance branch: the outputs that were computed last, and the residuals. What would read before
-    anything is kept is full; ``promoted`` lists its steps and sites.
+    per transformer and guidance branch: the outputs that were computed, the newest first, with step and timestep, and
+    the residuals. What would read before anything is kept, or enough, is full; ``promoted`` lists its steps and sites.
     """
 
     tiny: Tiny
@@ -293,6 +294,7 @@ class Altered:
     layouts: tuple
     guided: bool = True
     outputs: dict = field(default_factory=dict)
+    now: dict = field(default_factory=dict)
     residuals: dict = field(default_factory=dict)
     promoted: set = field(default_factory=set)
     calls: int = 0
@@ -311,6 +313,7 @@ class Altered:
     def call(self, model, forward, *args, **kwargs):
         step, branch = divmod(self.calls, 2) if self.tiny.two_calls and self.guided else (self.calls, 0)
         self.calls += 1
+        self.timestep = float(kwargs["timestep"].flatten()[0])
         with self.attending(model, step, branch):
             return forward(*args, **kwargs)
 
@@ -334,21 +337,30 @@ class Altered:
     def attend(self, plain: Callable, model, step, branch, site, tensors, options):
         decision, place, conditional = self.rows[step][site], (model, branch, site), (model, 0, site)
         shared = decision.cfg_shared
-        read = {Kind.REUSE: self.outputs, Kind.WINDOW_RESIDUAL: self.residuals}.get(decision.kind, {place: ()})
-        if place not in read:
+        past = self.outputs.get(place, [])
+        reads = decision.kind in (Kind.REUSE, Kind.FORECAST)
+        if (
+            len(past) <= decision.order
+            if reads
+            else decision.kind is Kind.WINDOW_RESIDUAL and place not in self.residuals
+        ):
+            reads = False
             decision = Decision(Kind.FULL, None, shared)
             self.promoted.add((step, site))
         if shared and self.tiny.two_calls:
             if branch:  # the unconditional call takes what the conditional one had
-                result = self.outputs[conditional]
-                if decision.kind is not Kind.REUSE:
-                    self.outputs[place] = result
+                result = self.now[conditional]
+                if not reads:
+                    self.outputs[place] = [(step, self.timestep, result), *past]
                 if decision.kind is Kind.FULL and conditional in self.residuals:
                     self.residuals[place] = self.residuals[conditional]
                 return result
             shared = False
-        if decision.kind is Kind.REUSE:
-            return twice(second_half(self.outputs[place])) if shared else self.outputs[place]
+        if reads:
+            reuses = decision.kind is Kind.REUSE
+            result = past[0][2] if reuses else extrapolated(decision, past, step, self.timestep)
+            self.now[place] = twice(second_half(result)) if shared else result
+            return self.now[place]
         if shared:
             tensors = tuple(second_half(tensor) for tensor in tensors)
         near = self.near(site, decision, tensors, options)
@@ -361,8 +373,9 @@ class Altered:
         else:
             kept = self.residuals[place]
             result = near + (second_half(kept) if shared else kept)
-        self.outputs[place] = twice(result) if shared else result
-        return self.outputs[place]
+        self.now[place] = twice(result) if shared else result
+        self.outputs[place] = [(step, self.timestep, self.now[place]), *past]
+        return self.now[place]
 
     def near(self, site, decision, tensors, options):
         """Attention with far keys hidden; of a full step, against the window of the site's other steps."""

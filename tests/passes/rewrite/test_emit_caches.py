@@ -24,6 +24,7 @@ ROLES = [
     Role(Decision.parse("window(disc:2)"), emit_output=True),
     Role(Decision.parse("window(disc:2)+residual+cfg"), emit_output=True),
     Role(Decision.parse("reuse")),
+    Role(Decision.parse("forecast:2+cfg")),
 ]
 
 
@@ -39,9 +40,13 @@ def test_a_cache_is_an_input_or_an_output_and_contiguous(family):
         residuals = {f"cache.{site.path}.residual" for site in sites}
         written = (outputs if role.emit_output else set()) | (residuals if role.emit_residual else set())
         assert set(variant.cache_outputs) == written
-        assert set(variant.cache_inputs) == (
-            outputs if role.reads_output else residuals if role.reads_residual else set()
-        )
+        reads = outputs if role.reads_output else residuals if role.reads_residual else set()
+        if role.decision.order:
+            older = {f"{name}.{age}" for name in outputs for age in (1, 2)}
+            reads = reads | older | {f"cache.{site.path}.weights" for site in sites}
+            caches |= {name: caches[name.rpartition(".")[0]] + 1 for name in older}
+            caches |= {name: torch.tensor([3.0, -3.0, 1.0]) for name in reads if name.endswith(".weights")}
+        assert set(variant.cache_inputs) == reads
         results = variant.module(*values, *[caches[name] for name in variant.cache_inputs])
         written = results[len(results) - len(variant.cache_outputs) :]
         for name, value in zip(variant.cache_outputs, written, strict=True):
