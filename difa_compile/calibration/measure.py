@@ -59,12 +59,13 @@ ROUNDS = 7
 class MeasureSettings:
     """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given.
 
-    ``windows``: tried at all attention sites together. ``attention``: whether attention is measured at all. ``half``:
+    ``windows``: tried at all attention sites together. ``attention``: whether attention is measured at all; None: where
+    there are windows, or no blocks. ``half``:
     which half of a batch is conditional, None where the halves are two calls or there are none.
     """
 
     windows: tuple[Window, ...] = ()
-    attention: bool = True
+    attention: bool | None = None
     lags: int = LAGS
     numbers: int = NUMBERS
     guidance: tuple[float, float] = (1.0, 0.0)
@@ -264,7 +265,8 @@ class Measuring:
             places = tuple(range(count, count + len(outer)))
             groups.append(_Group("blocks", tuple(outer), places, tuple(range(1, self.settings.lags + 1))))
         inner = tuple(i for i in able if i < count)
-        if inner and self.settings.attention:
+        wanted = self.settings.attention
+        if inner and (wanted or (wanted is None and (self.settings.windows or not outer))):
             windows = [Decision(Kind.WINDOW, window) for window in self.settings.windows]
             tried = tuple(w for w in windows if all(model.why_not(i, w) is None for i in inner))
             lags = tuple(lag for lag in ATTENTION_LAGS if lag <= self.settings.lags)
@@ -432,7 +434,7 @@ def measure(
     steps: int = 50,
     *,
     windows: Sequence[Window | str] = (),
-    attention: bool = True,
+    attention: bool | None = None,
     state: Path | None = None,
     progress: bool = True,
     conditional_half: int | None = None,
@@ -441,8 +443,9 @@ def measure(
     """Measure what leaving out work would do to the output of ``pipe``, called once with ``inputs``.
 
     From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
-    (prompts, labels) make it a mean over them. ``windows``: tried at all attention sites. ``attention``: False measures
-    whole blocks alone, which is enough for short sequences and takes a third of the time. ``inner``,
+    (prompts, labels) make it a mean over them. ``windows``: tried at all attention sites. ``attention``: whether what
+    attention alone may leave out is measured, too, which takes several times as long; by default where windows are
+    tried, or where the model has no blocks that can be left out. ``inner``,
     ``conditional_half``: as in :func:`difa_compile.calibrate`.
 
     After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in

@@ -94,8 +94,12 @@ Windows = Annotated[
     list[str] | None,
     typer.Option("--window", help="SHAPE:RADIUS to measure at all attention sites; may be repeated."),
 ]
-BlocksOnly = Annotated[
-    bool, typer.Option("--blocks-only", help="Measure whole blocks alone: a third of the time, enough for short runs.")
+Attention = Annotated[
+    bool | None,
+    typer.Option(
+        help="Measure what attention alone may leave out, too; takes several times as long.",
+        show_default="where there are windows, or no blocks",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
 
@@ -289,7 +293,7 @@ def measure(
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write.")] = Path("errors.json"),
     steps: Steps = 50,
     windows: Windows = None,
-    blocks_only: BlocksOnly = False,
+    attention: Attention = None,
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -317,7 +321,7 @@ def measure(
             call | {"generator": torch.Generator().manual_seed(seed)},
             steps,
             windows=tried,
-            attention=not blocks_only,
+            attention=attention,
             state=output,
         )
     print_front(console, table)

@@ -104,7 +104,7 @@ def plan_within(
     *,
     table: ErrorTable | None = None,
     windows: Sequence[Window | str] = (),
-    attention: bool = True,
+    attention: bool | None = None,
     seed: int = 0,
     held_out: Sequence[int] = (1,),
     state: Path | None = None,

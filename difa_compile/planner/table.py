@@ -115,21 +115,20 @@ class MeasuredUnit:
             values[step] = found[self.name, decision]
         return replace(self, drift=drift, spread=spreads, computed=computed)
 
-    @property
-    def effects(self) -> Effects:
-        """The effects at every lag up to the longest; those that were not tried are interpolated."""
+    def effects(self, lags: int) -> Effects:
+        """The effects at every lag up to ``lags``. Those between lags that were tried are interpolated; beyond the
+        longest they grow in proportion."""
         steps, _, numbers = self.drift.shape
-        known = [0, *self.lags]
-        drift = np.zeros((steps, self.lags[-1] + 1, numbers))
+        known = np.array([0, *self.lags])
         values = np.concatenate([np.zeros((steps, 1, numbers)), self.drift], axis=1)
-        for lag in range(1, self.lags[-1] + 1):
-            above = next(i for i, each in enumerate(known) if each >= lag)
-            low, high = known[above - 1], known[above]
-            share = (lag - low) / (high - low)
-            drift[:, lag] = (1 - share) * values[:, above - 1] + share * values[:, above]
-            if low < lag < high:  # near the first step the longer lag does not exist
-                early = slice(lag, min(high, steps))
-                drift[early, lag] = values[early, above - 1] * (lag / low if low else 1.0)
+        drift = np.zeros((steps, lags + 1, numbers))
+        for lag in range(1, lags + 1):
+            for step in range(lag, steps):
+                there = int((known <= min(step, self.lags[-1])).sum())  # lags that this step has
+                above = min(int(np.searchsorted(known, lag)), there - 1)
+                low, high = known[above - 1], known[above]
+                share = (lag - low) / (high - low)
+                drift[step, lag] = (1 - share) * values[step, above - 1] + share * values[step, above]
         return Effects(drift, self.computed)
 
 
@@ -203,6 +202,7 @@ class ErrorTable:
         self.check_complete()
         seconds = {name: value * self.calls for name, value in self.seconds.items() if name != "pipeline"}
         full = seconds["full"]
+        lags = max(unit.lags[-1] for unit in self.units)
         units = []
         rest = full
         for unit in self.units:
@@ -218,7 +218,7 @@ class ErrorTable:
             for decision in unit.computed:
                 computed[decision] = max(0.0, computed[FULL] + seconds[f"{unit.name} {decision}"] - full)
             fill = max(0.0, seconds[f"{unit.name} filled"] - full)
-            units.append(Unit(unit.sites, unit.effects, Costs(computed, read, fill), unit.inside))
+            units.append(Unit(unit.sites, unit.effects(lags), Costs(computed, read, fill), unit.inside))
             rest -= computed[FULL]
         forecasts = any(f"{unit.name} forecast" in seconds for unit in self.units)
         readers = (Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS),) if forecasts else (REUSE,)
