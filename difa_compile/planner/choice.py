@@ -3,8 +3,8 @@
 For a fixed price of cost every unit takes its cheapest path (:mod:`difa_compile.planner.paths`); units inside others
 are solved after them, on the steps that are left to them, and once more the other way round. The price is bisected to
 the budget. What is left of the budget then is filled by choosing each unit's number of computed steps (a knapsack of
-exact paths, one for each number), since one price cannot reach every number. Last, computed steps are moved by one or
-two as long as that lowers the error with its coherence, which paths cannot see.
+exact paths, one for each number), since one price cannot reach every number. Last, computed steps are moved, from there
+and from even spacing, as long as that lowers the error with its coherence, which paths cannot see.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from difa_compile.decision import FULL, Decision, Kind
 from difa_compile.errors import BudgetError
-from difa_compile.planner.effects import Array, kernel
+from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
 from difa_compile.planner.paths import Indices, Paths, Prices, Readers, best_paths, decided, forms_of
 from difa_compile.planner.problem import Outcome, Problem, cost_of, covered_steps, effects_of, outcome, psnr
 from difa_compile.wording import quoted
@@ -27,6 +27,8 @@ _HALVINGS = 40
 _GRID = 4000
 """Into how many parts a budget is cut where counts are chosen."""
 _SWEEPS = 12
+_FEW = 3
+"""Units up to which computed steps are moved to any place."""
 
 
 def choose(problem: Problem, budget: float, *, worst: bool = False, polish: bool = True) -> Outcome:
@@ -79,7 +81,7 @@ class Planner:
         if not worst:
             found = [best, self._filled(price, budget)]
             if polish:
-                found = [self._polished(each, price, budget) for each in found]
+                found = [self._polished(each, price, budget) for each in self._starts(found, price)]
             best = min((each for each in found if each.share <= budget), key=lambda each: each.error)
         return best
 
@@ -104,7 +106,7 @@ class Planner:
             return float(found.price.sum()) - price * total
 
         low, high = math.log(self.top) - 60, math.log(self.top)
-        for _ in range(60):  # concave in the price: thirds
+        for _ in range(40):  # concave in the price: thirds
             left, right = low + (high - low) / 3, high - (high - low) / 3
             if dual(math.exp(left)) < dual(math.exp(right)):
                 low = left
@@ -118,17 +120,17 @@ class Planner:
             raise BudgetError(f"the error allowed is {quoted(error)}; give a positive mean squared error")
         if self.least.error <= error:
             return self.least
-        low, high = self.least.share, 1.0
         best = self.choose(1.0)
-        for _ in range(14):
-            middle = (low + high) / 2
-            found = self.choose(middle)
-            if found.error <= error:
-                high, best = min(middle, found.share), found
-            else:
-                low = middle
-            if high - low < 1e-3:
-                break
+        low, high = self.least.share, 1.0
+        for halvings, polish in ((10, False), (4, True)):
+            for _ in range(halvings):
+                middle = (low + high) / 2
+                found = self.choose(middle, polish=polish)
+                if found.error <= error:
+                    high, best = min(middle, found.share), found
+                else:
+                    low = middle
+            low = max(self.least.share, high - 0.1)
         return best
 
     def _check(self, budget: float) -> None:
@@ -305,54 +307,118 @@ class Planner:
 
     # Neighbours.
 
-    def _polished(self, start: Outcome, price: float, budget: float) -> Outcome:
-        """Computed steps moved by up to three while that lowers the error; only of units with none inside or around, in
-        which a step is computed in full or not."""
+    def _starts(self, given: Sequence[Outcome], price: float) -> list[Outcome]:
+        """Where to move steps from: what was found, and the same numbers of computed steps evenly spaced."""
         problem = self.problem
-        columns = [list(column) for column in start.columns]
-        free = [u for u in self.outer if not problem.children(u) and len(problem.units[u].costs.computed) == 1]
+        free = self._free()
         if not free:
-            return start
+            return list(given)
         prices = self.readers["outer"].priced(price)
         everywhere = np.ones(problem.steps, dtype=bool)
+        columns = list(given[-1].columns)
+        for unit in free:
+            computed = np.zeros(problem.steps, dtype=bool)
+            computed[np.linspace(0, problem.steps - 1, columns[unit].count(FULL)).round().astype(int)] = True
+            if _widest(computed) <= problem.units[unit].effects.lags:
+                columns[unit] = self._column("outer", prices, self.outer.index(unit), computed, everywhere, price)
+        return [*given, outcome(problem, columns)]
+
+    def _free(self) -> list[int]:
+        """The units whose computed steps may be moved: none inside or around, computed in full or not."""
+        units = self.problem.units
+        return [u for u in self.outer if not self.problem.children(u) and len(units[u].costs.computed) == 1]
+
+    def _polished(self, start: Outcome, price: float, budget: float) -> Outcome:
+        """Computed steps moved while that lowers the error; by up to three steps where there are many units."""
+        problem = self.problem
+        free = self._free()
+        if not free or start.share > budget:
+            return start
+        columns = list(start.columns)
+        prices = self.readers["outer"].priced(price)
+        reach = problem.steps if len(free) <= _FEW else 3
+        everywhere = np.ones(problem.steps, dtype=bool)
         never = [False] * problem.steps
-        own = [effects_of(problem, unit, column, covered_steps(unit, columns))
-               for unit, column in zip(problem.units, columns, strict=True)]  # fmt: skip
-        cost, limit = start.share * problem.full_cost, max(budget, start.share) * problem.full_cost
+        own = [
+            effects_of(problem, unit, column, covered_steps(unit, columns))
+            for unit, column in zip(problem.units, columns, strict=True)
+        ]
+        cells = {unit: _Cells(self, prices, unit) for unit in free}
+        cost, limit = start.share * problem.full_cost, budget * problem.full_cost
         effects = np.sum(own, axis=0)
-        error = self._error(effects)
+        felt, error = self._felt(effects), self._error(effects)
         for _ in range(_SWEEPS):
             before = error
             for unit in free:
-                place = self.outer.index(unit)
+                spent = cost_of(problem.units[unit], columns[unit], never)
                 for step in range(1, problem.steps):
-                    for move in (-3, -2, -1, 1, 2, 3):
-                        target = step + move
-                        if (
-                            columns[unit][step] != FULL
-                            or not 0 < target < problem.steps
-                            or columns[unit][target] == FULL
-                        ):
+                    for target in range(max(1, step - reach), min(problem.steps, step + reach + 1)):
+                        if columns[unit][step] != FULL or columns[unit][target] == FULL:
                             continue
                         computed = np.array([each == FULL for each in columns[unit]])
                         computed[step], computed[target] = False, True
                         if _widest(computed) > problem.units[unit].effects.lags:
                             continue
+                        done = cells[unit].effects(computed)
+                        new_error = error + self._change(felt, done - own[unit])
+                        if new_error >= error * (1 - 1e-6):
+                            continue
+                        place = self.outer.index(unit)
                         column = self._column("outer", prices, place, computed, everywhere, price)
-                        spent = cost_of(problem.units[unit], column, never)
-                        new_cost = cost + spent - cost_of(problem.units[unit], columns[unit], never)
-                        done = effects_of(problem, problem.units[unit], column, never)
-                        new_error = self._error(effects - own[unit] + done)
-                        if new_error < error * (1 - 1e-9) and new_cost <= limit:
-                            error, cost, effects = new_error, new_cost, effects - own[unit] + done
-                            own[unit], columns[unit] = done, list(column)
+                        new_spent = cost_of(problem.units[unit], column, never)
+                        if cost + new_spent - spent <= limit:
+                            error, cost, spent = new_error, cost + new_spent - spent, new_spent
+                            effects = effects - own[unit] + done
+                            own[unit], columns[unit] = done, column
+                            felt = self._felt(effects)
             if error > before * (1 - 1e-3):
                 break
-        return outcome(problem, [tuple(column) for column in columns])
+        return outcome(problem, columns)
+
+    def _felt(self, effects: Array) -> Array:
+        """``sum over u of coherence^|t - u| r_u effect_u``, (T, K)."""
+        return np.asarray(self.kernel @ (effects * self.problem.response[:, None]))
 
     def _error(self, effects: Array) -> float:
-        scaled = effects * self.problem.response[:, None]
-        return float(((self.kernel @ scaled) * scaled).sum())
+        """The error of effects (T, K)."""
+        return float((self._felt(effects) * effects * self.problem.response[:, None]).sum())
+
+    def _change(self, felt: Array, difference: Array) -> float:
+        """By how much the error changes if the effects change by ``difference`` (T, K), few rows of which are not 0."""
+        rows = np.flatnonzero(difference.any(1))
+        moved = difference[rows] * self.problem.response[rows, None]
+        return float((moved * (2 * felt[rows] + self.kernel[np.ix_(rows, rows)] @ moved)).sum())
+
+
+class _Cells:
+    """The effects of the readers of one unit whose steps are computed in full or not, each worked out once."""
+
+    def __init__(self, planner: Planner, prices: Prices, unit: int) -> None:
+        self.readers, self.prices = planner.readers["outer"], prices
+        self.place = self.readers.units.index(unit)
+        self.problem, self.drift = planner.problem, planner.problem.units[unit].effects.drift
+        self.known: dict[tuple[int, int, int, int], Array] = {}
+
+    def effects(self, computed: Indices) -> Array:
+        """(T, K) of a path."""
+        result = np.zeros((len(computed), self.drift.shape[2]))
+        newest = before = further = -1
+        for step, on in enumerate(computed.tolist()):
+            if on:
+                newest, before, further = step, newest, before
+                continue
+            key = (step, newest, before, further if self.readers.shape[3] > 1 else -1)
+            if key not in self.known:
+                self.known[key] = self._effect(*key)
+            result[step] = self.known[key]
+        return result
+
+    def _effect(self, step: int, newest: int, before: int, further: int) -> Array:
+        lags = (newest - before if before >= 0 else 0, before - further if further >= 0 else 0)
+        reader = self.readers.readers[self.prices.form[self.place, newest, step - newest, lags[0], lags[1]]]
+        sources = (newest, before, further)[: reader.order + 1]
+        weights = weights_of(reader, self.problem.progress, step, sources)
+        return reader_effect(self.drift, weights, [step - source for source in sources], step)
 
 
 def _widest(computed: Indices) -> int:

@@ -115,6 +115,7 @@ def test_worst_cell_first():
     assert worst(by_worst) <= worst(by_sum) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_an_error_is_kept_to_with_little_time():
     problem = make_problem(steps=20, readers=(REUSE, FORECAST))
     wanted = choose(problem, 0.5).error
@@ -159,6 +160,7 @@ def test_nan_in_a_table():
         choose(replace(make_problem(), units=(Unit((0,), Effects(drift), Costs({FULL: 1.0})),)), 0.5)
 
 
+@pytest.mark.slow
 def test_sixty_sites_take_seconds():
     rng = np.random.default_rng(0)
     costs = Costs({FULL: 1.0}, read=0.01)
