@@ -83,18 +83,28 @@ def cache_dit_cases() -> Iterator[Case]:
 
     One block is computed at every step, the least it allows; by default it is 8, more than the demo model has.
     """
-    for threshold in (0.04, 0.08, 0.12, 0.2):
-        for forecast in (None, "TaylorSeer 1", "TaylorSeer 2"):
+    by_threshold: tuple[tuple[str | None, tuple[float, ...]], ...] = (
+        (None, (0.08, 0.2)),
+        ("TaylorSeer 1", (0.04, 0.08, 0.12, 0.2)),
+        ("TaylorSeer 2", (0.08, 0.12)),
+        ("FoCa", (0.04,)),
+        ("DMD", (0.04,)),
+    )
+    for forecast, thresholds in by_threshold:
+        for threshold in thresholds:
             yield _cache_dit(f"threshold {threshold:g}", {"residual_diff_threshold": threshold}, forecast)
-    for every in (2, 3, 4, 5, 7, 10, 16):
-        for forecast in (None, "TaylorSeer 1", "TaylorSeer 2"):
-            bins: Row = {"steps_computation_policy": "static", "warmup": 4, "every": every}
-            yield _cache_dit(f"mask every {every}", bins, forecast)
+    by_mask: tuple[tuple[str | None, tuple[int, ...]], ...] = (
+        (None, (3, 7)),
+        ("TaylorSeer 1", (2, 4, 7)),
+        ("TaylorSeer 2", (2, 3, 4, 5, 7, 10, 16)),
+    )
+    for forecast, intervals in by_mask:
+        for every in intervals:
+            ours: Row = {"steps_computation_policy": "static", "warmup": 4, "every": every}
+            yield _cache_dit(f"mask every {every}", ours, forecast)
     for policy in ("slow", "medium", "fast", "ultra"):
-        own: Row = {"steps_computation_policy": "static", "mask_policy": policy}
-        yield _cache_dit(f"mask {policy}", own, "TaylorSeer 1")
-    for threshold, forecast in ((0.04, "FoCa"), (0.08, "FoCa"), (0.04, "DMD"), (0.08, "DMD")):
-        yield _cache_dit(f"threshold {threshold:g}", {"residual_diff_threshold": threshold}, forecast)
+        theirs: Row = {"steps_computation_policy": "static", "mask_policy": policy}
+        yield _cache_dit(f"mask {policy}", theirs, "TaylorSeer 1")
 
 
 def _cache_dit(tag: str, settings: Row, forecast: str | None) -> Case:
@@ -132,10 +142,10 @@ def _enable_cache_dit(pipe: Any, steps: int, settings: Row, forecast: str | None
 
 def diffusers_cases() -> Iterator[Case]:
     """The caches of diffusers that do something on a DiT."""
-    for threshold in (0.03, 0.05, 0.1, 0.2, 0.4):
+    for threshold in (0.03, 0.05, 0.1, 0.2):
         yield _diffusers("FirstBlockCache", f"threshold {threshold:g}", {"threshold": threshold})
-    for order in (1, 2):
-        for interval in (2, 3, 4, 5, 6, 8):
+    for order, intervals in ((1, (2, 4, 6, 8)), (2, (2, 3, 4, 5, 6, 8))):
+        for interval in intervals:
             lite: Row = {"of": "projection", "cache_interval": interval, "max_order": order}
             yield _diffusers("TaylorSeerCache", f"lite, order {order}, every {interval}", lite)
     for interval in (2, 4):
@@ -144,6 +154,9 @@ def diffusers_cases() -> Iterator[Case]:
     for threshold, most in ((0.06, 3), (0.12, 4), (2.0, 8)):
         magnitude: Row = {"threshold": threshold, "max_skip_steps": most, "retention_ratio": 0.1}
         yield _diffusers("MagCache", f"threshold {threshold:g}, {most} in a row", magnitude)
+    for threshold, most in ((0.05, 2), (0.1, 2), (0.25, 2), (0.35, 3), (0.5, 4), (0.7, 6), (1.0, 8)):
+        sea: Row = {"threshold": threshold, "max_consecutive_cached": most}
+        yield _diffusers("SeaCache", f"threshold {threshold:g}, {most} in a row", sea)
     for skip in (2, 4):
         pyramid: Row = {"spatial_attention_block_skip_range": skip}
         yield _diffusers("PyramidAttentionBroadcast", f"every {skip}", pyramid)
@@ -157,7 +170,7 @@ def _diffusers(technique: str, tag: str, settings: Row) -> Case:
 
 
 def _enable_diffusers(pipe: Any, steps: int, technique: str, settings: Row) -> None:
-    give_cache_mixin(pipe, swap_halves=technique == "FasterCache")
+    give_cache_mixin(pipe, steps, swap_halves=technique == "FasterCache")
     given: dict[str, Any] = dict(settings)
     if technique == "TaylorSeerCache":
         given |= _taylorseer(given.pop("of"), steps)
@@ -165,6 +178,8 @@ def _enable_diffusers(pipe: Any, steps: int, technique: str, settings: Row) -> N
         given |= {"num_inference_steps": steps, "mag_ratios": mag_ratios(steps)}
     elif technique in ("PyramidAttentionBroadcast", "FasterCache"):
         given["current_timestep_callback"] = lambda: pipe.transformer.now
+    elif technique == "SeaCache":  # made for latents (C, T, H, W) of one sample; what it compares is their mean
+        given["raw_vision_callback"] = lambda model, args, kwargs: list(args[0][:, :, None])
     if technique == "FasterCache":
         halved = ["hidden_states", "timestep", "class_labels"]
         given |= {"tensor_format": "BCHW", "_unconditional_conditional_input_kwargs_identifiers": halved}
@@ -193,7 +208,7 @@ def _taylorseer(of: str, steps: int) -> dict[str, Any]:
 def mag_ratios(steps: int) -> list[float]:
     """What a calibration run of MagCache prints, for its user to copy."""
     pipe = _demo.load("demo")
-    give_cache_mixin(pipe)
+    give_cache_mixin(pipe, steps)
     pipe.transformer.enable_cache(diffusers_config("MagCache", {"calibrate": True, "num_inference_steps": steps}))
     printed = io.StringIO()
     with redirect_stdout(printed):
@@ -202,7 +217,7 @@ def mag_ratios(steps: int) -> list[float]:
     return ratios
 
 
-def give_cache_mixin(pipe: Any, swap_halves: bool = False) -> None:
+def give_cache_mixin(pipe: Any, steps: int, swap_halves: bool = False) -> None:
     """What diffusers gives its models with caches, and a DiT lacks: CacheMixin, and a context around a step's call.
 
     ``swap_halves``: FasterCache takes the second half of a batch for the conditional one, which a DiT has first.
@@ -212,17 +227,19 @@ def give_cache_mixin(pipe: Any, swap_halves: bool = False) -> None:
     base = type(pipe.transformer)
 
     def call(self: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
-        self.now = int(timestep[0])
+        now = int(timestep[0])
+        self.step, self.now = (self.step + 1 if now < self.now else 0), now
         half = len(hidden_states) // 2 if swap_halves else 0
         if half:
             hidden_states, class_labels = hidden_states.roll(half, 0), class_labels.roll(half, 0)
-        with self.cache_context("cond_uncond"):
+        place = {"step_index": self.step, "num_inference_steps": steps, "sigma": now / 1000}
+        with self.cache_context("cond_uncond", **place):
             output = base.__call__(self, hidden_states, timestep=timestep, class_labels=class_labels)
         if half:
             output.sample = output.sample.roll(half, 0)
         return output
 
-    pipe.transformer.__class__ = type(base.__name__, (base, CacheMixin), {"__call__": call})
+    pipe.transformer.__class__ = type(base.__name__, (base, CacheMixin), {"__call__": call, "now": 0, "step": 0})
 
 
 # Uniform reuse and forecast
@@ -236,7 +253,7 @@ def uniform_cases() -> Iterator[Case]:
     for order, intervals in ((0, (2, 3, 4, 6)), (1, (2, 3, 4, 5, 6, 8, 10)), (2, (2, 3, 4, 5, 6))):
         for every in intervals:
             yield _uniform(every, order)
-    for every in (4, 5, 6, 8):
+    for every in (3, 4, 5, 6, 8, 10):
         yield _uniform(every, 1, last=True)
 
 

@@ -71,6 +71,10 @@ def wanted_cases(args: argparse.Namespace) -> list[Case]:
     return [case for case in found if re.search(args.cases, case.name)]
 
 
+def notes_of_missing() -> list[Row]:
+    return [{"case": tool, "tool": tool, "note": "not installed"} for tool in peers.missing()]
+
+
 def loaded(cases: Iterable[Case], args: argparse.Namespace, rows: list[Row]) -> dict[str, tuple[Case, Any]]:
     """The cases that a first call goes well with; of another the row tells why not."""
     ready = {}
@@ -158,7 +162,7 @@ def main() -> None:
     torch._dynamo.config.accumulated_recompile_limit = 8192
     cases = wanted_cases(args)
     quality = Quality(args) if args.images else None
-    rows: list[Row] = [{"case": tool, "tool": tool, "note": "not installed"} for tool in peers.missing()]
+    rows = notes_of_missing()
     for start in range(0, len(cases), args.group):
         fresh = measure(cases[start : start + args.group], args, quality)
         rows += [row for row in fresh if not (start and row["case"] == INDUCTOR)]
