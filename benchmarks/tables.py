@@ -125,6 +125,15 @@ DEMO = (
     Column("frechet_to_real", "Fréchet to real", ".2f"),
     Column("judged_right", "judged right", ".1%"),
 )
+RECIPE = (
+    CASE,
+    SECONDS,
+    TO_INDUCTOR,
+    Column("psnr_db", "PSNR (dB)", ".1f"),
+    Column("ssim", "SSIM", ".3f"),
+    Column("frechet_to_full", "Fréchet to full", ".2f"),
+    Column("judged_right", "judged right", ".1%"),
+)
 PUBLISHED = (
     CASE,
     Column("batch", "images"),
@@ -209,6 +218,21 @@ DETAILS: dict[str, Table] = {
         Column("cache_peak_bytes", "cache bytes", ",d"),
         Column("seconds_min", "min s", ".2f"),
         Column("seconds_max", "max s", ".2f"),
+    ),
+    "planner_budgets": (
+        Column("budget", "at most × inductor", ".1f"),
+        Column("tool", "tool"),
+        *RECIPE,
+    ),
+    "planner": (
+        *RECIPE,
+        Column("psnr_mean_db", "mean PSNR (dB)", ".1f"),
+        Column("judge_agrees_with_full", "judge agrees", ".1%"),
+        Column("seconds_min", "min s", ".2f"),
+        Column("seconds_max", "max s", ".2f"),
+        Column("version", "version"),
+        Column("settings", "settings"),
+        Column("note", "note"),
     ),
     "published_form": (
         *PUBLISHED,
