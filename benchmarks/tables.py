@@ -335,7 +335,8 @@ def filled(document: str, tables: dict[str, Table], results: Path = RESULTS) -> 
         names = table.results if isinstance(table, Gains) else (match[2],)
         missing = [name for name in names if not (results / f"{name}.json").exists()]
         if missing:
-            return match[1] + "".join(f"*Not measured yet: `python -m benchmarks.{n}`.*\n" for n in missing) + match[4]
+            scripts = dict.fromkeys(name.removesuffix("_budgets") for name in missing)  # one script may write two
+            return match[1] + "".join(f"*Not measured yet: `python -m benchmarks.{n}`.*\n" for n in scripts) + match[4]
         found = {name: json.loads((results / f"{name}.json").read_text()) for name in names}
         text = gained(table, found) if isinstance(table, Gains) else rendered(table, found[match[2]])
         return match[1] + text + match[4]

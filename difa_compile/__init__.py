@@ -89,7 +89,16 @@ def __getattr__(name: str) -> object:
         home = _HOME[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    try:
+        value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        from difa_compile.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"difa_compile.{name} needs numpy, which is not installed; pip install numpy, or difa-compile[report]"
+        ) from error
     globals()[name] = value
     return value
 

@@ -165,7 +165,7 @@ def test_torch_compile_finds_the_backend_with_no_import_of_ours(tmp_path):
 
 
 def test_import_needs_torch_only(tmp_path):
-    """All public names load in a process where every optional package is missing."""
+    """All public names load in a process where every optional package is missing, but for what plans with numpy."""
     run_python(
         f"""
         import importlib.abc, sys
@@ -177,8 +177,15 @@ def test_import_needs_torch_only(tmp_path):
 
         sys.meta_path.insert(0, Blocked())
         import difa_compile
+        from difa_compile.errors import MissingDependencyError
+        needy = set()
         for name in difa_compile.__all__:
-            getattr(difa_compile, name)
+            try:
+                getattr(difa_compile, name)
+            except MissingDependencyError as error:
+                assert "numpy" in str(error)
+                needy.add(name)
+        assert needy == {{"ErrorTable", "Limit", "measure", "plan_from_table", "plan_within"}}, needy
         import difa_compile.backend.entry
         """,
         cwd=tmp_path,
