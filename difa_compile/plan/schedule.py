@@ -10,9 +10,9 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.decision import FULL, Decision, Kind, Window, heads_text
 from difa_compile.errors import DecisionError, ScheduleError
 
 _SLACK = 1e-6
@@ -22,18 +22,37 @@ _SAME = 1e-9
 
 
 @dataclass(frozen=True)
+class HeadCache:
+    """A cache of some heads of a site: their attention outputs before the output projection, or, with a window, what
+    they leave out in it (full - window)."""
+
+    heads: tuple[int, ...]
+    window: Window | None = None
+
+    def __str__(self) -> str:
+        what = "output" if self.window is None else f"residual({self.window})"
+        return f"{what} of heads {heads_text(self.heads)}"
+
+
+@dataclass(frozen=True)
 class Role:
     """What a variant does at one site: the decision, and the caches it writes.
 
     ``emit_output``: write ``cache.<site>.output``, which a later reuse reads. ``emit_residual``: write
     ``cache.<site>.residual`` = full - window output, which a later window+residual reads. The window that is subtracted
     is the reader's, so it stands here too: ``residual_window`` is given exactly when ``emit_residual`` is true.
+
+    ``head_reads`` and ``head_writes``: the caches of single heads that it reads and writes. One variant may read those
+    of some heads and write those of others, but each cache holds whole what one step has left and another one reads
+    (contract 2). A decision by heads that is given no reads has one cache for each group that needs one.
     """
 
     decision: Decision
     emit_output: bool = False
     emit_residual: bool = False
     residual_window: Window | None = None
+    head_reads: tuple[HeadCache, ...] = ()
+    head_writes: tuple[HeadCache, ...] = ()
 
     def __post_init__(self) -> None:
         if self.emit_output and not self.decision.kind.fills("output"):
@@ -45,12 +64,25 @@ class Role:
                 "a role that writes a residual needs the window it is taken against, and no other role has one: give "
                 "emit_residual=True together with residual_window"
             )
+        needed = {group.form.window: group.heads for group in self.decision.groups if group.form.reads_caches}
+        if needed and not self.head_reads:
+            object.__setattr__(self, "head_reads", _ordered(HeadCache(needed[window], window) for window in needed))
+        found: dict[Window | None, list[int]] = {}
+        for cache in self.head_reads:
+            found.setdefault(cache.window, []).extend(cache.heads)
+        if {window: tuple(sorted(heads)) for window, heads in found.items()} != needed:
+            raise DecisionError(f"{self.decision} reads other heads than those of the caches {_listed(self.head_reads)}")
+        for cache in self.head_writes:
+            for head in cache.heads:
+                form = self.decision.form_of(head)
+                if not (form.is_full or (cache.window is None and form.kind.windowed)):
+                    raise DecisionError(f"{self.decision} has nothing for the cache {cache}: head {head} is {form}")
 
     @property
     def depends_on_calls(self) -> bool:
         """Whether what it computes depends on other calls of the model, through caches or a shared CFG half."""
-        reads = self.decision.kind.reads is not None or self.decision.cfg_shared
-        return reads or self.emit_output or self.emit_residual
+        reads = self.decision.reads_caches or self.decision.cfg_shared
+        return reads or self.emit_output or self.emit_residual or bool(self.head_writes)
 
     @property
     def reads_output(self) -> bool:
@@ -68,7 +100,15 @@ class Role:
             text += " >output"
         if self.emit_residual:
             text += f" >residual({self.residual_window})"
-        return text
+        return text + "".join(f" >{cache}" for cache in self.head_writes)
+
+
+def _ordered(caches: Iterable[HeadCache]) -> tuple[HeadCache, ...]:
+    return tuple(sorted(caches, key=lambda cache: (cache.heads, str(cache.window))))
+
+
+def _listed(caches: Sequence[HeadCache]) -> str:
+    return ", ".join(map(str, caches)) or "(none)"
 
 
 FULL_ROLE = Role(FULL)
@@ -87,7 +127,9 @@ def assign_roles(rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], 
 
     A step writes the output cache of a site iff it is not reuse and the site's next step is. A step of kind full writes
     the residual cache iff a window+residual comes later, before the next step of kind full. So each reader reads what
-    the latest step that could fill its cache has written: DiTFastAttn's rule (arXiv 2406.08552, section 3).
+    the latest step that could fill its cache has written: DiTFastAttn's rule (arXiv 2406.08552, section 3). Of single
+    heads the same holds head by head: one that is reused reads the output of the latest step that computed it, one that
+    is window+residual the residual of the latest step in which it was full, in whatever decision (:class:`HeadCache`).
 
     Raises :class:`ScheduleError`, naming step and site index, if there is no step, if rows differ in length, if a
     reader has no earlier filler, and if two readers want residuals of the same full step against different windows.
@@ -138,7 +180,76 @@ def _site_roles(column: Sequence[Decision], site: int) -> list[Role]:
         emit_output = decision.kind is not Kind.REUSE and step + 1 < len(column) and column[step + 1].kind is Kind.REUSE
         taken = residual.get(step)
         roles.append(Role(decision, emit_output, taken is not None, taken[0] if taken else None))
-    return roles
+    return _with_head_caches(column, roles, site)
+
+
+def _with_head_caches(column: Sequence[Decision], roles: list[Role], site: int) -> list[Role]:
+    """``roles`` with the caches of single heads that each step reads and writes.
+
+    Heads that the same step leaves to the same readers share a cache, so there are as few as can be, and each is read
+    whole or not at all.
+    """
+    count = _heads_in(column, site)
+    readers: dict[tuple[int, Window | None], dict[int, list[int]]] = {}
+    """Step that fills a cache, and the window of a residual -> head -> steps that read it."""
+    for head in range(count):
+        computed: int | None = None
+        full: int | None = None
+        taken: tuple[int, Window | None, int] | None = None
+        for step, decision in enumerate(column):
+            form = decision.form_of(head)
+            if decision.groups and form.kind is Kind.REUSE:
+                if computed is None:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: head {head} is reused, but no earlier step of this site computes "
+                        "it; make it full or windowed in an earlier step"
+                    )
+                readers.setdefault((computed, None), {}).setdefault(head, []).append(step)
+            elif decision.groups and form.kind is Kind.WINDOW_RESIDUAL:
+                if full is None:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: {form} needs the residual of an earlier step in which head {head} "
+                        "is full, but there is none; make an earlier step full, or use the window without residual"
+                    )
+                if taken is not None and taken[0] == full and taken[1] != form.window:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: {form} of head {head} reads the residual of step {full}, which "
+                        f"step {taken[2]} reads with window {taken[1]}; a head keeps one residual, so use one window "
+                        "until the next step in which it is full"
+                    )
+                taken = (full, form.window, step)
+                readers.setdefault((full, form.window), {}).setdefault(head, []).append(step)
+            if form.is_full or form.kind.windowed:
+                computed = step
+            if form.is_full:
+                full = step
+    reads: list[list[HeadCache]] = [[] for _ in column]
+    writes: list[list[HeadCache]] = [[] for _ in column]
+    for (filler, window), steps_of in readers.items():
+        together: dict[tuple[int, ...], list[int]] = {}
+        for head, steps in steps_of.items():
+            together.setdefault(tuple(steps), []).append(head)
+        for steps, heads in together.items():
+            cache = HeadCache(tuple(heads), window)
+            writes[filler].append(cache)
+            for step in steps:
+                reads[step].append(cache)
+    return [
+        replace(role, head_reads=_ordered(read), head_writes=_ordered(written)) if read or written else role
+        for role, read, written in zip(roles, reads, writes, strict=True)
+    ]
+
+
+def _heads_in(column: Sequence[Decision], site: int) -> int:
+    """How many heads the decisions of one site speak of, 0 if of none. Raises :class:`ScheduleError`."""
+    counts = {len(decision.forms): step for step, decision in reversed(list(enumerate(column))) if decision.groups}
+    if len(counts) > 1:
+        one, other = sorted(counts.items(), key=lambda item: item[1])[:2]
+        raise ScheduleError(
+            f"site {site}: the decision of step {one[1]} names {one[0]} heads, that of step {other[1]} {other[0]}; "
+            "name all heads of the site in both"
+        )
+    return next(iter(counts), 0)
 
 
 def buckets(roles: Iterable[tuple[Role, ...]]) -> tuple[Bucket, ...]:
@@ -286,7 +397,7 @@ def take_rows(
     Contract 6. In the plan, a reuse at row ``i`` reads what the last row before ``i`` computed that is not reuse; a
     window+residual reads the residual of the last row before ``i`` of kind full. In the new schedule a reader keeps its
     decision iff what it would find is at least as recent: iff an earlier new step that fills the cache follows that row
-    or a later one. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the
+    or a later one; a decision by heads, iff that holds for every head that reads. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the
     caches itself, for the next readers of the same row: one promotion per gap is enough.
 
     ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
@@ -314,6 +425,7 @@ def _take_column(
     """:func:`take_rows` for one site."""
     outputs = _latest_before(decision.kind is not Kind.REUSE for decision in plan)
     residuals = _latest_before(decision.is_full for decision in plan)
+    heads = _HeadRows(plan, site)
     column: list[Decision] = []
     promotions: list[Promotion] = []
     output_row = residual_row = -1
@@ -326,6 +438,8 @@ def _take_column(
             needed, held, cache = outputs[source], output_row, "output"
         elif wanted.kind is Kind.WINDOW_RESIDUAL:
             needed, held, cache = residuals[source], residual_row, "residual"
+        elif wanted.groups:
+            needed, held, cache = heads.wants(source)
         if held < needed:
             decision = Decision(Kind.FULL, None, wanted.cfg_shared)
             reason = f"it reads the {cache} of the plan's step {needed}, which no earlier step of this schedule follows"
@@ -335,7 +449,43 @@ def _take_column(
             output_row = source
         if decision.is_full:
             residual_row = source
+        heads.follow(decision, source)
     return column, promotions
+
+
+class _HeadRows:
+    """For every head of a site: which rows of a plan its caches need, and which rows the new steps so far follow."""
+
+    def __init__(self, plan: Sequence[Decision], site: int) -> None:
+        self._plan = plan
+        count = range(_heads_in(plan, site))
+        forms = [[decision.form_of(head) for decision in plan] for head in count]
+        self._outputs = [_latest_before(form.is_full or form.kind.windowed for form in column) for column in forms]
+        self._residuals = [_latest_before(form.is_full for form in column) for column in forms]
+        self._output_rows = [-1 for _ in count]
+        self._residual_rows = [-1 for _ in count]
+
+    def wants(self, source: int) -> tuple[int, int, str]:
+        """The row that the reader in row ``source`` needs, the latest one that a step followed, and the cache, of the
+        first head for which that is too early; of any head if there is none."""
+        found = (-1, -1, "")
+        for head, form in enumerate(self._plan[source].forms):
+            if form.kind is Kind.REUSE:
+                found = self._outputs[head][source], self._output_rows[head], f"output of head {head}"
+            elif form.kind is Kind.WINDOW_RESIDUAL:
+                found = self._residuals[head][source], self._residual_rows[head], f"residual of head {head}"
+            if found[1] < found[0]:
+                break
+        return found
+
+    def follow(self, decision: Decision, source: int) -> None:
+        """A new step follows row ``source`` with this decision."""
+        for head in range(len(self._output_rows)):
+            form = decision.form_of(head)
+            if form.is_full or form.kind.windowed:
+                self._output_rows[head] = source
+            if form.is_full:
+                self._residual_rows[head] = source
 
 
 def _latest_before(fills: Iterable[bool]) -> list[int]:
