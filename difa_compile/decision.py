@@ -343,3 +343,13 @@ def _group(text: str) -> HeadGroup:
 
 FULL = Decision(Kind.FULL)
 REUSE = Decision(Kind.REUSE)
+
+
+def examples(heads: int) -> tuple[Decision, ...]:
+    """A decision of every kind for a site of so many heads, windows being the smallest there are.
+
+    By heads the first has the window and the others are full; where it is alone, that is the window.
+    """
+    smallest = Window(WindowShape.BAND, 1)
+    plain = [Decision(kind, smallest if kind.windowed else None) for kind in Kind if kind is not Kind.HEADS]
+    return (*plain, Decision.of_heads([Decision(Kind.WINDOW, smallest), *[FULL] * (heads - 1)]))

@@ -17,6 +17,7 @@ from difa_compile.decision import Decision
 from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.prepare.questions import Questions
 from difa_compile.passes.proofs import Proof
+from difa_compile.passes.rewrite.heads import why_not_heads
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.rewrite.window import why_not_window
 from difa_compile.passes.segments import Segment, Split, structure_of
@@ -87,6 +88,8 @@ class AnalysedModel:
             reason = proof.sharing
         if reason is None and decision.window is not None:
             reason = why_not_window(segment.sites[place])
+        if reason is None and decision.groups:
+            reason = why_not_heads(segment.sites[place], decision)
         if reason is None and halved:
             reason = why_not_shared(segment.module, segment.sites[place], self.context)
         return reason

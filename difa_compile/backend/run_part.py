@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from difa_compile.backend.capture import Capture
-from difa_compile.backend.two_calls import conditional_role, take_over, unshared
+from difa_compile.backend.two_calls import conditional_role, heads_of, take_over, unshared
 from difa_compile.decision import Decision
 from difa_compile.errors import PlanMismatchError, RunError
 from difa_compile.passes.caches import CacheName
@@ -174,6 +174,11 @@ class RunPart:
         if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
             theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared
             shared = [mine and other.decision.cfg_shared for mine, other in zip(shared, theirs, strict=True)]
+            held = conditional.caches["cond"]  # caches of heads have other names where that call was entered anew
+            shared = [
+                share and heads_of(path, role.head_writes) <= held.keys()
+                for share, path, role in zip(shared, self._paths, roles, strict=True)
+            ]
             roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
         if not any(shared):
             return StepCall(step, roles, caches, {}, frozenset())
@@ -243,6 +248,12 @@ class RunPart:
         """Whether a step after ``step`` reads a cache before another step fills it."""
         own = self._branch_roles.get(branch, {})
         site = self._sites[name.site]
+        if name.of_heads:
+            for i in range(step + 1, len(self.roles)):
+                role = own.get(i, self.roles[i])[site]
+                if name in heads_of(name.site, role.head_reads + role.head_writes):
+                    return name in heads_of(name.site, role.head_reads)
+            return False
         later = (own.get(i, self.roles[i])[site].decision.kind for i in range(step + 1, len(self.roles)))
         touches = (kind.reads == name.kind for kind in later if kind.reads == name.kind or kind.fills(name.kind))
         return next(touches, False)

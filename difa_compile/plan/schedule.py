@@ -71,7 +71,9 @@ class Role:
         for cache in self.head_reads:
             found.setdefault(cache.window, []).extend(cache.heads)
         if {window: tuple(sorted(heads)) for window, heads in found.items()} != needed:
-            raise DecisionError(f"{self.decision} reads other heads than those of the caches {_listed(self.head_reads)}")
+            raise DecisionError(
+                f"{self.decision} reads other heads than those of the caches {_listed(self.head_reads)}"
+            )
         for cache in self.head_writes:
             for head in cache.heads:
                 form = self.decision.form_of(head)
@@ -229,10 +231,10 @@ def _with_head_caches(column: Sequence[Decision], roles: list[Role], site: int) 
         together: dict[tuple[int, ...], list[int]] = {}
         for head, steps in steps_of.items():
             together.setdefault(tuple(steps), []).append(head)
-        for steps, heads in together.items():
+        for read_at, heads in together.items():
             cache = HeadCache(tuple(heads), window)
             writes[filler].append(cache)
-            for step in steps:
+            for step in read_at:
                 reads[step].append(cache)
     return [
         replace(role, head_reads=_ordered(read), head_writes=_ordered(written)) if read or written else role
@@ -397,8 +399,9 @@ def take_rows(
     Contract 6. In the plan, a reuse at row ``i`` reads what the last row before ``i`` computed that is not reuse; a
     window+residual reads the residual of the last row before ``i`` of kind full. In the new schedule a reader keeps its
     decision iff what it would find is at least as recent: iff an earlier new step that fills the cache follows that row
-    or a later one; a decision by heads, iff that holds for every head that reads. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the
-    caches itself, for the next readers of the same row: one promotion per gap is enough.
+    or a later one; a decision by heads, iff that holds for every head that reads. If not, the filler fell out, and the
+    reader becomes full, keeping its CFG flag. It then fills the caches itself, for the next readers of the same row: one
+    promotion per gap is enough.
 
     ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
     ``rows`` does. Raises :class:`ScheduleError` if source steps decrease or lie outside ``rows``.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from difa_compile.decision import Kind, WindowShape
+from tests.support.single_heads import Heads
 
 SPLIT = ("hidden_states", "encoder_hidden_states")
 
@@ -50,6 +51,7 @@ class Altered:
         self.layouts = layouts
         self.outputs = [None] * len(paths)
         self.residuals = [None] * len(paths)
+        self.heads = [Heads(layout, sees) for layout in layouts]
 
     def __call__(self, row, inputs):
         for index, (module, decision) in enumerate(zip(self.modules, row, strict=True)):
@@ -95,8 +97,18 @@ class Altered:
     def attending(self, index, decision):
         softmax_attention = F.scaled_dot_product_attention
         table = sees(self.layouts[index], decision.window or self.window)
+        part = self.conditional if decision.cfg_shared else lambda value: value
+        whole = (lambda value: torch.cat([value, value])) if decision.cfg_shared else lambda value: value
 
         def attend(query, key, value, **options):
+            if decision.groups:
+                result = self.heads[index].attend(decision, softmax_attention, (query, key, value), options, part)
+            else:
+                result = attend_alike(query, key, value, **options)
+            self.heads[index].note(decision, (query, key, value), result, whole)
+            return result
+
+        def attend_alike(query, key, value, **options):
             full = softmax_attention(query, key, value, **options)
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             near = scores.masked_fill(~table, -torch.inf).softmax(-1) @ value

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from difa_compile.decision import FULL, Decision, Kind, WindowShape
+from tests.support.single_heads import Heads
 from tests.support.text_components import word_tokenizer
 from tests.support.tiny_pipelines import drawn, quiet
 
@@ -294,6 +295,7 @@ class Altered:
     guided: bool = True
     outputs: dict = field(default_factory=dict)
     residuals: dict = field(default_factory=dict)
+    heads: dict = field(default_factory=dict)
     promoted: set = field(default_factory=set)
     calls: int = 0
 
@@ -335,7 +337,8 @@ class Altered:
         decision, place, conditional = self.rows[step][site], (model, branch, site), (model, 0, site)
         shared = decision.cfg_shared
         read = {Kind.REUSE: self.outputs, Kind.WINDOW_RESIDUAL: self.residuals}.get(decision.kind, {place: ()})
-        if place not in read:
+        heads = self.heads.setdefault(place, Heads(self.layouts[site], sees))
+        if place not in read or heads.lacks(decision):
             decision = Decision(Kind.FULL, None, shared)
             self.promoted.add((step, site))
         if shared and self.tiny.two_calls:
@@ -343,6 +346,7 @@ class Altered:
                 result = self.outputs[conditional]
                 if decision.kind is not Kind.REUSE:
                     self.outputs[place] = result
+                heads.take(decision, self.heads[conditional], tensors[0].shape[1])
                 if decision.kind is Kind.FULL and conditional in self.residuals:
                     self.residuals[place] = self.residuals[conditional]
                 return result
@@ -352,7 +356,9 @@ class Altered:
         if shared:
             tensors = tuple(second_half(tensor) for tensor in tensors)
         near = self.near(site, decision, tensors, options)
-        if decision.kind is Kind.FULL:
+        if decision.groups:
+            result = heads.attend(decision, plain, tensors, options, second_half if shared else lambda value: value)
+        elif decision.kind is Kind.FULL:
             result = plain(*tensors, **options)
             if near is not None:
                 self.residuals[place] = twice(result - near) if shared else result - near
@@ -361,6 +367,7 @@ class Altered:
         else:
             kept = self.residuals[place]
             result = near + (second_half(kept) if shared else kept)
+        heads.note(decision, tensors, result, twice if shared else lambda value: value)
         self.outputs[place] = twice(result) if shared else result
         return self.outputs[place]
 
