@@ -43,10 +43,12 @@ class CacheName(str):
 
     @property
     def kind(self) -> CacheKind:
+        if self.endswith(".residual"):
+            return "residual"
         name = self.rpartition(".")[0]
-        if name.endswith((".heads", ".heads_residual")):
-            return "heads" if name.endswith(".heads") else "heads_residual"
-        return "residual" if self.endswith(".residual") else "output"
+        return (
+            "heads" if name.endswith(".heads") else "heads_residual" if name.endswith(".heads_residual") else "output"
+        )
 
     @property
     def site(self) -> str:

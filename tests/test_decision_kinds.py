@@ -2,8 +2,9 @@
 
 import ast
 import re
+from dataclasses import replace
 
-from difa_compile.decision import Decision, Kind, Window, WindowShape
+from difa_compile.decision import Decision, Kind, examples
 from difa_compile.layout import Layout
 from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo
 from difa_compile.plan.plan import Plan
@@ -39,8 +40,8 @@ def test_kinds_are_told_apart_in_these_files_alone():
 
 def test_every_kind_is_complete():
     """A kind reads what another fills, has a text form, a letter and colours."""
-    made = {Decision(kind, Window(WindowShape.BAND, 2) if kind.windowed else None, shared)
-            for kind in Kind for shared in (False, True)}  # fmt: skip
+    made = {replace(decision, cfg_shared=shared) for decision in examples(2) for shared in (False, True)}
+    assert {decision.kind for decision in made} == set(Kind)
     assert {Decision.parse(str(decision)) for decision in made} == made
     assert len({letter(decision) for decision in made}) == len(made)
     for kind in Kind:
@@ -48,7 +49,7 @@ def test_every_kind_is_complete():
         assert not (kind.reads and kind.fills(kind.reads))
         assert kind.reads is None or any(other.fills(kind.reads) for other in Kind)
     model, settings = ModelInfo("Model", "0" * 64, 1), Settings(method="rule")
-    sites = tuple(SiteInfo(f"blocks.{i}", "self", 1, 8, 16, 8, Layout((4, 4))) for i in range(len(made)))
+    sites = tuple(SiteInfo(f"blocks.{i}", "self", 2, 8, 16, 8, Layout((4, 4))) for i in range(len(made)))
     rows = ([Cell(Decision(Kind.FULL))] * len(made), [Cell(decision) for decision in made])
     colours = heat_map(Plan(model, settings, sites, (1.0, 0.5), rows)).colours
     assert {colour.name for colour in colours} == {str(decision) for decision in made}

@@ -400,8 +400,8 @@ def take_rows(
     window+residual reads the residual of the last row before ``i`` of kind full. In the new schedule a reader keeps its
     decision iff what it would find is at least as recent: iff an earlier new step that fills the cache follows that row
     or a later one; a decision by heads, iff that holds for every head that reads. If not, the filler fell out, and the
-    reader becomes full, keeping its CFG flag. It then fills the caches itself, for the next readers of the same row: one
-    promotion per gap is enough.
+    reader becomes full, keeping its CFG flag. It then fills the caches itself, for the next readers of the same row:
+    one promotion per gap is enough.
 
     ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
     ``rows`` does. Raises :class:`ScheduleError` if source steps decrease or lie outside ``rows``.

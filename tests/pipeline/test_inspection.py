@@ -110,7 +110,7 @@ def test_a_trace_shows_what_every_pass_makes_of_the_model(tmp_path):
     assert "# transformer_blocks.0.attn1: self, 4x4" in sites
     assert re.search(r"^%\w+ = scaled_dot_product_attention\(.* attention of transformer_blocks\.0\.attn1", sites, re.M)
     made = {path.name[11:]: (path / "03-window.txt").read_text() for path in capture.glob("variant-*")}
-    assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse"}
+    assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse", "heads_0_window_band_1_1_full_"}
     assert "<< window" in made["window_band_1_"]
     assert "scaled_dot_product_attention" not in made["reuse"]
 

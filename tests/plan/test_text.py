@@ -54,7 +54,7 @@ distinct rows: 7 of 12 (each is one variant of the graph)
 step            0         10
 blocks.0.attn1  FWRRff......
 blocks.1.attn1  FF..ff.F....
-F full  W window  R window+residual  . reuse; f w r , the same with the CFG halves shared
+F full  W window  R window+residual  H by heads  . reuse; f w r h , the same with the CFG halves shared
 """
 
 
