@@ -99,7 +99,7 @@ class Plan:
             for cell, site in zip(row, self.sites, strict=True):
                 if cell.decision.groups and len(cell.decision.forms) != site.heads:
                     raise PlanFormatError(
-                        f"step {step}: {shown(cell.decision)} names heads 0 to {len(cell.decision.forms) - 1}, but "
+                        f"step {step}: {shown(str(cell.decision))} names heads 0 to {len(cell.decision.forms) - 1}, but "
                         f"{shown(site.path)} has {site.heads} heads; name every head of the site once"
                     )
         _ = self.roles

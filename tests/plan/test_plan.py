@@ -48,6 +48,18 @@ def test_rows_sites_and_progress_must_add_up() -> None:
         Plan(MODEL, GREEDY, (site(0),), (1.0, 0.5), ((cell,), (cell, cell)))
 
 
+def test_groups_of_heads_must_be_all_heads_of_the_site() -> None:
+    def plan(text: str) -> Plan:
+        return Plan(MODEL, GREEDY, (site(0),), (1.0, 0.5), ((Cell(FULL),), (Cell(Decision.parse(text)),)))
+
+    assert Plan.from_json(plan("heads(0-2,5:reuse;3-4:full)").to_json()) == plan("heads(3-4:full;0-2,5:reuse)")
+    for text, last in (("heads(0-2:reuse;3-4:full)", 4), ("heads(0-2:reuse;3-6:full)", 6)):
+        with pytest.raises(
+            PlanFormatError, match=rf"step 1: heads.* names heads 0 to {last}, but blocks\.0.* has 6 heads"
+        ):
+            plan(text)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +222,15 @@ def test_windows_are_carried_onto_another_size_as_a_share_or_as_they_are():
     assert plan.resized([site(0, 2), site(1, 2)]).rows[1][0].decision.window.radius == 1
     with pytest.raises(DecisionError, match="fraction, tokens"):
         plan.resized(larger, "half")
+
+
+def test_windows_of_heads_are_carried_onto_another_size():
+    decision = Decision.parse("heads(0-1:window(band:32);2-4:window(disc:4);5:full)+cfg")
+    plan = Plan(MODEL, GREEDY, (site(0),), (1.0,), ((Cell(decision),),))
+    (cell,) = plan.resized([site(0, 32)]).rows[0]
+    assert str(cell.decision) == "heads(0-1:window(band:128);2-4:window(disc:8);5:full)+cfg"
+    assert 0.5 < cell.flops_saved < 1
+    assert plan.resized([site(0, 32)], "tokens").decisions == plan.decisions
 
 
 def test_only_the_size_may_differ():

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from difa_compile.decision import FULL, REUSE
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import PlanMismatchError
-from difa_compile.plan.plan import Difference
+from difa_compile.plan.plan import Cell, Difference, Plan
+from difa_compile.plan.schedule import uniform_progress
 from tests.support.plans import GREEDY, measured_plan, plan_of
 
 
@@ -63,6 +64,25 @@ def test_summary() -> None:
     assert plan.summary() == SUMMARY.replace("DIGEST", plan.digest[:12]).replace(
         "VERSIONS", "torch 2.13.0, diffusers 0.42.1"
     )
+
+
+def test_summary_of_decisions_by_heads() -> None:
+    plan = plan_of("FFFF")
+    by_heads = [Decision.parse(f"heads(0-{last}:window(band:8);{last + 1}-5:reuse)+cfg") for last in range(4)]
+
+    def summary(decisions: list[Decision]) -> str:
+        rows = tuple((Cell(decision),) for decision in (FULL, *decisions))
+        return Plan(plan.model, plan.settings, plan.sites, uniform_progress(len(rows)), rows).summary()
+
+    few = summary(by_heads)
+    assert "h  heads(0-2:window(band:8);3-5:reuse)+cfg      1   20.0 %" in few
+    assert "blocks.0.attn1  Fhhhh" in few
+    many = [Decision.of_heads([FULL] * n + [Decision.parse(f"window(band:{n})")] * (6 - n)) for n in range(1, 6)]
+    text = summary(by_heads + many)
+    assert "H  heads(...)      " in text
+    assert "h  heads(...)+cfg  " in text
+    assert "50.0 %" in text
+    assert "heads(0" not in text
 
 
 def test_summary_of_measurements() -> None:
