@@ -1,13 +1,13 @@
-"""Groups of heads as kernels are given them: runs of heads, which are views; and ``difa::join_heads``, which puts the
-results of such runs into one tensor.
+"""Groups of heads as kernels are given them: slices of the head dimension; and ``difa::join_heads``, which puts the
+results of such slices into one tensor.
 
-A run is every ``step``-th head from a first one on, so a slice of the head dimension: query, key and value are not
-copied, kernels read them through their strides. Heads that make no run take several calls. Measured on a CPU, against
-one call for as many neighbouring heads: the same time within 5 % for strided runs and for a call per head (30 us
-each), where to copy the heads together (``index_select``) takes 2 to 40 % more, most where windows are small. So the
-calls are not worth a kernel with a window per head. Permuting the rows of the projections' weights would make every
-group a run of neighbours, but weights are inputs of a captured graph (a LoRA may change them from call to call): that
-is for export, which owns its weights.
+A slice is every ``step``-th head from a first one on: query, key and value are not copied, kernels read them through
+their strides. Heads that make no slice take several calls. Measured on a CPU, against one call for as many neighbouring
+heads: within 5 % of it for every second head, in one call or in a call for each (0.1 ms each at most), where copying
+the heads together (``index_select``) adds 1 to 40 %, most where windows are small. So several calls are not worth a
+kernel with a window per head. Permuting the rows of the projections' weights would make every group one slice of
+neighbours, but weights are inputs of a captured graph (a LoRA may change them from call to call): that is for export,
+which owns its weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class HeadRun:
+class HeadSlice:
     """Heads ``first``, ``first + step``, ...: ``count`` of them. ``place``: which of the listed heads the first one is;
     the others follow it in the list."""
 
@@ -30,20 +30,20 @@ class HeadRun:
     step: int = 1
     place: int = 0
 
-    def keys(self, group: int) -> HeadRun:
+    def keys(self, group: int) -> HeadSlice:
         """The heads of keys and values that these heads of queries see, ``group`` of which share one."""
         if group == 1:
             return self
-        return HeadRun(self.first // group, max(1, self.count // group))
+        return HeadSlice(self.first // group, max(1, self.count // group))
 
 
-def runs_of(heads: Sequence[int], group: int = 1) -> tuple[HeadRun, ...]:
-    """Rising numbers of heads as few runs, neighbours in the list staying together.
+def slices_of(heads: Sequence[int], group: int = 1) -> tuple[HeadSlice, ...]:
+    """Rising numbers of heads as few slices, neighbours in the list staying together.
 
     ``group``: how many query heads share a head of keys and values (grouped-query attention). Where that is more than
-    one, a run is of neighbouring heads, whole groups or part of a single one, so that its keys are a slice too.
+    one, a slice is of neighbouring heads, whole groups or part of a single one, so that its keys are a slice too.
     """
-    runs: list[HeadRun] = []
+    slices: list[HeadSlice] = []
     place = 0
     while place < len(heads):
         first, count, step = heads[place], 1, 1
@@ -54,9 +54,9 @@ def runs_of(heads: Sequence[int], group: int = 1) -> tuple[HeadRun, ...]:
         if group > 1:
             inside = group - first % group  # as far as the keys of the first head serve
             count = min(count, inside) if first % group or count < group else count // group * group
-        runs.append(HeadRun(first, count, step if count > 1 else 1, place))
+        slices.append(HeadSlice(first, count, step if count > 1 else 1, place))
         place += count
-    return tuple(runs)
+    return tuple(slices)
 
 
 LIBRARY = torch.library.Library("difa", "FRAGMENT")

@@ -23,7 +23,7 @@ import torch
 from difa_compile.decision import FULL, Decision, Kind, Window
 from difa_compile.layout import Layout
 from difa_compile.machine.profile import ELEMENTWISE, LINEAR, FullCall, Profile, elementwise_work, linear_work
-from difa_compile.ops.heads import runs_of
+from difa_compile.ops.heads import slices_of
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plan.data import SiteInfo
@@ -150,7 +150,7 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
     """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
 
     A role that takes a residual computes its window as well. Reuse takes no time; CFG sharing that of half the batch
-    and a copy. Groups of heads take their attention, run by run, and one pass to join them. None where the profile
+    and a copy. Groups of heads take their attention, slice by slice, and one pass to join them. None where the profile
     cannot tell: a dtype or kernel that was not measured, attention under a mask.
     """
     decision, residual_window = _carried_out(role, site)
@@ -175,7 +175,7 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
         )
 
     def attention_of(heads: tuple[int, ...], window: Window | None) -> list[float | None]:
-        return [attention(window, run.count) for run in runs_of(heads, sharing)]
+        return [attention(window, cut.count) for cut in slices_of(heads, sharing)]
 
     def passes(elements: int, reads: float) -> float | None:
         return profile.seconds(ELEMENTWISE, dtype, elementwise_work(elements, dtype, device, reads))

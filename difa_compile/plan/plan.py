@@ -98,9 +98,10 @@ class Plan:
                 )
             for cell, site in zip(row, self.sites, strict=True):
                 if cell.decision.groups and len(cell.decision.forms) != site.heads:
+                    last = len(cell.decision.forms) - 1
                     raise PlanFormatError(
-                        f"step {step}: {shown(str(cell.decision))} names heads 0 to {len(cell.decision.forms) - 1}, but "
-                        f"{shown(site.path)} has {site.heads} heads; name every head of the site once"
+                        f"step {step}: {shown(str(cell.decision))} names heads 0 to {last}, but {shown(site.path)} has "
+                        f"{site.heads} heads; name every head of the site once"
                     )
         _ = self.roles
 

@@ -1,6 +1,6 @@
 """Heads in groups: each full, windowed, or reused by itself (DiTFastAttnV2, arXiv 2503.22796).
 
-Before: ``o = sdpa(q, k, v)``. After: ``o = difa::join_heads([a, b, c, ...])``, one value for each run of heads
+Before: ``o = sdpa(q, k, v)``. After: ``o = difa::join_heads([a, b, c, ...])``, one value for each slice of heads
 (:mod:`difa_compile.ops.heads`), whose operands are slices of q, k and v:
 
 1. full: ``a = sdpa(q[:, heads], k[:, heads], v[:, heads])``.
@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from difa_compile.decision import Decision, Window, heads_text
-from difa_compile.ops.heads import JOIN_HEADS, HeadRun, runs_of
+from difa_compile.ops.heads import JOIN_HEADS, HeadSlice, slices_of
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.passes.analyse.find_attention import attention_inputs
 from difa_compile.passes.caches import CacheName
@@ -44,18 +44,18 @@ def heads(variant: Variant, target: Target) -> None:
         window = group.form.window
         caches = [cache for cache in target.role.head_reads if cache.window == window]
         if not group.form.reads_caches:
-            for run in parts.runs(group.heads):
-                parts.add(run, parts.attended(run, window))
+            for cut in parts.cuts(group.heads):
+                parts.add(cut, parts.attended(cut, window))
             continue
         for cache in caches:
             kept = parts.cached(cache)
-            for run in runs_of(cache.heads) if window is None else parts.runs(cache.heads):
-                whole = run.count == len(cache.heads)
-                of_run = kept if whole else parts.then(torch.narrow, (kept, 1, run.place, run.count))
+            for cut in slices_of(cache.heads) if window is None else parts.cuts(cache.heads):
+                whole = cut.count == len(cache.heads)
+                of_cut = kept if whole else parts.then(torch.narrow, (kept, 1, cut.place, cut.count))
                 if window is None:
-                    parts.add(run, of_run)
+                    parts.add(cut, of_cut)
                 else:
-                    parts.add(run, parts.attended(run, window), of_run)
+                    parts.add(cut, parts.attended(cut, window), of_cut)
     value = parts.joined(shape_of(full)[1])
     full.replace_all_uses_with(value)
     target.operands = parts.operands
@@ -70,13 +70,13 @@ def write_heads(variant: Variant, target: Target, cache: HeadCache) -> None:
     """
     attention = target.attention
     parts = Parts(variant, target, attention)
-    runs = runs_of(cache.heads) if cache.window is None else parts.runs(cache.heads)
-    for run in runs:
-        value = parts.sliced(attention, run)
+    cuts = slices_of(cache.heads) if cache.window is None else parts.cuts(cache.heads)
+    for cut in cuts:
+        value = parts.sliced(attention, cut)
         if cache.window is not None:
-            value = parts.then(torch.sub, (value, parts.attended(run, cache.window)))
-        parts.add(HeadRun(run.place, run.count), value)
-    if cache.window is None or len(runs) > 1:
+            value = parts.then(torch.sub, (value, parts.attended(cut, cache.window)))
+        parts.add(HeadSlice(cut.place, cut.count), value)
+    if cache.window is None or len(cuts) > 1:
         value = parts.joined(len(cache.heads))
     value = parts.then(torch.transpose, (value, 1, 2))
     if target.halved:
@@ -86,9 +86,9 @@ def write_heads(variant: Variant, target: Target, cache: HeadCache) -> None:
 
 @dataclass
 class Part:
-    """What is computed of a run of heads, and what is added to it."""
+    """What is computed of a slice of heads, and what is added to it."""
 
-    run: HeadRun
+    cut: HeadSlice
     value: fx.Node
     added: fx.Node | None
 
@@ -116,29 +116,29 @@ class Parts:
         self._place = self._variant.call_after(self._place, operation, args, kwargs)
         return self._place
 
-    def runs(self, heads: tuple[int, ...]) -> tuple[HeadRun, ...]:
-        """Heads as runs of which queries, keys and values are slices."""
-        return runs_of(heads, self._sharing)
+    def cuts(self, heads: tuple[int, ...]) -> tuple[HeadSlice, ...]:
+        """Heads as slices, of which queries, keys and values are views."""
+        return slices_of(heads, self._sharing)
 
     @property
     def _sharing(self) -> int:
         """How many heads of queries share one of keys and values."""
         return shape_of(self.operands[0])[1] // shape_of(self.operands[1])[1]
 
-    def sliced(self, value: fx.Node, run: HeadRun, dim: int = 1) -> fx.Node:
-        """The heads of a run of a tensor, a view."""
-        if run.step == 1:
-            return self.then(torch.narrow, (value, dim, run.first, run.count))
-        last = run.first + (run.count - 1) * run.step
-        return self.then(torch.ops.aten.slice.Tensor, (value, dim, run.first, last + 1, run.step))
+    def sliced(self, value: fx.Node, cut: HeadSlice, dim: int = 1) -> fx.Node:
+        """The heads of a slice of a tensor, a view."""
+        if cut.step == 1:
+            return self.then(torch.narrow, (value, dim, cut.first, cut.count))
+        last = cut.first + (cut.count - 1) * cut.step
+        return self.then(torch.ops.aten.slice.Tensor, (value, dim, cut.first, last + 1, cut.step))
 
-    def attended(self, run: HeadRun, window: Window | None) -> fx.Node:
-        """The attention of a run of heads, to all keys or within a window."""
+    def attended(self, cut: HeadSlice, window: Window | None) -> fx.Node:
+        """The attention of a slice of heads, to all keys or within a window."""
         query, key, value, mask = self.operands
-        query = self.sliced(query, run)
-        key, value = (self.sliced(one, run.keys(self._sharing)) for one in (key, value))
+        query = self.sliced(query, cut)
+        key, value = (self.sliced(one, cut.keys(self._sharing)) for one in (key, value))
         if mask is not None and len(shape_of(mask)) >= 3 and shape_of(mask)[-3] > 1:
-            mask = self.sliced(mask, run, len(shape_of(mask)) - 3)
+            mask = self.sliced(mask, cut, len(shape_of(mask)) - 3)
         if window is not None:
             layout = self._target.site.layout
             assert layout is not None, "why_not_heads admits no windows without a layout"
@@ -170,14 +170,14 @@ class Parts:
             probe.meta["example_value"] = whole.new_empty(shape)
         return probe
 
-    def add(self, run: HeadRun, value: fx.Node, added: fx.Node | None = None) -> None:
-        """The heads of ``run`` are ``value``, plus ``added``."""
-        self._parts.append(Part(run, value, added))
+    def add(self, cut: HeadSlice, value: fx.Node, added: fx.Node | None = None) -> None:
+        """The heads of ``cut`` are ``value``, plus ``added``."""
+        self._parts.append(Part(cut, value, added))
 
     def joined(self, count: int) -> fx.Node:
         """All parts as one tensor of so many heads."""
-        parts = sorted(self._parts, key=lambda part: part.run.first)
-        where = [part.run.first for part in parts], [part.run.step for part in parts]
+        parts = sorted(self._parts, key=lambda part: part.cut.first)
+        where = [part.cut.first for part in parts], [part.cut.step for part in parts]
         added = {i: part.added for i, part in enumerate(parts) if part.added is not None}
         values = [part.value for part in parts]
         return self.then(JOIN_HEADS, (values, *where, list(added.values()), list(added), count))

@@ -130,7 +130,7 @@ def test_seconds_of_groups_of_heads():
     grouped = site_seconds(Decision.parse("heads(0:full;1-3:reuse)"), SITE, replace(SETTING, key_heads=2), profile)
     assert grouped == pytest.approx(projections(2) + full + 4 * written * 2)
     slow = made_up(full=1e-6, window=1e-7, elements=1e-9, call=1.0)
-    assert site_seconds(Decision.parse("heads(0,1,3:window(band:2);2:full)"), SITE, SETTING, slow) > 2, "two runs"
+    assert site_seconds(Decision.parse("heads(0,1,3:window(band:2);2:full)"), SITE, SETTING, slow) > 2, "two slices"
 
 
 def test_nothing_is_predicted_of_what_was_not_measured():

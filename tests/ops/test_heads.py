@@ -8,48 +8,48 @@ from hypothesis import strategies as st
 
 from difa_compile.decision import Window
 from difa_compile.layout import Layout
-from difa_compile.ops.heads import JOIN_HEADS, HeadRun, runs_of
+from difa_compile.ops.heads import JOIN_HEADS, HeadSlice, slices_of
 from difa_compile.ops.local_attention import local_attention
 
 groups_of_heads = st.sets(st.integers(0, 40), min_size=1).map(lambda heads: tuple(sorted(heads)))
 
 
-def named(run):
-    return [run.first + i * run.step for i in range(run.count)]
+def named(cut):
+    return [cut.first + i * cut.step for i in range(cut.count)]
 
 
 @pytest.mark.parametrize(
-    ("heads", "runs"),
+    ("heads", "cuts"),
     [
-        ((0, 1, 2, 3), [HeadRun(0, 4)]),
-        ((5,), [HeadRun(5, 1)]),
-        ((4, 7), [HeadRun(4, 2, 3)]),
-        ((1, 3, 5, 7), [HeadRun(1, 4, 2)]),
-        ((0, 1, 4, 5), [HeadRun(0, 2), HeadRun(4, 2, 1, 2)]),
+        ((0, 1, 2, 3), [HeadSlice(0, 4)]),
+        ((5,), [HeadSlice(5, 1)]),
+        ((4, 7), [HeadSlice(4, 2, 3)]),
+        ((1, 3, 5, 7), [HeadSlice(1, 4, 2)]),
+        ((0, 1, 4, 5), [HeadSlice(0, 2), HeadSlice(4, 2, 1, 2)]),
     ],
 )
-def test_heads_as_runs(heads, runs):
-    assert list(runs_of(heads)) == runs
+def test_heads_as_slices(heads, cuts):
+    assert list(slices_of(heads)) == cuts
 
 
 @given(groups_of_heads)
-def test_runs_name_every_head_once_and_in_order(heads):
-    runs = runs_of(heads)
-    assert [head for run in runs for head in named(run)] == list(heads)
-    for run in runs:
-        assert list(heads[run.place : run.place + run.count]) == named(run)
+def test_slices_name_every_head_once_and_in_order(heads):
+    cuts = slices_of(heads)
+    assert [head for cut in cuts for head in named(cut)] == list(heads)
+    for cut in cuts:
+        assert list(heads[cut.place : cut.place + cut.count]) == named(cut)
 
 
 @given(groups_of_heads, st.integers(2, 5))
-def test_runs_of_grouped_queries_see_a_slice_of_keys(heads, sharing):
-    runs = runs_of(heads, sharing)
-    assert [head for run in runs for head in named(run)] == list(heads)
-    for run in runs:
-        keys = run.keys(sharing)
-        ratio = run.count // keys.count
-        assert run.step == keys.step == 1
-        assert ratio * keys.count == run.count
-        assert [head // sharing for head in named(run)] == [keys.first + i // ratio for i in range(run.count)]
+def test_slices_of_grouped_queries_see_a_slice_of_keys(heads, sharing):
+    cuts = slices_of(heads, sharing)
+    assert [head for cut in cuts for head in named(cut)] == list(heads)
+    for cut in cuts:
+        keys = cut.keys(sharing)
+        ratio = cut.count // keys.count
+        assert cut.step == keys.step == 1
+        assert ratio * keys.count == cut.count
+        assert [head // sharing for head in named(cut)] == [keys.first + i // ratio for i in range(cut.count)]
 
 
 def drawn(heads, dtype=torch.float32):
@@ -89,8 +89,8 @@ def test_heads_are_read_where_they_lie(kernel, layout, monkeypatch):
     """What is handed to a kernel is a view of the whole query, key and value: their memory, no copy of it."""
     made = [torch.randn(1, 36, 6, 8).transpose(1, 2) for _ in range(3)]
     whole = made if layout == "tokens first" else [one.contiguous() for one in made]
-    (run,) = runs_of((0, 2, 4))
-    parts = [one[:, run.first :: run.step][:, : run.count] for one in whole]
+    (cut,) = slices_of((0, 2, 4))
+    parts = [one[:, cut.first :: cut.step][:, : cut.count] for one in whole]
     assert all(part.data_ptr() == one.data_ptr() for part, one in zip(parts, whole, strict=True))
     assert all(part.stride(1) == 2 * one.stride(1) for part, one in zip(parts, whole, strict=True))
     given = []
