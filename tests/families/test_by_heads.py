@@ -63,6 +63,7 @@ def test_planned_images_are_those_of_heads_altered_by_hand(case):
     assert torch.equal(case.sample(pipe, len(rows)), full)
 
 
+@pytest.mark.slow
 def test_every_decision_shows_in_the_altered_images():
     """What planned images are compared with would tell if one cell of the plan were left full, or one +cfg out."""
     case = CASES["flux_true_cfg"]
@@ -76,7 +77,9 @@ def test_every_decision_shows_in_the_altered_images():
                 assert distance(case.sample_altered(pipe, changed), wanted) > 2 * CLOSE, (step, site, str(decision))
 
 
-def test_other_numbers_of_steps_follow_the_resolved_plan(case):
+@pytest.mark.parametrize("name", ["dit", "flux_true_cfg"])
+def test_other_numbers_of_steps_follow_the_resolved_plan(name):
+    case = CASES[name]
     pipe, rows = case.make(), rows_of(case)
     plan = case.plan(pipe, rows)
     wanted = {steps: case.sample_altered(pipe, plan.resolve(steps).rows) for steps in (4, 5, 11)}
@@ -126,6 +129,7 @@ def test_wan_with_a_second_transformer_follows_the_plan_with_both(tmp_path):
     assert {(p.step, p.site) for p in applied.last_run.promotions} == hand.promoted
 
 
+@pytest.mark.slow
 def test_wan_with_a_scheduler_of_second_order(tmp_path):
     tiny = wan(tmp_path, "heun")
     plan = plan_of(tiny, decisions(ROWS, 2))
