@@ -8,6 +8,7 @@ window                       keys limited to a neighbourhood of the query; text 
 window+residual              window attention plus ``full - window`` of the last full step (WA-RS)
 reuse                        the region's output of an earlier step; nothing is computed (AST)
 forecast:k                   the region's output, extrapolated from its last k + 1 computed ones; nothing is computed
+heads(0-3:...;4,7:...)       groups of heads, each full, windowed, or reused by itself (DiTFastAttnV2, arXiv 2503.22796)
 ...+cfg                      the conditional half of the batch is computed and copied to the other (ASC)
 ============================ ==========================================================================
 """
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from difa_compile.errors import DecisionError
 from difa_compile.wording import quoted
@@ -112,10 +113,11 @@ class Kind(StrEnum):
     WINDOW_RESIDUAL = "window+residual"
     REUSE = "reuse"
     FORECAST = "forecast"
+    HEADS = "heads"
 
     @property
     def windowed(self) -> bool:
-        """Whether it has a window."""
+        """Whether it has a window. Groups of heads have theirs each."""
         return self in (Kind.WINDOW, Kind.WINDOW_RESIDUAL)
 
     @property
@@ -151,7 +153,9 @@ class Decision:
     ``window`` is given for the two window kinds and for no other. ``cfg_shared``: only the conditional half of a
     classifier-free-guidance batch is computed; the other half receives a copy. ``order`` (1 to 3) and ``basis`` are
     given for a forecast and for no other: the degree of the polynomial through the last ``order + 1`` computed outputs,
-    and the coordinate that it is one in.
+    and the coordinate that it is one in. ``groups`` are given for the kind heads and for no other: at least two, which
+    together name every head from 0 on once. They are kept in one order, groups of equal form as one, so that equal
+    decisions are equal.
     """
 
     kind: Kind
@@ -159,6 +163,7 @@ class Decision:
     cfg_shared: bool = False
     order: int = 0
     basis: Basis | str | None = None
+    groups: tuple[HeadGroup, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in list(Kind):
@@ -180,11 +185,15 @@ class Decision:
             object.__setattr__(self, "basis", Basis(basis))
         elif self.order != 0 or self.basis is not None:
             raise DecisionError(f"decision {self.kind} takes no order and no basis; only a forecast has them")
+        if self.kind is Kind.HEADS or self.groups:
+            object.__setattr__(self, "groups", _checked_groups(self.kind, tuple(self.groups)))
 
     def __str__(self) -> str:
         text = str(self.kind)
         if self.kind is Kind.FORECAST:
             text += f":{self.order}" + ("" if self.basis is Basis.PROGRESS else f"({self.basis})")
+        if self.groups:
+            text += f"({';'.join(map(str, self.groups))})"
         if self.window is not None:
             text = text.replace("window", f"window({self.window})")
         return text + ("+cfg" if self.cfg_shared else "")
@@ -195,15 +204,158 @@ class Decision:
         return _parsed(text)
 
     @classmethod
-    def example(cls, kind: Kind, cfg_shared: bool = False) -> Decision:
-        """A decision of a kind, with the smallest window or the lowest order where it has one."""
-        window = Window(WindowShape.BAND, 1) if kind.windowed else None
-        return cls(kind, window, cfg_shared, 1 if kind is Kind.FORECAST else 0)
+    def example(cls, kind: Kind, cfg_shared: bool = False, heads: int = 2) -> Decision:
+        """A decision of a kind for a site of so many heads, with the smallest window or the lowest order where it has
+        one.
+
+        By heads the first has the window and the others are full; where it is alone, that is the window.
+        """
+        smallest = Window(WindowShape.BAND, 1)
+        if kind is Kind.HEADS:
+            return cls.of_heads([cls(Kind.WINDOW, smallest), *[FULL] * (heads - 1)], cfg_shared)
+        return cls(kind, smallest if kind.windowed else None, cfg_shared, 1 if kind is Kind.FORECAST else 0)
 
     @property
     def is_full(self) -> bool:
         """Whether every key is attended to in this step (full or full+cfg), so that a residual can be taken."""
         return self.kind is Kind.FULL
+
+    # --- heads -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_heads(cls, forms: Sequence[Decision], cfg_shared: bool = False) -> Decision:
+        """The decision in which head ``i`` does what ``forms[i]`` says: full, a window with or without residual, reuse.
+
+        Where all heads do the same, that is the plain decision. Raises :class:`DecisionError`.
+        """
+        if not forms:
+            raise DecisionError("a decision by heads needs the form of at least one head")
+        groups = tuple(HeadGroup((head,), form) for head, form in enumerate(forms))
+        if len(set(forms)) == 1:
+            return replace(forms[0], cfg_shared=cfg_shared)
+        return cls(Kind.HEADS, None, cfg_shared, groups=groups)
+
+    @cached_property
+    def forms(self) -> tuple[Decision, ...]:
+        """What each head does, where heads differ; else ()."""
+        form = {head: group.form for group in self.groups for head in group.heads}
+        return tuple(form[head] for head in range(len(form)))
+
+    def form_of(self, head: int) -> Decision:
+        """What one head does: a decision that speaks of no single heads."""
+        return self.forms[head] if self.groups else self
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows in it: its own, or those of its groups of heads."""
+        own = () if self.window is None else (self.window,)
+        return own + tuple(group.form.window for group in self.groups if group.form.window is not None)
+
+    @property
+    def reads_caches(self) -> bool:
+        """Whether it reads what an earlier step has left."""
+        return any(one.kind.reads is not None for one in (self, *(group.form for group in self.groups)))
+
+    def with_windows(self, change: Callable[[Window], Window]) -> Decision:
+        """The same decision with other windows."""
+        if self.groups:
+            return Decision.of_heads([form.with_windows(change) for form in self.forms], self.cfg_shared)
+        return self if self.window is None else replace(self, window=change(self.window))
+
+
+MAX_HEADS = 4096
+"""A head's number is below this."""
+
+
+@dataclass(frozen=True, order=True)
+class HeadGroup:
+    """Some heads of a site, by number, and what they do: ``form`` is full, a window with or without residual, or reuse.
+
+    Reuse is here the head's attention output before the output projection, of the last step that computed it.
+    """
+
+    heads: tuple[int, ...]
+    form: Decision
+
+    def __post_init__(self) -> None:
+        heads = tuple(self.heads)
+        for head in heads:
+            if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < MAX_HEADS:
+                raise DecisionError(
+                    f"{quoted(head)} is no head of an attention; give a whole number from 0 to {MAX_HEADS - 1}"
+                )
+        if not heads:
+            raise DecisionError("a group of heads needs at least one head")
+        if len(set(heads)) < len(heads):
+            raise DecisionError(f"heads {quoted(heads)} name some head twice; name every head once")
+        if self.form.kind not in _HEAD_KINDS or self.form.cfg_shared:
+            raise DecisionError(
+                f"a group of heads cannot be {self.form}; it can be full, window(SHAPE:RADIUS) with or without "
+                "+residual, or reuse, and +cfg stands behind the parentheses, for all heads"
+            )
+        object.__setattr__(self, "heads", tuple(sorted(heads)))
+
+    def __str__(self) -> str:
+        return f"{heads_text(self.heads)}:{self.form}"
+
+
+_HEAD_KINDS = (Kind.FULL, Kind.WINDOW, Kind.WINDOW_RESIDUAL, Kind.REUSE)
+
+
+def _checked_groups(kind: Kind, groups: tuple[HeadGroup, ...]) -> tuple[HeadGroup, ...]:
+    """Groups in their one order, those of equal form as one. Raises :class:`DecisionError`."""
+    if kind is not Kind.HEADS:
+        raise DecisionError(f"decision {kind} takes no groups of heads; write heads(...)")
+    owner: dict[int, HeadGroup] = {}
+    heads_of: dict[Decision, list[int]] = {}
+    for group in groups:
+        for head in group.heads:
+            if head in owner:
+                raise DecisionError(
+                    f"head {head} is named twice, in {owner[head]} and in {group}; name every head once"
+                )
+            owner[head] = group
+            heads_of.setdefault(group.form, []).append(head)
+    if not owner:
+        raise DecisionError("decision heads needs groups of heads, for instance heads(0-3:window(band:32);4-7:full)")
+    left = next((head for head in range(len(owner)) if head not in owner), None)
+    if left is not None:
+        raise DecisionError(
+            f"head {left} is not named, but head {max(owner)} is; name every head from 0 on once, those that are as "
+            "the model has them as full"
+        )
+    if len(heads_of) == 1:
+        (form,) = heads_of
+        raise DecisionError(f"all heads are {form}; write {form}, which speaks of no single heads")
+    return tuple(sorted(HeadGroup(tuple(heads), form) for form, heads in heads_of.items()))
+
+
+def heads_text(heads: Sequence[int]) -> str:
+    """Numbers of heads, rising, as text: ``0-3,7``."""
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and head == runs[-1][-1] + 1:
+            runs[-1].append(head)
+        else:
+            runs.append([head])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _heads_of(text: str) -> tuple[int, ...]:
+    """The inverse of :func:`heads_text`, in any order. Raises :class:`DecisionError`."""
+    heads: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last >= MAX_HEADS:
+            raise DecisionError(
+                f"heads {quoted(text)} are not understood; write numbers below {MAX_HEADS} and ranges that rise, for "
+                "instance 0-3,7"
+            )
+        heads += range(first, last + 1)
+        if len(heads) > MAX_HEADS:
+            raise DecisionError(f"heads {quoted(text)} name some head twice; name every head once")
+    return tuple(heads)
 
 
 @lru_cache(maxsize=4096)  # a plan repeats a few decisions in all its cells
@@ -212,11 +364,15 @@ def _parsed(text: str) -> Decision:
     if forecast:
         order, _, basis, shared = forecast.groups()
         return Decision(Kind.FORECAST, None, bool(shared), int(order), basis or Basis.PROGRESS)
+    groups = re.fullmatch(r"heads\((.*)\)(\+cfg)?", text)
+    if groups:
+        return Decision(Kind.HEADS, None, bool(groups[2]), groups=tuple(map(_group, groups[1].split(";"))))
     match = re.fullmatch(rf"(full|reuse|window\(({_WINDOW})\)(\+residual)?)(\+cfg)?", text)
     if not match:
         raise DecisionError(
             f"decision {quoted(text)} is not understood; write full, reuse, forecast:ORDER, window(SHAPE:RADIUS) or "
-            "window(SHAPE:RADIUS)+residual, each with +cfg if the CFG halves are shared"
+            "window(SHAPE:RADIUS)+residual, or heads(0-3:FORM;4,7:FORM;...) of these but forecasts by heads, each with "
+            "+cfg if the CFG halves are shared"
         )
     _, window, shape, radius, residual, shared = match.groups()
     if window is None:
@@ -225,5 +381,20 @@ def _parsed(text: str) -> Decision:
     return Decision(kind, Window(shape, _radius(radius)), bool(shared))
 
 
+def _group(text: str) -> HeadGroup:
+    """Read what ``str`` writes of a group: ``0-3,7:window(band:32)``."""
+    heads, _, form = text.partition(":")
+    if form.startswith("heads") or not form:
+        raise DecisionError(
+            f"group of heads {quoted(text)} is not of the form HEADS:FORM, for instance 0-3,7:window(band:32)"
+        )
+    return HeadGroup(_heads_of(heads), Decision.parse(form))
+
+
 FULL = Decision(Kind.FULL)
 REUSE = Decision(Kind.REUSE)
+
+
+def examples(heads: int) -> tuple[Decision, ...]:
+    """A decision of every kind for a site of so many heads (:meth:`Decision.example`)."""
+    return tuple(Decision.example(kind, heads=heads) for kind in Kind)

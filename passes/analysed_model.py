@@ -17,6 +17,7 @@ from difa_compile.decision import Decision
 from difa_compile.passes.analyse.positions import HeldPositions
 from difa_compile.passes.prepare.questions import Questions
 from difa_compile.passes.proofs import Proof
+from difa_compile.passes.rewrite.heads import why_not_heads
 from difa_compile.passes.rewrite.reuse import why_not_forecast
 from difa_compile.passes.rewrite.share_cfg import why_not_shared
 from difa_compile.passes.rewrite.window import why_not_window
@@ -90,10 +91,13 @@ class AnalysedModel:
     def _why_not(self, site: int, decision: Decision) -> str | None:
         segment, place = self._place(site)
         unit = segment.sites[place]
-        if isinstance(unit, Block) and (decision.window is not None or decision.cfg_shared):
-            what = (
-                "the halves of a whole block are not shared" if decision.cfg_shared else "a whole block has no window"
-            )
+        if isinstance(unit, Block) and (decision.groups or decision.window is not None or decision.cfg_shared):
+            if decision.groups:
+                what = "a whole block has no heads"
+            elif decision.cfg_shared:
+                what = "the halves of a whole block are not shared"
+            else:
+                what = "a whole block has no window"
             return f"{what}; decide so for its attention"
         proof = self.proofs[site]
         across_calls = decision.cfg_shared and self.context.two_call
@@ -105,6 +109,8 @@ class AnalysedModel:
             reason = proof.sharing
         if reason is None and decision.window is not None and isinstance(unit, Site):
             reason = why_not_window(unit)
+        if reason is None and decision.groups and isinstance(unit, Site):
+            reason = why_not_heads(unit, decision)
         if reason is None and halved and isinstance(unit, Site):
             reason = why_not_shared(segment.module, unit, self.context)
         return reason

@@ -35,6 +35,7 @@ from difa_compile.passes.prepare.questions import Questions, answer_questions
 from difa_compile.passes.prepare.specialize import specialize
 from difa_compile.passes.proofs import Proofs, prove_regions
 from difa_compile.passes.rewrite.emit_caches import emit_caches
+from difa_compile.passes.rewrite.heads import heads
 from difa_compile.passes.rewrite.reuse import forecast, reuse
 from difa_compile.passes.rewrite.share_cfg import share_cfg
 from difa_compile.passes.rewrite.window import window
@@ -68,8 +69,10 @@ REWRITES: tuple[Rewrite, ...] = (
     # Before windows, so that the local attention is inserted on the halved values.
     Rewrite(share_cfg, lambda role: role.decision.cfg_shared and not role.reads_output),
     Rewrite(window, lambda role: role.decision.window is not None),
+    # In place of windows where each group of heads has its own; on the halved values, too.
+    Rewrite(heads, lambda role: bool(role.decision.groups)),
     # Last, so that caches hold what really leaves the region.
-    Rewrite(emit_caches, lambda role: role.emit_output or role.emit_residual, limited=False),
+    Rewrite(emit_caches, lambda role: role.emit_output or role.emit_residual or bool(role.head_writes), limited=False),
 )
 
 

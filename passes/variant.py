@@ -34,15 +34,23 @@ class Context:
     two_call: bool = False
 
 
+Operands = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]
+"""Query, key, value and mask of an attention."""
+
+
 @dataclass
 class Target:
-    """A site in a variant while it is rewritten: the nodes that stand for its attention and outputs now."""
+    """A site in a variant while it is rewritten: the nodes that stand for its attention and outputs now.
+
+    ``operands``: of its attention, where that is no longer one call that has them.
+    """
 
     site: Unit
     role: Role
     attention: fx.Node
     outputs: list[fx.Node]
     halved: bool = False
+    operands: Operands | None = None
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind, Window, WindowShape
+from difa_compile.decision import FULL, REUSE, Basis, Decision, HeadGroup, Kind, Window, WindowShape, examples
 from difa_compile.errors import DecisionError
 
 windows = st.builds(Window, st.sampled_from(WindowShape), st.integers(1, 10**6))
@@ -26,8 +26,15 @@ decisions = st.one_of(
     ),
 )
 
+forms = st.one_of(
+    st.sampled_from([FULL, REUSE]), st.builds(Decision, st.sampled_from([Kind.WINDOW, Kind.WINDOW_RESIDUAL]), windows)
+)
+by_heads = st.builds(
+    Decision.of_heads, st.lists(forms, min_size=2, max_size=30).filter(lambda all_: len(set(all_)) > 1), st.booleans()
+)
 
-@given(decisions)
+
+@given(st.one_of(decisions, by_heads))
 def test_text_round_trip(decision: Decision) -> None:
     assert Decision.parse(str(decision)) == decision
 
@@ -49,6 +56,11 @@ def test_window_text_round_trip(window: Window) -> None:
         (Decision(Kind.FORECAST, order=1), "forecast:1"),
         (Decision(Kind.FORECAST, order=2, basis=Basis.PROGRESS), "forecast:2"),
         (Decision(Kind.FORECAST, None, True, 3, Basis.STEP), "forecast:3(step)+cfg"),
+        (
+            Decision.of_heads([Decision(Kind.WINDOW, Window(WindowShape.BAND, 32))] * 4 + [FULL, REUSE, REUSE, FULL]),
+            "heads(0-3:window(band:32);4,7:full;5-6:reuse)",
+        ),
+        (Decision.of_heads([FULL, REUSE, FULL, FULL], True), "heads(0,2-3:full;1:reuse)+cfg"),
     ],
 )
 def test_text_is_stable(decision: Decision, text: str) -> None:
@@ -202,3 +214,99 @@ def test_a_window_takes_no_other_radius_or_shape(value: object) -> None:
         Window("band", value)  # type: ignore[arg-type]
     with pytest.raises(DecisionError):
         Window(value, 8)  # type: ignore[arg-type]
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+@given(by_heads, st.randoms())
+def test_equal_decisions_by_heads_are_equal_however_they_are_written(decision: Decision, random: object) -> None:
+    single = [HeadGroup((head,), group.form) for group in decision.groups for head in group.heads]
+    random.shuffle(single)  # type: ignore[attr-defined]
+    written = f"heads({';'.join(map(str, single))}){'+cfg' if decision.cfg_shared else ''}"
+    other = Decision.parse(written)
+    assert other == decision == Decision(Kind.HEADS, None, decision.cfg_shared, groups=tuple(single))
+    assert hash(other) == hash(decision)
+    assert str(other) == str(decision)
+    assert Decision.of_heads(decision.forms, decision.cfg_shared) == decision
+
+
+@given(by_heads)
+def test_each_head_has_its_form(decision: Decision) -> None:
+    for group in decision.groups:
+        assert {decision.form_of(head) for head in group.heads} == {group.form}
+    assert decision.windows == tuple(group.form.window for group in decision.groups if group.form.window)
+    assert decision.reads_caches == any(form.kind.reads for form in decision.forms)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("heads()", "not of the form HEADS:FORM"),
+        ("heads(0)", "not of the form HEADS:FORM"),
+        ("heads(full;reuse)", "not of the form"),
+        ("heads(:full;1:reuse)", "heads '' are not understood"),
+        ("heads(0:full;)", "not of the form"),
+        ("heads(0:full;2:reuse)", "head 1 is not named, but head 2 is"),
+        ("heads(1-3:full;4:reuse)", "head 0 is not named"),
+        ("heads(0-2:full;2-3:reuse)", "head 2 is named twice, in 0-2:full and in 2-3:reuse"),
+        ("heads(0,0:full;1:reuse)", "name some head twice"),
+        ("heads(3-1:full;0:reuse)", "ranges that rise"),
+        ("heads(0-99999999:full;1:reuse)", "numbers below 4096"),
+        ("heads(0-4096:full;1:reuse)", "numbers below 4096"),
+        ("heads(-1:full;0:reuse)", "not understood"),
+        ("heads( 0:full;1:reuse)", "not understood"),
+        ("heads(\u0660:full;1:reuse)", "not understood"),
+        ("heads(0:full;1:reuse+cfg)", "a group of heads cannot be reuse\\+cfg"),
+        ("heads(0:full;1:heads(0:full))", "not of the form HEADS:FORM"),
+        ("heads(0:full;1:window(blob:2))", "window shape 'blob' is unknown"),
+        ("heads(0:full;1:window(band:0))", "window radius is 0"),
+        ("heads(0:full;1:reuse)+residual", "not understood"),
+        ("heads(0:full;1:reuse", "not understood"),
+        ("heads(0-3:reuse)", "all heads are reuse; write reuse"),
+        ("heads(0-1:full;2:full)", "all heads are full; write full"),
+        ("heads(" * 5000 + ")" * 5000, "not of the form"),
+        ("heads(" + "0-4000," * 50 + "1:full)", "twice"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_heads_that_do_not_add_up_are_refused(text: str, message: str) -> None:
+    with pytest.raises(DecisionError, match=message) as caught:
+        Decision.parse(text)
+    assert len(str(caught.value)) < 500
+
+
+def test_groups_go_with_the_kind_heads_alone() -> None:
+    group = HeadGroup((0,), FULL)
+    with pytest.raises(DecisionError, match="decision full takes no groups of heads"):
+        Decision(Kind.FULL, groups=(group,))
+    with pytest.raises(DecisionError, match="needs groups of heads"):
+        Decision(Kind.HEADS)
+    with pytest.raises(DecisionError, match="takes no window"):
+        Decision(Kind.HEADS, Window(WindowShape.BAND, 4), groups=(group, HeadGroup((1,), REUSE)))
+    for heads in ((), (-1,), (4096,), (True,), (1.0,), ("1",)):
+        with pytest.raises(DecisionError, match="head"):
+            HeadGroup(heads, FULL)  # type: ignore[arg-type]
+    with pytest.raises(DecisionError, match="at least one head"):
+        Decision.of_heads([])
+
+
+def test_heads_that_all_do_the_same_are_the_plain_decision() -> None:
+    assert Decision.of_heads([FULL] * 4) == FULL
+    assert Decision.of_heads([REUSE] * 4, True) == Decision(Kind.REUSE, None, True)
+    window = Decision.parse("window(band:2)")
+    wide = window.with_windows(lambda _: Window("band", 8))
+    assert str(wide) == "window(band:8)"
+    mixed = Decision.of_heads([window, wide])
+    assert (
+        str(mixed.with_windows(lambda window: Window("disc", window.radius)))
+        == "heads(0:window(disc:2);1:window(disc:8))"
+    )
+    assert mixed.with_windows(lambda _: Window("box", 1)) == Decision.parse("window(box:1)")
+    assert FULL.with_windows(lambda _: Window("box", 1)) == FULL
+
+
+@pytest.mark.parametrize("heads", [1, 2, 24])
+def test_there_is_an_example_of_every_kind_that_a_site_can_take(heads: int) -> None:
+    found = {decision.kind for decision in examples(heads)}
+    assert found == set(Kind) - ({Kind.HEADS} if heads == 1 else set())

@@ -40,6 +40,7 @@ def test_kinds_are_told_apart_in_these_files_alone():
 def test_every_kind_is_complete():
     """A kind reads what another fills, has a text form, a letter and colours."""
     made = {Decision.example(kind, shared) for kind in Kind for shared in (False, True)}
+    assert {decision.kind for decision in made} == set(Kind)
     assert {Decision.parse(str(decision)) for decision in made} == made
     assert len({letter(decision) for decision in made}) == len(made)
     for kind in Kind:
@@ -47,7 +48,7 @@ def test_every_kind_is_complete():
         assert not (kind.reads and kind.fills(kind.reads))
         assert kind.reads is None or any(other.fills(kind.reads) for other in Kind)
     model, settings = ModelInfo("Model", "0" * 64, 1), Settings(method="rule")
-    sites = tuple(SiteInfo(f"blocks.{i}", "self", 1, 8, 16, 8, Layout((4, 4))) for i in range(len(made)))
+    sites = tuple(SiteInfo(f"blocks.{i}", "self", 2, 8, 16, 8, Layout((4, 4))) for i in range(len(made)))
     rows = (*[[Cell(FULL)] * len(made)] * 2, [Cell(decision) for decision in made])
     colours = heat_map(Plan(model, settings, sites, (1.0, 0.7, 0.5), rows)).colours
     assert {colour.name for colour in colours} == {str(decision) for decision in made}

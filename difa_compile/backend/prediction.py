@@ -50,7 +50,7 @@ class Prediction:
         Judged by itself, without the step that takes its residual. None also where nothing can be predicted.
         """
         window, full = (self.seconds(index, one) for one in (decision, without_window(decision)))
-        if decision.window is None or window is None or full is None or window < full:
+        if not decision.windows or window is None or full is None or window < full:
             return None
         return self._figures(index, window, full, than="no faster than")
 
@@ -74,7 +74,7 @@ class Prediction:
         found: dict[tuple[int, Decision], str] = {}
         for index in range(len(self._model.sites)):
             column = [possible(index, row[index]) for row in rows]
-            windows = [decision for decision in dict.fromkeys(column) if decision.window is not None]
+            windows = [decision for decision in dict.fromkeys(column) if decision.windows]
             again = bool(windows)
             while again:  # a window left out may leave the cost of a residual to the others
                 again = False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difa_compile.backend.capture import Capture
-from difa_compile.backend.two_calls import conditional_role, take_over, unshared
+from difa_compile.backend.two_calls import conditional_role, heads_of, take_over, unshared
 from difa_compile.decision import MAX_ORDER, Basis, Decision
 from difa_compile.errors import PlanMismatchError, RunError
 from difa_compile.ops.reference import extrapolation_dtype
@@ -218,9 +218,13 @@ class RunPart:
         shared = [capture.model.context.two_call and role.decision.cfg_shared for role in roles]
         if any(shared) and branch == "uncond" and conditional is not None and conditional.is_at(index):
             theirs = conditional.roles_at(index)  # share what the conditional call of this step has shared, and how
+            held = conditional.caches["cond"]  # caches of heads have other names where that call was entered anew
             shared = [
-                mine and other.decision.cfg_shared and other.decision.order == role.decision.order
-                for mine, role, other in zip(shared, roles, theirs, strict=True)
+                mine
+                and other.decision.cfg_shared
+                and other.decision.order == role.decision.order
+                and heads_of(path, role.head_writes) <= held.keys()
+                for mine, path, role, other in zip(shared, self._paths, roles, theirs, strict=True)
             ]
             roles = tuple(role if share else unshared(role) for role, share in zip(roles, shared, strict=True))
         if not any(shared):
@@ -302,6 +306,12 @@ class RunPart:
             role = roles[later][site]
             decision = role.decision
             if role.covered:
+                continue
+            if name.of_heads:  # of no age: a step that writes it takes the place of what is held
+                if name in heads_of(name.site, role.head_reads):
+                    return True
+                if name in heads_of(name.site, role.head_writes):
+                    return False
                 continue
             if decision.kind.reads == name.kind and age <= decision.order:
                 return True

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from difa_compile.decision import REUSE, Decision
 from difa_compile.passes.caches import CacheName
-from difa_compile.plan.schedule import Role
+from difa_compile.plan.schedule import HeadCache, Role
+
+
+def heads_of(path: str, caches: Sequence[HeadCache]) -> frozenset[CacheName]:
+    """The names of caches of single heads at the site called ``path``."""
+    return frozenset(CacheName.heads(path, cache.heads, residual=cache.window is not None) for cache in caches)
 
 
 def alone(decision: Decision) -> Decision:
@@ -65,6 +70,10 @@ def take_over(
     for name, value in conditional.items():
         role = sharing.get(name.site)
         if role is None:
+            continue
+        if name.of_heads:
+            if name in heads_of(name.site, role.head_writes):
+                kept[name] = value
             continue
         if name.kind != "residual":
             read[name] = value

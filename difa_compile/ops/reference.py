@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difa_compile.decision import Window, WindowShape
+from difa_compile.decision import Decision, Kind, Window, WindowShape
 from difa_compile.layout import Layout
 
 
@@ -101,6 +101,47 @@ def local_attention(
     keys = torch.arange(layout.tokens + pooled, device=query.device)
     near = visible_pairs(layout, window, queries[:, None], keys[None, :])
     return attention(query, key, value, combined(near, mask), scale)
+
+
+def by_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decision: Decision,
+    layout: Layout | None = None,
+    *,
+    reused: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention in which every head does what ``decision`` says of it (DiTFastAttnV2, arXiv 2503.22796).
+
+    Shapes as :func:`attention`. ``reused``: the output of the latest step that computed a head, ``residual``: full -
+    window of the latest step in which it was full, both (B, H, L, D), read at the heads that want them. ``mask`` (B or
+    1, H or 1, L, S) hides pairs on top of windows.
+    """
+    sharing = query.shape[1] // key.shape[1]
+    heads = []
+    for head, form in enumerate(decision.forms):
+        one = slice(head, head + 1)
+        if form.kind is Kind.REUSE:
+            assert reused is not None
+            heads.append(reused[:, one])
+            continue
+        keys = slice(head // sharing, head // sharing + 1)
+        own = mask[:, one] if mask is not None and mask.shape[1] > 1 else mask
+        operands = query[:, one], key[:, keys], value[:, keys]
+        if form.window is None:
+            heads.append(attention(*operands, own, scale))
+            continue
+        assert layout is not None
+        near = local_attention(*operands, layout, form.window, scale, own)
+        if form.kind is Kind.WINDOW_RESIDUAL:
+            assert residual is not None
+            near = near + residual[:, one]
+        heads.append(near)
+    return torch.cat(heads, 1)
 
 
 def combined(near: Tensor, mask: Tensor | None) -> Tensor:

@@ -154,7 +154,7 @@ def apply(
     options = replace(options, plan=plan, cfg=guidance.option)
     shares = shares_halves(plan)
     halves = shares and guidance.form != "two-call"
-    keeps_caches = any(decision.kind.reads for row in plan.decisions for decision in row)
+    keeps_caches = any(decision.reads_caches for row in plan.decisions for decision in row)
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> ScheduleFollower:
         check_unchanged(pipe, models)

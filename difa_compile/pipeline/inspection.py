@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from difa_compile.backend.verdicts import Record
-from difa_compile.decision import FULL, Decision, Kind
+from difa_compile.decision import FULL, examples
 from difa_compile.errors import (
     DifaError,
     NoAttentionError,
@@ -190,17 +190,14 @@ def other_attention(model: nn.Module, found: Sequence[str]) -> tuple[Record, ...
     return tuple(records)
 
 
-def example_decisions() -> tuple[Decision, ...]:
-    """One decision of every kind but full, windows being the smallest there are."""
-    every = map(Decision.example, Kind)
-    return tuple(decision for decision in every if not decision.is_full)
-
-
 def trace_rewrites(analysed: AnalysedModel, trace: Trace) -> None:
     """Write what each example decision makes of the whole graph, at all sites that can take it."""
-    for decision in example_decisions():
-        roles = [Role(decision if analysed.why_not(i, decision) is None else FULL) for i in range(len(analysed.sites))]
-        rewrite(analysed.canonical, analysed.sites, roles, analysed.context, trace=trace.variant(str(decision)))
+    heads = max(site.info.heads for site in analysed.sites)
+    for number, decision in enumerate(examples(heads)):
+        here = [examples(site.info.heads)[number] for site in analysed.sites]
+        roles = [Role(one if analysed.why_not(i, one) is None else FULL) for i, one in enumerate(here)]
+        if not decision.is_full:
+            rewrite(analysed.canonical, analysed.sites, roles, analysed.context, trace=trace.variant(str(decision)))
 
 
 def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
@@ -212,10 +209,10 @@ def limits(analysed: AnalysedModel) -> tuple[Record, ...]:
     ]
     for index, site in enumerate(analysed.sites):
         said: set[tuple[bool, str]] = set()
-        for decision in example_decisions():
+        for decision in examples(site.info.heads):
             reason = analysed.why_not(index, decision)
-            if reason is not None and (decision.kind.windowed, reason) not in said:  # of all windows alike
-                said.add((decision.kind.windowed, reason))
+            if reason is not None and (bool(decision.windows), reason) not in said:  # of all windows alike
+                said.add((bool(decision.windows), reason))
                 records.append(Record(site.path, str(decision.kind), "skipped", reason))
     return tuple(records)
 
@@ -224,8 +221,8 @@ def block_limits(analysed: AnalysedModel) -> tuple[Record, ...]:
     """The blocks of a model that can't be left out as a whole, and why."""
     records = [Record(path, "any", "skipped", reason) for path, reason in analysed.refused_blocks]
     for index, block in enumerate(analysed.blocks, start=len(analysed.sites)):
-        for decision in example_decisions():
-            reason = None if decision.window is not None else analysed.why_not(index, decision)
+        for decision in examples(block.info.heads):
+            reason = None if decision.windows else analysed.why_not(index, decision)
             if reason is not None:
                 records.append(Record(block.path, str(decision.kind), "skipped", reason))
     return tuple(records)

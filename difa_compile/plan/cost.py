@@ -24,10 +24,11 @@ import torch
 from difa_compile.decision import FULL, Decision, Kind, Window
 from difa_compile.layout import Layout
 from difa_compile.machine.profile import ELEMENTWISE, LINEAR, FullCall, Profile, elementwise_work, linear_work
+from difa_compile.ops.heads import slices_of
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plan.data import SiteInfo, blocks_of
-from difa_compile.plan.schedule import COVERED_ROLE, Role
+from difa_compile.plan.schedule import COVERED_ROLE, HeadCache, Role
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,20 @@ def attention_flops(
 
     ``residual_window``: the step also takes a residual against this window, hence computes window attention too
     (:class:`difa_compile.plan.schedule.Role`). ``width`` is the input width of the projections. Reuse costs nothing,
-    forecasts too (elementwise work is not counted); CFG sharing costs half. Raises :class:`LayoutError` as
-    :func:`visible_pairs` does.
+    forecasts too (elementwise work is not counted), that of single heads their projections; CFG sharing costs half.
+    Raises :class:`LayoutError` as :func:`visible_pairs` does.
     """
     if decision.kind.reads == "output":
         return Flops(0, 0)
     inner = heads * head_dim
-    pairs = visible_pairs(layout, decision.window, tokens)
+    groups = [(len(group.heads), group.form) for group in decision.groups] or [(heads, decision)]
+    pairs = sum(
+        count * visible_pairs(layout, form.window, tokens) for count, form in groups if form.kind is not Kind.REUSE
+    )  # of all heads
     if residual_window is not None:
-        pairs += visible_pairs(layout, residual_window, tokens)
+        pairs += heads * visible_pairs(layout, residual_window, tokens)
     halves = 1 if decision.cfg_shared else 2
-    return Flops(2 * halves * pairs * inner, 4 * halves * tokens * width * inner)
+    return Flops(2 * halves * pairs * head_dim, 4 * halves * tokens * width * inner)
 
 
 def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
@@ -83,7 +87,7 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
     if site.is_block or (isinstance(role, Role) and role.covered):
         return Flops(0, 0)
     decision, residual_window = _carried_out(role, site)
-    return attention_flops(
+    flops = attention_flops(
         decision,
         tokens=site.tokens,
         layout=site.layout,
@@ -92,6 +96,18 @@ def site_flops(role: Role | Decision, site: SiteInfo) -> Flops:
         width=site.width,
         residual_window=residual_window,
     )
+    halves = 1 if decision.cfg_shared else 2
+    pairs = sum(
+        len(cache.heads) * visible_pairs(site.layout, cache.window, site.tokens)
+        for cache in _head_caches(role)
+        if cache.window is not None and site.layout is not None
+    )
+    return Flops(flops.attention + 2 * halves * pairs * site.head_dim, flops.projections)
+
+
+def _head_caches(role: Role | Decision) -> tuple[HeadCache, ...]:
+    """The caches of single heads that a step writes."""
+    return role.head_writes if isinstance(role, Role) else ()
 
 
 def _carried_out(role: Role | Decision, site: SiteInfo) -> tuple[Decision, Window | None]:
@@ -103,8 +119,9 @@ def _carried_out(role: Role | Decision, site: SiteInfo) -> tuple[Decision, Windo
 
 
 def without_window(decision: Decision) -> Decision:
-    """Full attention in place of a window, sharing the CFG halves as before; any other decision as it is."""
-    return decision if decision.window is None else Decision(Kind.FULL, None, decision.cfg_shared)
+    """Full attention in place of a window, be it of some heads, sharing the CFG halves as before; any other decision as
+    it is."""
+    return Decision(Kind.FULL, None, decision.cfg_shared) if decision.windows else decision
 
 
 def full_flops(site: SiteInfo) -> Flops:
@@ -142,9 +159,9 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
     """Predicted seconds of one site at one step, for the whole batch: projections, attention, what residuals take.
 
     A role that takes a residual computes its window as well. Reuse takes no time, nor does a site that its block covers
-    (a block's own work is not predicted); CFG sharing that of half the batch
-    and a copy; a forecast that of its sum. None where the profile cannot tell: a dtype or kernel that was not measured,
-    attention under a mask.
+    (a block's own work is not predicted); CFG sharing that of half the batch and a copy; a forecast that of its sum.
+    Groups of heads take their attention, slice by slice, and one pass to join them. None where the profile cannot tell:
+    a dtype or kernel that was not measured, attention under a mask.
     """
     if site.is_block or (isinstance(role, Role) and role.covered):
         return 0.0
@@ -160,28 +177,44 @@ def site_seconds(role: Role | Decision, site: SiteInfo, setting: Setting, profil
     batch = max(1, setting.batch // 2) if decision.cfg_shared else setting.batch
     dtype, device = setting.dtype, setting.device
 
-    def attention(window: Window | None) -> float | None:
+    sharing = site.heads // (setting.key_heads or site.heads)
+
+    def attention(window: Window | None, heads: int = site.heads) -> float | None:
+        keys = None if setting.key_heads is None else max(1, heads // sharing)
         if window is None:
-            call = FullCall(
-                batch, site.heads, site.tokens, site.keys, site.head_dim, setting.value_dim, setting.key_heads
-            )
+            call = FullCall(batch, heads, site.tokens, site.keys, site.head_dim, setting.value_dim, keys)
             return profile.full_seconds(call, dtype)
         assert site.layout is not None
-        shape = (batch, site.heads, site.tokens, site.head_dim)
+        shape = (batch, heads, site.tokens, site.head_dim)
         return profile.local_seconds(
-            LocalCall(site.layout, window, None, shape, dtype, device, False, setting.key_heads, setting.value_dim)
+            LocalCall(site.layout, window, None, shape, dtype, device, False, keys, setting.value_dim)
         )
+
+    def attention_of(heads: tuple[int, ...], window: Window | None) -> list[float | None]:
+        return [attention(window, cut.count) for cut in slices_of(heads, sharing)]
 
     def passes(elements: int, reads: float) -> float | None:
         return _passes(profile, setting, elements, reads)
 
     into = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.width, site.inner))
     out = profile.seconds(LINEAR, dtype, linear_work(batch * site.tokens, site.inner, site.width))
-    parts = [into, into, into, out, attention(decision.window)]
+    parts = [into, into, into, out]
+    if decision.groups:
+        for group in decision.groups:
+            if group.form.kind is not Kind.REUSE:
+                parts += attention_of(group.heads, group.form.window)
+        added = sum(len(group.heads) for group in decision.groups if group.form.kind is Kind.WINDOW_RESIDUAL)
+        parts.append(passes(batch * site.tokens * site.inner, 1 + added / site.heads))  # joins them
+    else:
+        parts.append(attention(decision.window))
     if decision.kind is Kind.WINDOW_RESIDUAL:
         parts.append(passes(batch * site.tokens * site.inner, 2))
     if residual_window is not None:
         parts += [attention(residual_window), passes(batch * site.tokens * site.inner, 2)]
+    for cache in _head_caches(role):
+        if cache.window is not None and site.layout is not None:
+            parts += attention_of(cache.heads, cache.window)
+        parts.append(passes(batch * site.tokens * len(cache.heads) * site.head_dim, 2 if cache.window else 1))
     if decision.cfg_shared:
         parts.append(passes(setting.batch * site.tokens * site.width, 0.5))
     return _total(parts)

@@ -115,6 +115,18 @@ class Plan:
                 raise PlanFormatError(
                     f"step {step} of the plan has {len(row)} cells for {len(self.sites)} sites; give one cell per site"
                 )
+            for cell, site in zip(row, self.sites, strict=True):
+                if cell.decision.groups and site.is_block:
+                    raise PlanFormatError(
+                        f"step {step}: {shown(str(cell.decision))} names heads, but {shown(site.path)} is a whole "
+                        "block, which has none; decide so for its attention"
+                    )
+                if cell.decision.groups and len(cell.decision.forms) != site.heads:
+                    last = len(cell.decision.forms) - 1
+                    raise PlanFormatError(
+                        f"step {step}: {shown(str(cell.decision))} names heads 0 to {last}, but {shown(site.path)} has "
+                        f"{site.heads} heads; name every head of the site once"
+                    )
         _ = self.roles
 
     @property
@@ -240,8 +252,9 @@ class Plan:
 
         def carried(cell: Cell, old: SiteInfo, new: SiteInfo) -> Cell:
             decision = cell.decision
-            if decision.window is not None and windows == "fraction" and old.layout and new.layout:
-                decision = replace(decision, window=decision.window.scaled(old.layout.grid, new.layout.grid))
+            if windows == "fraction" and old.layout and new.layout:
+                grids = old.layout.grid, new.layout.grid
+                decision = decision.with_windows(lambda window: window.scaled(*grids))
             return Cell(decision, (), flops_saved(decision, new))
 
         rows = tuple(

@@ -10,15 +10,28 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from difa_compile.decision import FULL, Basis, Decision, Kind, Window
+from difa_compile.decision import FULL, Basis, Decision, Kind, Window, heads_text
 from difa_compile.errors import DecisionError, ScheduleError
 
 _SLACK = 1e-6
 """Slack allowed at both ends of [0, 1]: float timesteps may come out as 1000.0001."""
 _SAME = 1e-9
 """Two values of progress this close are the same timestep; two distances this close are a tie."""
+
+
+@dataclass(frozen=True)
+class HeadCache:
+    """A cache of some heads of a site: their attention outputs before the output projection, or, with a window, what
+    they leave out in it (full - window)."""
+
+    heads: tuple[int, ...]
+    window: Window | None = None
+
+    def __str__(self) -> str:
+        what = "output" if self.window is None else f"residual({self.window})"
+        return f"{what} of heads {heads_text(self.heads)}"
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,10 @@ class Role:
     is the reader's, so it stands here too: ``residual_window`` is given exactly when ``emit_residual`` is true.
     ``covered``: the block that holds the site is left out, and the site with it; the decision is then full, for want of
     another, and nothing is computed.
+
+    ``head_reads`` and ``head_writes``: the caches of single heads that it reads and writes. One variant may read those
+    of some heads and write those of others, but each cache holds whole what one step has left and another one reads
+    (contract 2). A decision by heads that is given no reads has one cache for each group that needs one.
     """
 
     decision: Decision
@@ -37,9 +54,11 @@ class Role:
     emit_residual: bool = False
     residual_window: Window | None = None
     covered: bool = False
+    head_reads: tuple[HeadCache, ...] = ()
+    head_writes: tuple[HeadCache, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.covered and (self.decision != FULL or self.emit_output or self.emit_residual):
+        if self.covered and (self.decision != FULL or self.emit_output or self.emit_residual or self.head_writes):
             raise DecisionError(
                 f"a site whose block is left out does nothing, but {self.decision} was to be done there"
             )
@@ -52,12 +71,27 @@ class Role:
                 "a role that writes a residual needs the window it is taken against, and no other role has one: give "
                 "emit_residual=True together with residual_window"
             )
+        needed = {group.form.window: group.heads for group in self.decision.groups if group.form.reads_caches}
+        if needed and not self.head_reads:
+            object.__setattr__(self, "head_reads", _ordered(HeadCache(needed[window], window) for window in needed))
+        found: dict[Window | None, list[int]] = {}
+        for cache in self.head_reads:
+            found.setdefault(cache.window, []).extend(cache.heads)
+        if {window: tuple(sorted(heads)) for window, heads in found.items()} != needed:
+            raise DecisionError(
+                f"{self.decision} reads other heads than those of the caches {_listed(self.head_reads)}"
+            )
+        for cache in self.head_writes:
+            for head in cache.heads:
+                form = self.decision.form_of(head)
+                if not (form.is_full or (cache.window is None and form.kind.windowed)):
+                    raise DecisionError(f"{self.decision} has nothing for the cache {cache}: head {head} is {form}")
 
     @property
     def depends_on_calls(self) -> bool:
         """Whether what it computes depends on other calls of the model, through caches or a shared CFG half."""
-        reads = self.decision.kind.reads is not None or self.decision.cfg_shared
-        return reads or self.emit_output or self.emit_residual
+        reads = self.decision.reads_caches or self.decision.cfg_shared
+        return reads or self.emit_output or self.emit_residual or bool(self.head_writes)
 
     @property
     def reads_output(self) -> bool:
@@ -75,7 +109,16 @@ class Role:
             text += " >output"
         if self.emit_residual:
             text += f" >residual({self.residual_window})"
+        text += "".join(f" >{cache}" for cache in self.head_writes)
         return "covered" if self.covered else text
+
+
+def _ordered(caches: Iterable[HeadCache]) -> tuple[HeadCache, ...]:
+    return tuple(sorted(caches, key=lambda cache: (cache.heads, str(cache.window))))
+
+
+def _listed(caches: Sequence[HeadCache]) -> str:
+    return ", ".join(map(str, caches)) or "(none)"
 
 
 FULL_ROLE = Role(FULL)
@@ -100,8 +143,11 @@ def assign_roles(rows: Sequence[Sequence[Decision]], blocks: Blocks = ()) -> tup
     A step that computes a site's output writes it iff a later step reads it: a reuse reads what the latest such step
     has computed, a forecast of order k what the latest k + 1 have. A step of kind full writes the residual cache iff a
     window+residual comes later, before the next step of kind full. So each reader reads what the latest steps that
-    could fill its cache have written: DiTFastAttn's rule (arXiv 2406.08552, section 3). At a step at which a block is
-    reused or forecast the sites that it holds are covered: they do nothing and fill no cache.
+    could fill its cache have written: DiTFastAttn's rule (arXiv 2406.08552, section 3). Of single heads the same holds
+    head by head: one that is reused reads the output of the latest step that computed it, one that is window+residual
+    the residual of the latest step in which it was full, in whatever decision (:class:`HeadCache`). At a step at which
+    a block is reused or forecast the sites that it holds are covered: they do nothing and fill no cache, of single
+    heads neither.
 
     Raises :class:`ScheduleError`, naming step and site index, if there is no step, if rows differ in length, if a
     reader has too few earlier fillers, if a covered site is to do something, and if two readers want residuals of the
@@ -173,7 +219,78 @@ def _site_roles(column: Sequence[Decision], site: int, covered: Sequence[bool]) 
             continue
         taken = residual.get(step)
         roles.append(Role(decision, step in kept, taken is not None, taken[0] if taken else None))
-    return roles
+    return _with_head_caches(column, covered, roles, site)
+
+
+def _with_head_caches(column: Sequence[Decision], covered: Sequence[bool], roles: list[Role], site: int) -> list[Role]:
+    """``roles`` with the caches of single heads that each step reads and writes; a ``covered`` step does neither.
+
+    Heads that the same step leaves to the same readers share a cache, so there are as few as can be, and each is read
+    whole or not at all.
+    """
+    count = _heads_in(column, site)
+    readers: dict[tuple[int, Window | None], dict[int, list[int]]] = {}
+    """Step that fills a cache, and the window of a residual -> head -> steps that read it."""
+    for head in range(count):
+        computed: int | None = None
+        full: int | None = None
+        taken: tuple[int, Window | None, int] | None = None
+        for step, decision in enumerate(column):
+            if covered[step]:
+                continue
+            form = decision.form_of(head)
+            if decision.groups and form.kind is Kind.REUSE:
+                if computed is None:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: head {head} is reused, but no earlier step of this site computes "
+                        "it; make it full or windowed in an earlier step"
+                    )
+                readers.setdefault((computed, None), {}).setdefault(head, []).append(step)
+            elif decision.groups and form.kind is Kind.WINDOW_RESIDUAL:
+                if full is None:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: {form} needs the residual of an earlier step in which head {head} "
+                        "is full, but there is none; make an earlier step full, or use the window without residual"
+                    )
+                if taken is not None and taken[0] == full and taken[1] != form.window:
+                    raise ScheduleError(
+                        f"step {step}, site {site}: {form} of head {head} reads the residual of step {full}, which "
+                        f"step {taken[2]} reads with window {taken[1]}; a head keeps one residual, so use one window "
+                        "until the next step in which it is full"
+                    )
+                taken = (full, form.window, step)
+                readers.setdefault((full, form.window), {}).setdefault(head, []).append(step)
+            if form.is_full or form.kind.windowed:
+                computed = step
+            if form.is_full:
+                full = step
+    reads: list[list[HeadCache]] = [[] for _ in column]
+    writes: list[list[HeadCache]] = [[] for _ in column]
+    for (filler, window), steps_of in readers.items():
+        together: dict[tuple[int, ...], list[int]] = {}
+        for head, steps in steps_of.items():
+            together.setdefault(tuple(steps), []).append(head)
+        for read_at, heads in together.items():
+            cache = HeadCache(tuple(heads), window)
+            writes[filler].append(cache)
+            for step in read_at:
+                reads[step].append(cache)
+    return [
+        replace(role, head_reads=_ordered(read), head_writes=_ordered(written)) if read or written else role
+        for role, read, written in zip(roles, reads, writes, strict=True)
+    ]
+
+
+def _heads_in(column: Sequence[Decision], site: int) -> int:
+    """How many heads the decisions of one site speak of, 0 if of none. Raises :class:`ScheduleError`."""
+    counts = {len(decision.forms): step for step, decision in reversed(list(enumerate(column))) if decision.groups}
+    if len(counts) > 1:
+        one, other = sorted(counts.items(), key=lambda item: item[1])[:2]
+        raise ScheduleError(
+            f"site {site}: the decision of step {one[1]} names {one[0]} heads, that of step {other[1]} {other[0]}; "
+            "name all heads of the site in both"
+        )
+    return next(iter(counts), 0)
 
 
 def _outputs(decision: Decision) -> str:
@@ -370,9 +487,10 @@ def take_rows(
     Contract 6. In the plan, a reuse or forecast at row ``i`` reads what the last rows before ``i`` computed that
     compute an output; a window+residual reads the residual of the last row before ``i`` of kind full. In the new
     schedule a reader keeps its decision iff the newest that it would find is at least as recent: iff an earlier new
-    step that fills the cache follows that row or a later one; a forecast of order k also needs k + 1 steps that fill
-    it. If not, the filler fell out, and the reader becomes full, keeping its CFG flag. It then fills the caches itself,
-    for the next readers of the same row: one promotion per gap is enough (for a forecast, up to k + 1).
+    step that fills the cache follows that row or a later one; a decision by heads, iff that holds for every head that
+    reads; a forecast of order k also needs k + 1 steps that fill it. If not, the filler fell out, and the reader
+    becomes full, keeping its CFG flag. It then fills the caches itself, for the next readers of the same row: one
+    promotion per gap is enough (for a forecast, up to k + 1).
 
     ``source_steps`` must not decrease (:func:`nearest_steps`). The result always satisfies :func:`assign_roles` if
     ``rows`` does. Raises :class:`ScheduleError` if source steps decrease or lie outside ``rows``.
@@ -419,6 +537,7 @@ def _take_column(
     pairs = list(zip(plan, covered_there, strict=True))
     outputs = _latest_before(decision.kind.fills("output") and not left for decision, left in pairs)
     residuals = _latest_before(decision.is_full and not left for decision, left in pairs)
+    heads = _HeadRows(plan, covered_there, site)
     column: list[Decision] = []
     promotions: list[Promotion] = []
     output_row = residual_row = -1
@@ -436,6 +555,8 @@ def _take_column(
             needed, held, cache = outputs[source], output_row, "output"
         elif wanted.kind is Kind.WINDOW_RESIDUAL:
             needed, held, cache = residuals[source], residual_row, "residual"
+        elif wanted.groups:
+            needed, held, cache = heads.wants(source)
         reason = ""
         if held < needed:
             reason = f"it reads the {cache} of the plan's step {needed}, which no earlier step of this schedule follows"
@@ -450,7 +571,51 @@ def _take_column(
             computed += 1
         if decision.is_full:
             residual_row = source
+        heads.follow(decision, source)
     return column, promotions
+
+
+class _HeadRows:
+    """For every head of a site: which rows of a plan its caches need, and which rows the new steps so far follow.
+
+    ``covered``: the rows of the plan at which its block is left out.
+    """
+
+    def __init__(self, plan: Sequence[Decision], covered: Sequence[bool], site: int) -> None:
+        self._plan = plan
+        count = range(_heads_in(plan, site))
+        forms = [
+            [(decision.form_of(head), left) for decision, left in zip(plan, covered, strict=True)] for head in count
+        ]
+        self._outputs = [
+            _latest_before((form.is_full or form.kind.windowed) and not left for form, left in column)
+            for column in forms
+        ]
+        self._residuals = [_latest_before(form.is_full and not left for form, left in column) for column in forms]
+        self._output_rows = [-1 for _ in count]
+        self._residual_rows = [-1 for _ in count]
+
+    def wants(self, source: int) -> tuple[int, int, str]:
+        """The row that the reader in row ``source`` needs, the latest one that a step followed, and the cache, of the
+        first head for which that is too early; of any head if there is none."""
+        found = (-1, -1, "")
+        for head, form in enumerate(self._plan[source].forms):
+            if form.kind is Kind.REUSE:
+                found = self._outputs[head][source], self._output_rows[head], f"output of head {head}"
+            elif form.kind is Kind.WINDOW_RESIDUAL:
+                found = self._residuals[head][source], self._residual_rows[head], f"residual of head {head}"
+            if found[1] < found[0]:
+                break
+        return found
+
+    def follow(self, decision: Decision, source: int) -> None:
+        """A new step follows row ``source`` with this decision."""
+        for head in range(len(self._output_rows)):
+            form = decision.form_of(head)
+            if form.is_full or form.kind.windowed:
+                self._output_rows[head] = source
+            if form.is_full:
+                self._residual_rows[head] = source
 
 
 def _latest_before(fills: Iterable[bool]) -> list[int]:

@@ -52,12 +52,30 @@ class ResolvedView(Costed, Protocol):
     def steps(self) -> int: ...
 
 
-_LETTERS = {Kind.FULL: "F", Kind.WINDOW: "W", Kind.WINDOW_RESIDUAL: "R", Kind.REUSE: ".", Kind.FORECAST: "P"}
-_SHARED = {Kind.FULL: "f", Kind.WINDOW: "w", Kind.WINDOW_RESIDUAL: "r", Kind.REUSE: ",", Kind.FORECAST: "p"}
+_LETTERS = {
+    Kind.FULL: "F",
+    Kind.WINDOW: "W",
+    Kind.WINDOW_RESIDUAL: "R",
+    Kind.REUSE: ".",
+    Kind.FORECAST: "P",
+    Kind.HEADS: "H",
+}
+_SHARED = {
+    Kind.FULL: "f",
+    Kind.WINDOW: "w",
+    Kind.WINDOW_RESIDUAL: "r",
+    Kind.REUSE: ",",
+    Kind.FORECAST: "p",
+    Kind.HEADS: "h",
+}
 _PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
 _SHAPES = 8  # different shapes of sites that are told
+_GROUPINGS = 8  # different decisions by heads that are told one by one
 _COVERED = "-"
-_LEGEND = "F full  W window  R window+residual  . reuse  P forecast; f w r , p the same with the CFG halves shared"
+_LEGEND = (
+    "F full  W window  R window+residual  H by heads  . reuse  P forecast; f w r h , p the same with the CFG halves "
+    "shared"
+)
 
 
 def letter(decision: Decision) -> str:
@@ -198,14 +216,19 @@ def _path(site: SiteInfo) -> str:
 
 
 def _counts(rows: Iterable[Sequence[Decision]]) -> list[str]:
-    """A table of decisions, most frequent first."""
-    counts = Counter(decision for row in rows for decision in row)
-    total = counts.total()
-    width = max(len("decision"), *(len(str(decision)) for decision in counts))
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    """A table of decisions, most frequent first; those by heads together where they are many."""
+    found = Counter(decision for row in rows for decision in row)
+    total = found.total()
+    groupings = sum(bool(decision.groups) for decision in found)
+    counts: Counter[tuple[str, str]] = Counter()
+    for decision, count in found.items():
+        several = f"heads(...){'+cfg' if decision.cfg_shared else ''}"
+        name = several if decision.groups and groupings > _GROUPINGS else str(decision)
+        counts[letter(decision), name] += count
+    width = max(len("decision"), *(len(name) for _, name in counts))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0][1]))
     return [f"   {'decision':<{width}}  cells   share"] + [
-        f"{letter(decision)}  {decision!s:<{width}}  {count:5}  {100 * count / total:5.1f} %"
-        for decision, count in ordered
+        f"{mark}  {name:<{width}}  {count:5}  {100 * count / total:5.1f} %" for (mark, name), count in ordered
     ]
 
 

@@ -72,6 +72,11 @@ class Effects:
                 or (decision in self.computed and decision in self.residual)
             ):
                 raise ErrorTableError(f"{decision} has no effects of its own to be measured here")
+            if decision.groups and decision.reads_caches:
+                raise ErrorTableError(
+                    f"{decision} reads what single heads have left in earlier steps; of decisions by heads only those "
+                    "whose heads are full or windowed are planned"
+                )
             if (decision.kind is Kind.WINDOW_RESIDUAL) != (decision in self.residual):
                 raise ErrorTableError(f"{decision}: effects by the residual's age belong to window+residual alone")
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from difa_compile.decision import Decision, Kind, Window
+from difa_compile.decision import Decision, Kind, Window, heads_text
 from difa_compile.plan.plan import Cell, Plan, Trial
 from difa_compile.wording import shown
 
@@ -15,6 +15,8 @@ _LIGHT = {
     (Kind.FULL, True): "#b5a2d4",
     (Kind.WINDOW_RESIDUAL, False): "#ecb765",
     (Kind.WINDOW_RESIDUAL, True): "#cb7444",
+    (Kind.HEADS, False): "#e3d27a",
+    (Kind.HEADS, True): "#b39a35",
     (Kind.WINDOW, False): "#85c2a0",
     (Kind.WINDOW, True): "#45936f",
     (Kind.REUSE, False): "#3d73b4",
@@ -27,6 +29,8 @@ _DARK = {
     (Kind.FULL, True): "#7463a0",
     (Kind.WINDOW_RESIDUAL, False): "#c08a3a",
     (Kind.WINDOW_RESIDUAL, True): "#d77f4c",
+    (Kind.HEADS, False): "#8f8136",
+    (Kind.HEADS, True): "#cdb955",
     (Kind.WINDOW, False): "#4f9a74",
     (Kind.WINDOW, True): "#7ccaa3",
     (Kind.REUSE, False): "#5b97de",
@@ -36,13 +40,14 @@ _DARK = {
 }
 _MEANING = {
     Kind.FULL: "The attention as the model computes it.",
+    Kind.HEADS: "Groups of heads, each full, windowed or reused by itself; a cell tells which.",
     Kind.WINDOW: "Each image token sees only its neighbourhood; text sees and is seen by everything.",
     Kind.WINDOW_RESIDUAL: "Window attention plus what the window left out at the last full step.",
     Kind.REUSE: "The output of an earlier step; nothing is computed, not even the projections.",
     Kind.FORECAST: "What the outputs of the last computed steps lead to; nothing else is computed.",
 }
 _SHARED = " Only the conditional half of the batch is computed; the other half gets a copy."
-_ORDER = (Kind.FULL, Kind.WINDOW_RESIDUAL, Kind.WINDOW, Kind.FORECAST, Kind.REUSE)
+_ORDER = (Kind.FULL, Kind.WINDOW_RESIDUAL, Kind.HEADS, Kind.WINDOW, Kind.FORECAST, Kind.REUSE)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class HeatMap:
 
 def heat_map(plan: Plan) -> HeatMap:
     """Lay out ``plan``; rows get lower as there are more sites, so that 57 sites still fit a screen."""
-    colours = _colours(plan)
+    names = _names(plan)
+    colours = _colours(plan, names)
     keys = {colour.name: colour for colour in colours}
     paths = [shown(site.path) for site in plan.sites]
     common = _common_parts(paths)
@@ -99,7 +105,7 @@ def heat_map(plan: Plan) -> HeatMap:
         cells = []
         for step in range(plan.steps):
             cell = plan.rows[step][index]
-            colour = keys[str(cell.decision)]
+            colour = keys[names[cell.decision]]
             classes = colour.key + (" shared" if colour.shared else "")
             cells.append(MapCell(classes, _text(step, paths[index], cell)))
         rows.append(MapRow(_short(paths[index], common), f"{paths[index]}: {site.shape}", tuple(cells)))
@@ -132,10 +138,22 @@ def _intro(plan: Plan) -> str:
     )
 
 
-def _colours(plan: Plan) -> tuple[Colour, ...]:
-    counts = Counter(decision for row in plan.decisions for decision in row)
-    windows = sorted({decision.window for decision in counts if decision.window is not None})
-    ordered = sorted(counts, key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), str(d)))
+def _names(plan: Plan) -> Mapping[Decision, str]:
+    """What the legend calls each decision: groups of heads by one name where there are several groupings."""
+    found = {decision for row in plan.decisions for decision in row}
+    names = {}
+    for decision in found:
+        alike = [other for other in found if other.groups and other.cfg_shared == decision.cfg_shared]
+        several = bool(decision.groups) and len(alike) > 1
+        names[decision] = f"heads(...){'+cfg' if decision.cfg_shared else ''}" if several else str(decision)
+    return names
+
+
+def _colours(plan: Plan, names: Mapping[Decision, str]) -> tuple[Colour, ...]:
+    counts = Counter(names[decision] for row in plan.decisions for decision in row)
+    found = {names[decision]: decision for row in plan.decisions for decision in row}
+    windows = sorted({decision.window for decision in names if decision.window is not None})
+    ordered = sorted(found.values(), key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), names[d]))
     forecasts = list(dict.fromkeys((d.order, d.basis) for d in ordered if d.order))
     colours = []
     for number, decision in enumerate(ordered):
@@ -145,8 +163,8 @@ def _colours(plan: Plan) -> tuple[Colour, ...]:
         family = (decision.kind, decision.cfg_shared)
         meaning = _MEANING[decision.kind] + (_SHARED if decision.cfg_shared else "")
         light, dark = _mix(_LIGHT[family], "#000000", 0.45 * shade), _mix(_DARK[family], "#ffffff", 0.45 * shade)
-        name = str(decision)
-        colours.append(Colour(f"d{number}", name, light, dark, decision.cfg_shared, counts[decision], meaning))
+        name = names[decision]
+        colours.append(Colour(f"d{number}", name, light, dark, decision.cfg_shared, counts[name], meaning))
     return tuple(colours)
 
 
@@ -162,6 +180,7 @@ def _text(step: int, path: str, cell: Cell) -> str:
         else "saves nothing here"
     )
     lines = [f"step {step} · {path}", str(cell.decision), saved]
+    lines += [f"{group.form}\theads {heads_text(group.heads)}" for group in cell.decision.groups]
     lines += [_trial(trial, cell.decision) for trial in cell.trials]
     if not cell.trials:
         lines[2] += "; no candidate was tried"

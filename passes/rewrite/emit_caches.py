@@ -4,7 +4,9 @@ Before: ``return out``. After: ``return out, cache``, the cache being contiguous
 
 1. residual: on a step with full attention, ``cache.<site>.residual = o - difa::local_attention(q, k, v)``; on half a
    batch the conditional half's residual is stored for both.
-2. output: the region's outputs as they leave it (after CFG sharing), so a window step feeds a later reuse; of a block
+2. heads: of some heads ``cache.<site>.heads.<heads>``, the attention's output before the projection, and
+   ``cache.<site>.heads_residual.<heads>``, what it leaves out in a window (:func:`write_heads`).
+3. output: the region's outputs as they leave it (after CFG sharing), so a window step feeds a later reuse; of a block
    what it has added to its streams, ``out - stream``.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from difa_compile.passes.caches import CacheName
+from difa_compile.passes.rewrite.heads import write_heads
 from difa_compile.passes.rewrite.share_cfg import twice
 from difa_compile.passes.rewrite.window import insert_local
 from difa_compile.passes.variant import Target, Variant
@@ -26,6 +29,8 @@ def emit_caches(variant: Variant, target: Target) -> None:
         if target.halved:
             residual = twice(variant, residual, residual, 0)
         variant.write_cache(CacheName.residual(target.site.path), residual)
+    for cache in target.role.head_writes:
+        write_heads(variant, target, cache)
     if target.role.emit_output:
         streams = target.site.region.streams
         for i, output in enumerate(target.outputs):

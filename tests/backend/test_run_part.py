@@ -14,7 +14,18 @@ from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support import two_attentions
 from tests.support.by_hand import assert_near, by_hand, call, compiled, plain_output
-from tests.support.tiny_models import BareAttention, at_step, captured_plain, plain_plan
+from tests.support.tiny_models import (
+    Attention,
+    BareAttention,
+    PlainTransformer,
+    at_step,
+    captured_plain,
+    graph_of,
+    plain_plan,
+    plan_of,
+    sharpened,
+    sites_of,
+)
 
 D = Decision.parse
 OUTPUT = 24 * 32 * 4
@@ -103,6 +114,50 @@ def test_one_variant_forecasts_over_every_gap():
     assert run.compiled[3] > run.compiled[2]
     assert set(run.compiled[3:]) == {run.compiled[3]}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_caches_of_heads_are_kept_as_long_as_a_step_reads_them():
+    model, inputs, _, _ = captured_plain()
+    reader, both = D("heads(0:reuse;1:full)"), D("heads(0:reuse;1:window(disc:2)+residual)")
+    fast = compiled(model, plain_plan([FULL, reader, FULL, both, reader, FULL]))
+    head = 2 * 24 * 16 * 4
+    held = []
+    with sampling(fast, 6) as run:
+        for step in range(6):
+            run.step(step)
+            call(fast, at_step(inputs, step))
+            held.append(run.cache_bytes())
+    assert held == [2 * head, 0, 2 * 2 * head, 2 * head, 0, 0]
+
+
+def six_heads(rows):
+    """A model of six heads, compiled for rows in which guidance is two calls, and its inputs."""
+    torch.manual_seed(0)
+    model = sharpened(PlainTransformer([Attention(24, 6)], width=24))
+    inputs = {"x": torch.randn(2, 3, 8, 12)}
+    sites = sites_of(*graph_of(model, inputs))
+    plan = plan_of(model, [site.info for site in sites], rows, guidance="two-call")
+    return compiled(model, plan, cfg={"two_call": True}), inputs
+
+
+def test_a_call_that_has_left_steps_out_shares_no_heads_that_the_other_keeps_otherwise():
+    """Made full where it begins anew, the unconditional call would leave heads to its next step in one piece that the
+    conditional call holds in two, of two steps: it computes them by itself."""
+    last = D("heads(0-3:reuse;4-5:full)")
+    rows = [FULL, FULL, D("heads(0-1:reuse;2-5:full)+cfg"), last]
+    found, wanted = {}, {}
+    for kept, plan, steps in ((found, rows, (0, 2, 3)), (wanted, [FULL, FULL, FULL, last], (0, 1, 2, 3))):
+        fast, inputs = six_heads(plan)
+        with sampling(fast, 4) as run:
+            for step in range(4):
+                run.step(step)
+                run.branch("cond")
+                call(fast, at_step(inputs, step))
+                if step in steps:
+                    run.branch("uncond")
+                    kept[step] = call(fast, at_step(inputs, 10 + step))
+    for step in (2, 3):
+        assert_near(found[step], wanted[step])
 
 
 def test_a_call_that_fails_leaves_the_caches_as_they_were(monkeypatch):
@@ -202,6 +257,28 @@ def test_a_branch_that_leaves_steps_out_forecasts_from_its_own_outputs(shares):
         assert_near(output, wanted[place])
     assert {step for step, _ in promotions} == {3, 4}
     assert any("needs the outputs of 2 earlier steps" in reason for _, reason in promotions)
+
+
+@pytest.mark.parametrize("shares", ["", "+cfg"])
+def test_forecasts_read_what_decisions_by_heads_have_computed(shares):
+    """In both calls, what is shared being the conditional one's; of the last step the heads are each call's own."""
+    column = [
+        "full",
+        f"heads(0:reuse;1:full){shares}",
+        f"forecast:1{shares}",
+        f"heads(0:window(band:2)+residual;1:reuse){shares}",
+        f"forecast:2{shares}",
+        "reuse",
+        "heads(0:full;1:reuse)",
+        "forecast:1",
+    ]
+    progress = tuple((1 - step / 10) ** 2 for step in range(len(column)))
+    found, promotions = in_an_interval(column, range(len(column)), progress)
+    wanted = by_hand_in_an_interval({"cond": column, "uncond": column}, len(column), progress)
+    for place, output in found.items():
+        assert_near(output, wanted[place])
+    assert found.keys() == wanted.keys()
+    assert not promotions
 
 
 def test_what_is_handed_out_is_not_the_cache():

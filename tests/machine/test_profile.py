@@ -26,7 +26,7 @@ from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plan.cost import Setting, cost_breakdown, plan_seconds, seconds_text, site_seconds
 from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo
 from difa_compile.plan.plan import Plan
-from difa_compile.plan.schedule import Role, uniform_progress
+from difa_compile.plan.schedule import HeadCache, Role, uniform_progress
 from difa_compile.plugins import cpu
 from tests.support.profiles import made_up
 
@@ -107,6 +107,30 @@ def test_seconds_of_every_kind_of_role():
     assert seconds("window(band:2)+residual+cfg") == pytest.approx(projections(1) + local / 2 + residual / 2 + copy)
     taking = Role(FULL, emit_residual=True, residual_window=BAND)
     assert seconds(taking) == pytest.approx(projections(2) + full + local + residual)
+
+
+def test_seconds_of_groups_of_heads():
+    profile = made_up(full=1e-6, window=1e-7, elements=1e-9)
+    full, local = 1e-6 * 2 * 24 * 24, 1e-7 * local_work(choose_kernel(call()), call(batch=2))["pairs"]  # of a head
+    written = 1e-9 * 2 * 24 * 8 * 4  # of a head
+
+    def seconds(role):
+        return site_seconds(Decision.parse(role) if isinstance(role, str) else role, SITE, SETTING, profile)
+
+    assert seconds("heads(0,2:full;1:window(band:2);3:reuse)") == pytest.approx(
+        projections(2) + 2 * full + local + 4 * written * 2
+    )
+    assert seconds("heads(0-2:window(band:2)+residual;3:reuse)") == pytest.approx(
+        projections(2) + 3 * local + 4 * written * 2 + 3 * written
+    )
+    copy = 1e-9 * 1.5 * 2 * 24 * 32 * 4
+    assert seconds("heads(0-2:full;3:reuse)+cfg") == pytest.approx(projections(1) + 3 * full / 2 + 4 * written + copy)
+    taking = Role(FULL, head_writes=(HeadCache((0, 2), BAND), HeadCache((1,))))
+    assert seconds(taking) == pytest.approx(projections(2) + 4 * full + 2 * local + 6 * written + 2 * written)
+    grouped = site_seconds(Decision.parse("heads(0:full;1-3:reuse)"), SITE, replace(SETTING, key_heads=2), profile)
+    assert grouped == pytest.approx(projections(2) + full + 4 * written * 2)
+    slow = made_up(full=1e-6, window=1e-7, elements=1e-9, call=1.0)
+    assert site_seconds(Decision.parse("heads(0,1,3:window(band:2);2:full)"), SITE, SETTING, slow) > 2, "two slices"
 
 
 def test_nothing_is_predicted_of_what_was_not_measured():

@@ -23,6 +23,22 @@ def test_a_name_is_taken_apart_into_what_it_was_built_of(site, number):
     assert CacheName.output(site, number, 0) == output
 
 
+@pytest.mark.parametrize("site", ["attention", "blocks.0.heads", "a.heads.3", "b.residual", "x.heads_residual.0-3,5"])
+@pytest.mark.parametrize(("heads", "text"), [((0,), "0"), ((0, 1, 2, 7), "0-2,7")])
+def test_names_of_single_heads(site, heads, text):
+    for residual, kind in ((False, "heads"), (True, "heads_residual")):
+        name = CacheName.heads(site, heads, residual=residual)
+        assert name == f"cache.{site}.{kind}.{text}"
+        assert (name.kind, name.site, name.number, name.age, name.of_heads) == (kind, site, 0, 0, True)
+        assert name.at("b") == CacheName.heads("b", heads, residual=residual)
+    assert CacheName.output(site, 1).kind == "output"
+    assert CacheName.residual(site).kind == "residual"
+    assert not CacheName.output(site, 1).of_heads
+    old, weights = CacheName.output(site, 1, 2), CacheName.weights(site)
+    assert (old.kind, old.site, old.number, old.age) == ("output", site, 1, 2)
+    assert (weights.kind, weights.site) == ("weights", site)
+
+
 def test_it_is_a_string():
     name = CacheName.output("blocks.0.attn1", 1)
     assert name == "cache.blocks.0.attn1.output.1"
@@ -50,7 +66,8 @@ def test_caches_get_older_as_newer_ones_are_written():
 
 
 def test_only_what_is_written_makes_older():
-    """Each output of each site by itself; a residual and weights have no age; what was let go leaves no gap behind."""
+    """Each output of each site by itself; a residual, weights and single heads have no age; what was let go leaves no
+    gap behind."""
     a, other, b, residual = (
         CacheName.output("a", 0),
         CacheName.output("a", 1),
@@ -65,3 +82,7 @@ def test_only_what_is_written_makes_older():
     del caches[a]
     renew(caches, {a: 3})
     assert caches == {a: 3, a.older(): 1, other: 10, b: 100, residual: 2000}
+    heads = CacheName.heads("a", (0, 1), residual=False)
+    renew(caches, {heads: 7})
+    renew(caches, {heads: 8})
+    assert caches == {a: 3, a.older(): 1, other: 10, b: 100, residual: 2000, heads: 8}

@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 
+from difa_compile.decision import Decision
 from difa_compile.errors import ExampleInputsError, NoAttentionError, OutputError, PassError, UnsupportedPipelineError
 from difa_compile.layout import Layout
 from difa_compile.passes import order
 from difa_compile.pipeline.inspection import inspect_model
-from tests.support.tiny_models import Average, captured, dit, pixart, plain
+from tests.support.tiny_models import Average, captured, dit, family_capture, pixart, plain
 from tests.support.tiny_pipelines import tiny_pipeline
 
 pytest.importorskip("diffusers")
@@ -109,8 +110,9 @@ def test_a_trace_shows_what_every_pass_makes_of_the_model(tmp_path):
     sites = (capture / "07-find_sites.txt").read_text()
     assert "# transformer_blocks.0.attn1: self, 4x4" in sites
     assert re.search(r"^%\w+ = scaled_dot_product_attention\(.* attention of transformer_blocks\.0\.attn1", sites, re.M)
-    made = {path.name[11:]: (path / "03-window.txt").read_text() for path in capture.glob("variant-*")}
-    assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse"}
+    made = {path.name[11:]: (path / "04-window.txt").read_text() for path in capture.glob("variant-*")}
+    by_heads = "heads_0_window_band_1_1_full_"
+    assert set(made) == {"window_band_1_", "window_band_1_+residual", "reuse", "forecast_1", by_heads}
     assert "<< window" in made["window_band_1_"]
     assert "scaled_dot_product_attention" not in made["reuse"]
 
@@ -127,3 +129,12 @@ def test_what_goes_wrong_in_a_pass_is_not_taken_for_a_model_without_attention(tm
     monkeypatch.setattr(order, "ANALYSIS", (broken,))
     with pytest.raises(PassError, match="pass broken failed: KeyError"):
         inspect_model(model, inputs)
+
+
+def test_a_whole_block_has_no_heads():
+    analysed = family_capture("dit")[0].model
+    assert analysed.blocks
+    for index in range(len(analysed.sites), len(analysed.units)):
+        assert analysed.why_not(index, Decision.parse("heads(0:reuse;1:full)")) == (
+            "a whole block has no heads; decide so for its attention"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -21,7 +22,7 @@ from difa_compile.plan.cost import (
     without_window,
 )
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo
-from difa_compile.plan.schedule import Role, uniform_progress
+from difa_compile.plan.schedule import HeadCache, Role, uniform_progress
 from tests.support.two_attentions import RESIDUAL, SHARED, D
 
 layouts = st.builds(
@@ -94,6 +95,28 @@ def test_taking_a_residual_costs_the_window_attention() -> None:
     assert taking.attention == plain.attention + windowed.attention
     shared = Decision(Kind.FULL, None, True)
     assert 2 * site_flops(Role(shared, emit_residual=True, residual_window=window), site).total == taking.total
+
+
+def test_each_head_costs_what_its_form_costs() -> None:
+    """DiTFastAttnV2 (arXiv 2503.22796): its heads' candidates are reuse and windows of 1/8, 1/16, 1/32 of the image."""
+    site = SiteInfo("a", "joint", 4, 8, 72, 32, Layout((8, 8), after=8))
+    forms = [FULL, REUSE, D("window(band:4)"), D("window(band:2)+residual")]
+    decision = Decision.of_heads(forms)
+    found = site_flops(decision, site)
+    assert found.attention * 4 == sum(site_flops(form, site).attention for form in forms)
+    assert found.projections == full_flops(site).projections, "weights are whole, whatever is reused"
+    shared = site_flops(replace(decision, cfg_shared=True), site)
+    assert 2 * shared.total == found.total
+    one, other = Window(WindowShape.BAND, 2), Window(WindowShape.DISC, 3)
+    caches = (HeadCache((0, 2), one), HeadCache((1,), other), HeadCache((3,)))
+    taking = site_flops(Role(FULL, head_writes=caches), site)
+    near = [site_flops(Decision(Kind.WINDOW, window), site).attention // 4 for window in (one, other)]
+    assert taking.attention == full_flops(site).attention + 2 * near[0] + near[1]
+    assert without_window(decision) == FULL
+    reusing = Decision.of_heads([FULL, REUSE])
+    assert without_window(reusing) == reusing
+    unknown = replace(site, layout=None, tokens=72)
+    assert site_flops(decision, unknown) == full_flops(unknown)
 
 
 def test_where_no_layout_is_known_a_window_counts_as_full() -> None:

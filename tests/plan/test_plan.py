@@ -48,6 +48,18 @@ def test_rows_sites_and_progress_must_add_up() -> None:
         Plan(MODEL, GREEDY, (site(0),), (1.0, 0.5), ((cell,), (cell, cell)))
 
 
+def test_groups_of_heads_must_be_all_heads_of_the_site() -> None:
+    def plan(text: str) -> Plan:
+        return Plan(MODEL, GREEDY, (site(0),), (1.0, 0.5), ((Cell(FULL),), (Cell(Decision.parse(text)),)))
+
+    assert Plan.from_json(plan("heads(0-2,5:reuse;3-4:full)").to_json()) == plan("heads(3-4:full;0-2,5:reuse)")
+    for text, last in (("heads(0-2:reuse;3-4:full)", 4), ("heads(0-2:reuse;3-6:full)", 6)):
+        with pytest.raises(
+            PlanFormatError, match=rf"step 1: heads.* names heads 0 to {last}, but blocks\.0.* has 6 heads"
+        ):
+            plan(text)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +234,15 @@ def test_windows_are_carried_onto_another_size_as_a_share_or_as_they_are():
         plan.resized(larger, "half")
 
 
+def test_windows_of_heads_are_carried_onto_another_size():
+    decision = Decision.parse("heads(0-1:window(band:32);2-4:window(disc:4);5:full)+cfg")
+    plan = Plan(MODEL, GREEDY, (site(0),), (1.0,), ((Cell(decision),),))
+    (cell,) = plan.resized([site(0, 32)]).rows[0]
+    assert str(cell.decision) == "heads(0-1:window(band:128);2-4:window(disc:8);5:full)+cfg"
+    assert 0.5 < cell.flops_saved < 1
+    assert plan.resized([site(0, 32)], "tokens").decisions == plan.decisions
+
+
 def test_only_the_size_may_differ():
     plan = Plan(MODEL, GREEDY, (site(0),), uniform_progress(1), ((Cell(FULL),),))
     for other in ([dataclasses.replace(site(0, 32), heads=5)], [site(1, 32)], [site(0, 32), site(1, 32)]):
@@ -258,3 +279,10 @@ def test_the_sample_of_a_plan_is_kept_as_long_as_it_is_known():
     assert plan.resized([site(0, 32)]).settings.sample is None
     with pytest.raises(PlanFormatError, match=r"settings: sample is 1\.5"):
         dataclasses.replace(GREEDY, sample=(4, 1.5))
+
+
+def test_a_whole_block_has_no_heads_to_decide_on():
+    block = SiteInfo("blocks.0", "block", 1, 32, 24, 32, None, 1000)
+    rows = ((Cell(FULL), Cell(Decision.parse("heads(0:full;1:window(band:2))"))),)
+    with pytest.raises(PlanFormatError, match=r"names heads, but blocks\.0 is a whole block, which has none"):
+        Plan(MODEL, GREEDY, (site(0), block), uniform_progress(1), rows)

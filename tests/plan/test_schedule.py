@@ -13,6 +13,7 @@ from difa_compile.errors import DecisionError, ScheduleError
 from difa_compile.plan.schedule import (
     FULL_ROLE,
     Bucket,
+    HeadCache,
     Promotion,
     Role,
     assign_roles,
@@ -302,6 +303,225 @@ def test_sources_of_each_step() -> None:
     sources = output_sources(column("FW.1FF2."))
     assert sources == ((), (), (1,), (1, 0), (), (), (5, 4, 1), (5,))
     assert output_sources(column("F12")) == ((), (0,), (0,))  # as many as there are
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+D = Decision.parse
+R1 = f"window({W1})+residual"
+
+
+def of_one_site(*texts: str) -> list[tuple[Decision]]:
+    return [(D(text),) for text in texts]
+
+
+def caches_of(*texts: str) -> list[tuple[str, str]]:
+    """What each step reads and what it writes of single heads."""
+    roles = assign_roles(of_one_site(*texts))
+    return [(", ".join(map(str, role.head_reads)), ", ".join(map(str, role.head_writes))) for (role,) in roles]
+
+
+def test_heads_that_are_read_alike_share_a_cache_and_no_others_are_written() -> None:
+    assert caches_of(
+        "full", "heads(0-3:reuse;4-7:full)", "heads(0-1,4:reuse;2-3,5-7:full)", "heads(4:reuse;0-3,5-7:full)"
+    ) == [
+        ("", "output of heads 0-1, output of heads 2-3"),
+        ("output of heads 0-1, output of heads 2-3", "output of heads 4"),
+        ("output of heads 0-1, output of heads 4", ""),
+        ("output of heads 4", ""),
+    ]
+
+
+def test_a_head_reads_the_latest_step_that_computed_it_in_whatever_decision() -> None:
+    assert caches_of("full", f"window({W1})", "reuse", "heads(0:reuse;1:full)") == [
+        ("", ""),
+        ("", "output of heads 0"),
+        ("", ""),
+        ("output of heads 0", ""),
+    ]
+
+
+def test_a_residual_is_that_of_the_latest_step_in_which_the_head_was_full() -> None:
+    assert caches_of("full", "heads(0:full;1:reuse)", f"heads(0:{R1};1:{R1.replace('4', '2')})", "full") == [
+        ("", "output of heads 1, residual(band:2) of heads 1"),
+        ("output of heads 1", "residual(band:4) of heads 0"),
+        ("residual(band:4) of heads 0, residual(band:2) of heads 1", ""),
+        ("", ""),
+    ]
+
+
+def test_decisions_by_heads_fill_the_output_and_no_residual_of_the_whole() -> None:
+    roles = assign_roles(of_one_site("full", "heads(0:full;1:reuse)", "reuse", R1))
+    assert [role.emit_output for (role,) in roles] == [False, True, False, False]
+    assert [role.emit_residual for (role,) in roles] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["heads(0:reuse;1:full)"], "step 0, site 0: head 0 is reused, but no earlier step"),
+        ([f"window({W1})", f"heads(0:{R1};1:full)"], "step 1, site 0: .* in which head 0 is full, but there is none"),
+        (
+            ["full", f"heads(0:{R1};1:full)", "heads(0:window(disc:3)+residual;1:full)"],
+            "step 2, site 0: .* of head 0 reads the residual of step 0, which step 1 reads with window band:4",
+        ),
+        (["full", "heads(0:full;1:reuse)", "heads(0-1:full;2:reuse)"], "step 1 names 2 heads, that of step 2 3"),
+    ],
+)
+def test_heads_without_a_filler_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        assign_roles(of_one_site(*texts))
+
+
+HEADS = 4
+forms = st.sampled_from([FULL, REUSE, WINDOW, RESIDUAL, RESIDUAL_2])
+
+
+def columns_by_heads(min_steps: int = 1, max_steps: int = 12) -> st.SearchStrategy[list[Decision]]:
+    """Valid columns of one site of four heads: decisions by heads among plain ones."""
+
+    def valid(columns: list[list[Decision]]) -> list[Decision]:
+        made = [made_valid(column) for column in columns]
+        decisions = []
+        for step in zip(*made, strict=True):
+            decision = Decision.of_heads(step)
+            plain = decision.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL)
+            decisions.append(FULL if plain else decision)  # as a whole they would read other caches
+        return decisions
+
+    def of(steps: int) -> st.SearchStrategy[list[Decision]]:
+        one = st.lists(forms, min_size=steps, max_size=steps)
+        return st.lists(one, min_size=HEADS, max_size=HEADS).map(valid)
+
+    return st.integers(min_steps, max_steps).flatmap(of)
+
+
+def windows_agree(column: list[Decision]) -> bool:
+    try:
+        assign_roles([(decision,) for decision in column])
+    except ScheduleError as error:
+        return "a head keeps one residual" not in str(error)  # any other is the test's to meet
+    return True
+
+
+@given(columns_by_heads().filter(windows_agree))
+def test_roles_carry_out_what_is_said_of_heads(column: list[Decision]) -> None:
+    """Run the caches: each head finds what the definition says, and nothing is written that nobody reads."""
+    held: dict[HeadCache, int] = {}
+    unread: set[HeadCache] = set()
+    for step, (role,) in enumerate(assign_roles([(decision,) for decision in column])):
+        assert not {(c.heads, c.window is None) for c in role.head_reads} & {
+            (c.heads, c.window is None) for c in role.head_writes
+        }, "contract 2: a cache is an input or an output, never both"
+        read = {(head, cache.window): held[cache] for cache in role.head_reads for head in cache.heads}
+        for head in range(HEADS):
+            form, before = column[step].form_of(head), range(step)
+            if form.kind is Kind.REUSE:
+                assert read.pop((head, None)) == max(
+                    s for s in before if column[s].form_of(head).kind is not Kind.REUSE
+                )
+            elif form.kind is Kind.WINDOW_RESIDUAL:
+                assert read.pop((head, form.window)) == max(s for s in before if column[s].form_of(head).is_full)
+        assert not read
+        unread -= set(role.head_reads)
+        held |= dict.fromkeys(role.head_writes, step)
+        assert not unread & set(role.head_writes)
+        unread |= set(role.head_writes)
+    assert not unread
+
+
+@given(columns_by_heads(2).filter(windows_agree), st.integers(1, 20))
+def test_on_another_schedule_heads_read_nothing_older_than_in_the_plan(column: list[Decision], steps: int) -> None:
+    sources = nearest_steps(uniform_progress(len(column)), uniform_progress(steps))
+    taken, promotions = take_rows([(decision,) for decision in column], sources)
+    assign_roles(taken)
+    promoted = {promotion.step for promotion in promotions}
+
+    def latest(decisions: list[Decision], step: int, head: int, full: bool) -> int:
+        kinds = [decision.form_of(head) for decision in decisions[:step]]
+        fits = [i for i, form in enumerate(kinds) if (form.is_full if full else form.kind is not Kind.REUSE)]
+        return fits[-1] if fits else -1
+
+    new = [decision for (decision,) in taken]
+    for step, source in enumerate(sources):
+        fits = True
+        for head, form in enumerate(column[source].forms):
+            if form.kind in (Kind.REUSE, Kind.WINDOW_RESIDUAL):
+                full = form.kind is Kind.WINDOW_RESIDUAL
+                found = latest(new, step, head, full)
+                fits = fits and (sources[found] if found >= 0 else -1) >= latest(column, source, head, full)
+        assert (step in promoted) == (not fits)
+        assert new[step] == (column[source] if fits else FULL)
+
+
+def test_a_promotion_says_which_head_wants_what() -> None:
+    rows_ = of_one_site("full", "heads(0:full;1:reuse)", f"heads(0:{R1};1:reuse)+cfg", "full")
+    taken, promotions = take_rows(rows_, (0, 2, 3))
+    assert [str(row[0]) for row in taken] == ["full", "full+cfg", "full"]
+    assert promotions == (
+        Promotion(
+            1,
+            0,
+            rows_[2][0],
+            "it reads the residual of head 0 of the plan's step 1, which no earlier step of this schedule follows",
+        ),
+    )
+
+
+def test_a_role_by_heads_has_a_cache_per_group_unless_told_otherwise() -> None:
+    decision = D(f"heads(0,3:reuse;1:{R1};2:full)")
+    assert Role(decision).head_reads == (HeadCache((0, 3)), HeadCache((1,), W1))
+    assert Role(decision).depends_on_calls
+    apart = (HeadCache((0,)), HeadCache((1,), W1), HeadCache((3,)))
+    assert Role(decision, head_reads=apart).head_reads == apart
+    assert str(Role(decision, head_writes=(HeadCache((2,)),))) == f"{decision} >output of heads 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "reads", "writes"),
+    [
+        ("heads(0,3:reuse;1-2:full)", (HeadCache((0,)),), ()),
+        ("heads(0,3:reuse;1-2:full)", (HeadCache((0, 3)), HeadCache((3,))), ()),
+        ("heads(0,3:reuse;1-2:full)", (HeadCache((0, 3), W1),), ()),
+        ("full", (HeadCache((0,)),), ()),
+        ("heads(0,3:reuse;1-2:full)", (), (HeadCache((0,)),)),
+        (f"window({W1})", (), (HeadCache((0,), W1),)),
+        ("reuse", (), (HeadCache((0,)),)),
+    ],
+)
+def test_roles_with_caches_of_heads_that_cannot_be_are_refused(
+    text: str, reads: tuple[HeadCache, ...], writes: tuple[HeadCache, ...]
+) -> None:
+    with pytest.raises(DecisionError, match="heads"):
+        Role(D(text), head_reads=reads, head_writes=writes)
+
+
+def test_a_decision_by_heads_computes_an_output_that_others_read() -> None:
+    again = "heads(0:reuse;1:full)"
+    roles = [role for (role,) in assign_roles(of_one_site("full", again, "forecast:1", again, "reuse"))]
+    assert [role.emit_output for role in roles] == [True, True, False, True, False]
+    assert [role.head_writes for role in roles] == [(HeadCache((0,)),), (), (), (), ()], "a forecast computes no head"
+    assert [role.head_reads for role in roles] == [(), (HeadCache((0,)),), (), (HeadCache((0,)),), ()]
+
+
+def test_heads_of_a_site_whose_block_is_left_out_neither_read_nor_fill() -> None:
+    blocks, first = (1, None), (HeadCache((0,)),)
+    by_heads = (D("heads(0:reuse;1:full)"), FULL)
+    rows_ = [(FULL, FULL), (FULL, REUSE), by_heads]
+    roles = [row[0] for row in assign_roles(rows_, blocks)]
+    assert [(role.covered, role.head_reads, role.head_writes) for role in roles] == [
+        (False, (), first),
+        (True, (), ()),
+        (False, first, ()),
+    ]
+    for sources in ((0, 1, 2), (0, 2), (1, 2)):  # what the plan's step 1 has left out is not asked for
+        taken, promotions = take_rows(rows_, sources, blocks)
+        assert taken[-1] == by_heads
+        assert {promotion.site for promotion in promotions} == ({1} if sources[0] == 1 else set())
+    with pytest.raises(ScheduleError, match=r"heads.* is asked for, but the block that holds the site is left out"):
+        assign_roles([*rows_, (by_heads[0], REUSE)], blocks)
+    with pytest.raises(DecisionError, match="block is left out"):
+        Role(FULL, covered=True, head_writes=first)
 
 
 # --- buckets ---------------------------------------------------------------------------------------------------------

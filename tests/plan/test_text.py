@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from difa_compile.decision import FULL, REUSE
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import PlanMismatchError
-from difa_compile.plan.plan import Difference
+from difa_compile.plan.plan import Cell, Difference, Plan
+from difa_compile.plan.schedule import uniform_progress
 from tests.support.plans import GREEDY, measured_plan, plan_of
 
 
@@ -54,7 +55,7 @@ distinct rows: 7 of 12 (each is one variant of the graph)
 step            0         10
 blocks.0.attn1  FWRRff......
 blocks.1.attn1  FF..ff.F....
-F full  W window  R window+residual  . reuse  P forecast; f w r , p the same with the CFG halves shared
+F full  W window  R window+residual  H by heads  . reuse  P forecast; f w r h , p the same with the CFG halves shared
 """
 
 
@@ -72,6 +73,25 @@ def test_summary_with_forecasts() -> None:
     assert "blocks.0.attn1  FFFpPP." in lines
     assert "distinct rows: 4 of 7 (each is one variant of the graph)" in lines  # one for both gaps
     assert any(line.startswith("attention FLOPs, q k^T and p v    42.9 % of full") for line in lines)
+
+
+def test_summary_of_decisions_by_heads() -> None:
+    plan = plan_of("FFFF")
+    by_heads = [Decision.parse(f"heads(0-{last}:window(band:8);{last + 1}-5:reuse)+cfg") for last in range(4)]
+
+    def summary(decisions: list[Decision]) -> str:
+        rows = tuple((Cell(decision),) for decision in (FULL, *decisions))
+        return Plan(plan.model, plan.settings, plan.sites, uniform_progress(len(rows)), rows).summary()
+
+    few = summary(by_heads)
+    assert "h  heads(0-2:window(band:8);3-5:reuse)+cfg      1   20.0 %" in few
+    assert "blocks.0.attn1  Fhhhh" in few
+    many = [Decision.of_heads([FULL] * n + [Decision.parse(f"window(band:{n})")] * (6 - n)) for n in range(1, 6)]
+    text = summary(by_heads + many)
+    assert "H  heads(...)      " in text
+    assert "h  heads(...)+cfg  " in text
+    assert "50.0 %" in text
+    assert "heads(0" not in text
 
 
 def test_summary_of_measurements() -> None:

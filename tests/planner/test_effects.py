@@ -94,6 +94,7 @@ def test_coherence():
         ((np.zeros((4, 3, 2)), {WINDOW: np.zeros((3, 2))}), "shape"),
         ((np.zeros((4, 3, 2)), {REUSE: np.zeros((4, 2))}), "no effects of its own"),
         ((np.zeros((4, 3, 2)), {FULL: np.zeros((4, 2))}), "no effects of its own"),
+        ((np.zeros((4, 3, 2)), {Decision.parse("heads(0:reuse;1:full)"): np.zeros((4, 2))}), "what single heads have"),
         ((np.zeros((4, 3, 2)), {}, {WINDOW: np.zeros((4, 3, 2))}), "residual's age"),
         ((np.zeros((4, 3, 2)), {RESIDUAL: np.zeros((4, 2))}), "residual's age"),
         ((np.zeros((4, 3, 2)), {WINDOW: np.full((4, 2), np.inf)}), "infinite"),

@@ -65,6 +65,30 @@ def test_cell_tells_why_a_candidate_does_not_apply(plan):
     assert any("a mask stands on this attention\t\tnot tried" in text for text in texts)
 
 
+def test_groupings_of_heads_share_a_colour_and_a_cell_tells_them(plan):
+    def colours(*texts):
+        decisions = [Decision.parse(text) for text in texts]
+        rows = [[FULL] * 6, (decisions * 6)[:6]]
+        cells = tuple(tuple(Cell(decision) for decision in row) for row in rows)
+        return heat_map(Plan(plan.model, plan.settings, plan.sites, (1.0, 0.5), cells))
+
+    one, other = (f"heads(0-3:window(band:8);4:reuse;5:{form})" for form in ("full", "window(disc:3)"))
+    alone = colours(one, f"{one}+cfg")
+    assert [colour.name for colour in alone.colours] == ["full", one, f"{one}+cfg"]
+    assert [line for line in alone.rows[0].cells[1].text.split("\n") if "\t" in line] == [
+        "window(band:8)\theads 0-3",
+        "reuse\theads 4",
+        "full\theads 5",
+    ]
+    several = colours(one, other, f"{one}+cfg")
+    assert [(colour.name, colour.count) for colour in several.colours] == [
+        ("full", 6),
+        ("heads(...)", 4),
+        (f"{one}+cfg", 2),
+    ]
+    assert other in several.rows[1].cells[1].text
+
+
 def test_each_decision_has_a_colour_of_its_own_and_its_count(plan):
     windows = [Decision.parse(f"window(band:{radius})") for radius in (8, 16, 32)]
     forecasts = [Decision.parse(f"forecast:{text}") for text in ("1", "1(step)", "2")]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from difa_compile.decision import Kind, WindowShape
 from tests.support.extrapolated import extrapolated
+from tests.support.single_heads import Heads
 
 SPLIT = ("hidden_states", "encoder_hidden_states")
 
@@ -56,6 +57,7 @@ class Altered:
         self.now = [None] * len(paths)
         self.steps = 0
         self.residuals = [None] * len(paths)
+        self.heads = [Heads(layout, sees) for layout in layouts]
 
     def __call__(self, row, inputs, place=None, conditional=None):
         """One call; ``place``: of its step in the schedule, by default its number.
@@ -100,6 +102,8 @@ class Altered:
             if conditional is not None and decision.cfg_shared:
                 result = conditional.now[index]
                 self.residuals[index] = conditional.residuals[index]
+                heads = conditional.heads[index]
+                self.heads[index].take(decision, heads, len(heads.outputs))
             elif not computes:
                 result = self.stored(index, decision, place)
             elif decision.cfg_shared:
@@ -126,8 +130,18 @@ class Altered:
     def attending(self, index, decision):
         softmax_attention = F.scaled_dot_product_attention
         table = sees(self.layouts[index], decision.window or self.window)
+        part = self.conditional if decision.cfg_shared else lambda value: value
+        whole = (lambda value: torch.cat([value, value])) if decision.cfg_shared else lambda value: value
 
         def attend(query, key, value, **options):
+            if decision.groups:
+                result = self.heads[index].attend(decision, softmax_attention, (query, key, value), options, part)
+            else:
+                result = attend_alike(query, key, value, **options)
+            self.heads[index].note(decision, (query, key, value), result, whole)
+            return result
+
+        def attend_alike(query, key, value, **options):
             full = softmax_attention(query, key, value, **options)
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             near = scores.masked_fill(~table, -torch.inf).softmax(-1) @ value

@@ -34,6 +34,7 @@ from difa_compile.decision import FULL, Kind
 from difa_compile.layout import Layout
 from tests.support.altered import sees
 from tests.support.extrapolated import extrapolated
+from tests.support.single_heads import Heads
 from tests.support.text_components import word_tokenizer
 from tests.support.tiny_pipelines import drawn, quiet, tiny_pipeline
 
@@ -256,6 +257,7 @@ class Altered:
         """Calls of the transformer so far."""
         self.past, self.residuals = ({}, {}), ({}, {})
         """By branch and site: the outputs that were computed, the newest first, with step and timestep; residuals."""
+        self.heads = tuple([Heads(layout, sees) for layout in layouts] for _ in range(2))
         self.now = {}
         """What the conditional call of this step has given, by site."""
 
@@ -298,7 +300,9 @@ class Altered:
     def decided(self, site, decision, branch, plain, operands, options):
         past, residuals = self.past[branch].setdefault(site, []), self.residuals[branch]
         shared = decision.cfg_shared
+        heads = self.heads[branch][site]
         if shared and self.two_calls and branch == 1:
+            heads.take(decision, self.heads[0][site], operands[0].shape[1])
             if decision.kind is Kind.FULL:
                 residuals[site] = self.residuals[0][site]
             result = self.now[site]
@@ -311,7 +315,13 @@ class Altered:
             halved = shared and not self.two_calls
             if halved:
                 operands = tuple(self.conditional(operand) for operand in operands)
-            result, residual = self.computed(site, decision, plain, operands, options, residuals, halved)
+            if decision.groups:
+                part = self.conditional if halved else lambda value: value
+                result = residual = heads.attend(decision, plain, operands, options, part)
+            else:
+                result, residual = self.computed(site, decision, plain, operands, options, residuals, halved)
+            whole = (lambda value: torch.cat([value, value])) if halved else lambda value: value
+            heads.note(decision, operands, result, whole)
             if halved:
                 result, residual = (torch.cat([value, value]) for value in (result, residual))
             if decision.kind is Kind.FULL:

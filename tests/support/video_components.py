@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5
 
 from difa_compile.decision import FULL, Decision, Kind, WindowShape
 from tests.support.extrapolated import extrapolated
+from tests.support.single_heads import Heads
 from tests.support.text_components import word_tokenizer
 from tests.support.tiny_pipelines import drawn, quiet
 
@@ -296,6 +297,7 @@ class Altered:
     outputs: dict = field(default_factory=dict)
     now: dict = field(default_factory=dict)
     residuals: dict = field(default_factory=dict)
+    heads: dict = field(default_factory=dict)
     promoted: set = field(default_factory=set)
     calls: int = 0
 
@@ -338,8 +340,9 @@ class Altered:
         decision, place, conditional = self.rows[step][site], (model, branch, site), (model, 0, site)
         shared = decision.cfg_shared
         past = self.outputs.get(place, [])
+        heads = self.heads.setdefault(place, Heads(self.layouts[site], sees))
         reads = decision.kind in (Kind.REUSE, Kind.FORECAST)
-        if (
+        if heads.lacks(decision) or (
             len(past) <= decision.order
             if reads
             else decision.kind is Kind.WINDOW_RESIDUAL and place not in self.residuals
@@ -352,6 +355,7 @@ class Altered:
                 result = self.now[conditional]
                 if not reads:
                     self.outputs[place] = [(step, self.timestep, result), *past]
+                heads.take(decision, self.heads[conditional], tensors[0].shape[1])
                 if decision.kind is Kind.FULL and conditional in self.residuals:
                     self.residuals[place] = self.residuals[conditional]
                 return result
@@ -364,7 +368,9 @@ class Altered:
         if shared:
             tensors = tuple(second_half(tensor) for tensor in tensors)
         near = self.near(site, decision, tensors, options)
-        if decision.kind is Kind.FULL:
+        if decision.groups:
+            result = heads.attend(decision, plain, tensors, options, second_half if shared else lambda value: value)
+        elif decision.kind is Kind.FULL:
             result = plain(*tensors, **options)
             if near is not None:
                 self.residuals[place] = twice(result - near) if shared else result - near
@@ -373,6 +379,7 @@ class Altered:
         else:
             kept = self.residuals[place]
             result = near + (second_half(kept) if shared else kept)
+        heads.note(decision, tensors, result, twice if shared else lambda value: value)
         self.now[place] = twice(result) if shared else result
         self.outputs[place] = [(step, self.timestep, self.now[place]), *past]
         return self.now[place]
