@@ -41,6 +41,9 @@ from difa_compile.passes.prepare.specialize import check_sizes
 from difa_compile.passes.site import Block, Region, Unit
 from difa_compile.passes.variant import move_site
 
+UNCUT = "it begins or ends where the graph cannot be cut: in the midst of an attention, or of a value written in place"
+"""Why a span has no gate."""
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -108,7 +108,7 @@ def find_spans(
                 refused.append((name, described))
         if spans:
             return tuple(spans), ()
-    return (), tuple(refused)
+    return (), tuple(dict.fromkeys(refused))
 
 
 def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
@@ -175,9 +175,7 @@ def stream_of(output: fx.Node, inside: set[fx.Node], from_sample: set[fx.Node]) 
                     todo.append(source)
     alike = [node for node in found if shape_of(node) == shape_of(output) and tensor_of(node).dtype == value.dtype]  # type: ignore[union-attr]
     if alike:
-        sampled = [node for node in alike if node in from_sample]
-        if sampled or output not in from_sample:
-            return max(sampled or alike)
+        return max([node for node in alike if node in from_sample] or alike)  # text is mixed with it by a first block
     return f"{output.name}, which is used outside of it, is no sum of a value that came in and of what the block adds"
 
 

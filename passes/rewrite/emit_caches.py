@@ -27,8 +27,7 @@ def emit_caches(variant: Variant, target: Target) -> None:
             residual = twice(variant, residual, residual, 0)
         variant.write_cache(CacheName.residual(target.site.path), residual)
     if target.role.emit_output:
-        streams = target.site.region.streams
         for i, output in enumerate(target.outputs):
-            if streams:
-                output = variant.call_after(output, torch.sub, (output, streams[i]))
+            if target.streams:
+                output = variant.call_after(output, torch.sub, (output, target.streams[i]))
             variant.write_cache(CacheName.output(target.site.path, i), output)
