@@ -127,7 +127,9 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[U
     for site in sites:
         block = block_path(site.path)
         first = last = place[site.region.attention]
-        if block:
+        if isinstance(site, Block):
+            starts |= {place[site.region.interior[0]], place[site.region.interior[-1]] + 1}
+        elif block:
             while first > 0 and block_path(module_path(body[first - 1])) == block:
                 first -= 1
             while last + 1 < len(body) and block_path(module_path(body[last + 1])) == block:
