@@ -4,6 +4,9 @@ Each class is built with random weights (:mod:`benchmarks.zoo`), captured, and r
 second, on other inputs, with one decision at every site that admits it. The result is compared with the very same
 model run eagerly, in which the k-th attention call is altered by hand (:class:`Altered`), without any of the passes.
 
+Then once more with all blocks reused, and with spans of blocks reused, compared with the model in which the block
+modules' outputs are altered by hand (:class:`LeftOut`).
+
 A figure in the table is the largest difference, relative to the largest value of the output; ``exact`` is equality to
 the bit. Where no site admits a decision there is none, and ``reason`` says why.
 """
@@ -21,7 +24,8 @@ from typing import Any
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from benchmarks._common import RESULTS, Row, write_result
 from benchmarks.zoo.check import call, shifted
@@ -40,7 +44,8 @@ from difa_compile.passes.graph import is_attention, op_name, tensor_of
 from difa_compile.passes.order import analyse
 from difa_compile.passes.site import Site
 from difa_compile.passes.variant import Context
-from difa_compile.plan.schedule import Role
+from difa_compile.plan.data import blocks_of
+from difa_compile.plan.schedule import Role, assign_roles
 
 BAND = Window(WindowShape.BAND, 3)
 DECISIONS: dict[str, Decision] = {
@@ -51,6 +56,8 @@ DECISIONS: dict[str, Decision] = {
     "disc": Decision(Kind.WINDOW, Window(WindowShape.DISC, 2)),
 }
 CONDITIONAL_HALF = 1
+BLOCKS = ("block_reuse", "span_reuse")
+"""Columns of decisions on whole blocks."""
 CALL = "survey_call"
 """Key of a node's number among the attention calls, in the order of execution."""
 
@@ -65,9 +72,11 @@ class Planned:
         self.calls = 0
         self.start(FULL)
 
-    def start(self, decision: Decision) -> None:
-        """Two steps with this decision: the next calls are the first step, until ``first`` is set to False."""
+    def start(self, decision: Decision, units: Sequence[int] = ()) -> None:
+        """Two steps with this decision, at all sites or at these units: the next calls are the first step, until
+        ``first`` is set to False."""
         self.decision = decision
+        self.units = units
         self.first = True
         self.caches: dict[CacheName, Tensor] = {}
 
@@ -93,6 +102,12 @@ class Planned:
 
     def roles(self, capture: Capture) -> list[Role]:
         """Step 0: full, filling what step 1 reads. Step 1: the decision, where it can be carried out."""
+        if self.units:
+            every = capture.model.units
+            row = [self.decision if i in self.units else FULL for i in range(len(every))]
+            return list(
+                assign_roles([[FULL] * len(row), row], blocks_of([unit.info for unit in every]))[not self.first]
+            )
         if not self.first:
             return [Role(capture.verdicts.effective(site, self.decision)) for site in range(len(capture.model.sites))]
         kind = self.decision.kind
@@ -165,6 +180,49 @@ class Altered:
             flex.flex_attention = plain_flex
 
 
+class LeftOut:
+    """The model run eagerly, with blocks left out by hand in the second of two steps.
+
+    ``spans``: the paths of the blocks of each run that is left out, one path for a single block. Of what the last block
+    returns each tensor becomes the one of its shape that went into the first, plus what their difference was in the
+    first step.
+    """
+
+    def __init__(self, model: nn.Module, spans: Sequence[Sequence[str]]) -> None:
+        self.ends = [(model.get_submodule(paths[0]), model.get_submodule(paths[-1])) for paths in spans]
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    @contextmanager
+    def step(self, first: bool) -> Iterator[None]:
+        hooks = []
+        for number, (begin, end) in enumerate(self.ends):
+            given: list[Tensor] = []
+
+            def enter(_: nn.Module, args: Any, kwargs: Any, given: list[Tensor] = given) -> None:
+                values = pytree.tree_leaves((kwargs, args) if "hidden_states" in kwargs else (args, kwargs))
+                given[:] = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+            def leave(_: nn.Module, __: Any, result: Any, number: int = number, given: list[Tensor] = given) -> Any:
+                leaves, form = pytree.tree_flatten(result)
+                for i, made in enumerate(leaves):
+                    alike = [
+                        x for x in given if isinstance(made, Tensor) and (x.shape, x.dtype) == (made.shape, made.dtype)
+                    ]
+                    if alike and first:
+                        self.kept[number, i] = made - alike[0]
+                    elif alike:
+                        leaves[i] = alike[0] + self.kept[number, i]
+                return pytree.tree_unflatten(leaves, form)
+
+            hooks.append(begin.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(end.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def halved(plain: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
     """Attention of the conditional half, twice."""
     size = query.shape[0] // 2
@@ -196,7 +254,7 @@ def windowed(
 def survey(name: str) -> Row:
     """One row of the table."""
     row: Row = {"class": name, "captured": False, "graphs": 0, "sites": 0, "other_attention": 0, "layout": ""}
-    row |= dict.fromkeys(DECISIONS)
+    row |= dict.fromkeys(DECISIONS) | {"blocks": "", "streams": "", "spans": ""} | dict.fromkeys(BLOCKS)
     example = build(name)
     backend = Planned()
     torch._dynamo.reset()
@@ -218,9 +276,11 @@ def survey(name: str) -> Row:
     row["layout"] = ", ".join(layouts)
     why: dict[str, list[str]] = {}
     row["dtype"] = ", ".join(sorted({str(dtype_of(site)).removeprefix("torch.") for site in capture.model.sites}))
+    row |= survey_blocks(example, compiled, backend, why)
     if any(CALL not in site.region.attention.meta for site in capture.model.sites):
         form = "attention is written out in products, which this survey does not alter"
-        return row | {"reason": f"{form}; tests/passes/test_canonical.py compares such forms"}
+        why[f"{form}; tests/passes/test_canonical.py compares such forms"] = list(DECISIONS)
+        return row | {"reason": told(why)}
     for column, decision in DECISIONS.items():
         refused = [
             reason
@@ -231,8 +291,37 @@ def survey(name: str) -> Row:
             which = "" if count == len(capture.model.sites) else f"{count} of {len(capture.model.sites)} sites: "
             why.setdefault(which + reason, []).append(column)
         if len(refused) < len(capture.model.sites):
-            row[column] = compare(example, compiled, backend, decision)
-    row["reason"] = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in why.items())
+            row[column] = compare(example, compiled, backend, decision, by_hand(capture, decision))
+    return row | {"reason": told(why)}
+
+
+def told(why: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in why.items())
+
+
+def survey_blocks(example: Example, compiled: Any, backend: Planned, why: dict[str, list[str]]) -> Row:
+    """What of a row is about whole blocks; reasons go into ``why``."""
+    model = backend.captures[0].model
+    units = dict(enumerate(model.blocks, start=len(model.sites)))
+    refusals = {block.path: model.why_not(i, REUSE) for i, block in units.items()}
+    able = {i: block for i, block in units.items() if refusals[block.path] is None}
+    blocks = [i for i, block in able.items() if not block.blocks]
+    spans = [i for i, block in able.items() if block.blocks]
+    for path, reason in (*model.refused_blocks, *refusals.items()):
+        if reason is not None:
+            column = BLOCKS[".." in path]
+            why.setdefault(f"{path}: {reason}", []).append(column)
+    if not any(".." in path for path in (*refusals, *dict(model.refused_blocks))):
+        why["there are no two blocks to span"] = [BLOCKS[1]]
+    every = {path for path, _ in model.refused_blocks if ".." not in path}
+    every |= {block.path for block in units.values() if not block.blocks}
+    row: Row = {"blocks": f"{len(blocks)} of {len(every)}"}
+    row["streams"] = ", ".join(str(len(able[i].region.outputs)) for i in blocks)
+    row["spans"] = ", ".join(str(len(able[i].blocks)) for i in spans)
+    for column, chosen in zip(BLOCKS, (blocks, spans), strict=True):
+        if chosen:
+            left_out = LeftOut(example.model, [able[i].blocks or (able[i].path,) for i in chosen])
+            row[column] = compare(example, compiled, backend, REUSE, left_out, chosen)
     return row
 
 
@@ -242,18 +331,28 @@ def dtype_of(site: Site) -> torch.dtype:
     return value.dtype
 
 
-def compare(example: Example, compiled: Any, backend: Planned, decision: Decision) -> str | float:
-    """Planned against altered by hand: ``"exact"`` or the error figure."""
-    capture = backend.captures[0]
-    moved = Example(example.model, {**example.inputs, example.latent: shifted(example)}, example.latent)
-    altered = Altered(
+def by_hand(capture: Capture, decision: Decision) -> Altered:
+    """The model with a decision at every site that admits it."""
+    return Altered(
         {
             site.region.attention.meta[CALL]: (decision, site.layout)
             for i, site in enumerate(capture.model.sites)
             if capture.model.why_not(i, decision) is None
         }
     )
-    backend.start(decision)
+
+
+def compare(
+    example: Example,
+    compiled: Any,
+    backend: Planned,
+    decision: Decision,
+    altered: Altered | LeftOut,
+    units: Sequence[int] = (),
+) -> str | float:
+    """Planned, at all sites or at these units, against altered by hand: ``"exact"`` or the error figure."""
+    moved = Example(example.model, {**example.inputs, example.latent: shifted(example)}, example.latent)
+    backend.start(decision, units)
     with torch.no_grad():
         full = call(moved)
         call(example, compiled)
@@ -263,7 +362,7 @@ def compare(example: Example, compiled: Any, backend: Planned, decision: Decisio
             call(example)
         with altered.step(first=False):
             wanted = call(moved)
-            made = altered.calls()
+            made = altered.calls() if isinstance(altered, Altered) else backend.calls
     if made != backend.calls:
         raise RuntimeError(f"the graph has {backend.calls} attention calls, the model makes {made}")
     if backend.graphs != 1:

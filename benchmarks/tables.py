@@ -295,6 +295,11 @@ DETAILS: dict[str, Table] = {
         Column("window", "window", ".0e"),
         Column("window_residual", "with residual", ".0e"),
         Column("disc", "disc", ".0e"),
+        Column("blocks", "blocks"),
+        Column("streams", "streams"),
+        Column("block_reuse", "blocks reused", ".0e"),
+        Column("spans", "spans"),
+        Column("span_reuse", "spans reused", ".0e"),
         Column("reason", "reason"),
     ),
 }

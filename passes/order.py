@@ -39,7 +39,7 @@ from difa_compile.passes.rewrite.heads import heads
 from difa_compile.passes.rewrite.reuse import forecast, reuse
 from difa_compile.passes.rewrite.share_cfg import share_cfg
 from difa_compile.passes.rewrite.window import window
-from difa_compile.passes.segments import Split, cut_segments
+from difa_compile.passes.segments import UNCUT, Split, cut_segments
 from difa_compile.passes.site import Unit
 from difa_compile.passes.trace import Trace
 from difa_compile.passes.variant import Context, Rewrite, Rewritten, start_variant
@@ -113,6 +113,7 @@ def analyse(
         if trace is not None:
             trace.after(find.__name__, module, _told(fact), _notes(facts))
     blocks = (*facts[Blocks].found, *facts[Split].spans)
+    uncut = tuple((span.path, UNCUT) for span in facts[Blocks].spans if span not in blocks)
     return AnalysedModel(
         module=facts[Prepared].module,
         canonical=module,
@@ -124,7 +125,7 @@ def analyse(
         questions=facts[Questions],
         positions=facts[HeldPositions],
         blocks=blocks,
-        refused_blocks=facts[Blocks].refused,
+        refused_blocks=(*facts[Blocks].refused, *uncut),
         cache_dtypes=(*map(_cache_dtypes, facts[Sites].rewritable), *map(_cache_dtypes, blocks)),
         first_parameter=next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None),
     )

@@ -41,6 +41,9 @@ from difa_compile.passes.prepare.specialize import check_sizes
 from difa_compile.passes.site import Block, Region, Unit
 from difa_compile.passes.variant import move_site
 
+UNCUT = "it begins or ends where the graph cannot be cut: in the midst of an attention, or of a value written in place"
+"""Why a span has no gate."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -124,7 +127,9 @@ def cut_points(body: list[fx.Node], place: dict[fx.Node, int], sites: Sequence[U
     for site in sites:
         block = block_path(site.path)
         first = last = place[site.region.attention]
-        if block:
+        if isinstance(site, Block):
+            starts |= {place[site.region.interior[0]], place[site.region.interior[-1]] + 1}
+        elif block:
             while first > 0 and block_path(module_path(body[first - 1])) == block:
                 first -= 1
             while last + 1 < len(body) and block_path(module_path(body[last + 1])) == block:

@@ -40,7 +40,7 @@ Operands = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]
 
 @dataclass
 class Target:
-    """A site in a variant while it is rewritten: the nodes that stand for its attention and outputs now.
+    """A site in a variant while it is rewritten: the nodes that stand for its attention, outputs and streams now.
 
     ``operands``: of its attention, where that is no longer one call that has them.
     """
@@ -49,6 +49,7 @@ class Target:
     role: Role
     attention: fx.Node
     outputs: list[fx.Node]
+    streams: list[fx.Node]
     halved: bool = False
     operands: Operands | None = None
 
@@ -118,6 +119,12 @@ class Variant:
         self.refresh(node)
         return node
 
+    def exchanged(self, old: fx.Node, new: fx.Node) -> None:
+        """``new`` stands in the place of ``old``, a site's output, which may be a block's output or stream as well."""
+        for target in self.targets:
+            for nodes in (target.outputs, target.streams):
+                nodes[:] = [new if node is old else node for node in nodes]
+
     def refresh(self, node: fx.Node) -> None:
         """:func:`refresh` a node of this graph."""
         self.latest = node
@@ -168,7 +175,8 @@ def start_variant(
     targets = []
     for site, role in zip(sites, roles, strict=True):
         moved = move_site(site, mapping)
-        targets.append(Target(moved, role, moved.region.attention, list(moved.region.outputs)))
+        region = moved.region
+        targets.append(Target(moved, role, region.attention, list(region.outputs), list(region.streams)))
     return Variant(fresh, targets, context)
 
 

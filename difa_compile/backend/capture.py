@@ -206,21 +206,19 @@ class Capture:
         written = dict(state.caches_out)
         left_out = self._left_out(roles)
         for index in range(state.position, end):
-            if index in left_out:
-                continue
             segment = segments[index]
             own = tuple(roles[i] for i in segment.site_indices)
             inputs = [values[i] for i in inputs_of(segment, own)]
+            results: Sequence[Any] = ()
             if is_open(segment, own):
-                for number, value in zip(segment.outputs, inputs[-len(segment.outputs) :], strict=True):
-                    values[number] = value
-                continue
-            variant = self._variant(index, own, inputs, caches)
-            results = variant.run(*inputs, *[caches[name] for name in self._names(segment, variant.cache_inputs)])
+                results = inputs[-len(segment.outputs) :]
+            elif index not in left_out:
+                variant = self._variant(index, own, inputs, caches)
+                results = variant.run(*inputs, *[caches[name] for name in self._names(segment, variant.cache_inputs)])
+                made = results[len(segment.outputs) :]
+                written |= zip(self._names(segment, variant.cache_outputs), made, strict=True)
             for number, value in zip(segment.outputs, results, strict=False):
                 values[number] = value
-            made = results[len(segment.outputs) :]
-            written |= zip(self._names(segment, variant.cache_outputs), made, strict=True)
             for number in segment.last_use:
                 values[number] = None
         return State(tuple(values), max(end, state.position), written)

@@ -68,23 +68,22 @@ def source_of(split: Split, links: Sequence[Link | None], overwrites: bool = Fal
     lines = ["begin_step()"] if overwrites else []
     lines += [f"v{number} = args[{number}]" for number in given]
     written: dict[CacheName, str] = {}
-    known = set(given)
-    for i, (segment, link) in enumerate(zip(split.segments, links, strict=True)):
-        if link is None:
-            continue
+    run = [(i, segment, link) for i, (segment, link) in enumerate(zip(split.segments, links, strict=True)) if link]
+    last_use = {number: i for i, segment, link in run for number in (*segment.outputs, *link.inputs)}
+    for i, segment, link in run:
         arguments = [f"v{number}" for number in link.inputs] + [f"caches[{str(name)!r}]" for name in link.reads]
-        known.update(segment.outputs)
-        last_use = [number for number in segment.last_use if number in known]
-        if link.run is None:
-            lines += [f"v{to} = v{of}" for to, of in zip(segment.outputs, link.inputs, strict=True)]
-            continue
         fresh = [f"c{len(written) + k}" for k in range(len(link.writes))]
         written |= dict(zip(link.writes, fresh, strict=True))
         targets = [f"v{number}" for number in segment.outputs] + fresh
         call = f"segment_{i}({', '.join(arguments)})"
-        lines.append(f"{', '.join(targets)}, = {call}" if targets else call)
-        if last_use:
-            lines.append(f"del {', '.join(f'v{number}' for number in last_use)}")
+        if link.run is None:
+            lines += [f"{to} = {of}" for to, of in zip(targets, arguments, strict=True)]
+        else:
+            lines.append(f"{', '.join(targets)}, = {call}" if targets else call)
+        here = dict.fromkeys((*link.inputs, *segment.outputs))
+        gone = [n for n in here if last_use[n] == i and n in made and n not in split.results]
+        if gone:
+            lines.append(f"del {', '.join(f'v{number}' for number in gone)}")
     result = "copied(v{})" if overwrites else "v{}"
     results = ", ".join("None" if number is None else result.format(number) for number in split.results)
     caches = ", ".join(f"name_{i}: {value}" for i, value in enumerate(written.values()))

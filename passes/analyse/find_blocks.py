@@ -2,19 +2,19 @@
 
 Finds :class:`Blocks`.
 
-A block is the run of consecutive nodes with attention that one repeated module (``blocks.3``) has made. What it has to
-do with the rest of the graph must be this and no more: it reads values, and each value that it hands on is a *stream*,
-the sum of a value that came in and of what the block adds to it (one stream, or two where image and text go side by
-side).
+A block is the run of consecutive nodes with attention that one repeated module (``blocks.3``) has made, and what no
+module has made in between. What it has to do with the rest of the graph must be this and no more: it reads values, and
+each value that it hands on is a *stream*, the sum of a value that came in and of what the block adds to it (one stream,
+or two where image and text go side by side).
 
 1. *Outputs*: the block's values that are used outside of it.
 2. *Streams*: from each output back through sums, and through what only moves, cuts, joins and converts values, to a
-   value from outside that has its shape; of several one that comes from the noisy sample, of these the one that was
-   computed last.
+   value from outside that has its shape; of several one that comes from the noisy sample, of these one that is all
+   there in the output (joined values are cut apart again), of these the one that was computed last.
 3. *Interior*: all its nodes. What leads to no output is dead, and goes with the rest.
 
 A *span* is a run of blocks, with what lies between them, of which the same holds; its inner streams are nobody's
-business. The longest there is is found, over all blocks or over those of one list.
+business. The longest there is is found, over all blocks or over those of one list, if no other blocks lie between them.
 
 What can be left out is then the difference between output and stream. A block that does more (a value handed on that is
 no such sum, a write into memory from outside, a module that attends several times) is refused with the reason.
@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from difa_compile.passes.analyse.find_attention import Sites
 from difa_compile.passes.analyse.sample import Sample
@@ -101,29 +103,35 @@ def find_spans(
                 continue
             name = f"{paths[0]}..{paths[-1]}"
             first, last = place[runs[paths[0]][0]], place[runs[paths[-1]][-1]]
+            between = [path for path, run in runs.items() if path not in paths and first < place[run[0]] < last]
             described = describe(name, body[first : last + 1], from_sample, tuple(paths))
-            if isinstance(described, Block):
+            if between:
+                refused.append((name, f"other blocks lie between its own: {', '.join(between[:3])}"))
+            elif isinstance(described, Block):
                 spans.append(described)
             else:
                 refused.append((name, described))
         if spans:
             return tuple(spans), ()
-    return (), tuple(refused)
+    return (), tuple(dict.fromkeys(refused))
 
 
 def block_runs(body: list[fx.Node]) -> dict[str, list[list[fx.Node]]]:
-    """By block the runs of consecutive nodes that it has made; nodes that open or close an autocast are no break."""
+    """By block the runs of consecutive nodes that it has made; nodes of no module, such as those that open or close an
+    autocast, are no break."""
     runs: dict[str, list[list[fx.Node]]] = {}
-    last = None
+    last = ""
+    between: list[fx.Node] = []
     for node in body:
         path = block_path(module_path(node))
-        if is_enter(node) or is_exit(node):
-            path = last or path
+        if is_enter(node) or is_exit(node) or not module_path(node):
+            between.append(node)
+            continue
         if path and path == last:
-            runs[path][-1].append(node)
+            runs[path][-1] += [*between, node]
         elif path:
             runs.setdefault(path, []).append([node])
-        last = path
+        last, between = path, []
     return runs
 
 
@@ -174,11 +182,36 @@ def stream_of(output: fx.Node, inside: set[fx.Node], from_sample: set[fx.Node]) 
                     seen.add(source)
                     todo.append(source)
     alike = [node for node in found if shape_of(node) == shape_of(output) and tensor_of(node).dtype == value.dtype]  # type: ignore[union-attr]
+    alike = [node for node in alike if node in from_sample] or alike  # text is mixed with it by a first block
+    if len(alike) > 1:
+        alike = [node for node in alike if carried(node, output, seen)] or alike
     if alike:
-        sampled = [node for node in alike if node in from_sample]
-        if sampled or output not in from_sample:
-            return max(sampled or alike)
+        return max(alike)
     return f"{output.name}, which is used outside of it, is no sum of a value that came in and of what the block adds"
+
+
+def carried(source: fx.Node, output: fx.Node, through: set[fx.Node]) -> bool:
+    """Whether ``output`` holds each element of ``source`` in its own place: ones that stand for it, and zeros for all
+    other values, come through the nodes that :func:`stream_of` has followed as ones."""
+    values: dict[fx.Node, Any] = {}
+
+    def marker(node: fx.Node) -> Any:
+        if node not in values:
+            return torch.full(shape_of(node), node is source, dtype=torch.uint8)
+        return values[node].clone() if isinstance(values[node], Tensor) else values[node]
+
+    try:
+        for node in sorted(each for each in through if each < output or each is output):
+            if node is source or not set(node.all_input_nodes) & {source, *values}:
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), marker)
+            if node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return output in values and bool((values[output] == 1).all())
+    except Exception:  # an op that takes no such values tells nothing
+        return False
 
 
 def operations(node: fx.Node) -> int:

@@ -32,8 +32,7 @@ def emit_caches(variant: Variant, target: Target) -> None:
     for cache in target.role.head_writes:
         write_heads(variant, target, cache)
     if target.role.emit_output:
-        streams = target.site.region.streams
         for i, output in enumerate(target.outputs):
-            if streams:
-                output = variant.call_after(output, torch.sub, (output, streams[i]))
+            if target.streams:
+                output = variant.call_after(output, torch.sub, (output, target.streams[i]))
             variant.write_cache(CacheName.output(target.site.path, i), output)

@@ -89,9 +89,9 @@ def _leave_out(variant: Variant, target: Target, made: Callable[[int, fx.Node], 
             dim = output.meta["batch_dim"]
             half = narrow_to_half(variant, value, value, dim)
             value = twice(variant, half, half, dim)
-        if region.streams:
-            value = variant.call_after(behind(value, region.streams[i]), torch.add, (region.streams[i], value))
+        if target.streams:
+            value = variant.call_after(behind(value, target.streams[i]), torch.add, (target.streams[i], value))
         for user in [user for user in output.users if user not in inside]:
             user.replace_input_with(output, value)
-        target.outputs[i] = value
+        variant.exchanged(output, value)
     erase_region(region.interior)

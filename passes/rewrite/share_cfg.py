@@ -118,14 +118,14 @@ def share_cfg(variant: Variant, target: Target) -> None:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise HalvingError(f"{op_name(node)} ({node.name}) does not run on half a batch: {reason}") from error
         check_half(node, whole[node])
-    for i, output in enumerate(region.outputs):
+    for output in region.outputs:
         dim = output.meta["batch_dim"]
         doubled = twice(variant, output, output, dim)
         going_on = {*part, doubled}  # the region itself goes on with the half
         for user in [user for user in output.users if user not in going_on]:
             user.replace_input_with(output, doubled)
         doubled.meta["batch_dim"] = dim
-        target.outputs[i] = doubled
+        variant.exchanged(output, doubled)
     target.halved = True
 
 

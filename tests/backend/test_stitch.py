@@ -46,7 +46,7 @@ def test_a_known_row_does_not_walk_the_segments(monkeypatch):
 def test_values_are_let_go_when_nobody_reads_them_any_more():
     _, _, module, values = captured_plain()
     capture = capture_of(module, values, eager)
-    links = [Link(segment.module.forward, (), ()) for segment in capture.model.split.segments]
+    links = [Link(each.module.forward, each.inputs, (), ()) for each in capture.model.split.segments]
     source = source_of(capture.model.split, links)
     let_go = {
         name.strip(",") for line in source.splitlines() if line.strip().startswith("del ") for name in line.split()[1:]
