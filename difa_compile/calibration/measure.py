@@ -268,9 +268,14 @@ class Measuring:
         wanted = self.settings.attention
         if inner and (wanted or (wanted is None and (self.settings.windows or not outer))):
             windows = [Decision(Kind.WINDOW, window) for window in self.settings.windows]
-            tried = tuple(w for w in windows if all(model.why_not(i, w) is None for i in inner))
+            for window in windows:
+                for i in inner:
+                    if (reason := model.why_not(i, window)) is not None:
+                        raise CalibrationError(
+                            f"{window} cannot be tried at {model.units[i].path}: {reason}; leave this window out"
+                        )
             lags = tuple(lag for lag in ATTENTION_LAGS if lag <= self.settings.lags)
-            groups.append(_Group("attention", inner, inner, lags, tried, 0 if outer else None))
+            groups.append(_Group("attention", inner, inner, lags, tuple(windows), 0 if outer else None))
         return groups, sites
 
     def _empty(self, capture: Capture, sites: tuple[SiteInfo, ...]) -> ErrorTable:
@@ -371,8 +376,7 @@ class Measuring:
             return
         found = {(self._groups[group].name, what): value.numpy() for (group, what), value in self._found.items()}
         spread: dict[tuple[str, object], float] = {
-            (self._groups[group].name, lag): float(torch.cat(each).std() / torch.cat(each).mean().clamp_min(1e-30))
-            for (group, lag), each in self._spread.items()
+            (self._groups[group].name, lag): _spread_of(torch.cat(each)) for (group, lag), each in self._spread.items()
         }
         self.table = self.table.with_step(found, spread)
         if self._seconds:
@@ -414,6 +418,11 @@ class Measuring:
                 if turn:  # the first compiles
                     seconds[name].append(time.perf_counter() - start)
         self._seconds = {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def _spread_of(sizes: Tensor) -> float:
+    """The standard deviation of squared sizes (N,) as a share of their mean; 0 for one."""
+    return float(sizes.std(correction=0) / sizes.mean().clamp_min(1e-30))
 
 
 class MeasureRun(Run):

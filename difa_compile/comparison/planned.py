@@ -18,6 +18,7 @@ from difa_compile.calibration.measure import measure
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
 from difa_compile.decision import Window
+from difa_compile.errors import BudgetError, RowLimitError
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
@@ -137,7 +138,12 @@ def plan_within(
     aimed = limit
     with trials(pipe, inputs, steps, (seed, *held_out)) as run:
         for attempt in range(TRIES):
-            outcome, note = chosen(problem, aimed)
+            try:
+                outcome, note = chosen(problem, aimed)
+            except (BudgetError, RowLimitError):
+                if best is None:
+                    raise
+                break  # less than the first choice took is not possible
             plan = plan_of(table, outcome, limit, note)
             held = run.run(plan)
             plan = with_promise(plan, held, _over(limit, held))
@@ -153,6 +159,8 @@ def plan_within(
                 aimed = replace(limit, budget=min(1.0, max(least, limit.budget / off)))
             elif math.isfinite(held.psnr):
                 problem = refitted(problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
+            else:
+                break  # the same images, which say nothing of the response
     assert best is not None
     return best[2]
 

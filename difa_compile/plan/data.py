@@ -207,7 +207,8 @@ class Promise:
 
     def __str__(self) -> str:
         """In words: ``budget 0.5: predicted 0.49 of the time, 54.2 dB; measured 0.51, 53.9 dB (held out 53.5 dB)``."""
-        text = f"{self.limit}: predicted {self.predicted_share:.2f} of full's time, {_decibels(self.predicted_psnr)}"
+        text = f"{shown(self.limit)}: "
+        text += f"predicted {self.predicted_share:.2f} of full's time, {_decibels(self.predicted_psnr)}"
         if self.measured_share is not None:
             text += f"; measured {self.measured_share:.2f}, {_decibels(self.measured_psnr)}"
             text += f" (held out {_decibels(self.held_out_psnr)})"

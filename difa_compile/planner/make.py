@@ -13,7 +13,7 @@ from difa_compile.plan.data import Cell, Promise
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.choice import Planner, choose, choose_error
 from difa_compile.planner.problem import Outcome, Problem, psnr
-from difa_compile.planner.rows import limit_rows
+from difa_compile.planner.rows import check_most, limit_rows
 from difa_compile.planner.table import ErrorTable
 from difa_compile.wording import quoted
 
@@ -26,7 +26,8 @@ class Limit:
     """What a plan is to keep to: one of ``budget`` (share of the full model's time), ``psnr`` (dB, against the full
     model's images) and ``error`` (mean squared, of images in [0, 1]); and at most ``max_rows`` distinct rows.
 
-    Raises :class:`BudgetError` unless exactly one is given, and for values that make no sense.
+    Raises :class:`BudgetError` unless exactly one is given, and for values that make no sense, and
+    :class:`RowLimitError`.
     """
 
     budget: float | None = None
@@ -49,6 +50,8 @@ class Limit:
             raise BudgetError(f"the PSNR to plan for is {quoted(self.psnr)}; give decibels, above 0 and at most 200")
         if self.error is not None and not (_is_number(self.error) and self.error > 0):
             raise BudgetError(f"the error allowed is {quoted(self.error)}; give a positive mean squared error")
+        if self.max_rows is not None:
+            check_most(self.max_rows)
 
     @property
     def mean_squared(self) -> float | None:
@@ -63,7 +66,12 @@ class Limit:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def chosen(problem: Problem, limit: Limit) -> tuple[Outcome, str]:
@@ -123,7 +131,8 @@ def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit, note: str = "") -
 
 
 def _finite(decibels: float) -> float | None:
-    return decibels if math.isfinite(decibels) else None
+    """For a promise: None where nothing differs. An error above 1, which no image has, is 0 dB."""
+    return max(0.0, decibels) if math.isfinite(decibels) else None
 
 
 def plan_from_table(

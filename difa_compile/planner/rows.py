@@ -36,14 +36,19 @@ class Limited:
     bound: float
 
 
+def check_most(most: object) -> None:
+    """Raise :class:`RowLimitError` unless a limit on distinct rows is a whole number, at least 1."""
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise RowLimitError(f"the limit on distinct rows is {quoted(most)}; give a whole number, at least 1")
+
+
 def limit_rows(problem: Problem, budget: float, most: int) -> Limited:
     """The choice for a budget with at most ``most`` distinct rows.
 
     Raises :class:`RowLimitError` for a limit below 1, and for one row where the budget is below 1 (a plan of one row
     computes everything), and :class:`BudgetError` as :func:`difa_compile.planner.choice.choose`.
     """
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise RowLimitError(f"the limit on distinct rows is {quoted(most)}; give a whole number, at least 1")
+    check_most(most)
     planner = Planner(problem)
     free = planner.choose(budget)
     bound = planner.bound(budget)

@@ -66,7 +66,8 @@ class MeasuredUnit:
     """The effects of sites that are decided together.
 
     ``sites``: their numbers in the table. ``inside``: the number of the unit that holds them. ``lags``: how many steps
-    back they were tried, ascending. ``drift`` (steps, lags, K): the effect of what they computed so many steps before.
+    back they were tried, ascending from 1. ``drift`` (steps, lags, K): the effect of what they computed so many steps
+    before.
     ``spread`` (steps, lags): of its squared size the standard deviation over the images, as a share of the mean.
     ``computed``: of each other decision its effect (steps, K). Steps that are not done are zero.
     """
@@ -117,7 +118,7 @@ class MeasuredUnit:
 
     def effects(self, lags: int) -> Effects:
         """The effects at every lag up to ``lags``. Those between lags that were tried are interpolated; beyond the
-        longest they grow in proportion."""
+        longest that a step has they go on as between the last two."""
         steps, _, numbers = self.drift.shape
         known = np.array([0, *self.lags])
         values = np.concatenate([np.zeros((steps, 1, numbers)), self.drift], axis=1)
@@ -152,16 +153,48 @@ class ErrorTable:
     identity: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for unit in self.units:
-            if any(not 0 <= site < len(self.sites) for site in unit.sites):
-                raise ErrorTableError(f"unit {quoted(unit.name)} of the table names a site that it does not have")
-            if len(unit.drift) != len(self.progress):
-                raise ErrorTableError(
-                    f"unit {quoted(unit.name)} was measured over {len(unit.drift)} steps, but the schedule has "
-                    f"{len(self.progress)}"
-                )
+        if not self.units or len({unit.name for unit in self.units}) != len(self.units):
+            raise ErrorTableError("a table of errors needs units, at least one, and each a name of its own")
+        for index, unit in enumerate(self.units):
+            self._check_unit(index, unit)
+        if self.calls < 1:
+            raise ErrorTableError(
+                f"a step is said to take {quoted(self.calls)} calls of the model; it takes at least 1"
+            )
+        if any(value < 0 for value in self.seconds.values()):
+            raise ErrorTableError("a row is said to take less than no time")
+        missing = [name for name in self._timed() if name not in self.seconds] if self.seconds else []
+        if missing:
+            raise ErrorTableError(f"the table has no seconds of the row {quoted(missing[0])}")
         if not 0 <= self.done <= len(self.progress):
             raise ErrorTableError(f"{self.done} steps are said to be done, of {len(self.progress)}")
+
+    def _check_unit(self, index: int, unit: MeasuredUnit) -> None:
+        name = f"unit {quoted(unit.name)}"
+        if not unit.sites or any(not 0 <= site < len(self.sites) for site in unit.sites):
+            raise ErrorTableError(f"{name} of the table names no site, or one that it does not have")
+        if unit.inside is not None and not 0 <= unit.inside < index:
+            raise ErrorTableError(f"{name} is inside unit {quoted(unit.inside)}, which must come before it")
+        if len(unit.drift) != len(self.progress):
+            raise ErrorTableError(
+                f"{name} was measured over {len(unit.drift)} steps, but the schedule has {len(self.progress)}"
+            )
+        steps, _, numbers = unit.drift.shape
+        shapes = [unit.drift.shape, unit.spread.shape, *(values.shape for values in unit.computed.values())]
+        if shapes != [
+            (steps, len(unit.lags), numbers),
+            (steps, len(unit.lags)),
+            *[(steps, numbers)] * len(unit.computed),
+        ]:
+            raise ErrorTableError(f"the effects of {name} do not go together: their sizes are {shown(shapes)}")
+
+    def _timed(self) -> list[str]:
+        """The names of the rows whose seconds costs are made of."""
+        kinds = ("filled", "reuse")
+        return [
+            "full",
+            *(f"{unit.name} {what}" for unit in self.units for what in (*kinds, *map(str, unit.computed))),
+        ]
 
     def with_step(
         self, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
@@ -258,6 +291,8 @@ class ErrorTable:
                     for name, value in as_mapping(fields["identity"], "identity").items()
                 },
             )
+            if table.complete and table.seconds:
+                table.problem()  # sizes and costs go together
         TABLE.check_digest(fields, table._content(), path)
         return table
 
@@ -292,8 +327,8 @@ def _read_unit(value: object, where: str) -> MeasuredUnit:
     keys = ("name", "sites", "inside", "lags", "numbers", "drift", "spread", "computed")
     fields = as_object(value, where, keys)
     lags = tuple(as_whole(lag, f"{where}.lags") for lag in as_list(fields["lags"], f"{where}.lags"))
-    if not lags or lags[0] < 1 or any(a >= b for a, b in pairwise(lags)):
-        raise ErrorTableError(f"{where}: lags must ascend from 1 or more")
+    if not lags or lags[0] != 1 or any(a >= b for a, b in pairwise(lags)):
+        raise ErrorTableError(f"{where}: lags must ascend from 1")
     numbers = as_whole(fields["numbers"], f"{where}.numbers")
     inside = None if fields["inside"] is None else as_whole(fields["inside"], f"{where}.inside")
     computed = as_mapping(fields["computed"], f"{where}.computed")

@@ -19,6 +19,7 @@ from difa_compile.errors import (
     CalibrationStateError,
     ComparisonFormatError,
     DifaError,
+    ErrorTableError,
     ModelLoadError,
     PlanFormatError,
     ProfileError,
@@ -28,9 +29,10 @@ from difa_compile.files.documents import Format, open_plain, parse_json, read_at
 from difa_compile.machine.profile import PROFILE, Profile
 from difa_compile.plan.json_form import PLAN
 from difa_compile.plan.plan import Plan
+from difa_compile.planner.table import TABLE, ErrorTable
 from difa_compile.report.stored import COMPARISON, StoredComparison
 
-FORMATS = [PLAN, STATE, PROFILE, COMPARISON]
+FORMATS = [PLAN, STATE, PROFILE, COMPARISON, TABLE]
 
 
 def comparison_at(path: Path) -> StoredComparison:
@@ -45,6 +47,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[DifaError]]] = {
     "state": (lambda path: CalibrationState.open(path, {}), CalibrationStateError),
     "profile": (Profile.load, ProfileError),
     "comparison": (comparison_at, ComparisonFormatError),
+    "table": (ErrorTable.load, ErrorTableError),
     "judge": (load_judge, ModelLoadError),
 }
 

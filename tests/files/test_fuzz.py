@@ -25,6 +25,7 @@ from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
     CalibrationStateError,
     ComparisonFormatError,
+    ErrorTableError,
     PlanFormatError,
     ProfileError,
     ScheduleError,
@@ -34,10 +35,13 @@ from difa_compile.layout import Layout
 from difa_compile.machine.profile import ELEMENTWISE, PROFILE, FullCall, Machine, Profile, elementwise_work
 from difa_compile.plan.json_form import PLAN
 from difa_compile.plan.plan import Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
+from difa_compile.planner.make import plan_from_table
+from difa_compile.planner.table import TABLE, ErrorTable
 from difa_compile.report.stored import COMPARISON, StoredComparison, _read_images
 from tests.support.mutations import damaged, edited
 from tests.support.profiles import made_up
 from tests.support.report_sample import MACHINE, make_comparison
+from tests.support.tables import made_table
 
 COUNT = 2000
 LONGEST = 1200
@@ -102,6 +106,24 @@ def use_profile(profile: Profile, copy: Path) -> None:
     assert Profile.load(profile.save(copy)) == profile
 
 
+def use_table(table: ErrorTable, copy: Path) -> None:
+    table.save(copy)
+    assert same_table(ErrorTable.load(copy), table)
+    try:
+        table.check_complete(copy)
+    except ErrorTableError as error:
+        check_message(error)
+        return
+    assert table.problem().full_cost > 0
+    plan = plan_from_table(table, budget=1.0)
+    assert plan.steps == len(table.progress)
+    str(plan.settings.promise).encode()
+
+
+def same_table(a: ErrorTable, b: ErrorTable) -> bool:
+    return a._content() == b._content()
+
+
 def use_comparison(stored: StoredComparison) -> None:
     assert stored.comparison.speedup > 0
     assert stored.comparison.attention.share >= 0
@@ -134,6 +156,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     comparison = make_comparison(plan, images=10, size=4)
     StoredComparison(plan, comparison, "Title", "difa demo", MACHINE, {"torch": "2"}, ("a",) * 10).save(folder / "kept")
     kept = folder / "kept"
+    made_table(steps=3, size=2, identity=IDENTITY).save(folder / "table.json")
     return {
         "plan": Reader(
             PLAN,
@@ -165,10 +188,18 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             use_comparison,
             same_comparison,
         ),
+        "table": Reader(
+            TABLE,
+            folder / "table.json",
+            lambda: ErrorTable.load(folder / "table.json"),
+            (ErrorTableError,),
+            lambda table: use_table(table, folder / "again.json"),
+            same_table,
+        ),
     }
 
 
-@pytest.fixture(params=["plan", "state", "profile", "comparison"])
+@pytest.fixture(params=["plan", "state", "profile", "comparison", "table"])
 def reader(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> Iterator[Reader]:
     found = readers[request.param]
     original = found.path.read_bytes()

@@ -26,7 +26,7 @@ from tests.support.plans import Configured, Plain
         (lambda: Trial(FULL, 0.1, 0.2, cost=-1.0), PlanFormatError, "cost of full is -1"),
         (lambda: Cell(FULL, (), 1.5), PlanFormatError, "at most 1"),
         (lambda: Cell(FULL, (), -0.1), PlanFormatError, "flops_saved"),
-        (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, rule"),
+        (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, planned, rule"),
         (lambda: Settings("rule", loss="mse"), PlanFormatError, "paper, code"),
         (lambda: Settings("rule", guidance="both"), PlanFormatError, "batched, two-call, none"),
         (lambda: Settings("rule", conditional_half=2), PlanFormatError, "conditional_half"),

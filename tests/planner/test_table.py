@@ -1,0 +1,270 @@
+"""Tables of errors: what comes back from a file, what is refused, and the problem that they make."""
+
+import base64
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from difa_compile.decision import FULL, REUSE
+from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError
+from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
+from tests.support.planner_problems import smooth_values
+from tests.support.tables import SECONDS, WINDOW, made_table, measured_unit
+
+
+@pytest.fixture
+def path(tmp_path):
+    made_table().save(tmp_path / "errors.json")
+    return tmp_path / "errors.json"
+
+
+def resealed(path, change):
+    """Change what a file holds and give it the digest of that."""
+    document = json.loads(path.read_text())
+    change(document)
+    content = {key: value for key, value in document.items() if key not in ("table_version", "digest")}
+    path.write_text(json.dumps({**document, "digest": TABLE.digest(content)}))
+
+
+# Files
+
+
+def test_round_trip(path, tmp_path):
+    table, again = made_table(), ErrorTable.load(path)
+    parts = ("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity")
+    assert [getattr(again, name) for name in parts] == [getattr(table, name) for name in parts]
+    for read, unit in zip(again.units, table.units, strict=True):
+        assert [read.name, read.sites, read.inside, read.lags] == [unit.name, unit.sites, unit.inside, unit.lags]
+        assert np.array_equal(read.drift, unit.drift.astype(np.float32))
+        assert np.array_equal(read.spread, unit.spread.astype(np.float32))
+        assert list(read.computed) == list(unit.computed)
+        for decision, values in unit.computed.items():
+            assert np.array_equal(read.computed[decision], values.astype(np.float32))
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["again.json", "errors.json"]
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        made_table().save(tmp_path / "file" / "errors.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"table_version": 1}', '{"units": []}'])
+def test_what_is_no_table(path, text):
+    path.write_text(text)
+    with pytest.raises(ErrorTableError, match="restore the file, or measure again"):
+        ErrorTable.load(path)
+
+
+def test_a_table_that_is_cut_off(path):
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ErrorTableError, match=r"damaged or was cut off; restore the file, or measure again"):
+        ErrorTable.load(path)
+
+
+def test_no_table_at_all(tmp_path):
+    with pytest.raises(ErrorTableError, match=r"No such file.*as written by difa measure"):
+        ErrorTable.load(tmp_path / "none.json")
+
+
+def test_a_table_of_another_version(path):
+    path.write_text(path.read_text().replace('"table_version": 1', '"table_version": 2'))
+    with pytest.raises(ErrorTableError, match="has table version 2, but this release reads version 1"):
+        ErrorTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"full": 1.0', '"full": 2.0'),
+        ('"done": 8', '"done": 7'),
+        ('"inputs": "a"', '"inputs": "b"'),
+        ('"calls": 1', '"calls": 2'),
+        ('"lags": [1, 2, 4]', '"lags": [1, 2, 5]'),
+        ("AAAAAAAA", "AAAAAABA"),
+    ],
+)
+def test_an_edited_table_is_refused(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ErrorTableError, match="changed after it was written"):
+        ErrorTable.load(path)
+
+
+def packed(*values):
+    return base64.b64encode(np.array(values, dtype="<f4").tobytes()).decode()
+
+
+def with_nan(document):
+    unit = document["units"][0]
+    unit["spread"] = packed(*[np.nan] * 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan, "units\\[0\\].spread of the table of errors holds NaN or infinity; measure again"),
+        (lambda d: d["units"][0].update(drift=packed(*[np.inf] * 8 * 4 * 6)), "holds NaN or infinity"),
+        (lambda d: d["units"][0].update(drift=packed(*[1.0] * 7)), "cannot reshape"),
+        (lambda d: d["units"][0].update(drift="AAA"), "not base64"),
+        (lambda d: d["units"][0].update(drift="ä"), "units\\[0\\].drift|ASCII"),
+        (lambda d: d["units"][0].update(drift=packed(*[1.0] * 4 * 6)), "measured over 1 steps, but the schedule has 8"),
+        (lambda d: d["units"][0].update(spread=packed(*[1.0] * 4)), "do not go together"),
+        (lambda d: d["units"][1]["computed"].update({str(WINDOW): packed(*[1.0] * 6)}), "do not go together"),
+        (lambda d: d["units"][1]["computed"].update({"reuse": packed(*[1.0] * 48)}), "'attention reuse'|no effects"),
+        (lambda d: d["units"][1]["computed"].update({"full": packed(*[1.0] * 48)}), "no seconds"),
+        (lambda d: d["units"][1]["computed"].update({"cone": packed(*[1.0] * 48)}), "cone"),
+        (lambda d: d["units"][0].update(lags=[1, 2, 4, 4]), "lags must ascend from 1"),
+        (lambda d: d["units"][0].update(lags=[]), "lags must ascend from 1"),
+        (lambda d: d["units"][0].update(lags=[0, 1, 2, 3]), "lags must ascend from 1"),
+        (lambda d: d["units"][0].update(lags=[2, 3, 4, 5]), "lags must ascend from 1"),
+        (lambda d: d["units"][0].update(lags=[1.0, 2, 3, 4]), "must be a whole number"),
+        (lambda d: d["units"][0].update(numbers=0), "cannot"),
+        (lambda d: d["units"][0].update(sites=[3]), "names no site, or one that it does not have"),
+        (lambda d: d["units"][0].update(sites=[-1]), "names no site, or one that it does not have"),
+        (lambda d: d["units"][0].update(sites=[]), "names no site, or one that it does not have"),
+        (lambda d: d["units"][0].update(sites=[0]), "belongs to two units"),
+        (lambda d: d["units"][0].update(inside=1), "must come before it"),
+        (lambda d: d["units"][1].update(inside=5), "must come before it"),
+        (lambda d: d["units"][1].update(name="blocks"), "a name of its own"),
+        (lambda d: d.update(units=[]), "at least one"),
+        (lambda d: d.update(done=9), "9 steps are said to be done, of 8"),
+        (lambda d: d.update(done=-1), "-1 steps"),
+        (lambda d: d.update(calls=0), "at least 1"),
+        (lambda d: d["seconds"].pop("full"), "no seconds of the row 'full'"),
+        (lambda d: d["seconds"].pop("attention window(band:2)"), "no seconds of the row 'attention window"),
+        (lambda d: d["seconds"].update(full=-1.0), "less than no time"),
+        (lambda d: d["seconds"].update(full="1"), "must be a number"),
+        (lambda d: d["units"][0].pop("spread"), "without the key 'spread'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_under_a_digest_that_fits(path, change, message):
+    resealed(path, change)
+    with pytest.raises(ErrorTableError, match=message):
+        ErrorTable.load(path)
+
+
+def test_parts_that_do_not_go_together_in_python():
+    table = made_table()
+    other = measured_unit("blocks", [2], None, (1, 2, 3, 4), 8, size=5)
+    with pytest.raises(ErrorTableError, match=r"in 6 numbers.*first unit 5 numbers"):
+        replace(table, units=(other, table.units[1])).problem()
+    with pytest.raises(ErrorTableError, match="schedule has 7"):
+        replace(table, progress=table.progress[1:], done=7)
+
+
+# Half a measurement
+
+
+@pytest.mark.parametrize(("done", "seconds"), [(0, {}), (3, SECONDS), (8, {})])
+def test_a_table_that_is_not_complete_says_how_to_go_on(done, seconds, tmp_path):
+    made_table(done=done, seconds=seconds).save(tmp_path / "errors.json")
+    table = ErrorTable.load(tmp_path / "errors.json")
+    assert table.complete == (done == 8)
+    message = rf"holds {done} of 8 steps.*interrupted; start difa measure with the same arguments again to go on"
+    with pytest.raises(ErrorTableError, match=message):
+        table.check_complete(tmp_path / "errors.json")
+    with pytest.raises(ErrorTableError, match=message):
+        table.problem()
+
+
+def test_steps_are_added_one_by_one():
+    empty = MeasuredUnit.empty("blocks", [2], None, (1, 2), [WINDOW], 3, 8)
+    table = replace(made_table(), units=(empty,), done=0, seconds={})
+    found = {("blocks", 1): np.ones(3), ("blocks", WINDOW): np.full(3, 4.0), ("other", 2): np.full(3, 9.0)}
+    table = table.with_step({**found, ("blocks", WINDOW): np.zeros(3)}, {}).with_step(found, {("blocks", 1): 0.5})
+    unit = table.units[0]
+    assert table.done == 2
+    assert (unit.drift[1] == [[1, 1, 1], [0, 0, 0]]).all()
+    assert (unit.spread[1] == [0.5, 0]).all()
+    assert (unit.computed[WINDOW][:2] == [[0, 0, 0], [4, 4, 4]]).all()
+    assert not unit.drift[2:].any()
+    assert not empty.drift.any(), "the unit before was changed"
+
+
+def test_a_table_of_another_model_is_refused():
+    table = made_table()
+    table.check_model(table.model)
+    table.check_model(replace(table.model, parameters=11))
+    for other in (replace(table.model, class_name="\x1b[31m"), replace(table.model, config_digest="cd" * 32)):
+        with pytest.raises(PlanMismatchError, match="measure this model"):
+            table.check_model(other)
+    with pytest.raises(PlanMismatchError) as caught:
+        replace(table, model=replace(table.model, class_name="\x1b[31m")).check_model(table.model)
+    assert str(caught.value).isprintable()
+
+
+# Lags
+
+
+def straight(lags, steps=10):
+    """A unit whose effects are in proportion to the lag, and differ from step to step."""
+    drift = np.zeros((steps, len(lags), 2))
+    for step in range(steps):
+        for i, lag in enumerate(lags):
+            if lag <= step:
+                drift[step, i] = lag * np.array([1 + step, -2.0])
+    return MeasuredUnit("blocks", (0,), None, tuple(lags), drift, drift[..., 0] * 0, {})
+
+
+@pytest.mark.parametrize("lags", [(1,), (1, 2), (1, 3), (1, 2, 3, 5, 8), (1, 9)])
+def test_effects_in_proportion_to_the_lag_come_out_at_every_lag(lags):
+    """Between lags that were tried, beyond the longest, and at steps before which the longer ones do not reach."""
+    drift = straight(lags).effects(9).drift
+    for step in range(10):
+        for lag in range(10):
+            expected = lag * np.array([1 + step, -2.0]) if lag <= step else np.zeros(2)
+            assert np.allclose(drift[step, lag], expected), (step, lag)
+
+
+def test_lags_that_were_tried_are_taken_as_they_are_and_those_between_lie_between():
+    unit = measured_unit("blocks", [0], None, (1, 2, 4, 8), 12, seed=3)
+    drift = unit.effects(8).drift
+    for i, lag in enumerate(unit.lags):
+        assert np.array_equal(drift[lag:, lag], unit.drift[lag:, i])
+        assert not drift[:lag, lag].any()
+    assert np.allclose(drift[8:, 6], (unit.drift[8:, 2] + unit.drift[8:, 3]) / 2)
+    # Step 6 has no output of eight steps before: from there the line through lags 2 and 4 goes on.
+    assert np.allclose(drift[6, 6], 2 * unit.drift[6, 2] - unit.drift[6, 1])
+    assert np.allclose(drift[1, 1], unit.drift[1, 0])
+
+
+# The problem
+
+
+def test_costs_are_seconds_of_a_step():
+    problem = made_table(calls=2).problem()
+    blocks, attention = problem.units
+    assert problem.readers[0].order == 1
+    assert blocks.inside is None
+    assert attention.inside == 0
+    # full 1, without the blocks 0.1; a forecast reads one output more than reuse, for 0.02; attention is 0.3 of them
+    assert blocks.costs.computed[FULL] == pytest.approx(2 * (1.0 - 0.1 + 0.02 - 0.3))
+    assert blocks.costs.read == pytest.approx(2 * 0.02)
+    assert blocks.costs.fill == pytest.approx(2 * 0.01)
+    assert attention.costs.computed[FULL] == pytest.approx(2 * (1.0 - 0.7 + 0.01))
+    assert attention.costs.computed[FULL] - attention.costs.computed[WINDOW] == pytest.approx(2 * 0.1)
+    assert problem.full_cost / problem.steps == pytest.approx(2 * 1.0 + 0.05, rel=0.03)
+    assert attention.effects.lags == blocks.effects.lags == 4
+
+
+def test_without_forecasts_steps_reuse():
+    seconds = {name: value for name, value in SECONDS.items() if "forecast" not in name}
+    problem = made_table(seconds=seconds).problem()
+    assert problem.readers == (REUSE,)
+    assert problem.units[0].costs.read == 0
+
+
+def test_smooth_effects_stay_smooth():
+    """What is interpolated is close to what was left out, where effects are smooth."""
+    steps = 12
+    values = smooth_values(7, steps)
+    all_lags = measured_unit("blocks", [0], None, range(1, 9), steps, seed=7)
+    few = measured_unit("blocks", [0], None, (1, 2, 3, 5, 8), steps, seed=7)
+    gap = np.abs(all_lags.effects(8).drift - few.effects(8).drift)[8:].max()
+    assert 0 < gap < 0.25 * np.abs(values).max()
