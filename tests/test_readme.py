@@ -160,7 +160,7 @@ def test_every_shell_command_of_the_readme_is_known():
     commands = [shlex.split(line, comments=True) for line in lines]
     assert {tuple(words[:2]) for words in commands if words[0] == "make"} == {("make", "demo"), ("make", "test")}
     named = {words[1] for words in commands if words[0] == "difa"}
-    assert named == {"demo", "tune", "calibrate", "inspect", "compare", "report"}
+    assert named == {"demo", "tune", "calibrate", "measure", "plan", "inspect", "compare", "report"}
     for words in commands:
         check = {"make": check_make, "difa": check_difa, "pip": check_pip}.get(words[0])
         assert check is not None, words
