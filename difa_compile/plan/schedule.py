@@ -173,6 +173,21 @@ def _covered(rows: Sequence[Sequence[Decision]], site: int, blocks: Blocks) -> l
     return [any(row[block].kind.reads == "output" for block in around) for row in rows]
 
 
+def in_effect(rows: Sequence[Sequence[Decision]], blocks: Blocks) -> tuple[tuple[Decision, ...], ...]:
+    """``rows[step][site]`` with the decision of the block or span that is left out in place of what the sites that it
+    covers say, which is full: what happens at each site, for people to read."""
+
+    def at(row: Sequence[Decision], site: int) -> Decision:
+        block = blocks[site] if blocks else None
+        found = row[site]
+        while block is not None:
+            found = row[block] if row[block].kind.reads == "output" else found
+            block = blocks[block]
+        return found
+
+    return tuple(tuple(at(row, site) for site in range(len(row))) for row in rows)
+
+
 def _site_roles(column: Sequence[Decision], site: int, covered: Sequence[bool]) -> list[Role]:
     """Roles of one site over all steps; ``site`` is for messages."""
     residual: dict[int, tuple[Window, int]] = {}

@@ -9,8 +9,8 @@ from typing import Protocol
 from difa_compile.decision import Decision, Kind
 from difa_compile.machine.profile import Profile
 from difa_compile.plan.cost import Costed, cost_breakdown
-from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo
-from difa_compile.plan.schedule import Bucket, Promotion, Role
+from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo, blocks_of
+from difa_compile.plan.schedule import Bucket, Promotion, Role, in_effect
 from difa_compile.wording import shown
 
 
@@ -110,7 +110,7 @@ def summary(plan: PlanView, profile: Profile | None = None) -> str:
         f"{plan.steps} steps, progress {plan.progress[0]:.3f} to {plan.progress[-1]:.3f}; {_sites(plan.sites)}",
         "",
     ]
-    lines += _counts(plan.decisions)
+    lines += _counts(in_effect(plan.decisions, blocks_of(plan.sites)))
     batch = 1 if settings.guidance == "none" else 2
     lines += ["", *cost_breakdown(plan, profile, batch).lines(), _distinct(len(plan.buckets), plan.steps)]
     measured = _measured(plan.rows, plan.sites)
@@ -126,7 +126,7 @@ def resolved_summary(resolved: ResolvedView) -> str:
         f"plan {plan.digest[:12]} of {plan.steps} steps on a schedule of {resolved.steps}, progress "
         f"{resolved.progress[0]:.3f} to {resolved.progress[-1]:.3f}; {_sites(plan.sites)}",
         "",
-        *_counts(resolved.rows),
+        *_counts(in_effect(resolved.rows, blocks_of(plan.sites))),
         "",
         *cost_breakdown(resolved).lines(),
         _distinct(len(resolved.buckets), resolved.steps),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from difa_compile.decision import Decision, Kind, Window, heads_text
 from difa_compile.plan.plan import Cell, Plan, Trial
+from difa_compile.plan.schedule import in_effect
 from difa_compile.wording import shown
 
 _LIGHT = {
@@ -101,13 +102,16 @@ def heat_map(plan: Plan) -> HeatMap:
     paths = [shown(site.path) for site in plan.sites]
     common = _common_parts(paths)
     rows = []
+    done = in_effect(plan.decisions, plan.blocks)
     for index, site in enumerate(plan.sites):
         cells = []
         for step in range(plan.steps):
             cell = plan.rows[step][index]
-            colour = keys[names[cell.decision]]
+            colour = keys[names[done[step][index]]]
             classes = colour.key + (" shared" if colour.shared else "")
-            cells.append(MapCell(classes, _text(step, paths[index], cell)))
+            covered = plan.roles[step][index].covered
+            text = _covered_text(step, paths[index], done[step][index]) if covered else _text(step, paths[index], cell)
+            cells.append(MapCell(classes, text))
         rows.append(MapRow(_short(paths[index], common), f"{paths[index]}: {site.shape}", tuple(cells)))
     longest = max(len(row.name) for row in rows)
     return HeatMap(
@@ -123,9 +127,14 @@ def heat_map(plan: Plan) -> HeatMap:
 
 def _intro(plan: Plan) -> str:
     settings = plan.settings
-    size = f"{len(plan.sites)} attention sites (rows) at {plan.steps} sampling steps (columns)."
+    attention = sum(not site.is_block for site in plan.sites)
+    blocks = "" if attention == len(plan.sites) else f" and {len(plan.sites) - attention} of blocks"
+    size = f"{attention} attention sites{blocks} (rows) at {plan.steps} sampling steps (columns)."
     if settings.method == "rule":
         return f"{size} Written by a rule: nothing was measured for it."
+    if settings.method == "planned":
+        promise = "" if settings.promise is None else f" {settings.promise}."
+        return f"{size} Chosen under a limit, from one measurement.{promise}"
     limit = f", limit {settings.threshold:g} scaled with depth" if settings.threshold is not None else ""
     if settings.method == "weighed":
         choice = "candidate with the lowest sum of cost, as a share of full attention's, and of loss, as a share of"
@@ -150,7 +159,7 @@ def _names(plan: Plan) -> Mapping[Decision, str]:
 
 
 def _colours(plan: Plan, names: Mapping[Decision, str]) -> tuple[Colour, ...]:
-    counts = Counter(names[decision] for row in plan.decisions for decision in row)
+    counts = Counter(names[decision] for row in in_effect(plan.decisions, plan.blocks) for decision in row)
     found = {names[decision]: decision for row in plan.decisions for decision in row}
     windows = sorted({decision.window for decision in names if decision.window is not None})
     ordered = sorted(found.values(), key=lambda d: (_ORDER.index(d.kind), d.window or Window("band", 1), names[d]))
@@ -185,6 +194,10 @@ def _text(step: int, path: str, cell: Cell) -> str:
     if not cell.trials:
         lines[2] += "; no candidate was tried"
     return "\n".join(lines)
+
+
+def _covered_text(step: int, path: str, decision: Decision) -> str:
+    return f"step {step} · {path}\n{decision}, with the block that holds it\nnothing is computed here"
 
 
 def _trial(trial: Trial, chosen: Decision) -> str:
