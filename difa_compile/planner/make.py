@@ -153,11 +153,16 @@ def plan_from_table(
 
 
 def front_of(problem: Problem, budgets: Sequence[float] = FRONT) -> tuple[Outcome, ...]:
-    """What each budget buys, from the least that is possible on."""
+    """What each budget buys, from the least that is possible on, ``budgets`` ascending; what a smaller one already
+    bought is not repeated."""
     planner = Planner(problem)
-    least = planner.least
-    found = [planner.choose(budget) for budget in budgets if budget > least.share]
-    return (least, *found)
+    front = [planner.least]
+    for budget in budgets:
+        if budget > front[0].share:
+            found = planner.choose(budget)
+            if found.error < front[-1].error:
+                front.append(found)
+    return tuple(front)
 
 
 __all__ = ["FRONT", "Limit", "chosen", "front_of", "plan_from_table", "plan_of", "psnr"]

@@ -34,7 +34,7 @@ from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind
 from difa_compile.errors import DecisionError, ErrorTableError, PlanMismatchError
 from difa_compile.files.documents import Format, as_list, as_mapping, as_number, as_object, as_text, as_whole
 from difa_compile.files.writing import write_whole
-from difa_compile.plan.data import ModelInfo, Settings, SiteInfo
+from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo
 from difa_compile.plan.json_form import (
     model_json,
     read_model,
@@ -43,6 +43,7 @@ from difa_compile.plan.json_form import (
     settings_json,
     site_json,
 )
+from difa_compile.plan.plan import Plan
 from difa_compile.planner.effects import Array, Effects
 from difa_compile.planner.problem import Costs, Problem, Unit, flat_response
 from difa_compile.wording import quoted, shown
@@ -291,6 +292,8 @@ class ErrorTable:
                     for name, value in as_mapping(fields["identity"], "identity").items()
                 },
             )
+            full = (tuple(Cell(FULL) for _ in table.sites),) * len(table.progress)
+            Plan(table.model, table.settings, table.sites, table.progress, full)  # sites and progress make a plan
             if table.complete and table.seconds:
                 table.problem()  # sizes and costs go together
         TABLE.check_digest(fields, table._content(), path)

@@ -30,7 +30,17 @@ from difa_compile.passes.analysed_model import AnalysedModel
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.plan.guidance import Guidance
 from difa_compile.plan.plan import Plan
-from tests.support.slow_search import DECISIONS, LAYERS, STEPS, THRESHOLD, WINDOW, inputs, quick, slow_loss
+from tests.support.slow_search import (
+    DECISIONS,
+    LAYERS,
+    STEPS,
+    THRESHOLD,
+    WINDOW,
+    inputs,
+    interrupted_after,
+    quick,
+    slow_loss,
+)
 from tests.support.tiny_models import sd3
 from tests.support.tiny_pipelines import PlainSites, sample, sample_plainly, tiny_pipeline
 
@@ -123,24 +133,6 @@ def test_second_order_scheduler_has_a_row_per_call(pipe):
 
 
 # Resuming
-
-
-@contextmanager
-def interrupted_after(pipe, steps, error=KeyboardInterrupt):
-    """Raise at the scheduler's step that follows ``steps`` decided steps."""
-    cls = type(pipe.scheduler)
-    plain, count = cls.step, 0
-
-    def step(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count > steps:
-            raise error
-        return plain(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cls, "step", step)
-        yield
 
 
 @pytest.mark.parametrize("done", [0, 3, 5])

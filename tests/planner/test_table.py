@@ -141,6 +141,10 @@ def with_nan(document):
         (lambda d: d["seconds"].update(full=-1.0), "less than no time"),
         (lambda d: d["seconds"].update(full="1"), "must be a number"),
         (lambda d: d["units"][0].pop("spread"), "without the key 'spread'"),
+        (lambda d: d["sites"].__setitem__(1, d["sites"][0]), "names site 'blocks.0.attn' twice"),
+        (lambda d: d["sites"].reverse(), "out of order"),
+        (lambda d: d["progress"].reverse(), "progress"),
+        (lambda d: d["model"].update(parameters=-1), "parameters"),
     ],
 )
 def test_what_does_not_go_together_is_refused_under_a_digest_that_fits(path, change, message):

@@ -1,5 +1,7 @@
 """DiTFastAttn's search written independently, every trial a whole call of the model, and what it is compared with."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,21 @@ def assert_same_search(plan, rows, measured):
     for mine, theirs in zip(losses(plan), measured, strict=True):
         for cell, wanted in zip(mine, theirs, strict=True):
             assert cell == pytest.approx(wanted, rel=2e-3, abs=1e-5)
+
+
+@contextmanager
+def interrupted_after(pipe, steps, error=KeyboardInterrupt):
+    """Raise at the scheduler's step that follows ``steps`` decided steps."""
+    cls = type(pipe.scheduler)
+    plain, count = cls.step, 0
+
+    def step(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise error
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "step", step)
+        yield

@@ -1,0 +1,525 @@
+"""Measuring: the effects are those of the model altered by hand, an interruption changes nothing, and what is refused.
+
+By hand: every call of the transformer in a plain run of the pipeline is made again, its blocks replaced by their input
+plus what they added so many steps before.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTPipeline, HeunDiscreteScheduler
+
+from difa_compile.calibration import measure as module
+from difa_compile.calibration.measure import ATTENTION_LAGS, LAGS, Measuring, Projection, guidance_scale, measure
+from difa_compile.decision import REUSE, Decision, Kind, Window
+from difa_compile.errors import (
+    CalibrationError,
+    CalibrationStateError,
+    DecisionError,
+    ErrorTableError,
+    NonFiniteError,
+    NotAppliedError,
+    OutputError,
+    PipelineCallError,
+    ScheduleError,
+    UnsupportedPipelineError,
+)
+from difa_compile.passes.analysed_model import AnalysedModel
+from difa_compile.pipeline.apply import apply
+from difa_compile.plan.plan import Plan
+from difa_compile.planner.make import plan_from_table
+from difa_compile.planner.table import ErrorTable
+from tests.support.slow_search import LAYERS, inputs, interrupted_after
+from tests.support.tiny_pipelines import PlainSites, sample, tiny_pipeline
+
+STEPS = 5
+BAND = Window("band", 2)
+CLOSE = 1e-4
+"""Of the largest number: effects are small differences of outputs that agree to some 1e-6 in float32."""
+
+
+def briefly(pipe, given=None, steps=STEPS, **options):
+    """Measure with the rewritten graphs run eagerly, without progress bar."""
+    return measure(pipe, given or inputs(), steps, **{"progress": False, "inner": "eager", **options})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The usual pipeline's table, blocks and attention."""
+    torch._dynamo.reset()
+    return briefly(tiny_pipeline(layers=LAYERS), windows=[BAND], state=tmp_path_factory.mktemp("whole") / "errors.json")
+
+
+# Projections
+
+
+def test_a_projection_keeps_mean_squares_and_sums():
+    project = Projection(512)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 1, 8, 8), (1, 4, 32, 32), (2, 16, 3, 24, 24)):
+        a, b = (torch.randn(shape, generator=generator) for _ in range(2))
+        assert project(a).shape == (512,)
+        assert project(a).dtype == torch.float64
+        # Squared sizes are right to sqrt(2 / 512), six per cent; three times that is given.
+        assert project(a).square().sum() == pytest.approx(a.square().mean().item(), rel=0.19)
+        assert torch.allclose(project(a) + 3 * project(b), project(a + 3 * b), atol=1e-6)
+        assert torch.equal(project(a), Projection(512)(a)), "it depends on more than the size"
+    few = torch.randn(2, 1, 8, 8)  # fewer numbers than it keeps: nothing is lost
+    assert project(few).square().sum() == pytest.approx(few.square().mean().item(), rel=1e-6)
+
+
+# Effects
+
+
+class Recorded:
+    """Every call of a transformer in a run, with what each block added to its streams."""
+
+    def __init__(self, model, blocks):
+        self.model, self.blocks = model, blocks
+        self.calls, self.deltas, self.outputs = [], [], []
+
+    def run(self, call):
+        forward = self.model.forward
+
+        def noting(*args, **kwargs):
+            copied = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+            self.calls.append((tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), copied))
+            deltas, hooks = {}, []
+            for index, block in enumerate(self.blocks):
+                hooks.append(block.register_forward_hook(self.noted(index, deltas), with_kwargs=True))
+            output = forward(*args, **kwargs)
+            for hook in hooks:
+                hook.remove()
+            self.deltas.append(deltas)
+            self.outputs.append(first(output))
+            return output
+
+        self.model.forward = noting
+        try:
+            return call()
+        finally:
+            del self.model.forward
+
+    def noted(self, index, deltas):
+        def hook(block, args, kwargs, output):
+            deltas[index] = [after - before for after, before in zip(parts(output), streams(args, kwargs), strict=True)]
+
+        return hook
+
+    def again(self, number, earlier):
+        """What changes of the output of call ``number`` if its blocks add what they added in call ``earlier``."""
+        args, kwargs = self.calls[number]
+        for index, block in enumerate(self.blocks):
+            block.forward = self.left_out(self.deltas[earlier][index])
+        try:
+            with torch.no_grad():
+                return first(self.model(*args, **kwargs)) - self.outputs[number]
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    @staticmethod
+    def left_out(deltas):
+        def forward(*args, **kwargs):
+            found = [before + delta for before, delta in zip(streams(args, kwargs, len(deltas)), deltas, strict=True)]
+            return tuple(found) if len(found) > 1 else found[0]
+
+        return forward
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def parts(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def streams(args, kwargs, count=None):
+    """What goes into a block, in the order in which it comes out: FLUX gives the text first."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    text = kwargs.get("encoder_hidden_states")
+    joint = text is not None and "image_rotary_emb" in kwargs
+    return (text, hidden) if joint else (hidden,)
+
+
+def assert_near(found, wanted):
+    assert wanted.any()
+    assert np.abs(found - wanted).max() <= CLOSE * np.abs(wanted).max()
+
+
+def assert_drift(unit, wanted):
+    """``wanted(step, lag)``: the guided change of the output."""
+    project = Projection(512)
+    for step in range(STEPS):
+        for i, lag in enumerate(unit.lags):
+            if lag <= step:
+                assert_near(unit.drift[step, i], project(wanted(step, lag)).numpy())
+            else:
+                assert not unit.drift[step, i].any()
+
+
+def test_blocks_of_a_guided_batch(pipe, whole):
+    recorded = Recorded(pipe.transformer, list(pipe.transformer.transformer_blocks))
+    recorded.run(lambda: pipe(**inputs(), num_inference_steps=STEPS))
+    assert len(recorded.calls) == STEPS
+    (unit,) = (unit for unit in whole.units if unit.name == "blocks")
+    assert unit.lags == tuple(range(1, LAGS + 1))
+    assert unit.inside is None
+    assert [whole.sites[site].blocks for site in unit.sites] == [("transformer_blocks.0", "transformer_blocks.1")]
+
+    def wanted(step, lag):
+        conditional, other = recorded.again(step, step - lag).chunk(2)
+        return 4 * conditional - 3 * other
+
+    assert_drift(unit, wanted)
+    change = wanted(3, 2)
+    assert (unit.drift[3, 1] ** 2).sum() == pytest.approx(change.square().mean().item(), rel=1e-3)
+    each = change.flatten(1).square().mean(1)
+    assert unit.spread[3, 1] == pytest.approx((each.std(correction=0) / each.mean()).item(), rel=1e-2)
+
+
+def test_attention_alone_and_windows(pipe, whole):
+    """Attention written out plainly, that of earlier steps in its place, or only what is near."""
+    (unit,) = (unit for unit in whole.units if unit.name == "attention")
+    assert unit.lags == ATTENTION_LAGS
+    assert whole.units[unit.inside].name == "blocks"
+    assert [whole.sites[site].path for site in unit.sites] == [
+        f"transformer_blocks.{block}.attn1" for block in range(LAYERS)
+    ]
+    plain = PlainSites(pipe.transformer, half=0, residual_window=BAND)
+    window = Decision(Kind.WINDOW, BAND)
+    written, outputs, changes = [], [], {}
+
+    def guided(change):
+        conditional, other = change.chunk(2)
+        return 4 * conditional - 3 * other
+
+    def forward(*args, **kwargs):
+        output, caches = plain.call([Decision(Kind.FULL)] * LAYERS, kwargs, {}, args)
+        step = len(written)
+        for lag in ATTENTION_LAGS:
+            if lag <= step:
+                tried, _ = plain.call([REUSE] * LAYERS, kwargs, written[-lag], args)
+                changes[step, lag] = guided(tried.sample - output.sample)
+        tried, _ = plain.call([window] * LAYERS, kwargs, {}, args)
+        changes[step, window] = guided(tried.sample - output.sample)
+        written.append(caches)
+        outputs.append(output.sample)
+        return output
+
+    pipe.transformer.forward = forward
+    pipe(**inputs(), num_inference_steps=STEPS)
+    del pipe.transformer.forward
+    assert_drift(unit, lambda step, lag: changes[step, lag])
+    assert list(unit.computed) == [window]
+    for step in range(STEPS):
+        assert_near(unit.computed[window][step], Projection(512)(changes[step, window]).numpy())
+
+
+def test_without_guidance_nothing_is_weighed(pipe):
+    table = briefly(pipe, {**inputs(), "guidance_scale": 1.0})
+    assert (table.settings.guidance, table.settings.conditional_half) == ("none", None)
+    recorded = Recorded(pipe.transformer, list(pipe.transformer.transformer_blocks))
+    recorded.run(lambda: pipe(**inputs(), num_inference_steps=STEPS, guidance_scale=1.0))
+    assert_drift(table.units[0], lambda step, lag: recorded.again(step, step - lag))
+
+
+def test_guidance_in_two_calls(tmp_path):
+    """Wan: each call goes on from its own outputs, and both changes make that of the guided output."""
+    pytest.importorskip("transformers", reason="text encoders of whole pipelines")
+    from tests.support.video_components import wan
+
+    tiny = wan(tmp_path)
+    given = {name: value for name, value in tiny.arguments.items() if name != "num_inference_steps"}
+    given["generator"] = torch.Generator().manual_seed(3)
+    table = briefly(tiny.pipe, given)
+    assert table.settings.guidance == "two-call"
+    assert table.calls == 2
+    recorded = Recorded(tiny.pipe.transformer, list(tiny.pipe.transformer.blocks))
+    recorded.run(lambda: tiny.pipe(**given, num_inference_steps=STEPS, output_type="latent"))
+    assert len(recorded.calls) == 2 * STEPS
+
+    def wanted(step, lag):
+        conditional = recorded.again(2 * step, 2 * (step - lag))
+        other = recorded.again(2 * step + 1, 2 * (step - lag) + 1)
+        return 4 * conditional - 3 * other
+
+    assert_drift(table.units[0], wanted)
+
+
+def test_guidance_that_is_an_input_of_the_model():
+    """FLUX: one call without halves, and two streams through its blocks."""
+    pytest.importorskip("transformers", reason="text encoders of whole pipelines")
+    from tests.support.image_cases import CASES
+
+    case = CASES["flux"]
+    pipe = case.make()
+    given = {**case.inputs(), "generator": torch.Generator().manual_seed(3)}
+    table = briefly(pipe, given)
+    assert table.settings.guidance == "none"
+    assert table.calls == 1
+    transformer = pipe.transformer
+    recorded = Recorded(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
+    recorded.run(lambda: pipe(**given, num_inference_steps=STEPS))
+    assert_drift(table.units[0], lambda step, lag: recorded.again(step, step - lag))
+
+
+def test_the_measured_run_is_the_plain_one(pipe, monkeypatch):
+    given = inputs()
+    before = given["generator"].get_state()
+    seen = []
+    plainly = module.sample_with
+    monkeypatch.setattr(module, "sample_with", lambda *a, **k: seen.append(plainly(*a, **k)))
+    briefly(pipe, given, windows=[BAND])
+    assert torch.equal(given["generator"].get_state(), before)
+    wanted = pipe(**given, num_inference_steps=STEPS, output_type="latent")
+    assert np.allclose(np.asarray(seen[0].images), np.asarray(wanted.images), atol=1e-5)
+
+
+# The table
+
+
+def test_the_table_makes_plans_that_run(pipe, whole):
+    assert whole.complete
+    assert whole.progress == tuple(t / 1000 for t in pipe.scheduler.timesteps.tolist()) if whole.done == 0 else True
+    assert set(whole.seconds) >= {"full", "blocks filled", "blocks reuse", "attention reuse", "pipeline"}
+    assert all(value >= 0 for value in whole.seconds.values())
+    assert (whole.settings.method, whole.settings.guidance, whole.settings.conditional_half) == (
+        "planned",
+        "batched",
+        0,
+    )
+    # Times of so small a model say nothing: made-up ones stand for them.
+    from dataclasses import replace
+
+    seconds = {name: 0.1 if "reuse" in name or "forecast" in name else 1.0 for name in whole.seconds} | {"pipeline": 0}
+    seconds |= {name: 0.8 for name in seconds if name.startswith("attention ")}
+    plan = plan_from_table(replace(whole, seconds=seconds), budget=0.7)
+    assert isinstance(plan, Plan)
+    assert any(decision.kind.reads == "output" for row in plan.decisions for decision in row)
+    full = sample(pipe, steps=STEPS)
+    applied = apply(pipe, plan, inner="eager")
+    assert not np.array_equal(sample(pipe, steps=STEPS), full)
+    assert [record for record in applied.records if record.outcome == "skipped"] == []
+
+
+def test_one_image_has_no_spread_and_its_table_is_read_again(pipe, tmp_path):
+    table = briefly(pipe, inputs(labels=[1]), steps=3, state=tmp_path / "errors.json")
+    assert not any(unit.spread.any() for unit in table.units)
+    assert ErrorTable.load(tmp_path / "errors.json").complete
+
+
+def test_one_step_has_nothing_to_reuse(pipe):
+    table = briefly(pipe, steps=1)
+    assert table.complete
+    assert not table.units[0].drift.any()
+    assert "full" in table.seconds
+
+
+def test_a_scheduler_of_second_order_has_a_step_per_call(pipe):
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert len(briefly(pipe, steps=3).progress) == 5
+
+
+def test_attention_is_measured_where_it_is_asked_for(pipe):
+    assert [unit.name for unit in briefly(pipe, steps=2).units] == ["blocks"]
+    assert [unit.name for unit in briefly(pipe, steps=2, attention=True).units] == ["blocks", "attention"]
+    assert [unit.name for unit in briefly(pipe, steps=2, windows=["band:2"], attention=False).units] == ["blocks"]
+
+
+def test_attention_is_measured_where_no_block_can_be_left_out(pipe, monkeypatch):
+    only(monkeypatch, lambda model, unit: unit < len(model.sites))
+    (unit,) = briefly(pipe, steps=3).units
+    assert (unit.name, unit.inside) == ("attention", None)
+    assert unit.drift[2, 0].any()
+
+
+def only(monkeypatch, able):
+    """Units for which ``able(model, unit)`` is false refuse everything."""
+    why_not = AnalysedModel.why_not
+
+    def asked(self, unit, decision):
+        return why_not(self, unit, decision) if able(self, unit) else "it is told to refuse"
+
+    monkeypatch.setattr(AnalysedModel, "why_not", asked)
+
+
+# Going on
+
+
+def without_times(table):
+    content = table._content()
+    return {**content, "seconds": sorted(content["seconds"])}
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_path, monkeypatch, done):
+    state = tmp_path / "errors.json"
+    with interrupted_after(pipe, done), pytest.raises(KeyboardInterrupt) as caught:
+        briefly(pipe, windows=[BAND], state=state)
+    # The step in progress is over when the next one begins.
+    kept = max(0, done)
+    assert f"measurement interrupted after {kept} of {STEPS} steps" in caught.value.__notes__[0]
+    assert (str(state) in caught.value.__notes__[0]) == (kept > 0)
+    assert state.exists() == (kept > 0)
+    assert type(pipe) is DiTPipeline
+    tried = []
+    try_all = Measuring._try_all
+    monkeypatch.setattr(Measuring, "_try_all", lambda self, *given: tried.append(given[4]) or try_all(self, *given))
+    assert without_times(briefly(pipe, windows=[BAND], state=state)) == without_times(whole)
+    assert tried == list(range(kept, STEPS))
+    assert without_times(ErrorTable.load(state)) == without_times(whole)
+
+
+def test_a_measurement_that_is_done_is_not_made_again(pipe, tmp_path, monkeypatch):
+    state = tmp_path / "errors.json"
+    table = briefly(pipe, steps=3, state=state)
+    monkeypatch.setattr(Measuring, "_try_all", lambda *given: pytest.fail("it is measured"))
+    again = briefly(pipe, steps=3, state=state)
+    assert again._content() == table._content()
+
+
+def test_the_default_state_is_found_again_and_deleted(pipe, whole, cache_home):
+    with interrupted_after(pipe, 3), pytest.raises(KeyboardInterrupt):
+        briefly(pipe, windows=[BAND])
+    assert len(list(cache_home.rglob("*.json"))) == 1
+    assert without_times(briefly(pipe, windows=[BAND])) == without_times(whole)
+    assert not list(cache_home.rglob("*.json"))
+
+
+def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, tmp_path):
+    state = tmp_path / "errors.json"
+    briefly(pipe, steps=2, state=state)
+    before = state.read_bytes()
+    for what, call in {
+        "settings": lambda: briefly(pipe, steps=2, state=state, windows=[BAND]),
+        "settings differ": lambda: briefly(pipe, steps=3, state=state),
+        "inputs": lambda: briefly(pipe, inputs(seed=4), steps=2, state=state),
+        "weights": lambda: briefly(tiny_pipeline(seed=9, layers=LAYERS), steps=2, state=state),
+        "model config_digest": lambda: briefly(tiny_pipeline(layers=3), steps=2, state=state),
+        "scheduler": lambda: briefly(
+            tiny_pipeline(layers=LAYERS, scheduler=HeunDiscreteScheduler()), steps=2, state=state
+        ),
+    }.items():
+        with pytest.raises(CalibrationStateError, match=f"{what}.*name another file, or delete it"):
+            call()
+    assert state.read_bytes() == before
+
+
+def test_a_damaged_state_is_refused(pipe, tmp_path):
+    state = tmp_path / "errors.json"
+    briefly(pipe, steps=2, state=state)
+    document = json.loads(state.read_text())
+    state.write_text(json.dumps({**document, "done": 1}))
+    with pytest.raises(ErrorTableError, match="changed after it was written"):
+        briefly(pipe, steps=2, state=state)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, True, math.nan])
+def test_no_steps(pipe, steps):
+    with pytest.raises(ScheduleError, match="at least 1"):
+        briefly(pipe, steps=steps)
+
+
+@pytest.mark.parametrize("window", ["32", "cone:3", "band:0", "band:x", ""])
+def test_windows_that_do_not_exist(pipe, window):
+    with pytest.raises(DecisionError):
+        briefly(pipe, windows=[window])
+
+
+def test_a_window_that_cannot_be_tried_is_refused_with_the_reason(pipe, monkeypatch):
+    why_not = AnalysedModel.why_not
+
+    def no_windows(self, unit, decision):
+        return "an attention mask" if unit == 1 and decision.window else why_not(self, unit, decision)
+
+    monkeypatch.setattr(AnalysedModel, "why_not", no_windows)
+    with pytest.raises(CalibrationError, match=r"window\(band:2\) cannot be tried at .*1\.attn1: an attention mask"):
+        briefly(pipe, windows=[BAND])
+
+
+def test_a_model_of_which_nothing_can_be_reused(pipe, monkeypatch):
+    only(monkeypatch, lambda model, unit: False)
+    with pytest.raises(CalibrationError, match="nothing in this model can be reused"):
+        briefly(pipe)
+    assert type(pipe) is DiTPipeline
+
+
+def test_nan_in_the_model_names_the_step(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.bias[0] = math.nan
+    with pytest.raises(NonFiniteError, match="step 0, all sites full"):
+        briefly(pipe)
+    assert type(pipe) is DiTPipeline
+
+
+def test_a_call_that_the_pipeline_does_not_take(pipe, tmp_path):
+    with pytest.raises(PipelineCallError):
+        briefly(pipe, {**inputs(), "no_such_argument": 1}, state=tmp_path / "errors.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_cannot_be_written_shows_at_once(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OutputError, ErrorTableError)):
+        briefly(pipe, state=tmp_path / "file" / "errors.json")
+
+
+def test_a_pipeline_with_a_plan(pipe, whole):
+    apply(pipe, plan_from_table(whole, budget=1.0), inner="eager")
+    with pytest.raises(NotAppliedError, match="call remove"):
+        briefly(pipe)
+
+
+def test_pipelines_that_do_not_go_through_the_schedule_once(pipe):
+    class Stops(DiTPipeline):
+        @torch.no_grad()
+        def __call__(self, class_labels, num_inference_steps=2, turns=1, most=1):
+            for _ in range(turns):
+                self.scheduler.set_timesteps(num_inference_steps)
+                latents = torch.zeros(2, 1, 8, 8)
+                for t in self.scheduler.timesteps[:most]:
+                    labels = torch.tensor([1, 1000])
+                    noise = self.transformer(latents, timestep=t.expand(2), class_labels=labels).sample
+                    latents = self.scheduler.step(noise, t, latents).prev_sample
+
+    pipe.__class__ = Stops
+    with pytest.raises(CalibrationError, match=f"ended after 1 of {STEPS} steps"):
+        briefly(pipe, {"class_labels": [1]})
+    with pytest.raises(UnsupportedPipelineError, match="more than once"):
+        briefly(pipe, {"class_labels": [1], "turns": 2, "most": 9})
+
+
+# Scales
+
+
+class Scaled:
+    def __call__(self, prompt, guidance_scale=7.5):
+        pass
+
+
+class TrueScale:
+    def __call__(self, prompt, true_cfg_scale=1.0, guidance_scale=3.5):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pipe", "call", "scale"),
+    [
+        (Scaled(), {}, 7.5),
+        (Scaled(), {"guidance_scale": 2}, 2.0),
+        (Scaled(), {"guidance_scale": [1, 2]}, 1.0),
+        (TrueScale(), {"guidance_scale": 9.0}, 1.0),
+        (TrueScale(), {"true_cfg_scale": 4.0}, 4.0),
+        (TestScale := type("None_", (), {"__call__": lambda self, prompt: None})(), {"guidance_scale": 4.0}, 1.0),
+    ],
+)
+def test_the_scale_of_guidance(pipe, call, scale):
+    assert guidance_scale(pipe, call) == scale
