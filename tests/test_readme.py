@@ -58,7 +58,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "inductor", lambda module, inputs, config: entry.eager(module, inputs))
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"inputs": example_inputs(pipe.transformer, batch=4)}
-    for document, count in (("README.md", 2), ("DESIGN.md", 1)):
+    for document, count in (("README.md", 2), ("DESIGN.md", 2)):
         found = blocks(document, "python")
         assert len(found) == count
         for block in found:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from difa_compile.passes.analyse.find_blocks import Blocks, block_runs, operations
 from difa_compile.passes.facts import Facts
-from difa_compile.passes.graph import is_attention, op_name, shape_of
+from difa_compile.passes.graph import is_attention, module_path, op_name, shape_of
 from difa_compile.passes.order import ANALYSIS, PREPARATION, rewrite
 from difa_compile.passes.variant import Context
 from tests.support.tiny_models import FAMILIES, TEXT, Attention, captured, graph_of, sharpened
@@ -347,6 +347,74 @@ def test_a_span_per_list_where_there_is_none_over_all():
         ("two.0..two.1", ("two.0", "two.1")),
     ]
     assert reasons(model) == {}
+
+
+def test_spans_hold_all_blocks_that_lie_between_their_ends():
+    """As Latte, whose spatial and temporal blocks take turns: a span of the ones would leave out some of the others."""
+
+    class Turns(Lists):
+        def forward(self, x):
+            y = self.patch(x)
+            for one, two in zip(self.one, self.two, strict=True):
+                y = two(self.between(one(y)))
+            return self.head(y)
+
+    torch.manual_seed(0)
+    model = analysed(sharpened(Turns()), {"x": torch.randn(2, 24, 4)})
+    assert paths(model) == ["one.0", "two.0", "one.1", "two.1"]
+    assert NO_SUM in reasons(model).pop("one.0..two.1")
+    assert {path: reason for path, reason in reasons(model).items() if path != "one.0..two.1"} == {
+        "one.0..one.1": "other blocks lie between its own: two.0",
+        "two.0..two.1": "other blocks lie between its own: one.1",
+    }
+
+
+def test_joined_streams_are_told_apart_by_where_they_stand():
+    """Two of one shape side by side, of which the first is computed first and handed on last."""
+
+    def joint(layer, x, y):
+        both = torch.cat([x, y], 1)
+        both = both + layer.attention(layer.norm(both))
+        both = both + layer.mlp(both)
+        x, y = both.split([24, 24], 1)
+        return y, x
+
+    def joined(model, y):
+        one, two = model.joined_mlp(y), model.other_mlp(y)
+        two, one = model.layers[0](one, two)
+        return model.layers[1](two + one * 3)
+
+    torch.manual_seed(0)
+    net = Denoiser(joint, None, joined=joined)
+    net.joined_mlp, net.other_mlp = nn.Linear(32, 32), nn.Linear(32, 32)
+    model = analysed(sharpened(net), {"x": torch.randn(2, 24, 4)})
+    (block,) = [block for block in model.blocks if block.path == "layers.0"]
+    names = {module_path(node): node for node in block.region.streams}
+    assert set(names) == {"joined_mlp", "other_mlp"}
+    starts = {stream: output.args[1] for stream, output in zip(block.region.streams, block.region.outputs, strict=True)}
+    assert starts == {names["joined_mlp"]: 0, names["other_mlp"]: 1}, "which of the two parts is its own"
+
+
+def test_what_no_module_makes_in_the_midst_of_a_block_is_part_of_it():
+    model = denoiser(None, None, joined=lambda model, y: model.layers[1](model.layers[0](model.layers[0](y) + 1)))
+    assert paths(model) == ["layers.0", "layers.1", "layers.0..layers.1"]
+    assert sum(map(is_attention, model.blocks[0].region.interior)) == 2
+
+
+def test_a_block_that_enters_an_autocast_is_one_block():
+    def casting(layer, x):
+        with torch.autocast("cpu", enabled=False):
+            x = x * 1.5
+        return x + layer.attention(layer.norm(x))
+
+    def outside(layer, x):
+        with torch.autocast("cpu", enabled=False):
+            return x + layer.attention(layer.norm(x))
+
+    for forward in (casting, outside):
+        model = denoiser(None, forward, forward)
+        expected = ["layers.0"] if forward is casting else ["layers.0", "layers.1", "layers.2", "layers.0..layers.2"]
+        assert paths(model) == expected, "1.5 x + ... is no sum with x"
 
 
 def test_a_single_block_makes_no_span():
