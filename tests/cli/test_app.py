@@ -217,7 +217,7 @@ def test_measure_passes_options_on_and_shows_what_budgets_buy(tmp_path, monkeypa
     assert (seen["steps"], seen["state"], seen["attention"]) == (5, output, False)
     assert [str(window) for window in seen["windows"]] == ["band:2", "disc:3"]
     assert seen["inputs"].pop("generator").initial_seed() == 4
-    assert seen["inputs"] == {"class_labels": [1, 2]}
+    assert seen["inputs"] == {"class_labels": [1, 2], "guidance_scale": 4.0}
     assert "predicted PSNR" in result.stdout
     assert str(output) in result.stdout
 
