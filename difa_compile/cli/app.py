@@ -85,7 +85,12 @@ AllowedError = Annotated[
 ]
 MaxRows = Annotated[
     int | None,
-    typer.Option(help="At most so many distinct rows, each a variant of the model.", show_default="any number"),
+    typer.Option(
+        help="At most so many distinct rows, each a variant of the model.",
+        min=1,
+        max=MOST_STEPS,
+        show_default="any number",
+    ),
 ]
 Table = Annotated[
     Path, typer.Argument(metavar="TABLE", help="A table of errors, as difa measure writes it.", show_default=False)

@@ -6,6 +6,8 @@ plus what they added so many steps before.
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,10 +49,23 @@ def briefly(pipe, given=None, steps=STEPS, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The usual pipeline's table, blocks and attention."""
+def kept(tmp_path_factory):
+    """Where the usual pipeline's table lies, of blocks and attention."""
     torch._dynamo.reset()
-    return briefly(tiny_pipeline(layers=LAYERS), windows=[BAND], state=tmp_path_factory.mktemp("whole") / "errors.json")
+    path = tmp_path_factory.mktemp("kept") / "errors.json"
+    briefly(tiny_pipeline(layers=LAYERS), windows=[BAND], state=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(kept):
+    return ErrorTable.load(kept)
+
+
+@pytest.fixture
+def state(kept, tmp_path):
+    """A copy of that file."""
+    return shutil.copy(kept, tmp_path / "errors.json")
 
 
 # Projections
@@ -220,6 +235,7 @@ def test_attention_alone_and_windows(pipe, whole):
         assert_near(unit.computed[window][step], Projection(512)(changes[step, window]).numpy())
 
 
+@pytest.mark.slow
 def test_without_guidance_nothing_is_weighed(pipe):
     table = briefly(pipe, {**inputs(), "guidance_scale": 1.0})
     assert (table.settings.guidance, table.settings.conditional_half) == ("none", None)
@@ -228,6 +244,7 @@ def test_without_guidance_nothing_is_weighed(pipe):
     assert_drift(table.units[0], lambda step, lag: recorded.again(step, step - lag))
 
 
+@pytest.mark.slow
 def test_guidance_in_two_calls(tmp_path):
     """Wan: each call goes on from its own outputs, and both changes make that of the guided output."""
     pytest.importorskip("transformers", reason="text encoders of whole pipelines")
@@ -251,6 +268,7 @@ def test_guidance_in_two_calls(tmp_path):
     assert_drift(table.units[0], wanted)
 
 
+@pytest.mark.slow
 def test_guidance_that_is_an_input_of_the_model():
     """FLUX: one call without halves, and two streams through its blocks."""
     pytest.importorskip("transformers", reason="text encoders of whole pipelines")
@@ -268,6 +286,7 @@ def test_guidance_that_is_an_input_of_the_model():
     assert_drift(table.units[0], lambda step, lag: recorded.again(step, step - lag))
 
 
+@pytest.mark.slow
 def test_the_measured_run_is_the_plain_one(pipe, monkeypatch):
     given = inputs()
     before = given["generator"].get_state()
@@ -285,7 +304,8 @@ def test_the_measured_run_is_the_plain_one(pipe, monkeypatch):
 
 def test_the_table_makes_plans_that_run(pipe, whole):
     assert whole.complete
-    assert whole.progress == tuple(t / 1000 for t in pipe.scheduler.timesteps.tolist()) if whole.done == 0 else True
+    pipe.scheduler.set_timesteps(STEPS)
+    assert whole.progress == tuple(t / 1000 for t in pipe.scheduler.timesteps.tolist())
     assert set(whole.seconds) >= {"full", "blocks filled", "blocks reuse", "attention reuse", "pipeline"}
     assert all(value >= 0 for value in whole.seconds.values())
     assert (whole.settings.method, whole.settings.guidance, whole.settings.conditional_half) == (
@@ -294,8 +314,6 @@ def test_the_table_makes_plans_that_run(pipe, whole):
         0,
     )
     # Times of so small a model say nothing: made-up ones stand for them.
-    from dataclasses import replace
-
     seconds = {name: 0.1 if "reuse" in name or "forecast" in name else 1.0 for name in whole.seconds} | {"pipeline": 0}
     seconds |= {name: 0.8 for name in seconds if name.startswith("attention ")}
     plan = plan_from_table(replace(whole, seconds=seconds), budget=0.7)
@@ -313,6 +331,7 @@ def test_one_image_has_no_spread_and_its_table_is_read_again(pipe, tmp_path):
     assert ErrorTable.load(tmp_path / "errors.json").complete
 
 
+@pytest.mark.slow
 def test_one_step_has_nothing_to_reuse(pipe):
     table = briefly(pipe, steps=1)
     assert table.complete
@@ -320,17 +339,20 @@ def test_one_step_has_nothing_to_reuse(pipe):
     assert "full" in table.seconds
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_second_order_has_a_step_per_call(pipe):
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     assert len(briefly(pipe, steps=3).progress) == 5
 
 
+@pytest.mark.slow
 def test_attention_is_measured_where_it_is_asked_for(pipe):
     assert [unit.name for unit in briefly(pipe, steps=2).units] == ["blocks"]
     assert [unit.name for unit in briefly(pipe, steps=2, attention=True).units] == ["blocks", "attention"]
     assert [unit.name for unit in briefly(pipe, steps=2, windows=["band:2"], attention=False).units] == ["blocks"]
 
 
+@pytest.mark.slow
 def test_attention_is_measured_where_no_block_can_be_left_out(pipe, monkeypatch):
     only(monkeypatch, lambda model, unit: unit < len(model.sites))
     (unit,) = briefly(pipe, steps=3).units
@@ -356,33 +378,30 @@ def without_times(table):
     return {**content, "seconds": sorted(content["seconds"])}
 
 
-@pytest.mark.parametrize("done", [0, 1, 3])
+@pytest.mark.parametrize("done", [3, *[pytest.param(each, marks=pytest.mark.slow) for each in (0, 1)]])
 def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_path, monkeypatch, done):
     state = tmp_path / "errors.json"
     with interrupted_after(pipe, done), pytest.raises(KeyboardInterrupt) as caught:
         briefly(pipe, windows=[BAND], state=state)
-    # The step in progress is over when the next one begins.
-    kept = max(0, done)
-    assert f"measurement interrupted after {kept} of {STEPS} steps" in caught.value.__notes__[0]
-    assert (str(state) in caught.value.__notes__[0]) == (kept > 0)
-    assert state.exists() == (kept > 0)
+    assert f"measurement interrupted after {done} of {STEPS} steps" in caught.value.__notes__[0]
+    assert (str(state) in caught.value.__notes__[0]) == (done > 0)
+    assert state.exists() == (done > 0)
     assert type(pipe) is DiTPipeline
     tried = []
     try_all = Measuring._try_all
     monkeypatch.setattr(Measuring, "_try_all", lambda self, *given: tried.append(given[4]) or try_all(self, *given))
     assert without_times(briefly(pipe, windows=[BAND], state=state)) == without_times(whole)
-    assert tried == list(range(kept, STEPS))
+    assert tried == list(range(done, STEPS))
     assert without_times(ErrorTable.load(state)) == without_times(whole)
 
 
-def test_a_measurement_that_is_done_is_not_made_again(pipe, tmp_path, monkeypatch):
-    state = tmp_path / "errors.json"
-    table = briefly(pipe, steps=3, state=state)
+@pytest.mark.slow
+def test_a_measurement_that_is_done_is_not_made_again(pipe, whole, state, monkeypatch):
     monkeypatch.setattr(Measuring, "_try_all", lambda *given: pytest.fail("it is measured"))
-    again = briefly(pipe, steps=3, state=state)
-    assert again._content() == table._content()
+    assert briefly(pipe, windows=[BAND], state=state)._content() == whole._content()
 
 
+@pytest.mark.slow
 def test_the_default_state_is_found_again_and_deleted(pipe, whole, cache_home):
     with interrupted_after(pipe, 3), pytest.raises(KeyboardInterrupt):
         briefly(pipe, windows=[BAND])
@@ -391,32 +410,27 @@ def test_the_default_state_is_found_again_and_deleted(pipe, whole, cache_home):
     assert not list(cache_home.rglob("*.json"))
 
 
-def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, tmp_path):
-    state = tmp_path / "errors.json"
-    briefly(pipe, steps=2, state=state)
+def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, state):
     before = state.read_bytes()
+    same = {"windows": [BAND], "state": state}
     for what, call in {
-        "settings": lambda: briefly(pipe, steps=2, state=state, windows=[BAND]),
-        "settings differ": lambda: briefly(pipe, steps=3, state=state),
-        "inputs": lambda: briefly(pipe, inputs(seed=4), steps=2, state=state),
-        "weights": lambda: briefly(tiny_pipeline(seed=9, layers=LAYERS), steps=2, state=state),
-        "model config_digest": lambda: briefly(tiny_pipeline(layers=3), steps=2, state=state),
-        "scheduler": lambda: briefly(
-            tiny_pipeline(layers=LAYERS, scheduler=HeunDiscreteScheduler()), steps=2, state=state
-        ),
+        "settings": lambda: briefly(pipe, state=state),
+        "settings differ": lambda: briefly(pipe, steps=3, **same),
+        "inputs": lambda: briefly(pipe, inputs(seed=4), **same),
+        "weights": lambda: briefly(tiny_pipeline(seed=9, layers=LAYERS), **same),
+        "model config_digest": lambda: briefly(tiny_pipeline(layers=3), **same),
+        "scheduler": lambda: briefly(tiny_pipeline(layers=LAYERS, scheduler=HeunDiscreteScheduler()), **same),
     }.items():
         with pytest.raises(CalibrationStateError, match=f"{what}.*name another file, or delete it"):
             call()
     assert state.read_bytes() == before
 
 
-def test_a_damaged_state_is_refused(pipe, tmp_path):
-    state = tmp_path / "errors.json"
-    briefly(pipe, steps=2, state=state)
+def test_a_damaged_state_is_refused(pipe, state):
     document = json.loads(state.read_text())
     state.write_text(json.dumps({**document, "done": 1}))
     with pytest.raises(ErrorTableError, match="changed after it was written"):
-        briefly(pipe, steps=2, state=state)
+        briefly(pipe, windows=[BAND], state=state)
 
 
 # What goes wrong
@@ -478,6 +492,7 @@ def test_a_pipeline_with_a_plan(pipe, whole):
         briefly(pipe)
 
 
+@pytest.mark.slow
 def test_pipelines_that_do_not_go_through_the_schedule_once(pipe):
     class Stops(DiTPipeline):
         @torch.no_grad()
@@ -505,6 +520,11 @@ class Scaled:
         pass
 
 
+class Unscaled:
+    def __call__(self, prompt):
+        pass
+
+
 class TrueScale:
     def __call__(self, prompt, true_cfg_scale=1.0, guidance_scale=3.5):
         pass
@@ -518,7 +538,7 @@ class TrueScale:
         (Scaled(), {"guidance_scale": [1, 2]}, 1.0),
         (TrueScale(), {"guidance_scale": 9.0}, 1.0),
         (TrueScale(), {"true_cfg_scale": 4.0}, 4.0),
-        (TestScale := type("None_", (), {"__call__": lambda self, prompt: None})(), {"guidance_scale": 4.0}, 1.0),
+        (Unscaled(), {"guidance_scale": 4.0}, 1.0),
     ],
 )
 def test_the_scale_of_guidance(pipe, call, scale):

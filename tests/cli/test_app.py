@@ -16,8 +16,9 @@ from difa_compile.errors import NonFiniteError
 from difa_compile.plan.plan import Plan
 from difa_compile.report.stored import StoredComparison
 from tests.support.commands import Loaded, fails, run
+from tests.support.tables import made_table
 
-COMMANDS = ("demo", "calibrate", "tune", "inspect", "compare", "report")
+COMMANDS = ("demo", "calibrate", "measure", "plan", "tune", "inspect", "compare", "report")
 
 
 # --- help and versions -----------------------------------------------------------------------------------------------
@@ -195,6 +196,72 @@ def test_calibrate_options_that_make_no_sense(options, message):
     result = run("calibrate", "owner/name", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+# --- measure and plan ------------------------------------------------------------------------------------------------
+
+
+def test_measure_passes_options_on_and_shows_what_budgets_buy(tmp_path, monkeypatch):
+    seen = {}
+
+    def measure(pipe, inputs, steps, **options):
+        seen.update(options, inputs=inputs, steps=steps)
+        return made_table(5)
+
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.calibration.measure.measure", measure)
+    output = tmp_path / "errors.json"
+    options = ("--steps", 5, "--window", "band:2", "--window", "disc:3", "--no-attention", "--seed", 4)
+    result = run("measure", "demo", "-o", output, *options, "--labels", "1,2")
+    assert result.exit_code == 0, result.output
+    assert (seen["steps"], seen["state"], seen["attention"]) == (5, output, False)
+    assert [str(window) for window in seen["windows"]] == ["band:2", "disc:3"]
+    assert seen["inputs"].pop("generator").initial_seed() == 4
+    assert seen["inputs"] == {"class_labels": [1, 2], "guidance_scale": 4.0}
+    assert "predicted PSNR" in result.stdout
+    assert str(output) in result.stdout
+
+
+def test_plan_makes_a_plan_or_shows_what_budgets_buy(tmp_path):
+    made_table(5).save(tmp_path / "errors.json")
+    shown = run("plan", tmp_path / "errors.json")
+    assert shown.exit_code == 0, shown.output
+    assert "distinct rows" in shown.stdout
+    output = tmp_path / "out" / "plan.json"
+    result = run("plan", tmp_path / "errors.json", "-o", output, "--budget", 0.6, "--max-rows", 3)
+    assert result.exit_code == 0, result.output
+    made = Plan.load(output)
+    assert made.settings.promise.limit == "budget 0.6, at most 3 distinct rows"
+    assert len(set(made.decisions)) <= 3
+
+
+def test_plan_from_what_is_no_whole_table(tmp_path):
+    assert fails("plan", tmp_path / "none.json").startswith("error table error")
+    (tmp_path / "bad.json").write_text("{")
+    assert "measure again" in fails("plan", tmp_path / "bad.json", "--budget", 0.5)
+    made_table(5, done=2, seconds={}).save(tmp_path / "half.json")
+    assert "start difa measure with the same arguments again" in fails("plan", tmp_path / "half.json")
+    assert fails("plan", tmp_path / "half.json", "--budget", 0.5, "--psnr", 30).startswith("budget error")
+
+
+def test_calibrate_within_a_budget(plan, tmp_path, monkeypatch):
+    seen = {}
+
+    def plan_within(pipe, inputs, limit, steps, **options):
+        seen.update(options, limit=limit, steps=steps)
+        options["told"]("one [try]")
+        return plan
+
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.comparison.planned.plan_within", plan_within)
+    output = tmp_path / "plan.json"
+    result = run("calibrate", "demo", "-o", output, "--budget", 0.5, "--max-rows", 4, "--seed", 6, "--steps", 7)
+    assert result.exit_code == 0, result.output
+    assert str(seen["limit"]) == "budget 0.5, at most 4 distinct rows"
+    assert (seen["seed"], seen["held_out"], seen["steps"]) == (6, (7,), 7)
+    assert seen["state"] == tmp_path / "plan.json.state"
+    assert "tried: one [try]" in result.stdout
+    assert Plan.load(output) == plan
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

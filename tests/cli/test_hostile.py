@@ -25,6 +25,7 @@ from difa_compile.errors import DifaError
 from tests.support.commands import explode, refused, run
 from tests.support.places import ROOT
 from tests.support.report_sample import make_plan
+from tests.support.tables import made_table
 
 
 class Pipeline:
@@ -69,6 +70,8 @@ def reached(monkeypatch, tmp_path):
     monkeypatch.setattr(difa_compile.pipeline.loading, "load_pipeline", noting("loaded", Pipeline()))
     monkeypatch.setattr(difa_compile.calibration.calibrate, "calibrate", noting("search"))
     monkeypatch.setattr(difa_compile.comparison.compare, "compare", noting("measure"))
+    monkeypatch.setattr("difa_compile.calibration.measure.measure", noting("measure"))
+    monkeypatch.setattr("difa_compile.comparison.planned.plan_within", noting("search"))
     monkeypatch.setattr(sys.modules[tune.__name__], "tune", noting("tune"))
     monkeypatch.setattr("difa_compile.cli.demo.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
@@ -79,6 +82,7 @@ def reached(monkeypatch, tmp_path):
 @pytest.fixture
 def plan_file(tmp_path):
     make_plan(4, 2).save(tmp_path / "plan.json")
+    made_table(4).save(tmp_path / "errors.json")
     return tmp_path / "plan.json"
 
 
@@ -153,6 +157,19 @@ HOSTILE = {
         "\0",
     ],
     ("calibrate", "--state"): [".", "/", "/dev/null", "/proc/difa/x", "a" * 300, "\0"],
+    **{(command, "--budget"): ["0", "-1", "1.5", *NUMBERS] for command in ("calibrate", "plan")},
+    **{(command, "--psnr"): ["0", "-1", "201", *NUMBERS] for command in ("calibrate", "plan")},
+    **{(command, "--error"): ["0", "-1", *NUMBERS] for command in ("calibrate", "plan")},
+    **{(command, "--max-rows"): ["0", *WHOLE_NUMBERS] for command in ("calibrate", "plan")},
+    ("plan", "--output"): [".", "/", "/dev/null", "/proc/difa/plan.json", "a" * 300, "\0"],
+    ("measure", "--output"): [".", "/", "/dev/null", "/proc/difa/errors.json", "a" * 300, "\0"],
+    ("measure", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
+    ("measure", "--window"): ["band", "band:0", "cone:3", *NAMES],
+    ("measure", "--labels"): ["", "10", "-1", LONG],
+    ("measure", "--inputs"): ["{", '{"class_labels": [1], "guidance": 4}', *NAMES],
+    ("measure", "--guidance"): NUMBERS,
+    ("measure", "--seed"): WHOLE_NUMBERS,
+    ("measure", "--device"): ["meta", "cuda:99", *NAMES],
     ("demo", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
     ("demo", "--threshold"): ["0", "11", *NUMBERS],
     ("demo", "--samples"): ["0", "100001", *WHOLE_NUMBERS],
@@ -183,14 +200,19 @@ ONE_IS_ENOUGH = {
     "inspect": ("demo",),
     "tune": (),
     "report": ("kept",),
+    "measure": ("demo",),
+    "plan": ("errors.json",),
 }
+BESIDE = {"--max-rows": ("--budget", "0.9"), ("plan", "--output"): ("--budget", "0.9")}
+"""What must be given with an option for it to count."""
 NEEDS_PIPELINE = {"--inputs", "--output", "--state"}
 
 
 @pytest.mark.parametrize(("command", "option"), HOSTILE, ids=" ".join)
 def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_file, kept):
     for value in HOSTILE[command, option]:
-        message = refused(command, *ONE_IS_ENOUGH[command], f"{option}={value}")
+        beside = BESIDE.get((command, option), BESIDE.get(option, ()))
+        message = refused(command, *ONE_IS_ENOUGH[command], *beside, f"{option}={value}")
         assert set(reached) <= ({"loaded"} if option in NEEDS_PIPELINE else set()), (value, reached)
         reached.clear()
         assert message
@@ -199,7 +221,7 @@ def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_f
 
 def test_every_option_with_a_value_is_in_the_table():
     """An option that somebody adds must be thought of here, or be among those that take anything."""
-    anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt")}
+    anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt"), ("measure", "--prompt")}
     group = get_command(app)
     found = {
         (name, parameter.opts[0])

@@ -10,7 +10,7 @@ import torch
 from difa_compile.decision import FULL
 from difa_compile.errors import DifaError, LayoutError, PlanFormatError
 from difa_compile.layout import Layout
-from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo, Trial, model_digest
+from difa_compile.plan.data import Cell, ModelInfo, Promise, Settings, SiteInfo, Trial, model_digest
 from tests.support.plans import Configured, Plain
 
 
@@ -55,3 +55,24 @@ def test_model_digest_of_any_other_module_is_its_parameters() -> None:
     assert model_digest(Plain()) == info  # other weights, same model
     assert model_digest(Plain(4)).config_digest != info.config_digest
     assert model_digest(torch.compile(Plain())) == info  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "0.5", 10**400])
+@pytest.mark.parametrize("name", ["predicted_share", "predicted_psnr", "measured_share", "measured_psnr"])
+def test_promises_are_of_finite_numbers(name: str, value: object) -> None:
+    given = {"predicted_share": 0.5, "predicted_psnr": 30.0, name: value}
+    with pytest.raises(PlanFormatError, match=f"promise: {name}"):
+        Promise("budget 0.5", **given)  # type: ignore[arg-type]
+
+
+def test_a_promise_in_words() -> None:
+    with pytest.raises(PlanFormatError, match="promise: predicted_share"):
+        Promise("budget 0.5", None, None)  # type: ignore[arg-type]
+    assert str(Promise("budget 1", 1.0, None)) == "budget 1: predicted 1.00 of full's time, the same images"
+    promise = Promise("budget 0.5", 0.49, 54.2, 0.51, 53.9, 53.5, "over")
+    assert str(promise) == (
+        "budget 0.5: predicted 0.49 of full's time, 54.2 dB; measured 0.51, 53.9 dB (held out 53.5 dB); over"
+    )
+    hostile = str(Promise("\x1b[31m" * 100, 0.5, 30.0, note="\x07" * 1000))
+    assert hostile.isprintable()
+    assert len(hostile) < 800

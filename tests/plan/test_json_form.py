@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import OutputError, PlanDigestError, PlanFormatError, PlanVersionError
 from difa_compile.files import writing
+from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import SCHEMA_VERSION, Cell, ModelInfo, Plan, Settings, SiteInfo, Trial
 from tests.support.places import ROOT
 from tests.support.plans import GREEDY, measured_plan, plan_of, site
@@ -34,6 +35,21 @@ def test_save_and_load(path: Path) -> None:
     assert loaded.digest == plan.digest
     assert os.listdir(path.parent) == ["plan.json"]
     assert Plan.load(str(path)) == plan
+
+
+@pytest.mark.parametrize("promise", [Promise("budget 1", 1, None), Promise("40 dB", 0.5, 41.0, 0.6, 40.5, None, "ä")])
+def test_a_promise_is_read_back(promise: Promise, tmp_path: Path) -> None:
+    plan = measured_plan()
+    plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, promise=promise))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.settings.promise == promise
+    assert loaded.digest != measured_plan().digest
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"limit"', '"limits"'))
+    with pytest.raises(PlanFormatError, match="without the key 'limit'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 finite = st.floats(0, 10, allow_nan=False)
