@@ -402,7 +402,7 @@ def compare(
     full_images, planned_images = (
         torch.cat([call.images for call in calls[name][: len(seeds)]]) for name in ("full", "planned")
     )
-    roles = _carried_out(capture, resolved.rows)
+    roles = _carried_out(capture, resolved.rows, plan.blocks)
     attention, with_projections = (_operations(resolved.sites, roles, counted) for counted in (False, True))
     return Comparison(
         plan_digest=plan.digest,
@@ -457,11 +457,12 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def _carried_out(capture: Capture, rows: Sequence[Sequence[Decision]]) -> tuple[tuple[Role, ...], ...]:
+def _carried_out(
+    capture: Capture, rows: Sequence[Sequence[Decision]], blocks: Sequence[int | None]
+) -> tuple[tuple[Role, ...], ...]:
     """The roles with every skipped decision replaced by what was done instead."""
-    assert capture.plan is not None
     carried_out = [[capture.verdicts.effective(i, decision) for i, decision in enumerate(row)] for row in rows]
-    return assign_roles(carried_out, capture.plan.blocks)
+    return assign_roles(carried_out, blocks)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_where_its_sites_stand(batched):
     assert [site.path for site in batched.sites] == ["layers.0.attention", "layers.1.attention"]
     for index in (0, 1):
         segment = batched.split.segments[batched.segment_of(index)]
-        assert segment.site_indices == (index,)
+        assert segment.site_indices == (index, 2 + index), "the site, and the block that holds it"
         assert segment.sites[0].path == batched.sites[index].path
     assert batched.batch == 2
     assert batched.sample == (3, 8, 12)

@@ -46,8 +46,9 @@ def test_analysing_writes_a_file_per_pass(tmp_path):
         "06-follow_batch.txt",
         "07-find_sites.txt",
         "08-hold_positions.txt",
-        "09-cut_segments.txt",
-        "10-prove_regions.txt",
+        "09-find_blocks.txt",
+        "10-cut_segments.txt",
+        "11-prove_regions.txt",
     ]
     assert marks(folder / "00-captured.txt") == {}, "nothing has changed anything yet"
     assert (folder / "05-find_sample.txt").read_text().count("the noisy sample") == 1
@@ -59,7 +60,7 @@ def test_analysing_writes_a_file_per_pass(tmp_path):
         r"^%scaled_dot_product_attention = .*, batch 0, attention of attention +<< find_sites$", sites, re.M
     )
     assert re.search(r"^%linear_3 = .*, output of attention +<< find_sites$", sites, re.M)
-    assert "segment 0: " in (folder / "09-cut_segments.txt").read_text()
+    assert "segment 0: " in (folder / "10-cut_segments.txt").read_text()
 
 
 def test_rewriting_marks_what_each_pass_made_and_lists_what_it_took_out(tmp_path):
@@ -69,9 +70,11 @@ def test_rewriting_marks_what_each_pass_made_and_lists_what_it_took_out(tmp_path
     assert files(trace.folder) == [
         "00-before.txt",
         "01-reuse.txt",
-        "02-share_cfg.txt",
-        "03-window.txt",
-        "04-emit_caches.txt",
+        "02-forecast.txt",
+        "03-share_cfg.txt",
+        "04-window.txt",
+        "05-heads.txt",
+        "06-emit_caches.txt",
     ]
     assert (
         (trace.folder / "00-before.txt")
@@ -79,9 +82,9 @@ def test_rewriting_marks_what_each_pass_made_and_lists_what_it_took_out(tmp_path
         .startswith("# before\n# attention: window(box:1)+cfg >output\n\n$x = input   float32 (2, 6, 16), batch 0\n")
     )
     assert marks(trace.folder / "01-reuse.txt") == {}
-    shared = marks(trace.folder / "02-share_cfg.txt")["share_cfg"]
+    shared = marks(trace.folder / "03-share_cfg.txt")["share_cfg"]
     assert {"narrow", "linear", "query", "scaled_dot_product_attention", "repeat", "add"} <= set(shared)
-    window = trace.folder / "03-window.txt"
+    window = trace.folder / "04-window.txt"
     assert marks(window)["window"] == ["local_attention_default", "transpose_3"]
     assert "scaled_dot_product_attention" not in marks(window)["share_cfg"]
     assert window.read_text().endswith(
@@ -89,7 +92,7 @@ def test_rewriting_marks_what_each_pass_made_and_lists_what_it_took_out(tmp_path
         "- %scaled_dot_product_attention = scaled_dot_product_attention(%query, %key, %value)"
         "   float32 (1, 2, 6, 8), batch 0\n"
     )
-    last = trace.folder / "04-emit_caches.txt"
+    last = trace.folder / "06-emit_caches.txt"
     assert marks(last)["emit_caches"] == ["contiguous"]
     assert marks(last)["window"] == ["local_attention_default", "transpose_3"], "marks stay"
     assert "gone" not in last.read_text(), "what went before is not told again"
