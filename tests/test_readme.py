@@ -113,11 +113,21 @@ def test_the_counts_of_the_survey_are_those_of_its_result():
     assert f"Of the {len(rows)} transformer classes" in text
     assert f"{captured} are captured as one graph" in text
     assert f"{counts} {len(right['window'])} " in text
+    blocks_right, spans = (
+        [row[name] for row in rows if row.get(name) is not None] for name in ("block_reuse", "span_reuse")
+    )
+    assert f"reuse of whole blocks on {len(blocks_right)} and of spans of blocks on {len(spans)}." in text
     exact = {name: values.count("exact") for name, values in right.items()}
     details = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
     assert (
         f"{captured} of {len(rows)} classes are captured; reuse is right on {len(right['reuse'])} (to the bit on "
         f"{exact['reuse']}), CFG sharing on {len(right['cfg'])} (on {exact['cfg']}), windows on {len(right['window'])}."
+    ) in details
+    held = [[int(count) for count in row["blocks"].split(" of ")] for row in rows if row.get("blocks")]
+    assert (
+        f"Blocks are reused right on {len(blocks_right)} (to the bit on {blocks_right.count('exact')}), "
+        f"{sum(able for able, _ in held)} of {sum(every for _, every in held)} in all, spans on {len(spans)} "
+        f"(on {spans.count('exact')})."
     ) in details
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.model_survey import DECISIONS, survey
+from benchmarks.model_survey import BLOCKS, DECISIONS, survey
 from benchmarks.tables import RESULTS
 from benchmarks.zoo.registry import build, registered
 
@@ -42,6 +42,10 @@ def test_the_dozen(name):
         value = row[column]
         assert value == "exact" or value <= ROUNDING, (column, value, row["reason"])
     assert row["reuse"] == "exact"
+    held, every = row["blocks"].split(" of ")
+    assert held == every
+    assert row["block_reuse"] == "exact"
+    assert row["span_reuse"] == ("exact" if name != "LatteTransformer3DModel" else None)
 
 
 def test_builders_are_deterministic_and_small():
@@ -56,8 +60,10 @@ def test_the_committed_survey_leaves_nothing_unexplained():
     rows = json.loads((RESULTS / "model_survey.json").read_text())["rows"]
     assert {row["class"] for row in rows} >= set(registered())
     for row in rows:
-        values = [row.get(column) for column in DECISIONS]
+        values = [row.get(column) for column in (*DECISIONS, *BLOCKS)]
         assert row.get("reason") or (row["captured"] and None not in values), row["class"]
+        for column in BLOCKS:
+            assert not row.get("sites") or row[column] is not None or f"{column}: " in row["reason"], row["class"]
         for value in values:
             allowed = 1e-2 if "bfloat16" in row.get("dtype", "") else 1e-5
             assert value in (None, "exact") or value <= allowed, row["class"]

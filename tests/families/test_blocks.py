@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("diffusers", reason="whole pipelines of diffusers")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
@@ -13,6 +14,7 @@ from diffusers import HeunDiscreteScheduler
 
 from difa_compile.decision import FULL, Decision
 from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.loading import load_pipeline
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.image_cases import CASES
 from tests.support.left_out import sampled_by_hand
@@ -46,7 +48,7 @@ def images(name, change=lambda pipe: None, **arguments):
         inputs = case.inputs(**arguments)
         return Sampled(
             pipe,
-            lambda steps: case.sample(pipe, steps, **arguments).numpy(),
+            lambda steps, **more: case.sample(pipe, steps, **{**arguments, **more}).numpy(),
             inputs,
             2 if case.two_calls else 1,
         )
@@ -161,3 +163,56 @@ def test_each_expert_has_caches_of_its_own(tmp_path: Path):
     assert error(sampled.frames(8), wanted) < CLOSE
     assert error(full, wanted) > 20 * CLOSE
     assert {promotion.step for promotion in applied.last_run.promotions} == {switch}
+
+
+@pytest.mark.slow
+def test_batches_of_other_sizes_are_served_by_one_compile(tmp_path: Path):
+    sampled = PIPELINES["dit"](tmp_path)
+    plan = plan_for(sampled)
+
+    def frames(labels):
+        return np.asarray(sampled.frames(8, class_labels=labels))
+
+    batches = ([1, 2], [1, 2, 3], [4], [1, 2, 3, 4])
+    wanted = []
+    for labels in batches:
+        with sampled_by_hand(sampled.pipe, plan, plan.decisions):
+            wanted.append(frames(labels))
+    applied = apply(sampled.pipe, plan, inner="eager", dynamic=True)
+    for labels, images in zip(batches, wanted, strict=True):
+        assert error(frames(labels), images) < CLOSE
+    assert len(applied.captures) == len(batches)
+    remove(sampled.pipe)
+
+
+@pytest.mark.slow
+def test_the_demo_through_inductor_with_spans_left_out():
+    """A third of the calls leave out the span, and one block is forecast in others: what is compiled agrees with the
+    graphs run as they are, and no more is compiled than there are kinds of segment."""
+    pipe = load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"class_labels": [1, 2]}
+
+    def frames():
+        call = {**inputs, "num_inference_steps": 6, "generator": torch.Generator().manual_seed(3), "output_type": "np"}
+        return np.asarray(pipe(**call).images)
+
+    plan = plan_from_rule(
+        pipe,
+        6,
+        lambda *_: FULL,
+        inputs={**inputs, "num_inference_steps": 6},
+        blocks=lambda step, block: decision("forecast:1" if step == 4 and block.path.endswith(".1") else "F"),
+        spans=lambda step, span: decision("reuse" if step in (2, 5) else "F"),
+    )
+    full = frames()
+    images = {}
+    for inner in ("eager", "inductor"):
+        applied = apply(pipe, plan, inner=inner)
+        images[inner] = frames()
+        assert [record for record in applied.records if record.outcome == "skipped"] == []
+        (capture,) = applied.captures
+        assert capture.compiled_variants <= 8
+        remove(pipe)
+    assert error(images["inductor"], images["eager"]) < 1e-3
+    assert error(full, images["eager"]) > 1e-2

@@ -9,13 +9,21 @@ from difa_compile.backend.entry import eager
 from difa_compile.decision import REUSE, Decision
 from difa_compile.passes import proofs
 from difa_compile.passes.graph import op_name
-from difa_compile.passes.order import rewrite
+from difa_compile.passes.order import analyse, rewrite
 from difa_compile.passes.proofs import Proof, agree, double_half, elsewhere, prove
 from difa_compile.passes.replay import fresh, same
 from difa_compile.passes.site import Region
 from difa_compile.passes.variant import Context
 from tests.support.captures import capture_of
-from tests.support.tiny_models import Attention, BareAttention, captured, captured_plain, graph_of, sites_of
+from tests.support.tiny_models import (
+    Attention,
+    BareAttention,
+    PlainTransformer,
+    captured,
+    captured_plain,
+    graph_of,
+    sites_of,
+)
 
 pytest.importorskip("diffusers")
 
@@ -246,3 +254,51 @@ def test_want_of_memory_is_no_reason_against_a_region(error):
 
     with pytest.raises(type(error)):
         prove(module, sites_of(module, values), 0, values, Context(0), full_of)
+
+
+# Blocks
+
+
+def plain_blocks():
+    _, _, module, values = captured_plain()
+    model = analyse(module, values)
+    return model, module, values
+
+
+def test_blocks_and_spans_prove_themselves_in_whole_graphs():
+    model, _, values = plain_blocks()
+    assert model.proofs == (Proof(),) * 5
+    for index in range(2, 5):
+        assert prove(model.canonical, model.units, index, values, Context(), rewrite) == Proof()
+
+
+def test_a_block_that_lies_is_caught():
+    """Told of a stream that it does not add to it proves itself all the same: it is then that plus the rest. But what
+    it hands on besides, what it leaves to be computed, and what it hides, is found."""
+    model, _, values = plain_blocks()
+    block = model.blocks[0]
+    region = block.region
+
+    def proof(**changes):
+        lie = dataclasses.replace(block, region=dataclasses.replace(region, **changes))
+        return prove(model.canonical, [lie], 0, values, Context(), rewrite).reuse
+
+    assert proof() is None
+    middle = next(user for user in region.streams[0].users if op_name(user) == "add")
+    assert proof(outputs=(middle,)) == "reuse would save nothing: what the block computes is used elsewhere"
+    assert proof(streams=(region.attention,)).startswith("the rewritten region does not run")
+
+
+def test_a_block_that_draws_numbers_is_caught():
+    """What it adds differs from call to call, so no output of its own is reproduced."""
+
+    class Noisy(Attention):
+        def forward(self, x):
+            return super().forward(x) + torch.rand_like(x)
+
+    torch.manual_seed(0)
+    module, values = graph_of(PlainTransformer([Noisy(32, 2)]).eval(), {"x": torch.randn(2, 3, 8, 12)})
+    model = analyse(module, values)
+    assert [block.path for block in model.blocks] == ["layers.0"]
+    assert model.why_not(1, REUSE) == "reusing what the block itself has added does not reproduce its output"
+    assert model.why_not(1, Decision.parse("forecast:1")) == model.why_not(1, REUSE)

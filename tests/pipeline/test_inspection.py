@@ -51,6 +51,24 @@ def test_causal_attention_shows_in_the_records():
     ]
 
 
+def test_blocks_that_can_be_left_out_and_why_others_cannot():
+    model, inputs = plain(masks=("none", "none", "none"))
+    found = inspect_model(model, inputs)
+    assert [(info.path, info.kind, info.blocks) for info in found.blocks] == [
+        *((f"layers.{i}", "block", ()) for i in range(3)),
+        ("layers.0..layers.2", "block", tuple(f"layers.{i}" for i in range(3))),
+    ]
+    assert found.block_records == ()
+    model.layers[1].forward = lambda x: model.layers[1].attention(x) * 2
+    found = inspect_model(model, inputs)
+    assert [info.path for info in found.blocks] == ["layers.0", "layers.2"]
+    assert [(record.site, record.decision, record.outcome) for record in found.block_records] == [
+        ("layers.1", "any", "skipped"),
+        ("layers.0..layers.2", "any", "skipped"),
+    ]
+    assert all("is no sum of a value that came in" in record.reason for record in found.block_records)
+
+
 class LinearAttention(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -93,9 +93,9 @@ class LeftOut:
             return past[-1][1]
         assert decision.order == 1
         (before, old), (after, new) = past[-2:]
-        basis = 0 if before[0] != after[0] else 1
+        basis = int(decision.basis == "step" or before[0] == after[0])
         ahead = (at[basis] - after[basis]) / (after[basis] - before[basis])
-        return [y if y is None else y + (y - x) * ahead for x, y in zip(old, new, strict=True)]
+        return [y if y is None else y * (1 + ahead) - x * ahead for x, y in zip(old, new, strict=True)]
 
 
 def given(args, kwargs):
