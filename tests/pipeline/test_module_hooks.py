@@ -9,7 +9,7 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks import ModelHook as DiffusersHook
 
 import difa_compile
-from difa_compile.comparison.compare import _compiled
+from difa_compile.comparison.compare import compiled_by
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import UnsupportedPipelineError
 from difa_compile.pipeline.apply import apply, remove
@@ -152,7 +152,7 @@ def test_comparisons_compile_within_the_hook(pipe):
     full = sample(pipe)
     hook = Absent()
     add_hook_to_module(pipe.transformer, hook)
-    with _compiled(pipe.transformer, "aot_eager"):
+    with compiled_by(pipe.transformer, "aot_eager"):
         assert close(sample(pipe), full)
     assert hook.calls == 4
     assert pipe.transformer._compiled_call_impl is None

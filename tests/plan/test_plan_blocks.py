@@ -264,7 +264,10 @@ blocks.1            FF-F.
 blocks.0..blocks.1  FF.FF
 LEGEND  - its block is left out
 """
-LEGEND = "F full  W window  R window+residual  H by heads  . reuse  P forecast; f w r h , p the same with the CFG halves shared"
+LEGEND = (
+    "F full  W window  R window+residual  H by heads  . reuse  P forecast; "
+    "f w r h , p the same with the CFG halves shared"
+)
 
 
 def test_the_map_tells_what_is_covered() -> None:
