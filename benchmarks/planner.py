@@ -100,7 +100,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, quality: Quality | 
     torch._dynamo.reset()
     rows: list[Row] = []
     plain = _demo.load("demo")
-    peers.compile_whole(plain)
+    plain.transformer.compile(dynamic=False)
     ready = loaded(cases, args, rows)
     pipes = {INDUCTOR: plain, **{name: pipe for name, (_, pipe) in ready.items()}}
     labels = _demo.labels_of(args.batch)
@@ -124,7 +124,7 @@ class Quality:
         self.judge = load_judge()
         self.real = sample_batch(load_split(held_out=True), args.images, torch.Generator().manual_seed(0))[0] / 2 + 0.5
         plain = _demo.load("demo")
-        peers.compile_whole(plain)
+        plain.transformer.compile(dynamic=False)
         self.reference, self.labels = self.images(plain)
 
     def images(self, pipe: Any) -> tuple[Tensor, Tensor]:
