@@ -72,7 +72,8 @@ def version(tool: str) -> str | None:
 
 
 def compile_whole(pipe: Any) -> None:
-    pipe.transformer.compile(dynamic=False)
+    """As the guides of both tools have it; told that nothing is dynamic, Dynamo would make a graph for every step."""
+    pipe.transformer.compile()
 
 
 # cache-dit
@@ -170,14 +171,15 @@ def _diffusers(technique: str, tag: str, settings: Row) -> Case:
 
 
 def _enable_diffusers(pipe: Any, steps: int, technique: str, settings: Row) -> None:
-    give_cache_mixin(pipe, steps, swap_halves=technique == "FasterCache")
+    clock = give_cache_mixin(pipe, steps, swap_halves=technique == "FasterCache")
     given: dict[str, Any] = dict(settings)
     if technique == "TaylorSeerCache":
         given |= _taylorseer(given.pop("of"), steps)
     elif technique == "MagCache":
         given |= {"num_inference_steps": steps, "mag_ratios": mag_ratios(steps)}
     elif technique in ("PyramidAttentionBroadcast", "FasterCache"):
-        given["current_timestep_callback"] = lambda: pipe.transformer.now
+        # In diffusers' pipelines it is a tensor, and comparing it ends a graph of Dynamo's; it ends one here.
+        given["current_timestep_callback"] = torch.compiler.disable(lambda: clock.time)
     elif technique == "SeaCache":  # made for latents (C, T, H, W) of one sample; what it compares is their mean
         given["raw_vision_callback"] = lambda model, args, kwargs: list(args[0][:, :, None])
     if technique == "FasterCache":
@@ -217,29 +219,38 @@ def mag_ratios(steps: int) -> list[float]:
     return ratios
 
 
-def give_cache_mixin(pipe: Any, steps: int, swap_halves: bool = False) -> None:
+@dataclass
+class Clock:
+    """Where a run is. Not kept on the model: of a changing number there Dynamo makes a graph per value."""
+
+    step: int = 0
+    time: int = 0
+
+
+def give_cache_mixin(pipe: Any, steps: int, swap_halves: bool = False) -> Clock:
     """What diffusers gives its models with caches, and a DiT lacks: CacheMixin, and a context around a step's call.
 
     ``swap_halves``: FasterCache takes the second half of a batch for the conditional one, which a DiT has first.
     """
     from diffusers.models.cache_utils import CacheMixin
 
-    base = type(pipe.transformer)
+    base, clock = type(pipe.transformer), Clock()
 
     def call(self: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
         now = int(timestep[0])
-        self.step, self.now = (self.step + 1 if now < self.now else 0), now
+        clock.step, clock.time = (clock.step + 1 if now < clock.time else 0), now
         half = len(hidden_states) // 2 if swap_halves else 0
         if half:
             hidden_states, class_labels = hidden_states.roll(half, 0), class_labels.roll(half, 0)
-        place = {"step_index": self.step, "num_inference_steps": steps, "sigma": now / 1000}
+        place = {"step_index": clock.step, "num_inference_steps": steps, "sigma": now / 1000}
         with self.cache_context("cond_uncond", **place):
             output = base.__call__(self, hidden_states, timestep=timestep, class_labels=class_labels)
         if half:
             output.sample = output.sample.roll(half, 0)
         return output
 
-    pipe.transformer.__class__ = type(base.__name__, (base, CacheMixin), {"__call__": call, "now": 0, "step": 0})
+    pipe.transformer.__class__ = type(base.__name__, (base, CacheMixin), {"__call__": call})
+    return clock
 
 
 # Uniform reuse and forecast

@@ -41,14 +41,13 @@ BUDGETS = (0.7, 0.5, 0.4, 0.3, 0.2)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=8, help="images per timed call")
+    parser.add_argument("--batch", type=int, default=8, help="images per call")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--plans", nargs="*", default=[], type=Path, help="plan files of ours, each a case")
     parser.add_argument("--cases", default="", help="only the cases whose name this regular expression is found in")
     parser.add_argument("--eager", action="store_true", help="each recipe also without torch.compile")
     parser.add_argument("--group", type=int, default=8, help="cases that are timed together with plain inductor")
     parser.add_argument("--images", type=int, default=100, help="images for quality; 0 leaves it out")
-    parser.add_argument("--quality-batch", type=int, default=50)
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result files")
     return parser.parse_args()
 
@@ -100,7 +99,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, quality: Quality | 
     torch._dynamo.reset()
     rows: list[Row] = []
     plain = _demo.load("demo")
-    peers.compile_whole(plain)
+    plain.transformer.compile(dynamic=False)
     ready = loaded(cases, args, rows)
     pipes = {INDUCTOR: plain, **{name: pipe for name, (_, pipe) in ready.items()}}
     labels = _demo.labels_of(args.batch)
@@ -117,18 +116,21 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, quality: Quality | 
 
 
 class Quality:
-    """What a pipeline's images are worth, against plain inductor's of the same seeds."""
+    """What a pipeline's images are worth, against plain inductor's of the same seeds.
+
+    They are made in batches as large as those timed: other sizes would be compiled anew.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.judge = load_judge()
         self.real = sample_batch(load_split(held_out=True), args.images, torch.Generator().manual_seed(0))[0] / 2 + 0.5
         plain = _demo.load("demo")
-        peers.compile_whole(plain)
+        plain.transformer.compile(dynamic=False)
         self.reference, self.labels = self.images(plain)
 
     def images(self, pipe: Any) -> tuple[Tensor, Tensor]:
-        return generate(pipe, self.args.images, self.args.quality_batch, self.args.steps)
+        return generate(pipe, self.args.images, self.args.batch, self.args.steps)
 
     def of(self, pipe: Any) -> Row:
         images, _ = self.images(pipe)
