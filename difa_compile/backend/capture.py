@@ -97,22 +97,41 @@ class Capture:
         self._rows: dict[tuple[Role, ...], CompiledRow] = {}
         self._unmodified: CompiledRow | None = None
         self._lock = threading.RLock()
-        if plan is not None:
-            named = {site.path for site in plan.sites if site.is_block}
-            infos = [site.info for site in model.sites]
-            infos += [block.info for block in model.blocks if block.path in named]
-            samples = (model.sample, plan.settings.sample)
-            if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites, samples)):
-                plan = plan.resized(infos, resize or "tokens")
-            plan.validate(sites=infos)
-        self.plan = plan
-        self.units = tuple(self._units(plan))
         self.prediction = Prediction(model)
-        self.verdicts = Verdicts(model, self.prediction, plan, self.units, strict=strict, allow_slower=allow_slower)
+        self.plan = self._carried_over(plan, resize)
+        self.units = tuple(self._units(self.plan))
+        self.verdicts = Verdicts(
+            model, self.prediction, self.plan, self.units, strict=strict, allow_slower=allow_slower
+        )
+
+    def _carried_over(self, plan: Plan | None, resize: str | None) -> Plan | None:
+        """A plan as it is for this model's sizes. Raises :class:`PlanMismatchError`, :class:`SitesMismatchError`."""
+        if plan is None:
+            return None
+        named = {site.path for site in plan.sites if site.is_block}
+        infos = [site.info for site in self.model.sites]
+        infos += [block.info for block in self.model.blocks if block.path in named]
+        samples = (self.model.sample, plan.settings.sample)
+        if infos != list(plan.sites) and (resize is not None or same_but_for_text(infos, plan.sites, samples)):
+            plan = plan.resized(infos, resize or "tokens")
+        plan.validate(sites=infos)
+        return plan
 
     def _units(self, plan: Plan | None) -> Iterable[int]:
         number = {unit.path: index for index, unit in enumerate(self.model.units)}
         return number.values() if plan is None else (number[site.path] for site in plan.sites)
+
+    def follow(self, plan: Plan) -> None:
+        """From now on, and from the next run on, follow another plan of the same model and sizes.
+
+        What was compiled for the rows they have in common is used again. Raises as the constructor does.
+        """
+        plan = self._carried_over(plan, None) or plan
+        units = tuple(self._units(plan))
+        verdicts = self.verdicts.of(plan, units)
+        if units != self.units:
+            self._rows.clear()  # they are kept by the roles of a plan's sites
+        self.plan, self.units, self.verdicts = plan, units, verdicts
 
     def leave_unshared(self, reason: str) -> None:
         """From now on no decision that shares the CFG halves is carried out, for this reason.

@@ -70,6 +70,18 @@ class Verdicts:
             for decision in dict.fromkeys(row[index] for row in plan.decisions)
         )
 
+    def of(self, plan: Plan, units: Sequence[int]) -> Verdicts:
+        """What is carried out of another plan, on the same terms. Raises as the constructor does."""
+        return Verdicts(
+            self._model,
+            self._prediction,
+            plan,
+            units,
+            strict=self.strict,
+            allow_slower=self._allow_slower,
+            why_unshared=self.why_unshared,
+        )
+
     def unshared(self, reason: str) -> Verdicts:
         """The verdicts where no decision that shares the CFG halves can be carried out, for this reason.
 

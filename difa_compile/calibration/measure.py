@@ -47,11 +47,11 @@ from difa_compile.wording import shown
 
 NUMBERS = 512
 """To how many numbers a change of the output is projected: squared sizes are right to some six per cent."""
-LAGS = 14
+LAGS = 20
 """How many steps back blocks are tried: as far as a plan may reach without computing."""
 ATTENTION_LAGS = (1, 2, 3, 5, 8)
 """The same of attention, which takes most of a call for each; those between are interpolated."""
-ROUNDS = 7
+ROUNDS = 11
 """How often each kind of row is timed."""
 
 
@@ -389,7 +389,8 @@ class Measuring:
     # --- seconds -----------------------------------------------------------------------------------------------------
 
     def _time(self, capture: Capture, args: list[Any], written: Mapping[CacheName, Tensor]) -> None:
-        """Time one row of each kind in turn; the seconds of a row are the median over the rounds."""
+        """Time one row of each kind in turn; the seconds of a row are the least of the rounds, since whatever else the
+        machine does only adds to them."""
         rows: dict[str, tuple[tuple[Role, ...], Mapping[CacheName, Tensor]]] = {
             "full": ((FULL_ROLE,) * len(capture.model.units), {})
         }
@@ -410,14 +411,15 @@ class Measuring:
                 rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), {})
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for turn in range(ROUNDS + 1):
-            for name, (row, given) in rows.items():
+            for name in list(rows)[:: -1 if turn % 2 else 1]:
+                row, given = rows[name]
                 start = time.perf_counter()
                 capture.execute(args, row, given)
                 if any(value.is_cuda for value in written.values()):
                     torch.cuda.synchronize()
                 if turn:  # the first compiles
                     seconds[name].append(time.perf_counter() - start)
-        self._seconds = {name: statistics.median(found) for name, found in seconds.items()}
+        self._seconds = {name: min(found) for name, found in seconds.items()}
 
 
 def _spread_of(sizes: Tensor) -> float:

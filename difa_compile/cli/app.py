@@ -206,6 +206,7 @@ def calibrate(
     psnr: Psnr = None,
     error: AllowedError = None,
     max_rows: MaxRows = None,
+    runs: Annotated[int, typer.Option(help="Plans to try at most under a budget or for a quality.", min=1)] = 12,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
@@ -220,7 +221,7 @@ def calibrate(
         limit = Limit(budget, psnr, error, max_rows)
         call = call_inputs(model, inputs, labels, prompt, guidance)
         windows = [window] if window is not None else []
-        _calibrate_within(model, output, steps, limit, call, windows, state, seed, device)
+        _calibrate_within(model, output, steps, limit, call, windows, state, runs, seed, device)
         return
     require("diffusers", "tqdm")
     from difa_compile.calibration.calibrate import calibrate as search
@@ -266,6 +267,7 @@ def _calibrate_within(
     call: dict[str, Any],
     windows: list[str],
     state: Path | None,
+    runs: int,
     seed: int,
     device: str | None,
 ) -> None:
@@ -282,7 +284,8 @@ def _calibrate_within(
     check_target(kept, "the table of errors")
     with interruptible(lambda: state_kept(kept)):
         plan = plan_within(
-            pipe, call, limit, steps, windows=tried, seed=seed, held_out=(seed + 1,), state=kept,
+            pipe, call, limit, steps, windows=tried, seeds=(seed, seed + 1), held_out=(seed + 2,), runs=runs,
+            state=kept,
             told=lambda text: console.print(Text(f"tried: {visible(text)}")),
         )  # fmt: skip
     plan.save(output)

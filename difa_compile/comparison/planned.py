@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +18,22 @@ from difa_compile.calibration.measure import measure
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
 from difa_compile.decision import Window
-from difa_compile.errors import BudgetError, RowLimitError
-from difa_compile.pipeline.apply import apply, remove
+from difa_compile.errors import BudgetError, RowLimitError, ScheduleError
+from difa_compile.pipeline.apply import AppliedPlan, apply, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.make import Limit, chosen, plan_of
-from difa_compile.planner.problem import refitted
+from difa_compile.planner.problem import Outcome, refitted
 from difa_compile.planner.table import ErrorTable
+from difa_compile.planner.ways import Way, candidates, neighbours, ways_of
 
 ROUNDS = 3
 """How often the full model and a plan are timed, one after the other, where a plan is held to its word."""
 TRIES = 3
-"""How many plans are run at most."""
+"""How many plans are run at most to keep to a limit."""
+RUNS = 12
+"""How many plans are run at most, all in all."""
 SLACK = 0.05
 """By how much, as a share of it, a time may be over the budget; machines are not more even than that."""
 
@@ -38,7 +41,8 @@ SLACK = 0.05
 @dataclass(frozen=True)
 class Held:
     """What came of a plan in a run: ``share`` of the full model's time (median of the rounds' ratios), and PSNR in dB
-    against its images, with the seed it was measured with and with the others; infinite for equal images."""
+    against its images, with the seeds that plans are chosen by and with the held-out ones; infinite for equal
+    images."""
 
     share: float
     psnr: float
@@ -48,53 +52,78 @@ class Held:
 class Trials:
     """The full model's side of a comparison, compiled and run once, against which plans are run.
 
-    ``inputs``: keyword arguments of the pipeline's call, without seed, steps and form of the output. ``seeds``: the
-    first is the one that was measured with.
+    ``inputs``: keyword arguments of the pipeline's call, without seed, steps and form of the output. ``seeds``: plans
+    are chosen by what they do with these; ``held_out``: with these it is only said.
     """
 
-    def __init__(self, pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int], held_out: Sequence[int] = ()
+    ) -> None:
         self._pipe = pipe
-        self._seeds = tuple(seeds)
+        self._seeds, self._held_out = tuple(seeds), tuple(held_out)
         self._full = Caller(copy.copy(pipe), inputs, steps)  # shares all components; a plan is put on ``pipe`` alone
         self._planned = Caller(pipe, inputs, steps)
         self._images: dict[int, Tensor] = {}
+        self._applied: AppliedPlan | None = None
+
+    def judge(self, plan: Plan) -> float:
+        """The PSNR in dB of a plan with the seeds that plans are chosen by."""
+        self._follow(plan)
+        return self._psnr(self._seeds)
 
     def run(self, plan: Plan) -> Held:
-        """Run a plan beside the full model."""
-        applied = apply(self._pipe, plan)
-        try:
-            planned = {seed: self._planned(seed).images for seed in self._seeds}  # compiles
-            for seed in self._seeds:
-                if seed not in self._images:
-                    self._images[seed] = self._full(seed).images
-            ratios = []
-            for turn in range(ROUNDS):
-                sides: list[Callable[[int], Call]] = [self._full, self._planned]
-                times = [side(self._seeds[0]).seconds for side in (sides if turn % 2 else reversed(sides))]
-                full, own = times if turn % 2 else reversed(times)
-                ratios.append(own / full)
-        finally:
+        """Run a plan beside the full model, timed."""
+        self._follow(plan)
+        quality = self._psnr(self._seeds)
+        held_out = self._psnr(self._held_out) if self._held_out else quality
+        ratios = []
+        for turn in range(ROUNDS):
+            sides: list[Callable[[int], Call]] = [self._full, self._planned]
+            times = [side(self._seeds[0]).seconds for side in (sides if turn % 2 else reversed(sides))]
+            full, own = times if turn % 2 else reversed(times)
+            ratios.append(own / full)
+        return Held(statistics.median(ratios), quality, held_out)
+
+    def close(self) -> None:
+        """Take the plan off the pipeline."""
+        if self._applied is not None:
             remove(self._pipe)
-        del applied
-        quality = [_psnr(self._images[seed], planned[seed]) for seed in self._seeds]
-        return Held(statistics.median(ratios), quality[0], statistics.fmean(quality[1:] or quality))
+            self._applied = None
+
+    def _follow(self, plan: Plan) -> None:
+        """Put a plan on the pipeline; what is compiled for the one before stays."""
+        if self._applied is None:
+            self._applied = apply(self._pipe, plan)
+        else:
+            self._applied.follow(plan)
+
+    def _psnr(self, seeds: Sequence[int]) -> float:
+        """The mean over the pairs of images that differ, in dB; infinite if none does."""
+        for seed in seeds:
+            if seed not in self._images:
+                self._images[seed] = self._full(seed).images
+        return psnr_of([(self._images[seed], self._planned(seed).images) for seed in seeds])
 
 
-def _psnr(full: Tensor, planned: Tensor) -> float:
-    """The mean over the pairs that differ, in dB; infinite if none does."""
-    ratios = metrics.psnr(full, planned)
+def psnr_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The mean PSNR in dB over the pairs of images (N, C, H, W) that differ; infinite if none does."""
+    ratios = torch.cat([metrics.psnr(full, planned) for full, planned in pairs])
     differing = ratios[ratios.isfinite()]
     return float(differing.mean()) if len(differing) else math.inf
 
 
 @contextmanager
-def trials(pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int]) -> Iterator[Trials]:
+def trials(
+    pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int], held_out: Sequence[int]
+) -> Iterator[Trials]:
     """:class:`Trials` of a pipeline, which is as it was when they are over."""
     with ExitStack() as stack:
         stack.enter_context(quiet(pipe))
         for transformer in find_transformers(pipe):
             stack.enter_context(compiled_by(transformer, "inductor"))
-        yield Trials(pipe, inputs, steps, seeds)
+        made = Trials(pipe, inputs, steps, seeds, held_out)
+        stack.callback(made.close)
+        yield made
 
 
 def plan_within(
@@ -106,24 +135,31 @@ def plan_within(
     table: ErrorTable | None = None,
     windows: Sequence[Window | str] = (),
     attention: bool | None = None,
-    seed: int = 0,
-    held_out: Sequence[int] = (1,),
+    seeds: Sequence[int] = (0, 1),
+    held_out: Sequence[int] = (2,),
+    runs: int = RUNS,
     state: Path | None = None,
     progress: bool = True,
     told: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """The best plan for ``pipe`` within ``limit``, run and held to it.
 
-    Measures (:func:`difa_compile.calibration.measure.measure`) unless a ``table`` is given, chooses, runs the choice
-    beside the full model with ``seed`` and the ``held_out`` ones, and chooses anew from what that showed where it is
-    over the limit or far below it, three times at most. The plan says what was predicted, what was measured, and what
-    was given up (``settings.promise``). ``told`` is given a line of text for each run.
+    Measures (:func:`difa_compile.calibration.measure.measure`, with the first of ``seeds``) unless a ``table`` is
+    given, chooses, and runs the choice beside the full model. Where it is over the limit or far below it, it is chosen
+    anew from what that showed, three times at most. Then other choices of the same limit are tried, other ways to
+    choose first (:mod:`difa_compile.planner.ways`), then the best with one of its computed steps moved, until ``runs``
+    plans have been run; the one whose images with ``seeds`` are closest is taken. What it does with the seeds
+    ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up
+    (``settings.promise``). ``told`` is given a line of text for each run.
 
-    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, and what measuring and
+    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, :class:`ScheduleError` where
+    ``table`` has another number of steps, ``ValueError`` without seeds or runs, and what measuring and
     :func:`difa_compile.apply` raise.
     """
+    if not seeds or runs < 1:
+        raise ValueError(f"{len(seeds)} seeds and {runs} runs were given; at least one of each is needed")
     if table is None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seeds[0])
         table = measure(
             pipe,
             {**inputs, "generator": generator},
@@ -133,36 +169,135 @@ def plan_within(
             state=state,
             progress=progress,
         )
-    problem = table.problem()
-    best: tuple[bool, float, Plan] | None = None
-    aimed = limit
-    with trials(pipe, inputs, steps, (seed, *held_out)) as run:
-        for attempt in range(TRIES):
+    elif len(table.progress) != steps:
+        raise ScheduleError(
+            f"the table of errors was measured over {len(table.progress)} steps, and a plan for {steps} was asked for; "
+            f"ask for {len(table.progress)}, or measure over {steps}"
+        )
+    with trials(pipe, inputs, steps, seeds, held_out) as run:
+        return _Search(table, limit, run, runs, told).best()
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A plan that was run and timed."""
+
+    outcome: Outcome
+    held: Held
+    plan: Plan
+    rank: tuple[bool, float]
+    """Whether it keeps to the limit, and how good it is otherwise; greater is better."""
+
+
+class _Search:
+    """The search of one plan. ``left``: how many more plans may be run."""
+
+    def __init__(
+        self, table: ErrorTable, limit: Limit, run: Trials, runs: int, told: Callable[[str], None]
+    ) -> None:
+        self.table, self.limit, self.run, self.left, self.told = table, limit, run, runs, told
+        self.problem = table.problem()
+        self.aimed = limit
+        """The limit that choices are made for: corrected by what was measured."""
+        self.kept: _Tried | None = None
+
+    def best(self) -> Plan:
+        """The best plan found."""
+        self._corrected()
+        assert self.kept is not None
+        if self.limit.budget is not None:
+            self._closer(self.kept)
+        elif self.kept.rank[0]:
+            self._quicker(self.kept)
+        return self.kept.plan
+
+    def _try(self, outcome: Outcome, note: str = "") -> _Tried:
+        """Run a choice, timed, and keep it if it is the best so far."""
+        plan = plan_of(self.table, outcome, self.limit, note)
+        held = self.run.run(plan)
+        plan = with_promise(plan, held, _over(self.limit, held))
+        tried = _Tried(outcome, held, plan, _kept(self.limit, held))
+        self.told(str(plan.settings.promise))
+        if self.kept is None or tried.rank > self.kept.rank:
+            self.kept = tried
+        return tried
+
+    def _corrected(self) -> None:
+        """Choose, run, and choose anew from what that showed."""
+        for _ in range(min(TRIES, self.left)):
             try:
-                outcome, note = chosen(problem, aimed)
+                outcome, note = chosen(self.problem, self.aimed)
             except (BudgetError, RowLimitError):
-                if best is None:
+                if self.kept is None:
                     raise
-                break  # less than the first choice took is not possible
-            plan = plan_of(table, outcome, limit, note)
-            held = run.run(plan)
-            plan = with_promise(plan, held, _over(limit, held))
-            told(str(plan.settings.promise))
-            kept, merit = _kept(limit, held)
-            if best is None or (kept, merit) > best[:2]:
-                best = kept, merit, plan
-            if attempt + 1 == TRIES or (kept and _close(limit, held)):
-                break
-            if limit.budget is not None:
+                return  # less than the first choice took is not possible
+            if self.kept is not None and outcome.columns == self.kept.outcome.columns:
+                return
+            self.left -= 1
+            tried = self._try(outcome, note)
+            if tried.rank[0] and _close(self.limit, tried.held):
+                return
+            held = tried.held
+            if self.limit.budget is not None:
                 off = held.share / outcome.share if outcome.share else 1.0
-                least = 0.5 * limit.budget
-                aimed = replace(limit, budget=min(1.0, max(least, limit.budget / off)))
+                least = 0.5 * self.limit.budget
+                self.aimed = replace(self.limit, budget=min(1.0, max(least, self.limit.budget / off)))
             elif math.isfinite(held.psnr):
-                problem = refitted(problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
+                self.problem = refitted(self.problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
             else:
-                break  # the same images, which say nothing of the response
-    assert best is not None
-    return best[2]
+                return  # the same images, which say nothing of the response
+
+    def _closer(self, kept: _Tried) -> None:
+        """Look for plans of the same predicted time whose images are closer to the full model's."""
+        budget = kept.outcome.share
+        if self.left < 1 or not math.isfinite(kept.held.psnr):
+            return
+        way, outcome, psnr = ways_of(self.problem)[0], kept.outcome, kept.held.psnr
+        seen = {outcome.columns}
+        for other, each in candidates(self.problem, budget, self.limit.max_rows):
+            if self.left and each.columns not in seen:
+                seen.add(each.columns)
+                found = self._judged(each, psnr)
+                if found > psnr:
+                    way, outcome, psnr = other, each, found
+        moved = True
+        while moved and self.left:
+            moved = False
+            for each in neighbours(way, self.problem, outcome, budget, self.limit.max_rows):
+                if not self.left:
+                    break
+                if each.columns in seen:
+                    continue
+                seen.add(each.columns)
+                found = self._judged(each, psnr)
+                if found > psnr:
+                    outcome, psnr, moved = each, found, True
+                    break
+        if outcome.columns != kept.outcome.columns:
+            self._try(outcome)
+
+    def _judged(self, outcome: Outcome, best: float) -> float:
+        self.left -= 1
+        found = self.run.judge(plan_of(self.table, outcome, self.limit))
+        self.told(f"another of the same time: {found:.1f} dB{'' if found > best else f', not the {best:.1f} so far'}")
+        return found
+
+    def _quicker(self, kept: _Tried) -> None:
+        """Where another way to choose comes closer in the same time, see what it takes for the quality asked for."""
+        better: tuple[float, Way, Outcome] | None = None
+        for way, each in candidates(self.problem, kept.outcome.share, self.limit.max_rows):
+            if self.left > 1 and not way.worst and each.columns != kept.outcome.columns:
+                found = self._judged(each, kept.held.psnr)
+                if found > max(kept.held.psnr, better[0] if better else -math.inf):
+                    better = found, way, each
+        if better is None or not math.isfinite(better[0]):
+            return
+        psnr, way, outcome = better
+        problem = refitted(way.problem(self.problem), max(outcome.error, 1e-12), 10 ** (-psnr / 10))
+        try:
+            self._try(*chosen(problem, self.limit))
+        except (BudgetError, RowLimitError):
+            return  # nothing else is possible
 
 
 def with_promise(plan: Plan, held: Held, note: str) -> Plan:
@@ -193,9 +328,9 @@ def _kept(limit: Limit, held: Held) -> tuple[bool, float]:
 
 
 def _close(limit: Limit, held: Held) -> bool:
-    """Whether there is little to gain in another try: within a tenth of the budget, or 1.5 dB of the quality."""
+    """Whether there is little to gain in another try: within a twentieth of the budget, or 1.5 dB of the quality."""
     if limit.budget is not None:
-        return held.share >= 0.9 * limit.budget
+        return held.share >= 0.95 * limit.budget
     assert limit.mean_squared is not None
     return held.psnr <= -10 * math.log10(limit.mean_squared) + 1.5
 

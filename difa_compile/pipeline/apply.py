@@ -61,6 +61,17 @@ class AppliedPlan:
         """What happened to every site, in the latest captured graph; empty before the first call."""
         return self.captures[-1].verdicts.records if self.captures else ()
 
+    def follow(self, plan: Plan) -> None:
+        """From the next run on, follow another plan of the same model, made for the same sizes; both share none of the
+        halves of guidance. Captures that are made later, for other sizes, follow the first.
+
+        Raises :class:`PlanMismatchError`, :class:`SitesMismatchError` and, where skips are errors,
+        :class:`SiteSkippedError`.
+        """
+        for capture in self.captures:
+            capture.follow(plan)
+        self.plan = plan
+
     def _note(self, stats: RunStats) -> None:
         self.last_run = stats
 

@@ -27,6 +27,8 @@ _HALVINGS = 40
 _GRID = 4000
 """Into how many parts a budget is cut where counts are chosen."""
 _SWEEPS = 12
+_NEAR = 3
+"""How far a computed step is moved where plans are tried one by one."""
 _FEW = 3
 """Units up to which computed steps are moved to any place."""
 
@@ -131,7 +133,8 @@ class Planner:
                 else:
                     low = middle
             low = max(self.least.share, high - 0.1)
-        return best
+        polished = self.choose(best.share)  # the last step that was moved may have been of a dearer one
+        return polished if polished.error < best.error else best
 
     def _check(self, budget: float) -> None:
         if not (isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget <= 1):
@@ -306,6 +309,35 @@ class Planner:
         return np.stack([found.computed[layer, place] for place, layer in enumerate(taken)])
 
     # Neighbours.
+
+    def neighbours(self, start: Outcome, budget: float) -> list[Outcome]:
+        """What comes of moving one computed step of a unit, within the budget, the least error first; of all moves of a
+        step the best one comes before the second best of any. None for units that are inside or around others."""
+        problem = self.problem
+        prices = self.readers["outer"].priced(0.0)
+        everywhere = np.ones(problem.steps, dtype=bool)
+        ranked: list[tuple[int, float, int, Outcome]] = []
+        for unit in self._free():
+            column = start.columns[unit]
+            computed = np.array([decision == FULL for decision in column])
+            for step in (np.flatnonzero(computed[1:]) + 1).tolist():
+                found: list[Outcome] = []
+                for target in range(max(1, step - _NEAR), min(problem.steps, step + _NEAR + 1)):
+                    if computed[target]:
+                        continue
+                    moved = computed.copy()
+                    moved[step], moved[target] = False, True
+                    if _widest(moved) > problem.units[unit].effects.lags:
+                        continue
+                    columns = list(start.columns)
+                    place = self.outer.index(unit)
+                    columns[unit] = self._column("outer", prices, place, moved, everywhere, 0.0)
+                    each = outcome(problem, columns)
+                    if each.share <= budget * (1 + 1e-9):
+                        found.append(each)
+                found.sort(key=lambda each: each.error)
+                ranked += [(place, each.error, len(ranked) + place, each) for place, each in enumerate(found)]
+        return [each for *_, each in sorted(ranked, key=lambda entry: entry[:3])]
 
     def _starts(self, given: Sequence[Outcome], price: float) -> list[Outcome]:
         """Where to move steps from: what was found, and the same numbers of computed steps evenly spaced."""

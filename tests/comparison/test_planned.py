@@ -2,14 +2,15 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiTPipeline
 
 from difa_compile.comparison import planned
-from difa_compile.comparison.planned import TRIES, Held, Trials, _psnr, plan_within
-from difa_compile.errors import BudgetError
+from difa_compile.comparison.planned import TRIES, Held, Trials, plan_within, psnr_of
+from difa_compile.errors import BudgetError, ScheduleError
 from difa_compile.pipeline.apply import apply
 from difa_compile.planner.make import Limit, plan_from_table
 from tests.support.tables import made_table
@@ -18,37 +19,44 @@ from tests.support.tiny_pipelines import tiny_pipeline
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Stands in for running plans: gives what is in ``held``, in turn, the last again and again; notes the rest."""
-    seen = {"held": [], "plans": [], "seeds": None}
+    """Stands in for running plans: gives what is in ``held``, in turn, the last again and again; notes the rest.
+
+    ``judged``: PSNR of plans that are not timed, in turn; worse than any when there are no more.
+    """
+    seen = {"held": [], "plans": [], "seeds": None, "judged": [], "others": []}
 
     class Fake:
         def run(self, plan):
             seen["plans"].append(plan)
             return seen["held"].pop(0) if len(seen["held"]) > 1 else seen["held"][0]
 
+        def judge(self, plan):
+            seen["others"].append(plan)
+            return seen["judged"].pop(0) if seen["judged"] else 0.0
+
     @contextmanager
-    def trials(pipe, inputs, steps, seeds):
-        seen["seeds"] = seeds
+    def trials(pipe, inputs, steps, seeds, held_out):
+        seen["seeds"] = (tuple(seeds), tuple(held_out))
         yield Fake()
 
     monkeypatch.setattr(planned, "trials", trials)
     return seen
 
 
-def within(limit, steps=6, **options):
-    return plan_within(object(), {}, limit, steps, table=made_table(steps), **options)
+def within(limit, steps=6, runs=TRIES, **options):
+    return plan_within(object(), {}, limit, steps, **{"table": made_table(steps), "runs": runs, **options})
 
 
 def test_the_promise_says_what_was_measured(runs):
     runs["held"] = [Held(0.49, 41.0, 39.5)]
     told = []
-    plan = within(Limit(0.5), seed=3, held_out=(4, 5), told=told.append)
+    plan = within(Limit(0.5), seeds=(3, 6), held_out=(4, 5), told=told.append, runs=1)
     promise = plan.settings.promise
     assert (promise.measured_share, promise.measured_psnr, promise.held_out_psnr) == (0.49, 41.0, 39.5)
     assert promise.limit == "budget 0.5"
     assert promise.predicted_share <= 0.5
     assert promise.note == ""
-    assert runs["seeds"] == (3, 4, 5)
+    assert runs["seeds"] == ((3, 6), (4, 5))
     assert len(runs["plans"]) == 1
     assert told == [str(promise)]
 
@@ -106,10 +114,54 @@ def test_the_same_images_end_the_search(runs):
 
 def test_psnr_is_of_the_pairs_that_differ():
     full = torch.zeros(2, 1, 4, 4)
-    assert _psnr(full, full) == math.inf
+    assert psnr_of([(full, full)]) == math.inf
     other = full.clone()
     other[0] += 0.1
-    assert _psnr(full, other) == pytest.approx(20.0, abs=1e-3)
+    assert psnr_of([(full, full), (full, other)]) == pytest.approx(20.0, abs=1e-3)
+
+
+def single(steps=16):
+    """A table of blocks alone, whose steps may be moved."""
+    table = made_table(steps)
+    return replace(table, units=table.units[:1])
+
+
+def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
+    runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
+    runs["judged"] = [39.0, 42.0, 41.0, 43.0]
+    told = []
+    plan = within(Limit(0.5), 16, runs=9, table=single(), told=told.append)
+    assert plan.settings.promise.measured_psnr == 43.0
+    assert plan.settings.promise.held_out_psnr == 42.0
+    assert plan.decisions == runs["others"][3].decisions
+    assert len(runs["others"]) == 8
+    assert len({each.decisions for each in runs["others"]}) == 8
+    assert "42.0 dB" in told[2]
+    assert "not the 42.0 so far" in told[3]
+
+
+def test_the_first_is_kept_where_none_is_closer(runs):
+    runs["held"] = [Held(0.5, 40.0, 39.0)]
+    plan = within(Limit(0.5), 16, runs=4, table=single())
+    assert len(runs["plans"]) == 1
+    assert len(runs["others"]) == 3
+    assert plan.decisions == runs["plans"][0].decisions
+
+
+def test_for_a_quality_a_quicker_way_is_looked_for(runs):
+    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.4, 50.2, 50.0)]
+    runs["judged"] = [70.0]
+    plan = within(Limit(psnr=50.0), 16, runs=6, table=single())
+    first, second = runs["plans"]
+    assert plan.settings.promise.measured_share == 0.4
+    assert second.settings.promise.predicted_share < first.settings.promise.predicted_share
+
+
+def test_a_table_of_other_steps_and_no_runs(runs):
+    with pytest.raises(ScheduleError, match="over 6 steps, and a plan for 7"):
+        plan_within(object(), {}, Limit(0.5), 7, table=made_table(6))
+    with pytest.raises(ValueError, match="0 runs"):
+        within(Limit(0.5), runs=0)
 
 
 @pytest.mark.slow
@@ -119,15 +171,19 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch):
     pipe = tiny_pipeline()
     given = {"class_labels": [1, 2]}
     table = measure(pipe, given, 4, progress=False, inner="eager")
-    plan = plan_from_table(table, budget=1.0)
+    full, half = plan_from_table(table, budget=1.0), plan_from_table(table, budget=0.7)
     monkeypatch.setattr(planned, "apply", lambda pipe, plan: apply(pipe, plan, inner="eager"))
-    trials = Trials(pipe, given, 4, (0, 1))
-    held = trials.run(plan)
+    trials = Trials(pipe, given, 4, (0, 1), (2,))
+    held = trials.run(full)
     assert held.share > 0
     assert held.psnr > 60
+    assert held.psnr > trials.judge(half)
+    assert trials.judge(full) == held.psnr
+    trials.close()
     assert type(pipe) is DiTPipeline
-    monkeypatch.setattr(trials, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
-    with pytest.raises(RuntimeError, match="broken"):
-        trials.run(plan)
+    with planned.trials(pipe, given, 4, (0,), ()) as run:
+        monkeypatch.setattr(run, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            run.run(full)
     assert type(pipe) is DiTPipeline
     assert pipe.transformer._compiled_call_impl is None

@@ -20,6 +20,7 @@ from difa_compile.errors import (
     PlanMismatchError,
     RunError,
     SiteSkippedError,
+    SitesMismatchError,
     UnsupportedPipelineError,
 )
 from difa_compile.layout import Layout
@@ -106,6 +107,23 @@ def test_other_numbers_of_steps_follow_the_resolved_plan(pipe, plan):
         assert close(sample(pipe, steps=steps), wanted[steps])
         assert applied.last_run.steps == steps
     assert len(applied.captures) == 1
+
+
+def test_another_plan_goes_on_with_what_is_compiled(pipe, plan):
+    other = plan_of(pipe, [ROWS[0], ROWS[1], *ROWS[:4]])
+    wanted = [sample_plainly(pipe, rows, residual_window=WINDOW) for rows in (ROWS, other.decisions)]
+    applied = apply(pipe, plan, inner="eager")
+    assert close(sample(pipe, steps=6), wanted[0])
+    compiled = applied.captures[0].compiled_variants
+    applied.follow(other)
+    assert close(sample(pipe, steps=6), wanted[1])
+    assert applied.captures[0].plan == applied.plan == other
+    assert len(applied.captures) == 1
+    assert applied.captures[0].compiled_variants - compiled <= 1  # rows alone that the first plan has not
+    applied.follow(plan)
+    assert close(sample(pipe, steps=6), wanted[0])
+    with pytest.raises(SitesMismatchError):
+        applied.follow(plan_of(tiny_pipeline(layers=3), [(FULL, FULL, FULL)]))
 
 
 def test_plan_file(pipe, plan, tmp_path):

@@ -1,0 +1,69 @@
+"""Several ways to choose: each keeps to the budget and the number of rows; neighbours are one move away."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from difa_compile.decision import FULL, REUSE
+from difa_compile.planner.problem import FORECAST
+from difa_compile.planner.rows import distinct
+from difa_compile.planner.ways import Way, candidates, chosen_by, neighbours, ways_of
+from tests.support.planner_problems import make_problem
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(steps=16)
+
+
+def test_a_problem_s_own_way_comes_first(problem):
+    ways = ways_of(problem)
+    assert ways[0] == Way((FORECAST,))
+    assert len(set(ways)) == len(ways)
+    assert any(REUSE in way.readers and len(way.readers) == 3 for way in ways)
+    assert ways_of(make_problem(readers=(REUSE,))) == (Way((REUSE,)), Way((REUSE,), worst=True))
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_candidates_differ_and_keep_to_budget_and_rows(problem, most):
+    found = candidates(problem, 0.45, most)
+    assert found[0][1] == chosen_by(ways_of(problem)[0], problem, 0.45, most)
+    assert len({each.columns for _, each in found}) == len(found) > 1
+    for _, each in found:
+        assert each.share <= 0.45
+        assert most is None or distinct(each.columns) <= most
+
+
+def test_ways_that_have_no_plan_are_left_out(problem):
+    assert candidates(problem, 0.01, None) == []
+    assert candidates(problem, 0.5, 1) == []
+
+
+def test_neighbours_have_one_step_moved_and_keep_to_the_budget(problem):
+    way = ways_of(problem)[0]
+    start = chosen_by(way, problem, 0.45, None)
+    found = neighbours(way, problem, start, 0.45, None)
+    computed = {step for step, each in enumerate(start.columns[0]) if each == FULL}
+    assert found
+    moved = []
+    for each in found:
+        steps = {step for step, decision in enumerate(each.columns[0]) if decision == FULL}
+        assert 0 in steps
+        (gone,), (new,) = computed - steps, steps - computed
+        assert abs(gone - new) <= 3
+        assert each.share <= 0.45 * (1 + 1e-9)
+        moved.append(gone)
+    first = moved[: len(set(moved))]
+    assert len(set(first)) == len(first)  # every step's best move comes before any step's second
+    errors = [each.error for each in found[: len(first)]]
+    assert all(before <= after for before, after in pairwise(errors))
+    assert neighbours(way, problem, start, 0.45, 1) == []
+
+
+def test_a_way_of_several_orders_forecasts_by_them():
+    problem = make_problem(steps=24, seed=3)
+    mixed = ways_of(problem)[1]
+    found = chosen_by(mixed, problem, 0.4, None)
+    assert {each.order for each in found.columns[0]} >= {0, 1}
+    assert np.isfinite(found.error)
