@@ -30,6 +30,7 @@ from difa_compile.cli.inputs import (
     open_pipeline,
     seeds_for,
 )
+from difa_compile.cli.methods import DEFAULT_BUDGET, DEFAULT_THRESHOLD, MOST_RUNS, RUNS, Method, check_options_of
 from difa_compile.cli.tables import (
     not_applicable,
     print_comparison,
@@ -177,16 +178,60 @@ def demo(
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")] = Path("plan.json"),
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="planner: the best plan under a limit, whole blocks among its decisions, from one measurement, run and "
+            "held to its word. weighed: attention alone, what saves most for its loss. published: as DiTFastAttn "
+            "chooses, the first candidate below the threshold."
+        ),
+    ] = Method.PLANNER,
     steps: Steps = 50,
-    threshold: Threshold = 0.05,
-    window: Window = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Planner: share of the full model's time to plan for.", show_default="0.5, without a limit"),
+    ] = None,
+    psnr: Psnr = None,
+    error: AllowedError = None,
+    max_rows: MaxRows = None,
+    runs: Annotated[
+        int | None, typer.Option(help="Planner: plans to try at most.", min=1, max=MOST_RUNS, show_default=str(RUNS))
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Weighed, published: largest loss admitted, scaled with depth; published: 0.025 to 0.15.",
+            show_default="0.05",
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="SHAPE:RADIUS, e.g. band:32, disc:8.", show_default="planner: none; else a band of N/8 tokens per side"
+        ),
+    ] = None,
     candidates: Annotated[
         str | None,
-        typer.Option(help="Decisions to try.", show_default="those of DiTFastAttn, comma-separated"),
+        typer.Option(
+            help="Weighed, published: decisions to try.", show_default="those of DiTFastAttn, comma-separated"
+        ),
     ] = None,
     loss: Annotated[
-        str, typer.Option(help="Form of the loss: as DiTFastAttn's paper states it, or as its program (code) has it.")
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="Weighed, published: form of the loss, as DiTFastAttn's paper states it, or as its program (code) has "
+            "it; by the paper's more candidates pass.",
+            show_default="paper",
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Weighed: by what is saved, time (as predicted here), flops, or auto: time where this machine is "
+            "measured.",
+            show_default="auto",
+        ),
+    ] = None,
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -194,34 +239,25 @@ def calibrate(
     state: Annotated[
         Path | None, typer.Option(help="File that keeps an interrupted search.", show_default="OUTPUT.state")
     ] = None,
-    rank: Annotated[
-        str,
-        typer.Option(
-            help="What is chosen: what saves most time (as predicted here) or flops for its loss; the first of the "
-            "candidates below the threshold (published; as DiTFastAttn's program does with --loss code, while by the "
-            "paper's loss more pass); or auto, time where this machine is measured."
-        ),
-    ] = "auto",
-    budget: Budget = None,
-    psnr: Psnr = None,
-    error: AllowedError = None,
-    max_rows: MaxRows = None,
-    runs: Annotated[int, typer.Option(help="Plans to try at most under a budget or for a quality.", min=1)] = 12,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Find a plan for a model: what it may leave out at each step, and what that costs in quality.
-
-    With --budget, --psnr or --error the plan is chosen from one measurement, whole blocks among its decisions, and then
-    run beside the full model and held to its word. Else attention alone is searched, by --threshold.
-    """
-    if max_rows is not None or any(given is not None for given in (budget, psnr, error)):
+    """Find a plan for a model: what it may leave out at each step, and what that costs in quality."""
+    limits = {"--budget": budget, "--psnr": psnr, "--error": error}
+    check_options_of(method, limits | {"--max-rows": max_rows, "--runs": runs}, Method.PLANNER)
+    searched = {"--threshold": threshold, "--candidates": candidates, "--loss": loss}
+    check_options_of(method, searched, Method.WEIGHED, Method.PUBLISHED)
+    check_options_of(method, {"--rank": rank}, Method.WEIGHED)
+    kept = state if state is not None else output.parent / f"{output.name}.state"
+    if method is Method.PLANNER:
         from difa_compile.planner.make import Limit
 
+        if all(given is None for given in limits.values()):
+            budget = DEFAULT_BUDGET
         limit = Limit(budget, psnr, error, max_rows)
         call = call_inputs(model, inputs, labels, prompt, guidance)
         windows = [window] if window is not None else []
-        _calibrate_within(model, output, steps, limit, call, windows, state, runs, seed, device)
+        _calibrate_within(model, output, steps, limit, call, windows, kept, runs or RUNS, seed, device)
         return
     require("diffusers", "tqdm")
     from difa_compile.calibration.calibrate import calibrate as search
@@ -229,15 +265,19 @@ def calibrate(
     from difa_compile.cli.tune import measure_if_unknown, profile_for
 
     names = [name.strip() for name in candidates.split(",")] if candidates is not None else None
-    check_settings(steps, threshold, window, names, loss, rank)
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    loss = "paper" if loss is None else loss
+    if rank == Method.PUBLISHED:
+        raise typer.BadParameter("that is a method: --method published", param_hint="--rank")
+    order = "published" if method is Method.PUBLISHED else "auto" if rank is None else rank
+    check_settings(steps, threshold, window, names, loss, order)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     check_device(device)
-    kept = state if state is not None else output.parent / f"{output.name}.state"
     console = _console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the plan")
     check_target(kept, "the state of the search")
-    if rank in ("auto", "time"):
+    if order in ("auto", "time"):
         measure_if_unknown(console, pipe)
     with interruptible(lambda: state_kept(kept)):
         plan = search(
@@ -249,7 +289,7 @@ def calibrate(
             candidates=names,
             loss=loss,
             state=kept,
-            rank=rank,
+            rank=order,
             keep_state=True,
         )
     plan.save(output)
@@ -266,7 +306,7 @@ def _calibrate_within(
     limit: Limit,
     call: dict[str, Any],
     windows: list[str],
-    state: Path | None,
+    kept: Path,
     runs: int,
     seed: int,
     device: str | None,
@@ -277,7 +317,6 @@ def _calibrate_within(
 
     tried = [Neighbourhood.parse(window) for window in windows]
     check_device(device)
-    kept = state if state is not None else output.parent / f"{output.name}.state"
     console = _console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the plan")

@@ -192,9 +192,7 @@ class _Tried:
 class _Search:
     """The search of one plan. ``left``: how many more plans may be run."""
 
-    def __init__(
-        self, table: ErrorTable, limit: Limit, run: Trials, runs: int, told: Callable[[str], None]
-    ) -> None:
+    def __init__(self, table: ErrorTable, limit: Limit, run: Trials, runs: int, told: Callable[[str], None]) -> None:
         self.table, self.limit, self.run, self.left, self.told = table, limit, run, runs, told
         self.problem = table.problem()
         self.aimed = limit

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import difa_compile
+from difa_compile.cli.methods import RUNS
 from difa_compile.errors import NonFiniteError
 from difa_compile.plan.plan import Plan
 from difa_compile.report.stored import StoredComparison
@@ -139,7 +140,7 @@ def test_report_into_a_folder_that_cannot_be_written(folder):
 def test_calibrate_passes_options_on_and_saves(search, plan, tmp_path):
     output = tmp_path / "out" / "plan.json"
     options = ("--steps", 10, "--threshold", 0.1, "--window", "disc:4", "--candidates", "reuse, window", "--seed", 3)
-    result = run("calibrate", "demo", "-o", output, *options, "--guidance", 2, "--labels", "1,2")
+    result = run("calibrate", "demo", "--method", "weighed", "-o", output, *options, "--guidance", 2, "--labels", "1,2")
     assert result.exit_code == 0, result.output
     assert Plan.load(output) == plan
     assert (search["steps"], search["threshold"], search["window"]) == (10, 0.1, "disc:4")
@@ -153,7 +154,7 @@ def test_calibrate_passes_options_on_and_saves(search, plan, tmp_path):
 def test_calibrate_interrupted_says_where_it_goes_on(search, tmp_path):
     search["raises"] = KeyboardInterrupt()
     state = tmp_path / "state.json"
-    arguments = ("calibrate", "demo", "-o", tmp_path / "plan.json", "--state", state)
+    arguments = ("calibrate", "demo", "--method=weighed", "-o", tmp_path / "plan.json", "--state", state)
     assert "Nothing was measured yet" in fails(*arguments, code=130)
     state.write_text("{}")
     assert f"What was measured so far is in {state}; the same command goes on" in fails(*arguments, code=130)
@@ -162,7 +163,7 @@ def test_calibrate_interrupted_says_where_it_goes_on(search, tmp_path):
 
 def test_calibrate_with_nan_is_a_clear_error(search, tmp_path):
     search["raises"] = NonFiniteError("NaN in step 3 [of 10]; load the model in float32")
-    message = fails("calibrate", "demo", "-o", tmp_path / "plan.json")
+    message = fails("calibrate", "demo", "--method=published", "-o", tmp_path / "plan.json")
     assert message.startswith("non finite error NaN in step 3 [of 10]; load the model in float32")
     assert list(tmp_path.iterdir()) == []
 
@@ -258,10 +259,32 @@ def test_calibrate_within_a_budget(plan, tmp_path, monkeypatch):
     result = run("calibrate", "demo", "-o", output, "--budget", 0.5, "--max-rows", 4, "--seed", 6, "--steps", 7)
     assert result.exit_code == 0, result.output
     assert str(seen["limit"]) == "budget 0.5, at most 4 distinct rows"
-    assert (seen["seed"], seen["held_out"], seen["steps"]) == (6, (7,), 7)
+    assert (seen["seeds"], seen["held_out"], seen["steps"], seen["runs"]) == ((6, 7), (8,), 7, RUNS)
     assert seen["state"] == tmp_path / "plan.json.state"
     assert "tried: one [try]" in result.stdout
     assert Plan.load(output) == plan
+    assert run("calibrate", "demo", "-o", output, "--runs", 3).exit_code == 0
+    assert (str(seen["limit"]), seen["runs"]) == ("budget 0.5", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", 0.1], "--threshold: it belongs to --method weighed and published, and this is planner"),
+        (["--method", "published", "--rank", "time"], "--rank: it belongs to --method weighed"),
+        (["--method", "weighed", "--budget", 0.5], "--budget: it belongs to --method planner, and this is weighed"),
+        (["--method", "greedy"], "'greedy' is not one of"),
+    ],
+)
+def test_options_of_other_methods_are_refused(options, message):
+    result = run("calibrate", "demo", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_published_search_takes_the_first_below_the_threshold(search, tmp_path):
+    assert run("calibrate", "demo", "--method=published", "-o", tmp_path / "plan.json").exit_code == 0
+    assert (search["rank"], search["threshold"], search["loss"]) == ("published", 0.05, "paper")
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

@@ -112,7 +112,9 @@ HOSTILE = {
     ],
     ("calibrate", "--candidates"): ["reuse,", ",", "reuse;window", *NAMES],
     ("calibrate", "--loss"): NAMES,
-    ("calibrate", "--rank"): NAMES,
+    ("calibrate", "--rank"): ["published", *NAMES],
+    ("calibrate", "--method"): NAMES,
+    ("calibrate", "--runs"): ["0", *WHOLE_NUMBERS],
     ("calibrate", "--seed"): WHOLE_NUMBERS,
     ("calibrate", "--device"): ["meta", "cuda:99", "cuda:-1", "CPU:", "mps:7", *NAMES],
     ("calibrate", "--labels"): ["", ",", "1,", "-1", "1.5", "10", "1;2", "9" * 5000, "１", "1_0", LONG, STEER],
@@ -203,7 +205,13 @@ ONE_IS_ENOUGH = {
     "measure": ("demo",),
     "plan": ("errors.json",),
 }
-BESIDE = {"--max-rows": ("--budget", "0.9"), ("plan", "--output"): ("--budget", "0.9")}
+BESIDE = {
+    "--max-rows": ("--budget", "0.9"),
+    ("plan", "--output"): ("--budget", "0.9"),
+    **{
+        ("calibrate", option): ("--method", "weighed") for option in ("--threshold", "--candidates", "--loss", "--rank")
+    },
+}
 """What must be given with an option for it to count."""
 NEEDS_PIPELINE = {"--inputs", "--output", "--state"}
 
@@ -257,7 +265,8 @@ def test_the_message_names_the_option(option, reached):
     ],
 )
 def test_the_message_says_what_is_wrong(option, said, reached):
-    assert said in refused("calibrate", "demo", option)
+    beside = BESIDE.get(("calibrate", option.split("=")[0]), ())
+    assert said in refused("calibrate", "demo", *beside, option)
 
 
 def test_what_is_allowed_still_is(reached, plan_file, kept):
@@ -269,10 +278,10 @@ def test_what_is_allowed_still_is(reached, plan_file, kept):
         ("--labels", " 1 , 2"),
         ("--guidance", 1),
         ("--guidance", -1.5),
-        ("--threshold", 10),
+        ("--method", "weighed", "--threshold", 10),
         ("--window", "disc:8"),
-        ("--candidates", "reuse, full+cfg"),
-        ("--rank", "published", "--loss", "code"),
+        ("--method", "weighed", "--candidates", "reuse, full+cfg"),
+        ("--method", "published", "--loss", "code"),
         ("--device", "cpu"),
         ("--inputs", '{"class_labels": [1, 1], "guidance_scale": 3, "height": 32}'),
         ("--output", "new/folder/plan.json"),
@@ -394,7 +403,7 @@ def test_a_damaged_model_is_not_loaded(damage, demo_folder, monkeypatch):
     replaced(path, change(original.read_bytes()))
     try:
         refused(
-            "calibrate", demo_folder, "--labels", "1", "--threshold", "0.1", "-o", demo_folder / "plan.json", code=1
+            "calibrate", demo_folder, "--labels", "1", "--method", "weighed", "-o", demo_folder / "plan.json", code=1
         )
     finally:
         path.unlink(missing_ok=True)
