@@ -32,6 +32,8 @@ ROUNDS = 3
 """How often the full model and a plan are timed, one after the other, where a plan is held to its word."""
 TRIES = 3
 """How many plans are run at most to keep to a limit."""
+MOST_OFF = 1.5
+"""By what factor a measured time is taken to differ from the predicted one at most."""
 RUNS = 12
 """How many plans are run at most, all in all."""
 SLACK = 0.05
@@ -238,8 +240,8 @@ class _Search:
             held = tried.held
             if self.limit.budget is not None:
                 off = held.share / outcome.share if outcome.share else 1.0
-                least = 0.5 * self.limit.budget
-                self.aimed = replace(self.limit, budget=min(1.0, max(least, self.limit.budget / off)))
+                at_once = min(MOST_OFF, max(1 / MOST_OFF, off))  # more than that is the machine's doing
+                self.aimed = replace(self.limit, budget=min(1.0, self.limit.budget / at_once))
             elif math.isfinite(held.psnr):
                 self.problem = refitted(self.problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
             else:
