@@ -30,7 +30,15 @@ from difa_compile.cli.inputs import (
     open_pipeline,
     seeds_for,
 )
-from difa_compile.cli.methods import DEFAULT_BUDGET, DEFAULT_THRESHOLD, MOST_RUNS, RUNS, Method, check_options_of
+from difa_compile.cli.methods import (
+    DEFAULT_BUDGET,
+    DEFAULT_THRESHOLD,
+    DEMO_BUDGET,
+    MOST_RUNS,
+    RUNS,
+    Method,
+    check_options_of,
+)
 from difa_compile.cli.tables import (
     not_applicable,
     print_comparison,
@@ -63,10 +71,6 @@ PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN", help="A plan file, as difa calibrate writes it.", show_default=False)
 ]
 Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS)]
-Threshold = Annotated[float, typer.Option(help="Largest loss admitted, scaled with depth; published: 0.025 to 0.15.")]
-Window = Annotated[
-    str | None, typer.Option(help="SHAPE:RADIUS, e.g. band:32, disc:8.", show_default="band of N/8 tokens per side")
-]
 Seed = Annotated[int, typer.Option(help="First seed.", min=0, max=LARGEST_SEED)]
 Labels = Annotated[str | None, typer.Option(help="Classes to sample, e.g. 1,2,3.", show_default=False)]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to sample; may be repeated.", show_default=False)]
@@ -137,13 +141,13 @@ def _options(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the page, plan.json and comparison.json.")] = Path(
-        "difa-report"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder of the page, plan.json, errors.json and comparison.json.")
+    ] = Path("difa-report"),
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="50; quick: 20")
     ] = None,
-    threshold: Threshold = 0.1,
+    budget: Annotated[float, typer.Option(help="Share of the full model's time to plan for.")] = DEMO_BUDGET,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -151,21 +155,23 @@ def demo(
         ),
     ] = None,
     seed: Seed = 0,
-    window: Window = None,
-    plan: Annotated[Path | None, typer.Option(help="Use this plan; do not calibrate.", show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and images, for a first look.")] = False,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan; make none.", show_default=False)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps and images, and no search as DiTFastAttn's, for a first look.")
+    ] = False,
 ) -> None:
-    """Calibrate the built-in model, sample it in full and as planned, and write a page that shows both.
+    """Measure the built-in model, plan it, sample it in full and as planned, and write a page that shows both, and what
+    other budgets buy.
 
-    An interrupted calibration goes on where it was when the same command is given again.
+    What was measured stays in the folder: the same command goes on where it was interrupted.
     """
     options = DemoOptions(
         output=output,
         steps=steps if steps is not None else 20 if quick else 50,
-        threshold=threshold,
+        budget=budget,
         samples=samples if samples is not None else 40 if quick else 200,
         seed=seed,
-        window=window,
+        search=not quick,
         plan=plan,
         command=command_line(),
     )
@@ -181,8 +187,8 @@ def calibrate(
     method: Annotated[
         Method,
         typer.Option(
-            help="planner: the best plan under a limit, whole blocks among its decisions, from one measurement, run and "
-            "held to its word. weighed: attention alone, what saves most for its loss. published: as DiTFastAttn "
+            help="planner: the best plan under a limit, whole blocks among its decisions, from one measurement, run "
+            "and held to its word. weighed: attention alone, what saves most for its loss. published: as DiTFastAttn "
             "chooses, the first candidate below the threshold."
         ),
     ] = Method.PLANNER,

@@ -1,4 +1,4 @@
-"""``difa demo``: calibrate, compile, sample full and planned, write the page."""
+"""``difa demo``: measure, plan, show what other budgets buy, sample full and planned, write the page."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from difa_compile.cli.failures import interruptible, state_kept
 from difa_compile.cli.inputs import DEMO_GUIDANCE, DEMO_LABELS, image_captions, open_pipeline, seeds_for
 from difa_compile.cli.tables import print_comparison
-from difa_compile.cli.tune import measure_if_unknown
 from difa_compile.errors import MissingDependencyError
 from difa_compile.files.writing import check_writable
 from difa_compile.plan.plan import Plan
@@ -28,71 +28,59 @@ from difa_compile.wording import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE_NAME = "calibration.json"
+    from difa_compile.comparison.front import Point
+    from difa_compile.planner.make import Limit
+
+TABLE_NAME = "errors.json"
+STATE_NAME, SEARCH_NAME = "measuring.json", "searching.json"
+"""What is there while the demo is under way."""
+THRESHOLD = 0.1
+"""Of the published search that the page has for comparison."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What ``difa demo`` was asked for. ``plan``: use this one instead of calibrating."""
+    """What ``difa demo`` was asked for. ``budget``: share of the full model's time. ``plan``: use this one instead of
+    planning. ``search``: also find the plan that DiTFastAttn would choose, for comparison."""
 
     output: Path
     steps: int
-    threshold: float
+    budget: float
     samples: int
     seed: int
-    window: str | None
+    search: bool
     plan: Path | None
     command: str
 
 
 def run_demo(options: DemoOptions, console: Console) -> Path:
     """The whole demo; returns the path of the page. What can be known to fail is tried before the long work."""
-    require("torchmetrics", "jinja2", "PIL", "diffusers", "tqdm")
-    from difa_compile.calibration.calibrate import calibrate, check_settings
+    require("numpy", "torchmetrics", "jinja2", "PIL", "diffusers", "tqdm")
     from difa_compile.comparison.compare import compare
     from difa_compile.demo.judge import load_judge
+    from difa_compile.planner.make import Limit
 
-    check_settings(options.steps, options.threshold, options.window, None, "paper", "auto")
+    limit = Limit(options.budget)
     plan = Plan.load(options.plan) if options.plan is not None else None
     pipe, judge = open_pipeline("demo", "cpu"), load_judge()
     output = check_writable(options.output)
     inputs = {"class_labels": list(DEMO_LABELS), "guidance_scale": DEMO_GUIDANCE}
+    front: tuple[Point, ...] = ()
     if plan is None:
-        state = output / STATE_NAME
-        again = " (going on where it was interrupted)" if state.is_file() else ""
-        console.print(
-            f"[bold]1 of 3[/]  calibrating over {options.steps} steps, threshold {options.threshold:g}{again}"
-        )
-        measure_if_unknown(console, pipe)
-        with interruptible(lambda: state_kept(state)):
-            plan = calibrate(
-                pipe,
-                inputs | {"generator": torch.Generator().manual_seed(options.seed)},
-                steps=options.steps,
-                threshold=options.threshold,
-                window=options.window,
-                state=state,
-                keep_state=True,
-            )
+        plan, front = _planned(pipe, inputs, limit, options, output, console)
         plan.save(output / PLAN_NAME)
-        with suppress(OSError):  # the plan is stored; a state left behind harms nobody
-            state.unlink(missing_ok=True)
     else:
-        console.print(f"[bold]1 of 3[/]  plan {plan.digest[:12]} from {escape(shown(str(options.plan), 500))}")
-    cells = sum(map(len, plan.rows))
-    acting = sum(not (d.is_full and not d.cfg_shared) for row in plan.decisions for d in row)
-    console.print(f"        {acting} of {cells} attention calls will do less than the full work")
+        console.print(f"[bold]1 of 2[/]  plan {plan.digest[:12]} from {escape(shown(str(options.plan), 500))}")
+    parts = 2 if options.plan is not None else 4
 
     seeds = seeds_for(options.samples, len(DEMO_LABELS), options.seed)
     images = len(seeds) * len(DEMO_LABELS)
-    console.print(f"[bold]2 of 3[/]  compiling, then sampling {images} images in full and as planned, same seeds")
+    console.print(f"[bold]{parts} of {parts}[/]  sampling {images} images in full and as planned, same seeds")
     kept = options.plan or output / PLAN_NAME
     with interruptible(lambda: f"The plan is in {kept}; difa demo --plan {shlex.quote(str(kept))} goes on from there."):
         comparison = compare(
             pipe, plan, inputs, steps=plan.steps, seeds=seeds, judge=judge, reference=_real_digits(images, console)
         )
-
-    console.print("[bold]3 of 3[/]  writing the page\n")
     stored = StoredComparison(
         plan=plan,
         comparison=comparison,
@@ -101,11 +89,60 @@ def run_demo(options: DemoOptions, console: Console) -> Path:
         machine=describe_machine(),
         versions=describe_versions(),
         captions=image_captions(inputs, {label: f"digit {label}" for label in DEMO_LABELS}, images),
+        front=front,
     )
     stored.save(output)
     page = stored.write_page(output)
     print_comparison(console, comparison)
     return page
+
+
+def _planned(
+    pipe: Any, inputs: dict[str, Any], limit: Limit, options: DemoOptions, output: Path, console: Console
+) -> tuple[Plan, tuple[Point, ...]]:
+    """The plan for the budget, and what came of plans of other budgets, of fixed recipes and of the published search.
+
+    What was measured is in the folder, so that it goes on where it was interrupted, and the table stays there.
+    """
+    from difa_compile.calibration.calibrate import calibrate
+    from difa_compile.calibration.measure import measure
+    from difa_compile.comparison.front import measured_front
+    from difa_compile.comparison.planned import held_to, trials
+
+    def seeded() -> dict[str, Any]:
+        return inputs | {"generator": torch.Generator().manual_seed(options.seed)}
+
+    def told(text: str) -> None:
+        console.print(Text(f"        {text}"))
+
+    table_file, search_file = output / STATE_NAME, output / SEARCH_NAME
+    again = " (going on with what is there)" if table_file.is_file() else ""
+    console.print(f"[bold]1 of 4[/]  measuring what may be left out at {options.steps} steps{again}")
+    with interruptible(lambda: state_kept(table_file)):
+        table = measure(pipe, seeded(), options.steps, state=table_file)
+    others = {}
+    if options.search:
+        console.print(f"        and searching as DiTFastAttn does, threshold {THRESHOLD:g}, for comparison")
+        with interruptible(lambda: state_kept(search_file)):
+            searched = calibrate(
+                pipe, seeded(), steps=options.steps, threshold=THRESHOLD, rank="published", loss="code",
+                state=search_file, keep_state=True,
+            )  # fmt: skip
+        others["DiTFastAttn"] = searched
+    console.print(f"[bold]2 of 4[/]  planning for {limit.budget:g} of the full model's time, and trying plans")
+    seeds, held_out = (options.seed, options.seed + 1), (options.seed + 2,)
+    with (
+        interruptible(lambda: f"What was measured is in {table_file}; the same command goes on from there."),
+        trials(pipe, inputs, options.steps, seeds, held_out) as run,
+    ):
+        plan = held_to(table, limit, run, told=told)
+        console.print("[bold]3 of 4[/]  running plans for other budgets, and fixed recipes, beside the full model")
+        front = measured_front(table, run, plan, others, told)
+    table.save(output / TABLE_NAME)
+    with suppress(OSError):  # the plan is made; a state left behind harms nobody
+        search_file.unlink(missing_ok=True)
+        table_file.unlink(missing_ok=True)
+    return plan, front
 
 
 def _real_digits(count: int, console: Console) -> Tensor | None:

@@ -50,6 +50,15 @@ class Held:
     psnr: float
     held_out_psnr: float
 
+    @property
+    def decibels(self) -> float | None:
+        """The PSNR; None for equal images."""
+        return self.psnr if math.isfinite(self.psnr) else None
+
+    def __str__(self) -> str:
+        quality = "the same images" if self.decibels is None else f"{self.psnr:.1f} dB"
+        return f"{self.share:.2f} of full's time, {quality}"
+
 
 class Trials:
     """The full model's side of a comparison, compiled and run once, against which plans are run.
@@ -73,13 +82,13 @@ class Trials:
         self._follow(plan)
         return self._psnr(self._seeds)
 
-    def run(self, plan: Plan) -> Held:
-        """Run a plan beside the full model, timed."""
+    def run(self, plan: Plan, rounds: int = ROUNDS) -> Held:
+        """Run a plan beside the full model, timed so many times."""
         self._follow(plan)
         quality = self._psnr(self._seeds)
         held_out = self._psnr(self._held_out) if self._held_out else quality
         ratios = []
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             sides: list[Callable[[int], Call]] = [self._full, self._planned]
             times = [side(self._seeds[0]).seconds for side in (sides if turn % 2 else reversed(sides))]
             full, own = times if turn % 2 else reversed(times)
@@ -177,7 +186,14 @@ def plan_within(
             f"ask for {len(table.progress)}, or measure over {steps}"
         )
     with trials(pipe, inputs, steps, seeds, held_out) as run:
-        return _Search(table, limit, run, runs, told).best()
+        return held_to(table, limit, run, runs, told)
+
+
+def held_to(
+    table: ErrorTable, limit: Limit, run: Trials, runs: int = RUNS, told: Callable[[str], None] = lambda text: None
+) -> Plan:
+    """The best plan of a table within a limit, by trials that go on afterwards; see :func:`plan_within`."""
+    return _Search(table, limit, run, runs, told).best()
 
 
 @dataclass(frozen=True)
@@ -310,7 +326,7 @@ def with_promise(plan: Plan, held: Held, note: str) -> Plan:
         promise.predicted_share,
         promise.predicted_psnr,
         held.share,
-        held.psnr if math.isfinite(held.psnr) else None,
+        held.decibels,
         held.held_out_psnr if math.isfinite(held.held_out_psnr) else None,
         notes,
     )

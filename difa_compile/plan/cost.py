@@ -28,7 +28,7 @@ from difa_compile.ops.heads import slices_of
 from difa_compile.ops.kernels import LocalCall
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.plan.data import SiteInfo, blocks_of
-from difa_compile.plan.schedule import COVERED_ROLE, HeadCache, Role
+from difa_compile.plan.schedule import COVERED_ROLE, HeadCache, Role, in_effect
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,47 @@ def _left_out(row: Sequence[Role], sites: Sequence[SiteInfo], held: Sequence[int
     if row[site].reads_output:
         return info.flops or 0
     return sum(_left_out(row, sites, held, inner) for inner, block in enumerate(held) if block == site)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a decision leaves out: at how many ``cells`` (sites, blocks) it stands, and the ``share`` of the full run's
+    operations that it does not compute, of its blocks or of its attention."""
+
+    decision: Decision
+    cells: int
+    share: float
+
+
+def contributions(plan: Costed) -> tuple[Contribution, ...]:
+    """What each decision of a plan leaves out, the most first. The full run's operations are those of the blocks that
+    the plan names, and of the attention sites outside of them; where it does not know a block's, of attention alone."""
+    sites, held = plan.sites, blocks_of(plan.sites)
+    outermost = [index for index, block in enumerate(held) if block is None]
+    by_blocks = all(sites[index].flops is not None for index in outermost if sites[index].is_block)
+    counted = [i for i in range(len(sites)) if by_blocks or not sites[i].is_block]
+    total = sum(
+        (sites[i].flops or 0) if sites[i].is_block else full_flops(sites[i]).total
+        for i in (outermost if by_blocks else counted)
+    )
+    cells: dict[Decision, int] = {}
+    left_out: dict[Decision, int] = {}
+    done = in_effect([[role.decision for role in row] for row in plan.roles], held)
+    for row, seen in zip(plan.roles, done, strict=True):
+        for index in counted:
+            role, decision = row[index], seen[index]
+            if role.covered and by_blocks:
+                continue  # the block's
+            cells[decision] = cells.get(decision, 0) + 1
+            if role.covered:
+                left_out[decision] = left_out.get(decision, 0) + full_flops(sites[index]).total
+            elif role.reads_output or not sites[index].is_block:  # of a full block, what is in it leaves something out
+                left_out[decision] = left_out.get(decision, 0) + _left_out(row, sites, held, index)
+    found = [
+        Contribution(decision, count, max(0, left_out.get(decision, 0)) / (total * len(plan.roles)))
+        for decision, count in cells.items()
+    ]
+    return tuple(sorted(found, key=lambda each: (-each.share, str(each.decision))))
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ def _cost_of_rows(limited: Outcome, free: Outcome) -> str:
     )
 
 
-def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit, note: str = "") -> Plan:
-    """The plan that a choice from ``table`` is."""
+def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit | None = None, note: str = "") -> Plan:
+    """The plan that a choice from ``table`` is; with a ``limit``, what is promised of it stands in it."""
     columns: list[Sequence[object]] = [(FULL,) * len(table.progress) for _ in table.sites]
     for unit, column in zip(table.units, outcome.columns, strict=True):
         for site in unit.sites:
@@ -126,7 +126,7 @@ def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit, note: str = "") -
         tuple(Cell(columns[i][step], (), flops_saved(columns[i][step], site)) for i, site in enumerate(table.sites))  # type: ignore[arg-type]
         for step in range(len(table.progress))
     )
-    promise = Promise(str(limit), outcome.share, _finite(outcome.psnr), note=note)
+    promise = None if limit is None else Promise(str(limit), outcome.share, _finite(outcome.psnr), note=note)
     return Plan(table.model, replace(table.settings, promise=promise), table.sites, table.progress, rows)
 
 
@@ -155,14 +155,21 @@ def plan_from_table(
 def front_of(problem: Problem, budgets: Sequence[float] = FRONT) -> tuple[Outcome, ...]:
     """What each budget buys, from the least that is possible on, ``budgets`` ascending; what a smaller one already
     bought is not repeated."""
+    return tuple(chosen_for(problem, budgets, least=True).values())
+
+
+def chosen_for(problem: Problem, budgets: Sequence[float], least: bool = False) -> dict[float, Outcome]:
+    """The choice for each of ``budgets``, ascending, that is possible and buys more than the one before; ``least``:
+    beginning with the least that is possible, under its share."""
     planner = Planner(problem)
-    front = [planner.least]
+    found = {planner.least.share: planner.least} if least else {}
+    error = planner.least.error if least else math.inf
     for budget in budgets:
-        if budget > front[0].share:
-            found = planner.choose(budget)
-            if found.error < front[-1].error:
-                front.append(found)
-    return tuple(front)
+        if budget >= planner.least.share and budget not in found:
+            each = planner.choose(budget)
+            if each.error < error:
+                found[budget], error = each, each.error
+    return found
 
 
-__all__ = ["FRONT", "Limit", "chosen", "front_of", "plan_from_table", "plan_of", "psnr"]
+__all__ = ["FRONT", "Limit", "chosen", "chosen_for", "front_of", "plan_from_table", "plan_of", "psnr"]

@@ -1,4 +1,5 @@
-"""Bar charts as inline SVG: full behind, planned in front, one pair per step. Colours come from the page's style."""
+"""Charts as inline SVG: bars, full behind and planned in front, one pair per step; a front, quality over time. Colours
+come from the page's style."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 6.0, 12.0, 34.0
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and the numbers it shows as text, (step, full, planned) each."""
+    """A chart and the numbers it shows as text: ``heads`` and, under each, ``lines``."""
 
     title: str
     svg: str
     note: str
     lines: tuple[tuple[str, str, str], ...]
+    heads: tuple[str, str, str] = ("step", "full", "planned")
 
 
 def step_chart(
@@ -76,3 +78,73 @@ def nice_step(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= value * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a front. ``kind``: its CSS class. ``share``: of the full model's time. ``decibels``: PSNR."""
+
+    name: str
+    kind: str
+    share: float
+    decibels: float
+
+
+_MARKS = {"recipe": 4.0, "search": 5.0, "planner": 4.5, "plan": 7.0}
+"""Radii by kind, in the order they are drawn."""
+_LINE = 13.0
+"""The height of a label."""
+
+
+def front_chart(title: str, marks: Sequence[Mark], named: Sequence[str]) -> str:
+    """An SVG of quality over time; marks of the kind ``planner`` are joined. ``named``: kinds whose marks are labelled,
+    where there is room."""
+    lowest = math.floor(min(m.decibels for m in marks) / 5) * 5
+    highest = max(lowest + 5, math.ceil(max(m.decibels for m in marks) / 5) * 5)
+    right = max(0.2, math.ceil(max(m.share for m in marks) * 5) / 5)
+    width, height = 720.0, 330.0
+    inner, tall = width - _LEFT - 14, height - _TOP - 44
+
+    def x(share: float) -> float:
+        return _LEFT + inner * share / right
+
+    def y(decibels: float) -> float:
+        return _TOP + tall * (highest - decibels) / (highest - lowest)
+
+    told = "; ".join(f"{m.name} {m.share:.2f} of the time {m.decibels:.1f} dB" for m in marks)
+    parts = [f'<svg class="chart front" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(told)}">']
+    for level in range(lowest, highest + 1, 5 if highest - lowest <= 40 else 10):
+        at = y(level)
+        parts.append(f'<line class="grid" x1="{_LEFT:g}" x2="{width - 14:g}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 7:g}" y="{at + 4:.1f}" text-anchor="end">{level} dB</text>')
+    for tenth in range(0, round(right * 10) + 1, 1 if right <= 1 else 2):
+        place = f'x="{x(tenth / 10):.1f}" y="{height - 26:g}"'
+        parts.append(f'<text {place} text-anchor="middle">{tenth / 10:g}</text>')
+    middle = _LEFT + inner / 2
+    parts.append(f'<text x="{middle:.1f}" y="{height - 6:g}" text-anchor="middle">share of full\'s time</text>')
+    joined = sorted((m for m in marks if m.kind in ("planner", "plan")), key=lambda m: m.share)
+    path = " ".join(f"{x(m.share):.1f},{y(m.decibels):.1f}" for m in joined)
+    parts.append(f'<polyline class="joined" points="{path}"/>')
+    drawn = sorted(marks, key=lambda m: list(_MARKS).index(m.kind))
+    taken = [(x(m.share) - 6, y(m.decibels) - 6, 12.0, 12.0) for m in marks]
+    for mark in drawn:
+        place = f'cx="{x(mark.share):.1f}" cy="{y(mark.decibels):.1f}" r="{_MARKS[mark.kind]:g}"'
+        tip = escape(f"{mark.name}: {mark.share:.2f} of the time, {mark.decibels:.1f} dB")
+        parts.append(f'<circle class="{mark.kind}" {place}><title>{tip}</title></circle>')
+    for mark in reversed(drawn):
+        if mark.kind in named:
+            parts += _label(mark, x(mark.share), y(mark.decibels), width, taken)
+    return "".join([*parts, "</svg>"])
+
+
+def _label(mark: Mark, x: float, y: float, width: float, taken: list[tuple[float, float, float, float]]) -> list[str]:
+    """The mark's name beside it, where nothing stands yet: to the right, the left, above or below; else nothing."""
+    long = 6.1 * len(mark.name)
+    for left, top in ((x + 9, y - 7), (x - 9 - long, y - 7), (x + 5, y + 7), (x - 5 - long, y - 22), (x + 5, y - 22)):
+        free = all(
+            left > a + wide or left + long < a or top > b + high or top + _LINE < b for a, b, wide, high in taken
+        )
+        if free and left >= _LEFT and left + long <= width:
+            taken.append((left, top, long, _LINE))
+            return [f'<text class="{mark.kind}" x="{left:.1f}" y="{top + 10.5:.1f}">{escape(mark.name)}</text>']
+    return []

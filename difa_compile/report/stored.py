@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from difa_compile.comparison.compare import Comparison, Operations, Timing
+    from difa_compile.comparison.front import Point
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PLAN_NAME, COMPARISON_NAME, IMAGES_NAME = "plan.json", "comparison.json", "images.npz"
 MOST_IMAGE_BYTES = 2**34
 """Of all images, unpacked: ten thousand of a megapixel on either side do not fit into the page's arithmetic anyway."""
@@ -50,7 +51,7 @@ COMPARISON = Format(
     name="comparison",
     version_key="schema_version",
     version=SCHEMA_VERSION,
-    keys=("title", "command", "machine", "versions", "captions", "images", "comparison"),
+    keys=("title", "command", "machine", "versions", "captions", "images", "front", "comparison"),
     most_bytes=2**28,
     damaged=ComparisonFormatError,
     other_version=ComparisonFormatError,
@@ -65,7 +66,7 @@ _IMAGES = replace(COMPARISON, name="archive of images")
 class StoredComparison:
     """A plan, what was measured with it, and where it was measured: all that the page shows.
 
-    ``captions``: one per image in the order of the comparison, or none.
+    ``captions``: one per image in the order of the comparison, or none. ``front``: other plans that were run.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class StoredComparison:
     machine: Mapping[str, str]
     versions: Mapping[str, str]
     captions: tuple[str, ...] = ()
+    front: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         """Text as it can be written: a command line may hold bytes that are no UTF-8."""
@@ -102,6 +104,7 @@ class StoredComparison:
             "versions": dict(self.versions),
             "captions": list(self.captions),
             "images": hashlib.sha256(images).hexdigest(),
+            "front": [point.to_json() for point in self.front],
             "comparison": self.comparison.to_json(),
         }
         text = json.dumps(COMPARISON.frame(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -135,6 +138,7 @@ class StoredComparison:
                 for name in ("machine", "versions")
             }
             captions = tuple(as_text(item, "captions") for item in as_list(outer["captions"], "captions"))
+            front = tuple(_read_point(item, f"front[{i}]") for i, item in enumerate(as_list(outer["front"], "front")))
             count = len(read["seeds"]) * read["images_per_call"]
             if len(captions) not in (0, count):
                 raise Unfit(f"captions has {len(captions)} entries for {count} images")
@@ -150,7 +154,9 @@ class StoredComparison:
         from difa_compile.comparison.compare import Comparison
 
         comparison = Comparison(**read, images_full=full, images_planned=planned)
-        return cls(plan, comparison, texts["title"], texts["command"], tables["machine"], tables["versions"], captions)
+        return cls(
+            plan, comparison, texts["title"], texts["command"], tables["machine"], tables["versions"], captions, front
+        )
 
     def write_page(self, folder: str | Path) -> Path:
         """Write the report page into ``folder``; see :func:`difa_compile.report.write_report`."""
@@ -164,6 +170,7 @@ class StoredComparison:
             versions=self.versions,
             command=self.command,
             captions=self.captions,
+            front=self.front,
         )
 
 
@@ -217,6 +224,19 @@ def _read_comparison(value: object) -> dict[str, Any]:
         "with_projections": _read_operations(content["with_projections"], "comparison.with_projections"),
         "records": tuple(records),
     }
+
+
+def _read_point(value: object, where: str) -> Point:
+    from difa_compile.comparison.front import Origin, Point
+
+    content = as_object(value, where, ("name", "origin", "share", "psnr"))
+    psnr = content["psnr"]
+    return Point(
+        as_text(content["name"], f"{where}.name"),
+        Origin(as_text(content["origin"], f"{where}.origin")),
+        as_number(content["share"], f"{where}.share", above=0),
+        None if psnr is None else as_number(psnr, f"{where}.psnr"),
+    )
 
 
 def _read_timing(value: object, where: str) -> Timing:

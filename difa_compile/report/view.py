@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from difa_compile.comparison import metrics
+from difa_compile.plan.cost import contributions
 from difa_compile.plan.plan import Plan
-from difa_compile.report.charts import Chart, step_chart
+from difa_compile.report.charts import Chart, Mark, front_chart, step_chart
 from difa_compile.report.heatmap import HeatMap, heat_map
 from difa_compile.report.pictures import SMALL, Panel, Picture, amplification, data_uri, difference
 from difa_compile.wording import shown
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison, Quality
+    from difa_compile.comparison.front import Point
 
 EMBEDDED = 48
 """At most so many seeds are shown; the figures always cover all of them."""
@@ -73,7 +75,9 @@ class Page:
     shown: int
     aspect: float
     amplification: int
+    front: Chart | None
     map: HeatMap
+    contributions: Table
     summary: str
     charts: tuple[Chart, ...]
     tables: tuple[tuple[Table, ...], ...]
@@ -92,8 +96,10 @@ def build_page(
     versions: Mapping[str, str],
     command: str,
     captions: Sequence[str],
+    front: Sequence[Point] = (),
 ) -> Page:
-    """The page's content. ``captions``: one per image in the order of the comparison, or none."""
+    """The page's content. ``captions``: one per image in the order of the comparison, or none. ``front``: other plans
+    that were run beside the full model."""
     full, planned = _tensor(comparison.images_full), _tensor(comparison.images_planned)
     factor = amplification(full, planned)
     pictures = _pictures(full[:EMBEDDED], planned[:EMBEDDED], factor, _captions(comparison, captions))
@@ -106,7 +112,9 @@ def build_page(
         shown=12 if max(full.shape[2:]) <= SMALL else 6,
         aspect=round(full.shape[3] / full.shape[2], 4),
         amplification=factor,
+        front=_front(front),
         map=heat_map(plan),
+        contributions=_contributions(plan),
         summary=plan.summary().rstrip(),
         charts=_charts(comparison),
         tables=(
@@ -211,6 +219,39 @@ def _pictures(full: Tensor, planned: Tensor, factor: int, captions: Sequence[str
         height, width = a.shape[1:]
         pictures.append(Picture(panels, caption, measure, width, height, max(width, height) <= SMALL))
     return tuple(pictures)
+
+
+def _front(points: Sequence[Point]) -> Chart | None:
+    """Quality over time; None without a point to draw."""
+    marks = [Mark(shown(p.name), str(p.origin), p.share, p.psnr) for p in points if p.psnr is not None]
+    if not marks:
+        return None
+    lines = tuple(
+        (
+            f"{shown(p.name)}{_SAID[str(p.origin)]}",
+            f"{p.share:.2f}",
+            "the same images" if p.psnr is None else f"{p.psnr:.1f}{_SPACE}dB",
+        )
+        for p in points
+    )
+    title = "What a budget buys"
+    note = (
+        "Each point is a plan that was run beside the full model: the share of its time, and the PSNR against its "
+        "images. Those on the line are planned from one measurement; recipes compute every n-th step, come what may."
+    )
+    svg = front_chart(title, marks, ("plan", "search", "recipe", "planner"))
+    return Chart(title, svg, note, lines, ("plan", "share of full's time", "PSNR"))
+
+
+_SAID = {"planner": "", "plan": " (this plan)", "recipe": " (recipe)", "search": " (search by threshold)"}
+
+
+def _contributions(plan: Plan) -> Table:
+    """What each decision of the plan leaves out."""
+    lines = tuple((shown(str(each.decision)), str(each.cells), percent(each.share)) for each in contributions(plan))
+    blocks = any(site.is_block for site in plan.sites)
+    of = "of the blocks" if blocks else "of attention, projections counted in"
+    return Table(f"Operations left out, as a share of the full run's ({of}).", lines, ("", "cells", "left out"))
 
 
 def _charts(comparison: Comparison) -> tuple[Chart, ...]:

@@ -17,6 +17,7 @@ from difa_compile.wording import visible
 if TYPE_CHECKING:
     from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison
+    from difa_compile.comparison.front import Point
 
 PAGE_NAME = "index.html"
 
@@ -32,19 +33,20 @@ def write_report(
     versions: Mapping[str, str] | None = None,
     command: str = "",
     captions: Sequence[str] = (),
+    front: Sequence[Point] = (),
 ) -> Path:
     """Write ``folder/index.html`` and return its path. The page holds all it shows and loads nothing.
 
     ``records``: what became of each decision, for the list of skips. ``machine`` and ``versions`` (default: those of
     this process) are printed as they are; ``command`` is what made the comparison; ``captions`` name the images, one
-    each in the order of the comparison.
+    each in the order of the comparison; ``front``: other plans that were run, for the chart of what a budget buys.
 
     The file appears whole or not at all. Raises :class:`OutputError` if it cannot be written,
     :class:`MissingDependencyError` without jinja2, Pillow or torchmetrics, ``ValueError`` unless captions are none or
     one per image.
     """
     shown_versions = describe_versions() if versions is None else versions
-    page = build_page(plan, comparison, records, title, machine, shown_versions, command, captions)
+    page = build_page(plan, comparison, records, title, machine, shown_versions, command, captions, front)
     path = Path(folder) / PAGE_NAME
     write_whole(path, render(page), "the page")
     return path

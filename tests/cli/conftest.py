@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 
 from difa_compile.report.stored import StoredComparison
 from tests.support.commands import Loaded
-from tests.support.report_sample import MACHINE, make_comparison, make_plan
+from tests.support.report_sample import MACHINE, POINTS, make_comparison, make_plan
+from tests.support.tables import made_table
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,43 @@ def search(monkeypatch, plan):
 
     monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
     monkeypatch.setattr("difa_compile.calibration.calibrate.calibrate", calibrate)
+    return seen
+
+
+@pytest.fixture
+def planning(monkeypatch, plan):
+    """Replaces measuring and planning: the plan, and a front of three points. The dictionary it gives holds what was
+    asked for; under ``raises`` what the measurement, or under ``stops`` what the trials, end with."""
+    seen = {}
+
+    def measured(pipe, inputs, steps, state):
+        seen.update(inputs=inputs, steps=steps, state=state)
+        if "raises" in seen:
+            raise seen["raises"]
+        state.write_text("{}")
+        return made_table(5)
+
+    @contextmanager
+    def trials(pipe, inputs, steps, seeds, held_out):
+        seen.update(seeds=seeds, held_out=held_out)
+        yield None
+
+    def held_to(table, limit, run, told):
+        seen["limit"] = str(limit)
+        if "stops" in seen:
+            raise seen["stops"]
+        told("tried [one]")
+        return plan
+
+    def measured_front(table, run, own, others, told):
+        seen["others"] = dict(others)
+        return POINTS
+
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.calibration.measure.measure", measured)
+    monkeypatch.setattr("difa_compile.comparison.planned.trials", trials)
+    monkeypatch.setattr("difa_compile.comparison.planned.held_to", held_to)
+    monkeypatch.setattr("difa_compile.comparison.front.measured_front", measured_front)
     return seen
 
 

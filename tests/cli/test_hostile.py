@@ -73,7 +73,6 @@ def reached(monkeypatch, tmp_path):
     monkeypatch.setattr("difa_compile.calibration.measure.measure", noting("measure"))
     monkeypatch.setattr("difa_compile.comparison.planned.plan_within", noting("search"))
     monkeypatch.setattr(sys.modules[tune.__name__], "tune", noting("tune"))
-    monkeypatch.setattr("difa_compile.cli.demo.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.chdir(tmp_path)
     return seen
@@ -173,10 +172,9 @@ HOSTILE = {
     ("measure", "--seed"): WHOLE_NUMBERS,
     ("measure", "--device"): ["meta", "cuda:99", *NAMES],
     ("demo", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
-    ("demo", "--threshold"): ["0", "11", *NUMBERS],
+    ("demo", "--budget"): ["0", "-1", "1.5", *NUMBERS],
     ("demo", "--samples"): ["0", "100001", *WHOLE_NUMBERS],
     ("demo", "--seed"): WHOLE_NUMBERS,
-    ("demo", "--window"): ["band", "band:0", *NAMES],
     ("demo", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("demo", "--plan"): [".", "/dev/null", *NAMES],
     ("compare", "--steps"): ["0", "10001", *WHOLE_NUMBERS],

@@ -13,6 +13,7 @@ from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import DecisionError, PlanDigestError, PlanFormatError, ScheduleError
 from difa_compile.plan.cost import (
     block_flops,
+    contributions,
     cost_breakdown,
     flops_saved,
     full_flops,
@@ -250,6 +251,23 @@ def test_operations_of_blocks_need_blocks_whose_own_are_known() -> None:
     assert only is not None
     assert only.planned == ((BLOCK,), (0,)), "of the other block nothing is known"
     assert not any("blocks" in line for line in cost_breakdown(plan_of("F.", sites=(site(0),))).lines())
+
+
+def test_what_each_decision_leaves_out_by_hand() -> None:
+    reuse, full = contributions(plan_of("FFF..", "FFFFF", "F.FFF", "FFFF.", "FF.FF"))
+    whole = 2 * BLOCK + 1000
+    assert (reuse.decision, reuse.cells) == (REUSE, 5)
+    assert reuse.share == pytest.approx((2 * BLOCK + whole + 2 * ATTENTION) / (5 * whole))
+    assert (full.decision, full.cells, full.share) == (FULL, 14, 0)
+
+
+def test_of_blocks_of_unknown_operations_attention_is_counted() -> None:
+    full, forecast = sorted(
+        contributions(plan_of("FFF", "FFP", sites=(site(0), block(0, None)))), key=lambda each: each.share
+    )
+    assert (forecast.decision, forecast.cells) == (FORECAST, 1)
+    assert forecast.share == pytest.approx(1 / 3)
+    assert (full.cells, full.share) == (2, 0)
 
 
 # Texts and files

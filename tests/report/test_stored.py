@@ -13,7 +13,7 @@ import pytest
 
 from difa_compile.errors import ComparisonFormatError, OutputError, PlanFormatError
 from difa_compile.report.stored import COMPARISON, StoredComparison
-from tests.support.report_sample import MACHINE, make_comparison, make_plan
+from tests.support.report_sample import MACHINE, POINTS, make_comparison, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def stored():
     plan = make_plan(10, 6)
     captions = tuple(f"digit {index}" for index in range(10))
     return StoredComparison(
-        plan, make_comparison(plan, images=10), "A title", "difa demo", MACHINE, {"torch": "2"}, captions
+        plan, make_comparison(plan, images=10), "A title", "difa demo", MACHINE, {"torch": "2"}, captions, POINTS
     )
 
 
@@ -82,8 +82,13 @@ def test_truncated(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema_version=1), "schema version 1, but this release reads version 2"),
-        (lambda c: c.update(schema_version=2.0), "schema version 2.0"),
+        (lambda c: c.update(schema_version=2), "schema version 2, but this release reads version 3"),
+        (lambda c: c.update(schema_version=3.0), "schema version 3.0"),
+        (lambda c: c["front"][0].update(share=0), r"front\[0\].share is 0.0; it must be above 0"),
+        (lambda c: c["front"][1].update(psnr="high"), r"front\[1\].psnr is a string"),
+        (lambda c: c["front"][2].update(origin="luck"), "luck"),
+        (lambda c: c["front"][3].pop("name"), r"front\[3\] is without the key"),
+        (lambda c: c.update(front={}), "front"),
         (lambda c: c.update(extra=1), "with the unknown key 'extra'"),
         (lambda c: c.pop("machine"), "without the key 'machine'"),
         (lambda c: c["comparison"].pop("seeds"), "without the key 'seeds'"),

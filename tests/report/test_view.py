@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from difa_compile.plan.cost import contributions
 from difa_compile.report.view import flops, seconds, size
 from tests.support.pages import write
-from tests.support.report_sample import make_comparison, make_plan
+from tests.support.report_sample import POINTS, make_comparison, make_plan
 
 
 def test_headlines_state_what_was_measured(page, comparison):
@@ -122,3 +123,26 @@ def test_other_step_count_than_the_plan_is_said(plan, tmp_path):
 )
 def test_numbers_are_written_with_three_digits(text, expected):
     assert text.replace("\u00a0", " ") == expected
+
+
+def test_what_a_budget_buys_is_drawn_and_listed(plan, comparison, tmp_path):
+    without = write(tmp_path / "without", plan, comparison)
+    assert "What a budget buys" not in without.text
+    page = write(tmp_path / "with", plan, comparison, front=POINTS)
+    assert "What a budget buys" in page.text
+    assert len(page.all("circle")) == sum(point.psnr is not None for point in POINTS)
+    for words in (
+        "budget 0.3 (this plan) 0.29 45.1 dB",
+        "reuse every <4> (recipe) 0.34 31.2 dB",
+        "DiTFastAttn (search by threshold) 0.71 28.4 dB",
+        "budget 1 1.00 the same images",
+    ):
+        assert words in page.text
+    same = [point for point in POINTS if point.psnr is None]
+    assert "What a budget buys" not in write(tmp_path / "same", plan, comparison, front=same).text
+
+
+def test_what_each_decision_leaves_out(plan, page):
+    assert "Operations left out, as a share of the full run's (of attention, projections counted in)" in page.text
+    most = contributions(plan)[0]
+    assert f"{most.decision} {most.cells} {100 * most.share:.1f} %" in page.text

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 from difa_compile.report import write_report
 
-VOID = {"meta", "link", "img", "br", "col", "input", "line", "rect"}
+VOID = {"meta", "link", "img", "br", "col", "input", "line", "rect", "polyline"}
 
 
 class Reader(HTMLParser):

@@ -7,6 +7,7 @@ import torch
 
 from difa_compile.backend.verdicts import Record
 from difa_compile.comparison.compare import Comparison, Operations, Quality, Timing
+from difa_compile.comparison.front import Origin, Point
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.demo.digits import DigitSplit, render
 from difa_compile.layout import Layout
@@ -95,4 +96,12 @@ def make_records(plan: Plan) -> tuple[Record, ...]:
     return (*records, Record(plan.sites[-1].path, "window(band:32)+residual", "skipped", reason))
 
 
+POINTS = (
+    Point("budget 0.2", Origin.PLANNER, 0.19, 35.2),
+    Point("budget 0.3", Origin.PLAN, 0.29, 45.1),
+    Point("reuse every <4>", Origin.RECIPE, 0.34, 31.2),
+    Point("DiTFastAttn", Origin.SEARCH, 0.71, 28.4),
+    Point("budget 1", Origin.PLANNER, 1.0, None),
+)
+"""A front, the same images among it."""
 MACHINE = {"processor": "A CPU @ 2.00 GHz", "cores": "2 available, 2 used by torch", "memory": "8 GiB"}

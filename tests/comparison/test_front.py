@@ -1,0 +1,53 @@
+"""A front that is run: which plans, in which order, and what is said of them."""
+
+import math
+from dataclasses import replace
+
+from difa_compile.comparison.front import Origin, measured_front, plans_of_front
+from difa_compile.comparison.planned import Held
+from difa_compile.plan.data import Promise
+from difa_compile.planner.make import plan_from_table
+from tests.support.tables import made_table
+
+
+class Fake:
+    """Runs that take as long as predicted."""
+
+    def __init__(self):
+        self.ran = []
+
+    def run(self, plan, rounds):
+        self.ran.append(plan)
+        computed = sum(row[-1].is_full for row in plan.decisions)
+        return Held(computed / plan.steps, math.inf if computed == plan.steps else 30.0 + computed, 0.0)
+
+
+def table():
+    made = made_table(8)
+    return replace(made, units=made.units[:1])
+
+
+def test_plans_for_budgets_that_are_possible_and_recipes():
+    found = list(plans_of_front(table(), (0.1, 0.5, 0.8)))
+    names = [name for name, _, _ in found]
+    assert names[:2] == ["budget 0.5", "budget 0.8"]
+    assert "reuse every 2" in names
+    assert {origin for name, origin, _ in found if name.startswith("reuse")} == {Origin.RECIPE}
+    assert all(plan.settings.promise is None for _, _, plan in found)
+
+
+def test_all_are_run_but_the_plan_in_question_quickest_first():
+    made = table()
+    plan = plan_from_table(made, budget=0.6)
+    promise = Promise("budget 0.6", 0.6, 40.0, 0.58, None, None, "")
+    own = replace(plan, settings=replace(plan.settings, promise=promise))
+    run, told = Fake(), []
+    points = measured_front(made, run, own, {"another": plan}, told.append)
+    assert [point.share for point in points] == sorted(point.share for point in points)
+    assert len(run.ran) == len(points) - 1 == len(told)
+    assert run.ran[-1] == plan
+    (mine,) = [point for point in points if point.origin is Origin.PLAN]
+    assert (mine.name, mine.share, mine.psnr) == ("budget 0.6", 0.58, None)
+    assert [point.name for point in points if point.origin is Origin.SEARCH] == ["another"]
+    assert any("dB" in text for text in told)
+    assert all(point.origin is not Origin.PLAN for point in measured_front(made, run, plan))
