@@ -32,11 +32,11 @@ def load(model: str) -> Any:
     return pipe
 
 
-def sample(pipe: Any, labels: list[int], steps: int, seed: int = 0) -> Tensor:
+def sample(pipe: Any, labels: list[int], steps: int, seed: int = 0, guidance: float = GUIDANCE) -> Tensor:
     """Images (N, 1, 32, 32) float32 in [0, 1] of ``labels``; equal seeds start from equal noise."""
     images = pipe(
         class_labels=labels,
-        guidance_scale=GUIDANCE,
+        guidance_scale=guidance,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",

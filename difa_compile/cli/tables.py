@@ -91,6 +91,11 @@ def print_front(console: Console, table: ErrorTable) -> None:
         decibels = "the same images" if found.error <= 0 else f"{found.psnr:.1f} dB"
         shown_table.add_row(f"{found.share:.2f} of full's time", decibels, str(distinct(found.columns)))
     console.print(shown_table)
+    spreads = [f"{100 * unit.typical_spread:.0f} % for {unit.name}" for unit in table.units if unit.typical_spread]
+    if spreads:
+        console.print(
+            Text(f"From image to image squared errors differ by {' and '.join(spreads)} (standard deviation).")
+        )
 
 
 def print_plan(console: Console, plan: Plan, profile: Profile | None = None) -> None:

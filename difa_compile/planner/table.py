@@ -117,6 +117,12 @@ class MeasuredUnit:
             values[step] = found[self.name, decision]
         return replace(self, drift=drift, spread=spreads, computed=computed)
 
+    @property
+    def typical_spread(self) -> float:
+        """The median of the spread, over what was measured."""
+        measured = self.spread[(self.drift != 0).any(2)]
+        return float(np.median(measured)) if len(measured) else 0.0
+
     def effects(self, lags: int) -> Effects:
         """The effects at every lag up to ``lags``. Those between lags that were tried are interpolated; beyond the
         longest that a step has they go on as between the last two."""

@@ -228,6 +228,7 @@ def test_plan_makes_a_plan_or_shows_what_budgets_buy(tmp_path):
     shown = run("plan", tmp_path / "errors.json")
     assert shown.exit_code == 0, shown.output
     assert "distinct rows" in shown.stdout
+    assert "squared errors differ by 25 % for blocks and 25 % for attention" in " ".join(shown.stdout.split())
     output = tmp_path / "out" / "plan.json"
     result = run("plan", tmp_path / "errors.json", "-o", output, "--budget", 0.6, "--max-rows", 3)
     assert result.exit_code == 0, result.output

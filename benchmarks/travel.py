@@ -1,0 +1,131 @@
+"""What is a plan worth where it was not made: other step counts, schedulers, inputs, batches and dtypes?
+
+    python -m benchmarks.travel
+
+One plan of the demo model is made at 50 steps of its own scheduler, for a budget, and carried elsewhere; beside it
+stands a plan that was measured and made there, for the same budget. Both are the planner's first choice: nothing was
+run to better either. Quality is against the full model in the same place, with inputs that neither was measured with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import difa_compile
+from difa_compile import Plan
+from difa_compile.comparison.planned import psnr_of
+
+from . import _demo
+from ._common import RESULTS, Row, write_result
+
+BUDGETS = (0.5, 0.3)
+MEASURED_SEED = 1234
+SEEDS = (0, 1)
+INNER = "eager"
+"""Images are the same to rounding, and nothing has to be compiled for each place."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan is used. ``labels``: by call. ``again``: whether a plan is made there too, from its own labels."""
+
+    name: str
+    steps: int = 50
+    scheduler: str | None = None
+    dtype: torch.dtype = torch.float32
+    labels: tuple[tuple[int, ...], ...] = ((8, 9, 0, 1, 2, 3, 4, 5),)
+    guidance: float = _demo.GUIDANCE
+    again: bool = True
+
+
+def places() -> Iterator[Place]:
+    home = Place("where it was made")
+    yield home
+    yield from (Place(f"{steps} steps", steps=steps) for steps in (100, 30, 20))
+    names = ("DDIMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler")
+    yield from (Place(name.removesuffix("Scheduler"), scheduler=name) for name in names)
+    yield Place("DDIM, 20 steps", steps=20, scheduler="DDIMScheduler")
+    yield from (Place(f"guidance {scale:g}", guidance=scale) for scale in (1.5, 8.0))
+    yield Place("bfloat16", dtype=torch.bfloat16)
+    same = tuple(range(8))
+    yield Place("the labels measured, other seeds", labels=(same,), again=False)
+    yield Place("images one by one", labels=tuple((label,) for label in home.labels[0]), again=False)
+    yield Place("16 images at once", labels=((*home.labels[0], *range(2, 10)),), again=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
+    return parser.parse_args()
+
+
+def pipeline(place: Place) -> Any:
+    import diffusers
+
+    pipe = _demo.load("demo")
+    if place.scheduler is not None:
+        config = dict(pipe.scheduler.config)
+        pipe.scheduler = getattr(diffusers, place.scheduler).from_config(config)
+    pipe.transformer.to(place.dtype)
+    return pipe
+
+
+def plans_made(place: Place) -> dict[float, Plan]:
+    """By budget, from one measurement."""
+    inputs = {
+        "class_labels": list(_demo.CALIBRATION_LABELS),
+        "guidance_scale": place.guidance,
+        "generator": torch.Generator().manual_seed(MEASURED_SEED),
+    }
+    table = difa_compile.measure(pipeline(place), inputs, place.steps, progress=False, inner=INNER)
+    return {budget: difa_compile.plan_from_table(table, budget=budget) for budget in BUDGETS}
+
+
+def images(pipe: Any, place: Place) -> list[Tensor]:
+    """Images of all labels, with each seed; one call's noise is its own, but the same for all sides."""
+    return [
+        _demo.sample(pipe, list(labels), place.steps, seed=100 * seed + number, guidance=place.guidance)
+        for seed in SEEDS
+        for number, labels in enumerate(place.labels)
+    ]
+
+
+def under(plan: Plan, place: Place, full: list[Tensor]) -> tuple[float, float]:
+    """PSNR in dB, and the share of the model's calls in which blocks were computed."""
+    pipe = pipeline(place)
+    difa_compile.apply(pipe, plan, inner=INNER)
+    found = images(pipe, place)
+    resolved = plan.resolve(place.steps, pipe.scheduler)
+    computed = [row[-1].decision.is_full for row in resolved.roles]
+    return psnr_of(list(zip(full, found, strict=True))), sum(computed) / len(computed)
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows: list[Row] = []
+    home: dict[float, Plan] = {}
+    for place in places():
+        print(place.name, file=sys.stderr)
+        full = images(pipeline(place), place)
+        made = plans_made(replace(place)) if place.again else {}
+        home = home or made
+        for budget in BUDGETS:
+            travelled, computed = under(home[budget], place, full)
+            row: Row = {"case": place.name, "budget": budget, "images": sum(map(len, full))}
+            row |= {"psnr_db": round(travelled, 2), "computed": round(computed, 3)}
+            if budget in made:
+                own, share = under(made[budget], place, full)
+                row |= {"psnr_made_there_db": round(own, 2), "computed_made_there": round(share, 3)}
+            rows.append(row)
+        write_result("travel", rows, folder=args.output)
+
+
+if __name__ == "__main__":
+    main()
