@@ -1,15 +1,17 @@
-"""Draw the README's picture, a plan beside the images it gives, from a folder that ``difa demo`` or ``compare`` wrote.
+"""Draw the README's picture from a folder that ``difa demo`` or ``compare`` wrote.
 
-    DIFA_PROFILE=off difa demo --plan benchmarks/plans/flops-threshold-0.1-steps-50.json --samples 20 --output runs/plan
-    python -m benchmarks.picture runs/plan    # writes docs/images/plan.png
+    difa demo --samples 20 --output runs/demo
+    python -m benchmarks.picture runs/demo    # writes docs/images/plan.png
 
-Colours, names and counts are those of the report page's heat map; the images are the first of the comparison.
+On the left what a budget buys, where plans of other budgets were run, else the plan; on the right images. Colours,
+names and counts of a plan are those of the report page's heat map; the images are the first of the comparison.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from difa_compile.comparison.front import Point
 from difa_compile.files.writing import write_whole
 from difa_compile.report.heatmap import HeatMap, heat_map
 from difa_compile.report.pictures import amplification, difference
@@ -74,6 +77,39 @@ def draw_map(panel: Axes, plan: HeatMap) -> None:
         )
 
 
+FRONT = {
+    "planner": ("planned for a budget", "#2f6db3", "o"),
+    "plan": ("the plan of the images", "#1f7a4d", "D"),
+    "recipe": ("every n-th step computed", "#9aa3b0", "s"),
+    "search": ("DiTFastAttn's search", "#c98a1b", "^"),
+}
+"""By origin of a point: its name, colour and marker."""
+
+
+def draw_front(panel: Axes, points: Sequence[Point]) -> None:
+    """PSNR over the share of the full model's time; what is planned is joined."""
+    drawn = [point for point in points if point.psnr is not None]
+    joined = sorted((p.share, p.psnr) for p in drawn if p.origin in ("planner", "plan"))
+    panel.plot([share for share, _ in joined], [psnr for _, psnr in joined], color=FRONT["planner"][1], linewidth=1.2)
+    for origin, (name, colour, marker) in FRONT.items():
+        own = [(point.share, point.psnr) for point in drawn if point.origin == origin]
+        if own:
+            x, y = zip(*own, strict=True)
+            panel.scatter(
+                x, y, 42, color=colour, marker=marker, label=name, zorder=3, edgecolors="white", linewidths=0.6
+            )
+    panel.set(xlim=(0, max(1.0, *(point.share + 0.05 for point in drawn))))
+    panel.set_ylabel("PSNR (dB)", color=QUIET, fontsize=SIZE)
+    panel.set_xlabel("share of the full model's time", color=QUIET, fontsize=SIZE, labelpad=2)
+    panel.grid(color="#e4e7ec", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(length=0, labelsize=SIZE, labelcolor=QUIET, pad=3)
+    panel.spines[:].set_visible(False)
+    panel.legend(
+        loc="lower right", fontsize=SIZE - 1, frameon=False, labelcolor=INK, handletextpad=0.3, borderaxespad=0
+    )
+
+
 def draw_legend(figure: Figure, plan: HeatMap, left: float, bottom: float) -> None:
     """The decisions with their numbers of cells, in one line."""
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour.light) for colour in plan.colours]
@@ -85,7 +121,7 @@ def draw_legend(figure: Figure, plan: HeatMap, left: float, bottom: float) -> No
 
 
 def picture(stored: StoredComparison) -> Figure:
-    """The heat map on the left, rows of images in full, planned and their difference on the right."""
+    """What a budget buys, or the plan's heat map, on the left; images full, planned and their difference on the right."""
     plan = heat_map(stored.plan)
     full, planned = (as_tensor(side) for side in (stored.comparison.images_full, stored.comparison.images_planned))
     factor = amplification(full, planned)
@@ -94,9 +130,13 @@ def picture(stored: StoredComparison) -> Figure:
 
     figure = plt.figure(figsize=(11, 2.72))
     heading = FontProperties(size=12, weight="bold")
-    figure.text(0.006, 0.985, "What each attention does at each sampling step", font=heading, color=INK, va="top")
-    draw_map(figure.add_axes((0.066, 0.31, 0.517, 0.535)), plan)
-    draw_legend(figure, plan, 0.006, 0.02)
+    if stored.front:
+        figure.text(0.006, 0.985, "What a budget buys: images as close as this", font=heading, color=INK, va="top")
+        draw_front(figure.add_axes((0.06, 0.17, 0.523, 0.68)), stored.front)
+    else:
+        figure.text(0.006, 0.985, "What each attention does at each sampling step", font=heading, color=INK, va="top")
+        draw_map(figure.add_axes((0.066, 0.31, 0.517, 0.535)), plan)
+        draw_legend(figure, plan, 0.006, 0.02)
 
     start, top, bottom = 0.668, 0.855, 0.02
     width, height = (0.997 - start) / columns, (top - bottom) / len(rows)

@@ -109,6 +109,25 @@ def roofline(rows: Rows) -> Figure:
     return with_legend(figure)
 
 
+TOOLS = {"difa": "#c1272d", "cache-dit": "#1f5f99", "diffusers": "#5a9e5a", "uniform": "#8d8d8d"}
+
+
+def quality_over_time(rows: Rows) -> Figure:
+    """PSNR over the share of inductor's time, one point for each recipe; a tool's best are joined."""
+    figure, panel = plt.subplots(1, 1, figsize=(9, 4.6))
+    for tool, colour in TOOLS.items():
+        found = [row for row in select(rows, tool=tool) if row.get("psnr_db") is not None]
+        points = sorted((row["ratio_to_inductor"], row["psnr_db"], row["case"]) for row in found)
+        if not points:
+            continue
+        panel.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=colour, label=tool, markersize=4)
+        best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
+        panel.plot([x for x, _, _ in best], [y for _, y, _ in best], "-", color=colour, linewidth=1)
+    finish(panel, "demo model, 50 steps", "share of inductor's time", "PSNR against the full model's images, dB")
+    panel.set_xlim(left=0)
+    return with_legend(figure)
+
+
 def with_legend(figure: Figure, title: str = "") -> Figure:
     """One legend for all panels, below them."""
     found = {
@@ -138,6 +157,7 @@ PLOTS: dict[str, tuple[str, Callable[[Rows], Figure]]] = {
     "attention_time": ("attention", time_over_tokens),
     "attention_speedup": ("attention", speedup_over_radius),
     "attention_roofline": ("attention", roofline),
+    "planner_front": ("planner", quality_over_time),
 }
 
 

@@ -201,6 +201,8 @@ class _Tried:
     """A plan that was run and timed."""
 
     outcome: Outcome
+    note: str
+    """What is to be said of the choice."""
     held: Held
     plan: Plan
     rank: tuple[bool, float]
@@ -232,7 +234,7 @@ class _Search:
         plan = plan_of(self.table, outcome, self.limit, note)
         held = self.run.run(plan)
         plan = with_promise(plan, held, _over(self.limit, held))
-        tried = _Tried(outcome, held, plan, _kept(self.limit, held))
+        tried = _Tried(outcome, note, held, plan, _kept(self.limit, held))
         self.told(str(plan.settings.promise))
         if self.kept is None or tried.rank > self.kept.rank:
             self.kept = tried
@@ -290,7 +292,7 @@ class _Search:
                     outcome, psnr, moved = each, found, True
                     break
         if outcome.columns != kept.outcome.columns:
-            self._try(outcome)
+            self._try(outcome, kept.note)
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1

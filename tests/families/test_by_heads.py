@@ -107,6 +107,7 @@ def test_wan_makes_two_calls_of_a_step(tiny_wan):
     assert [record for record in applied.records if record.outcome == "skipped"] == []
 
 
+@pytest.mark.slow
 def test_wan_on_other_numbers_of_steps(tiny_wan):
     plan = plan_of(tiny_wan, decisions(ROWS, 2))
     layouts = tuple(site.layout for site in plan.sites)
@@ -116,6 +117,7 @@ def test_wan_on_other_numbers_of_steps(tiny_wan):
         assert error(tiny_wan.frames(num_inference_steps=steps), wanted[steps]) < CLOSE_VIDEO, steps
 
 
+@pytest.mark.slow
 def test_wan_with_a_second_transformer_follows_the_plan_with_both(tmp_path):
     """The second begins with empty caches: heads that would read the first one's are full, with all the others."""
     tiny = wan(tmp_path, "euler", transformer_2=wan_transformer(7), boundary_ratio=0.8)
