@@ -88,17 +88,17 @@ FRONT = {
 
 def draw_front(panel: Axes, points: Sequence[Point]) -> None:
     """PSNR over the share of the full model's time; what is planned is joined."""
-    drawn = [point for point in points if point.psnr is not None]
-    joined = sorted((p.share, p.psnr) for p in drawn if p.origin in ("planner", "plan"))
+    drawn = [(point.origin, point.share, point.psnr) for point in points if point.psnr is not None]
+    joined = sorted((share, psnr) for origin, share, psnr in drawn if origin in ("planner", "plan"))
     panel.plot([share for share, _ in joined], [psnr for _, psnr in joined], color=FRONT["planner"][1], linewidth=1.2)
     for origin, (name, colour, marker) in FRONT.items():
-        own = [(point.share, point.psnr) for point in drawn if point.origin == origin]
+        own = [(share, psnr) for other, share, psnr in drawn if other == origin]
         if own:
             x, y = zip(*own, strict=True)
             panel.scatter(
                 x, y, 42, color=colour, marker=marker, label=name, zorder=3, edgecolors="white", linewidths=0.6
             )
-    panel.set(xlim=(0, max(1.0, *(point.share + 0.05 for point in drawn))))
+    panel.set(xlim=(0, max([1.0, *(share + 0.05 for _, share, _ in drawn)])))
     panel.set_ylabel("PSNR (dB)", color=QUIET, fontsize=SIZE)
     panel.set_xlabel("share of the full model's time", color=QUIET, fontsize=SIZE, labelpad=2)
     panel.grid(color="#e4e7ec", linewidth=0.7)
@@ -121,7 +121,7 @@ def draw_legend(figure: Figure, plan: HeatMap, left: float, bottom: float) -> No
 
 
 def picture(stored: StoredComparison) -> Figure:
-    """What a budget buys, or the plan's heat map, on the left; images full, planned and their difference on the right."""
+    """What a budget buys, or the plan's heat map, on the left; images and their difference on the right."""
     plan = heat_map(stored.plan)
     full, planned = (as_tensor(side) for side in (stored.comparison.images_full, stored.comparison.images_planned))
     factor = amplification(full, planned)
@@ -130,7 +130,7 @@ def picture(stored: StoredComparison) -> Figure:
 
     figure = plt.figure(figsize=(11, 2.72))
     heading = FontProperties(size=12, weight="bold")
-    if stored.front:
+    if any(point.psnr is not None for point in stored.front):
         figure.text(0.006, 0.985, "What a budget buys: images as close as this", font=heading, color=INK, va="top")
         draw_front(figure.add_axes((0.06, 0.17, 0.523, 0.68)), stored.front)
     else:

@@ -115,6 +115,9 @@ def _planned(
     def told(text: str) -> None:
         console.print(Text(f"        {text}"))
 
+    def kept() -> str:
+        return f"What was measured is in {table_file}; the same command goes on from there."
+
     table_file, search_file = output / STATE_NAME, output / SEARCH_NAME
     again = " (going on with what is there)" if table_file.is_file() else ""
     console.print(f"[bold]1 of 4[/]  measuring what may be left out at {options.steps} steps{again}")
@@ -123,7 +126,7 @@ def _planned(
     others = {}
     if options.search:
         console.print(f"        and searching as DiTFastAttn does, threshold {THRESHOLD:g}, for comparison")
-        with interruptible(lambda: state_kept(search_file)):
+        with interruptible(kept):
             searched = calibrate(
                 pipe, seeded(), steps=options.steps, threshold=THRESHOLD, rank="published", loss="code",
                 state=search_file, keep_state=True,
@@ -132,7 +135,7 @@ def _planned(
     console.print(f"[bold]2 of 4[/]  planning for {limit.budget:g} of the full model's time, and trying plans")
     seeds, held_out = (options.seed, options.seed + 1), (options.seed + 2,)
     with (
-        interruptible(lambda: f"What was measured is in {table_file}; the same command goes on from there."),
+        interruptible(kept),
         trials(pipe, inputs, options.steps, seeds, held_out) as run,
     ):
         plan = held_to(table, limit, run, told=told)

@@ -18,15 +18,16 @@ from difa_compile.calibration.measure import measure
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
 from difa_compile.decision import Window
-from difa_compile.errors import BudgetError, RowLimitError, ScheduleError
-from difa_compile.pipeline.apply import AppliedPlan, apply, remove
+from difa_compile.errors import BudgetError, NonFiniteError, RowLimitError, ScheduleError
+from difa_compile.pipeline.apply import AppliedPlan, apply_for_trials, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
-from difa_compile.planner.make import Limit, chosen, plan_of
+from difa_compile.planner.choice import choose
+from difa_compile.planner.make import Limit, chosen, cost_of_rows, plan_of
 from difa_compile.planner.problem import Outcome, refitted
 from difa_compile.planner.table import ErrorTable
-from difa_compile.planner.ways import Way, candidates, neighbours, ways_of
+from difa_compile.planner.ways import Way, Ways
 
 ROUNDS = 3
 """How often the full model and a plan are timed, one after the other, where a plan is held to its word."""
@@ -68,7 +69,7 @@ class Trials:
     """
 
     def __init__(
-        self, pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int], held_out: Sequence[int] = ()
+        self, pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int], held_out: Sequence[int]
     ) -> None:
         self._pipe = pipe
         self._seeds, self._held_out = tuple(seeds), tuple(held_out)
@@ -86,7 +87,7 @@ class Trials:
         """Run a plan beside the full model, timed so many times."""
         self._follow(plan)
         quality = self._psnr(self._seeds)
-        held_out = self._psnr(self._held_out) if self._held_out else quality
+        held_out = self._psnr(self._held_out)
         ratios = []
         for turn in range(rounds):
             sides: list[Callable[[int], Call]] = [self._full, self._planned]
@@ -104,16 +105,24 @@ class Trials:
     def _follow(self, plan: Plan) -> None:
         """Put a plan on the pipeline; what is compiled for the one before stays."""
         if self._applied is None:
-            self._applied = apply(self._pipe, plan)
+            self._applied = apply_for_trials(self._pipe, plan)
         else:
             self._applied.follow(plan)
 
     def _psnr(self, seeds: Sequence[int]) -> float:
-        """The mean over the pairs of images that differ, in dB; infinite if none does."""
+        """The mean over the pairs of images that differ, in dB; infinite if none does, 0 for images with NaN.
+
+        Raises :class:`NonFiniteError` if the full model's have some.
+        """
         for seed in seeds:
             if seed not in self._images:
                 self._images[seed] = self._full(seed).images
-        return psnr_of([(self._images[seed], self._planned(seed).images) for seed in seeds])
+                if not self._images[seed].isfinite().all():
+                    raise NonFiniteError(
+                        f"the full model's images with seed {seed} hold NaN or infinity; load the model in float32"
+                    )
+        pairs = [(self._images[seed], self._planned(seed).images) for seed in seeds]
+        return psnr_of(pairs) if all(planned.isfinite().all() for _, planned in pairs) else 0.0
 
 
 def psnr_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -157,18 +166,21 @@ def plan_within(
 
     Measures (:func:`difa_compile.calibration.measure.measure`, with the first of ``seeds``) unless a ``table`` is
     given, chooses, and runs the choice beside the full model. Where it is over the limit or far below it, it is chosen
-    anew from what that showed, three times at most. Then other choices of the same limit are tried, other ways to
-    choose first (:mod:`difa_compile.planner.ways`), then the best with one of its computed steps moved, until ``runs``
-    plans have been run; the one whose images with ``seeds`` are closest is taken. What it does with the seeds
+    anew from what that showed, three times at most. Then others are tried, until ``runs`` plans have been run. Under a
+    budget: other ways to choose (:mod:`difa_compile.planner.ways`), then the best with one of its computed steps moved
+    (where no attention was measured beside the blocks); the one whose images with ``seeds`` are closest is taken. For a
+    quality: what another way, if it comes closer in the same time, needs for it. What the plan does with the seeds
     ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up
     (``settings.promise``). ``told`` is given a line of text for each run.
 
     Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, :class:`ScheduleError` where
-    ``table`` has another number of steps, ``ValueError`` without seeds or runs, and what measuring and
+    ``table`` has another number of steps, ``ValueError`` without seeds of both kinds or runs, and what measuring and
     :func:`difa_compile.apply` raise.
     """
-    if not seeds or runs < 1:
-        raise ValueError(f"{len(seeds)} seeds and {runs} runs were given; at least one of each is needed")
+    if not seeds or not held_out or runs < 1:
+        raise ValueError(
+            f"{len(seeds)} seeds, {len(held_out)} held out and {runs} runs were given; at least one of each is needed"
+        )
     if table is None:
         generator = torch.Generator().manual_seed(seeds[0])
         table = measure(
@@ -201,8 +213,6 @@ class _Tried:
     """A plan that was run and timed."""
 
     outcome: Outcome
-    note: str
-    """What is to be said of the choice."""
     held: Held
     plan: Plan
     rank: tuple[bool, float]
@@ -215,6 +225,7 @@ class _Search:
     def __init__(self, table: ErrorTable, limit: Limit, run: Trials, runs: int, told: Callable[[str], None]) -> None:
         self.table, self.limit, self.run, self.left, self.told = table, limit, run, runs, told
         self.problem = table.problem()
+        self.ways = Ways(self.problem)
         self.aimed = limit
         """The limit that choices are made for: corrected by what was measured."""
         self.kept: _Tried | None = None
@@ -234,7 +245,7 @@ class _Search:
         plan = plan_of(self.table, outcome, self.limit, note)
         held = self.run.run(plan)
         plan = with_promise(plan, held, _over(self.limit, held))
-        tried = _Tried(outcome, note, held, plan, _kept(self.limit, held))
+        tried = _Tried(outcome, held, plan, _kept(self.limit, held))
         self.told(str(plan.settings.promise))
         if self.kept is None or tried.rank > self.kept.rank:
             self.kept = tried
@@ -270,9 +281,9 @@ class _Search:
         budget = kept.outcome.share
         if self.left < 1 or not math.isfinite(kept.held.psnr):
             return
-        way, outcome, psnr = ways_of(self.problem)[0], kept.outcome, kept.held.psnr
+        way, outcome, psnr = self.ways.own, kept.outcome, kept.held.psnr
         seen = {outcome.columns}
-        for other, each in candidates(self.problem, budget, self.limit.max_rows):
+        for other, each in self.ways.candidates(budget, self.limit.max_rows):
             if self.left and each.columns not in seen:
                 seen.add(each.columns)
                 found = self._judged(each, psnr)
@@ -281,7 +292,7 @@ class _Search:
         moved = True
         while moved and self.left:
             moved = False
-            for each in neighbours(way, self.problem, outcome, budget, self.limit.max_rows):
+            for each in self.ways.neighbours(way, outcome, budget, self.limit.max_rows):
                 if not self.left:
                     break
                 if each.columns in seen:
@@ -292,7 +303,8 @@ class _Search:
                     outcome, psnr, moved = each, found, True
                     break
         if outcome.columns != kept.outcome.columns:
-            self._try(outcome, kept.note)
+            note = "" if self.limit.max_rows is None else cost_of_rows(outcome, choose(self.problem, budget))
+            self._try(outcome, note)
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1
@@ -303,7 +315,7 @@ class _Search:
     def _quicker(self, kept: _Tried) -> None:
         """Where another way to choose comes closer in the same time, see what it takes for the quality asked for."""
         better: tuple[float, Way, Outcome] | None = None
-        for way, each in candidates(self.problem, kept.outcome.share, self.limit.max_rows):
+        for way, each in self.ways.candidates(kept.outcome.share, self.limit.max_rows):
             if self.left > 1 and not way.worst and each.columns != kept.outcome.columns:
                 found = self._judged(each, kept.held.psnr)
                 if found > max(kept.held.psnr, better[0] if better else -math.inf):

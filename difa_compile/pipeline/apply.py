@@ -28,7 +28,7 @@ from difa_compile.pipeline.compiled_forward import CompiledForward
 from difa_compile.pipeline.schedule_follower import RunStats, ScheduleFollower
 from difa_compile.pipeline.transformers import check_scheduler, check_unchanged, find_transformers
 from difa_compile.pipeline.wiring import Wiring, wiring_of
-from difa_compile.plan.guidance import check_guides, settle, shares_halves
+from difa_compile.plan.guidance import Guidance, check_guides, settle, shares_halves
 from difa_compile.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,23 +51,48 @@ class AppliedPlan:
     before the first.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, guidance: Guidance, guidance_of: Callable[[Plan], Guidance] | None = None) -> None:
         self.plan = plan
         self.captures: list[Capture] = []
         self.last_run: RunStats | None = None
+        self._guidance = guidance
+        self._guidance_of = guidance_of
+        """How the pipeline guides, for a plan; None where no other plan may be followed."""
 
     @property
     def records(self) -> tuple[Record, ...]:
         """What happened to every site, in the latest captured graph; empty before the first call."""
         return self.captures[-1].verdicts.records if self.captures else ()
 
-    def follow(self, plan: Plan) -> None:
-        """From the next run on, follow another plan of the same model, made for the same sizes; both share none of the
-        halves of guidance. Captures that are made later, for other sizes, follow the first.
+    @property
+    def shares(self) -> bool:
+        """Whether the plan shares the halves of guidance."""
+        return shares_halves(self.plan)
 
-        Raises :class:`PlanMismatchError`, :class:`SitesMismatchError` and, where skips are errors,
-        :class:`SiteSkippedError`.
+    @property
+    def halves(self) -> bool:
+        """Whether it shares the halves of a batch."""
+        return self.shares and self._guidance.form != "two-call"
+
+    @property
+    def one_call_each(self) -> bool:
+        """Whether a step must be one call of the model for each branch of guidance."""
+        return self.shares or any(decision.reads_caches for row in self.plan.decisions for decision in row)
+
+    def follow(self, plan: Plan) -> None:
+        """From the next run on, follow another plan of the same model and sizes; what is compiled stays.
+
+        Captures that are made later, for other sizes, follow the first. Only for what :func:`apply_for_trials` made.
+        Raises :class:`NotAppliedError` otherwise, :class:`PlanMismatchError` also where it shares halves otherwise than
+        the first plan, :class:`SitesMismatchError` and, where skips are errors, :class:`SiteSkippedError`.
         """
+        if self._guidance_of is None:
+            raise NotAppliedError("this plan was applied alone; call remove(pipe), and apply the other one")
+        if shares_halves(plan) and self._guidance_of(plan) != self._guidance:
+            raise PlanMismatchError(
+                "the plan shares the halves of guidance otherwise than the one that was applied; call remove(pipe), "
+                "and apply it"
+            )
         for capture in self.captures:
             capture.follow(plan)
         self.plan = plan
@@ -77,15 +102,13 @@ class AppliedPlan:
 
 
 class _AppliedRun(Run):
-    """A run that notes which graphs it calls. ``halves``: the plan shares the halves of a batch."""
+    """A run that notes which graphs it calls."""
 
-    def __init__(
-        self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan, halves: bool
-    ) -> None:
+    def __init__(self, models: tuple[nn.Module, ...], progress: tuple[float, ...], applied: AppliedPlan) -> None:
         super().__init__(models[0], len(progress), progress=progress, experts=models[1:])
         self._applied = applied
         self._tells_calls_apart = True
-        self._halves = halves
+        self._halves = applied.halves
         self._batch: int | None = None
 
     def before_call(self, capture: Capture) -> None:
@@ -139,8 +162,6 @@ def apply(
     pipeline does not have them, :class:`DecisionError` and :class:`LayoutError` for values that an option does not
     take, and what :meth:`Plan.load` raises.
     """
-    models = find_transformers(pipe)
-    check_scheduler(pipe)
     options = Options.of(
         {
             "strict": strict,
@@ -154,42 +175,59 @@ def apply(
             "trace": trace,
         }
     )
+    return _wired(pipe, plan, options, trials=False)
+
+
+def apply_for_trials(pipe: Any, plan: Plan, *, inner: str = "inductor") -> AppliedPlan:
+    """:func:`apply` for a plan that others are going to take the place of (:meth:`AppliedPlan.follow`).
+
+    What is captured is this pipeline's alone: Dynamo would give it to every other one with an equal plan.
+    """
+    return _wired(pipe, plan, Options.of({"inner": inner}), trials=True)
+
+
+def _wired(pipe: Any, plan: Plan | str | Path, options: Options, trials: bool) -> AppliedPlan:
+    models = find_transformers(pipe)
+    check_scheduler(pipe)
     if wiring_of(pipe) is not None:
         raise NotAppliedError(f"this {type(pipe).__name__} already carries a plan; call remove(pipe) first")
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     for model in models:
         plan.validate(model=model)
-    applied = AppliedPlan(plan)
     guidance = settle(pipe, plan=plan)
+    guidance_of = functools.partial(_guidance_of, pipe) if trials else None
+    applied = AppliedPlan(plan, guidance, guidance_of)
     options = replace(options, plan=plan, cfg=guidance.option)
-    shares = shares_halves(plan)
-    halves = shares and guidance.form != "two-call"
-    keeps_caches = any(decision.reads_caches for row in plan.decisions for decision in row)
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> ScheduleFollower:
         check_unchanged(pipe, models)
 
         def open_run(progress: tuple[float, ...]) -> Run:
-            return _AppliedRun(models, progress, applied, halves)
+            return _AppliedRun(models, progress, applied)
 
+        check = functools.partial(check_guides, pipe, arguments)
         return ScheduleFollower(
             scheduler,
             open_run,
-            check=functools.partial(check_guides, pipe, arguments) if shares else None,  # a callback may switch it off
-            one_call_each=keeps_caches or shares,
+            check=check if applied.shares else None,  # a callback may switch it off
+            one_call_each=applied.one_call_each,
             conditional_first=guidance.conditional_first,
             finished=applied._note,
         )
 
     backend: Callable[..., object] = difa
-    if shares and not halves and not guidance.conditional_first:
-        # Whether calls are told apart shows only when they are made, and is then said of the capture: it must be this
-        # pipeline's alone. Dynamo takes no graph of another backend for it.
+    if trials or (applied.shares and not applied.halves and not guidance.conditional_first):
+        # Whether calls are told apart shows only when they are made, and is then said of the capture, as another plan
+        # is: it must be this pipeline's alone. Dynamo takes no graph of another backend for it.
         backend = functools.partial(difa)
     compiled = {model: CompiledForward(model, backend, options.given, strict=options.strict) for model in models}
     Wiring(pipe, compiled, start).connect()
     return applied
+
+
+def _guidance_of(pipe: Any, plan: Plan) -> Guidance:
+    return settle(pipe, plan=plan)
 
 
 def remove(pipe: Any) -> None:

@@ -356,12 +356,19 @@ class Contribution:
     share: float
 
 
+def counts_blocks(plan: Costed) -> bool:
+    """Whether a plan names blocks and knows the operations of each that is in no other."""
+    held = blocks_of(plan.sites)
+    blocks = [site for site, block in zip(plan.sites, held, strict=True) if block is None and site.is_block]
+    return bool(blocks) and all(site.flops is not None for site in blocks)
+
+
 def contributions(plan: Costed) -> tuple[Contribution, ...]:
     """What each decision of a plan leaves out, the most first. The full run's operations are those of the blocks that
-    the plan names, and of the attention sites outside of them; where it does not know a block's, of attention alone."""
+    the plan names and of the attention sites outside of them; of attention alone unless :func:`counts_blocks`."""
     sites, held = plan.sites, blocks_of(plan.sites)
     outermost = [index for index, block in enumerate(held) if block is None]
-    by_blocks = all(sites[index].flops is not None for index in outermost if sites[index].is_block)
+    by_blocks = counts_blocks(plan)
     counted = [i for i in range(len(sites)) if by_blocks or not sites[i].is_block]
     total = sum(
         (sites[i].flops or 0) if sites[i].is_block else full_flops(sites[i]).total

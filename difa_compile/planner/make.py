@@ -88,7 +88,7 @@ def chosen(problem: Problem, limit: Limit) -> tuple[Outcome, str]:
     if limit.max_rows is None:
         return choose(problem, limit.budget), ""
     limited = limit_rows(problem, limit.budget, limit.max_rows)
-    return limited.outcome, _cost_of_rows(limited.outcome, choose(problem, limit.budget))
+    return limited.outcome, cost_of_rows(limited.outcome, choose(problem, limit.budget))
 
 
 def _few_rows_for(problem: Problem, free: Outcome, limit: Limit) -> tuple[Outcome, str]:
@@ -104,10 +104,11 @@ def _few_rows_for(problem: Problem, free: Outcome, limit: Limit) -> tuple[Outcom
             high, best = middle, found
         else:
             low = middle
-    return best, _cost_of_rows(best, free)
+    return best, cost_of_rows(best, free)
 
 
-def _cost_of_rows(limited: Outcome, free: Outcome) -> str:
+def cost_of_rows(limited: Outcome, free: Outcome) -> str:
+    """What a limit on distinct rows costs, in words; empty where it costs nothing."""
     if limited.columns == free.columns:
         return ""
     return (

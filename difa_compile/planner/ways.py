@@ -15,6 +15,9 @@ from difa_compile.planner.choice import Planner
 from difa_compile.planner.problem import Outcome, Problem
 from difa_compile.planner.rows import distinct, limit_rows
 
+LONG = 120
+"""Steps from which on forecasts of order 2 are not considered."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -29,45 +32,53 @@ class Way:
         return replace(problem, readers=self.readers)
 
 
+class Ways:
+    """The ways for one problem; what a way works out for all budgets is kept."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._planners: dict[tuple[Decision, ...], Planner] = {}
+        self.all = ways_of(problem)
+
+    @property
+    def own(self) -> Way:
+        """The problem's own way."""
+        return self.all[0]
+
+    def candidates(self, budget: float, most: int | None) -> list[tuple[Way, Outcome]]:
+        """What each way chooses for a budget, with at most ``most`` distinct rows, each plan once, beginning with the
+        problem's own way. A way that has no such plan is left out."""
+        found: dict[object, tuple[Way, Outcome]] = {}
+        for way in self.all:
+            try:
+                outcome = self._planner(way).choose(budget, worst=way.worst)
+                if most is not None and distinct(outcome.columns) > most:
+                    outcome = limit_rows(way.problem(self._problem), budget, most).outcome
+            except (BudgetError, RowLimitError):
+                continue
+            found.setdefault(outcome.columns, (way, outcome))
+        return list(found.values())
+
+    def neighbours(self, way: Way, start: Outcome, budget: float, most: int | None) -> list[Outcome]:
+        """Plans that differ from ``start`` in one computed step, the most promising first."""
+        found = self._planner(way).neighbours(start, budget)
+        return [each for each in found if most is None or distinct(each.columns) <= most]
+
+    def _planner(self, way: Way) -> Planner:
+        if way.readers not in self._planners:
+            self._planners[way.readers] = Planner(way.problem(self._problem))
+        return self._planners[way.readers]
+
+
 def ways_of(problem: Problem) -> tuple[Way, ...]:
-    """The ways for a problem, its own first."""
+    """The ways for a problem, its own first. Order 2 takes memory with the square of the steps, times that of the lags:
+    it is left out of long schedules."""
     own = problem.readers
     first = next((each for each in own if each.kind is Kind.FORECAST), None)
     if first is None:
         return Way(own), Way(own, worst=True)
-    mixed = (REUSE, replace(first, order=1), replace(first, order=2))
+    both = (REUSE, replace(first, order=1))
+    if problem.steps > LONG:
+        return Way(own), Way(both), Way(own, worst=True), Way(both, worst=True)
+    mixed = (*both, replace(first, order=2))
     return Way(own), Way(mixed), Way(mixed[1:]), Way(own, worst=True), Way(mixed, worst=True)
-
-
-def candidates(problem: Problem, budget: float, most: int | None) -> list[tuple[Way, Outcome]]:
-    """What each way chooses for a budget, with at most ``most`` distinct rows, each plan once, the problem's own way
-    first.
-
-    A way that has no such plan is left out.
-    """
-    found: dict[object, tuple[Way, Outcome]] = {}
-    for way in ways_of(problem):
-        try:
-            outcome = chosen_by(way, problem, budget, most)
-        except (BudgetError, RowLimitError):
-            continue
-        found.setdefault(outcome.columns, (way, outcome))
-    return list(found.values())
-
-
-def chosen_by(way: Way, problem: Problem, budget: float, most: int | None) -> Outcome:
-    """What a way chooses for a budget, with at most ``most`` distinct rows.
-
-    Raises :class:`BudgetError` and :class:`RowLimitError`.
-    """
-    given = way.problem(problem)
-    outcome = Planner(given).choose(budget, worst=way.worst)
-    if most is not None and distinct(outcome.columns) > most:
-        return limit_rows(given, budget, most).outcome
-    return outcome
-
-
-def neighbours(way: Way, problem: Problem, start: Outcome, budget: float, most: int | None) -> list[Outcome]:
-    """Plans that differ from ``start`` in one computed step, the most promising first."""
-    found = Planner(way.problem(problem)).neighbours(start, budget)
-    return [each for each in found if most is None or distinct(each.columns) <= most]

@@ -97,11 +97,15 @@ _LINE = 13.0
 
 
 def front_chart(title: str, marks: Sequence[Mark], named: Sequence[str]) -> str:
-    """An SVG of quality over time; marks of the kind ``planner`` are joined. ``named``: kinds whose marks are labelled,
-    where there is room."""
-    lowest = math.floor(min(m.decibels for m in marks) / 5) * 5
-    highest = max(lowest + 5, math.ceil(max(m.decibels for m in marks) / 5) * 5)
-    right = max(0.2, math.ceil(max(m.share for m in marks) * 5) / 5)
+    """An SVG of quality over time; marks of the kinds ``planner`` and ``plan`` are joined. ``named``: kinds whose marks
+    are labelled, where there is room."""
+    worst, best = (pick(m.decibels for m in marks) for pick in (min, max))
+    unit = max(5.0, nice_step((best - worst) / 8))
+    lowest = math.floor(worst / unit) * unit
+    highest = max(lowest + unit, math.ceil(best / unit) * unit)
+    furthest = max(0.2, *(m.share for m in marks))
+    part = nice_step(furthest / 10)
+    right = part * math.ceil(furthest / part - 1e-9)
     width, height = 720.0, 330.0
     inner, tall = width - _LEFT - 14, height - _TOP - 44
 
@@ -111,15 +115,16 @@ def front_chart(title: str, marks: Sequence[Mark], named: Sequence[str]) -> str:
     def y(decibels: float) -> float:
         return _TOP + tall * (highest - decibels) / (highest - lowest)
 
-    told = "; ".join(f"{m.name} {m.share:.2f} of the time {m.decibels:.1f} dB" for m in marks)
+    told = f"{title}: " + "; ".join(f"{m.name} {m.share:.2f} of the time {m.decibels:.1f} dB" for m in marks)
     parts = [f'<svg class="chart front" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(told)}">']
-    for level in range(lowest, highest + 1, 5 if highest - lowest <= 40 else 10):
+    for line in range(round((highest - lowest) / unit) + 1):
+        level = lowest + line * unit
         at = y(level)
         parts.append(f'<line class="grid" x1="{_LEFT:g}" x2="{width - 14:g}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7:g}" y="{at + 4:.1f}" text-anchor="end">{level} dB</text>')
-    for tenth in range(0, round(right * 10) + 1, 1 if right <= 1 else 2):
-        place = f'x="{x(tenth / 10):.1f}" y="{height - 26:g}"'
-        parts.append(f'<text {place} text-anchor="middle">{tenth / 10:g}</text>')
+        parts.append(f'<text x="{_LEFT - 7:g}" y="{at + 4:.1f}" text-anchor="end">{level:g} dB</text>')
+    for tick in range(round(right / part) + 1):
+        place = f'x="{x(tick * part):.1f}" y="{height - 26:g}"'
+        parts.append(f'<text {place} text-anchor="middle">{tick * part:.3g}</text>')
     middle = _LEFT + inner / 2
     parts.append(f'<text x="{middle:.1f}" y="{height - 6:g}" text-anchor="middle">share of full\'s time</text>')
     joined = sorted((m for m in marks if m.kind in ("planner", "plan")), key=lambda m: m.share)

@@ -46,6 +46,8 @@ SCHEMA_VERSION = 3
 PLAN_NAME, COMPARISON_NAME, IMAGES_NAME = "plan.json", "comparison.json", "images.npz"
 MOST_IMAGE_BYTES = 2**34
 """Of all images, unpacked: ten thousand of a megapixel on either side do not fit into the page's arithmetic anyway."""
+MOST_DRAWN = 1000
+"""Of a front, shares of the full model's time and decibels."""
 
 COMPARISON = Format(
     name="comparison",
@@ -230,12 +232,12 @@ def _read_point(value: object, where: str) -> Point:
     from difa_compile.comparison.front import Origin, Point
 
     content = as_object(value, where, ("name", "origin", "share", "psnr"))
-    psnr = content["psnr"]
+    share = as_number(content["share"], f"{where}.share", above=0)
+    psnr = None if content["psnr"] is None else as_number(content["psnr"], f"{where}.psnr")
+    if share > MOST_DRAWN or abs(psnr or 0) > MOST_DRAWN:
+        raise Unfit(f"{where} is out of the chart: at most {MOST_DRAWN} times full's time, and as many dB, are drawn")
     return Point(
-        as_text(content["name"], f"{where}.name"),
-        Origin(as_text(content["origin"], f"{where}.origin")),
-        as_number(content["share"], f"{where}.share", above=0),
-        None if psnr is None else as_number(psnr, f"{where}.psnr"),
+        as_text(content["name"], f"{where}.name"), Origin(as_text(content["origin"], f"{where}.origin")), share, psnr
     )
 
 

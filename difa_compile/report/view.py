@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difa_compile.comparison import metrics
-from difa_compile.plan.cost import contributions
+from difa_compile.plan.cost import contributions, counts_blocks
 from difa_compile.plan.plan import Plan
 from difa_compile.report.charts import Chart, Mark, front_chart, step_chart
 from difa_compile.report.heatmap import HeatMap, heat_map
@@ -249,8 +249,7 @@ _SAID = {"planner": "", "plan": " (this plan)", "recipe": " (recipe)", "search":
 def _contributions(plan: Plan) -> Table:
     """What each decision of the plan leaves out."""
     lines = tuple((shown(str(each.decision)), str(each.cells), percent(each.share)) for each in contributions(plan))
-    blocks = any(site.is_block for site in plan.sites)
-    of = "of the blocks" if blocks else "of attention, projections counted in"
+    of = "of the blocks" if counts_blocks(plan) else "of attention, projections counted in"
     return Table(f"Operations left out, as a share of the full run's ({of}).", lines, ("", "cells", "left out"))
 
 

@@ -55,7 +55,7 @@ def test_demo_interrupted_in_each_part(planning, search, measure, plan, tmp_path
     assert list(output.iterdir()) == []
     del planning["raises"]
     search["raises"] = KeyboardInterrupt()
-    assert "Nothing was measured yet" in fails("demo", "--output", output, code=130)
+    assert f"What was measured is in {output / 'measuring.json'}" in fails("demo", "--output", output, code=130)
     del search["raises"]
     planning["stops"] = KeyboardInterrupt()
     message = fails("demo", "--output", output, "--quick", code=130)

@@ -1,5 +1,6 @@
 """Plans held to their word: what a run makes of a promise, when another plan is tried, and what is left behind."""
 
+import functools
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from diffusers import DiTPipeline
 from difa_compile.comparison import planned
 from difa_compile.comparison.planned import TRIES, Held, Trials, plan_within, psnr_of
 from difa_compile.errors import BudgetError, ScheduleError
-from difa_compile.pipeline.apply import apply
+from difa_compile.pipeline.apply import apply_for_trials
 from difa_compile.planner.make import Limit, plan_from_table
 from tests.support.tables import made_table
 from tests.support.tiny_pipelines import tiny_pipeline
@@ -162,6 +163,8 @@ def test_a_table_of_other_steps_and_no_runs(runs):
         plan_within(object(), {}, Limit(0.5), 7, table=made_table(6))
     with pytest.raises(ValueError, match="0 runs"):
         within(Limit(0.5), runs=0)
+    with pytest.raises(ValueError, match="0 held out"):
+        within(Limit(0.5), held_out=())
 
 
 @pytest.mark.slow
@@ -172,16 +175,25 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch):
     given = {"class_labels": [1, 2]}
     table = measure(pipe, given, 4, progress=False, inner="eager")
     full, half = plan_from_table(table, budget=1.0), plan_from_table(table, budget=0.7)
-    monkeypatch.setattr(planned, "apply", lambda pipe, plan: apply(pipe, plan, inner="eager"))
+    eager = functools.partial(apply_for_trials, inner="eager")
+    monkeypatch.setattr(planned, "apply_for_trials", eager)
     trials = Trials(pipe, given, 4, (0, 1), (2,))
     held = trials.run(full)
     assert held.share > 0
     assert held.psnr > 60
     assert held.psnr > trials.judge(half)
     assert trials.judge(full) == held.psnr
+    images = trials._planned
+
+    def with_nan(seed):
+        call = images(seed)
+        return replace(call, images=call.images * math.nan)
+
+    monkeypatch.setattr(trials, "_planned", with_nan)
+    assert trials.judge(half) == 0
     trials.close()
     assert type(pipe) is DiTPipeline
-    with planned.trials(pipe, given, 4, (0,), ()) as run:
+    with planned.trials(pipe, given, 4, (0,), (1,)) as run:
         monkeypatch.setattr(run, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             run.run(full)

@@ -24,7 +24,7 @@ from difa_compile.errors import (
     UnsupportedPipelineError,
 )
 from difa_compile.layout import Layout
-from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.apply import apply, apply_for_trials, remove
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.guidance import Guidance
 from tests.support.tiny_pipelines import sample, sample_plainly, tiny_pipeline, tiny_transformer
@@ -112,7 +112,7 @@ def test_other_numbers_of_steps_follow_the_resolved_plan(pipe, plan):
 def test_another_plan_goes_on_with_what_is_compiled(pipe, plan):
     other = plan_of(pipe, [ROWS[0], ROWS[1], *ROWS[:4]])
     wanted = [sample_plainly(pipe, rows, residual_window=WINDOW) for rows in (ROWS, other.decisions)]
-    applied = apply(pipe, plan, inner="eager")
+    applied = apply_for_trials(pipe, plan, inner="eager")
     assert close(sample(pipe, steps=6), wanted[0])
     compiled = applied.captures[0].compiled_variants
     applied.follow(other)
@@ -124,6 +124,31 @@ def test_another_plan_goes_on_with_what_is_compiled(pipe, plan):
     assert close(sample(pipe, steps=6), wanted[0])
     with pytest.raises(SitesMismatchError):
         applied.follow(plan_of(tiny_pipeline(layers=3), [(FULL, FULL, FULL)]))
+
+
+def test_what_was_followed_is_gone_when_an_equal_plan_is_applied(pipe, plan):
+    other = plan_of(pipe, [ROWS[0]] * 6)
+    wanted = sample_plainly(pipe, ROWS, residual_window=WINDOW)
+    applied = apply_for_trials(pipe, plan, inner="eager")
+    sample(pipe, steps=6)
+    applied.follow(other)
+    assert not close(sample(pipe, steps=6), wanted)
+    remove(pipe)
+    alone = apply(pipe, plan, inner="eager")
+    assert close(sample(pipe, steps=6), wanted)
+    with pytest.raises(NotAppliedError, match="applied alone"):
+        alone.follow(other)
+
+
+def test_a_plan_that_shares_other_halves_is_not_followed(pipe, plan):
+    applied = apply_for_trials(pipe, plan_of(pipe, [(FULL, FULL)] * 6), inner="eager")
+    assert not applied.one_call_each
+    applied.follow(plan)
+    assert applied.one_call_each
+    assert applied.halves
+    other = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, conditional_half=1))
+    with pytest.raises((PlanMismatchError, DecisionError)):
+        applied.follow(other)
 
 
 def test_plan_file(pipe, plan, tmp_path):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from difa_compile.decision import FULL, REUSE
+from difa_compile.planner.choice import choose
 from difa_compile.planner.problem import FORECAST
 from difa_compile.planner.rows import distinct
-from difa_compile.planner.ways import Way, candidates, chosen_by, neighbours, ways_of
+from difa_compile.planner.ways import LONG, Way, Ways, ways_of
 from tests.support.planner_problems import make_problem
 
 
@@ -27,8 +28,9 @@ def test_a_problem_s_own_way_comes_first(problem):
 
 @pytest.mark.parametrize("most", [None, 3])
 def test_candidates_differ_and_keep_to_budget_and_rows(problem, most):
-    found = candidates(problem, 0.45, most)
-    assert found[0][1] == chosen_by(ways_of(problem)[0], problem, 0.45, most)
+    found = Ways(problem).candidates(0.45, most)
+    if most is None:
+        assert found[0] == (Ways(problem).own, choose(problem, 0.45))
     assert len({each.columns for _, each in found}) == len(found) > 1
     for _, each in found:
         assert each.share <= 0.45
@@ -36,14 +38,14 @@ def test_candidates_differ_and_keep_to_budget_and_rows(problem, most):
 
 
 def test_ways_that_have_no_plan_are_left_out(problem):
-    assert candidates(problem, 0.01, None) == []
-    assert candidates(problem, 0.5, 1) == []
+    assert Ways(problem).candidates(0.01, None) == []
+    assert Ways(problem).candidates(0.5, 1) == []
 
 
 def test_neighbours_have_one_step_moved_and_keep_to_the_budget(problem):
-    way = ways_of(problem)[0]
-    start = chosen_by(way, problem, 0.45, None)
-    found = neighbours(way, problem, start, 0.45, None)
+    ways = Ways(problem)
+    start = choose(problem, 0.45)
+    found = ways.neighbours(ways.own, start, 0.45, None)
     computed = {step for step, each in enumerate(start.columns[0]) if each == FULL}
     assert found
     moved = []
@@ -58,12 +60,16 @@ def test_neighbours_have_one_step_moved_and_keep_to_the_budget(problem):
     assert len(set(first)) == len(first)  # every step's best move comes before any step's second
     errors = [each.error for each in found[: len(first)]]
     assert all(before <= after for before, after in pairwise(errors))
-    assert neighbours(way, problem, start, 0.45, 1) == []
+    assert ways.neighbours(ways.own, start, 0.45, 1) == []
 
 
 def test_a_way_of_several_orders_forecasts_by_them():
     problem = make_problem(steps=24, seed=3)
-    mixed = ways_of(problem)[1]
-    found = chosen_by(mixed, problem, 0.4, None)
+    found = choose(ways_of(problem)[1].problem(problem), 0.4)
     assert {each.order for each in found.columns[0]} >= {0, 1}
     assert np.isfinite(found.error)
+
+
+def test_long_schedules_have_no_forecasts_of_order_2():
+    orders = {reader.order for way in ways_of(make_problem(steps=LONG + 1, lags=3)) for reader in way.readers}
+    assert orders == {0, 1}

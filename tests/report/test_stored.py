@@ -89,6 +89,8 @@ def test_truncated(folder):
         (lambda c: c["front"][2].update(origin="luck"), "luck"),
         (lambda c: c["front"][3].pop("name"), r"front\[3\] is without the key"),
         (lambda c: c.update(front={}), "front"),
+        (lambda c: c["front"][1].update(psnr=1e300), r"front\[1\] is out of the chart"),
+        (lambda c: c["front"][1].update(share=1e9), r"front\[1\] is out of the chart"),
         (lambda c: c.update(extra=1), "with the unknown key 'extra'"),
         (lambda c: c.pop("machine"), "without the key 'machine'"),
         (lambda c: c["comparison"].pop("seeds"), "without the key 'seeds'"),
