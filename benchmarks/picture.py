@@ -42,7 +42,7 @@ INK, QUIET = "#1b2330", "#566173"
 SIZE = 10
 IMAGES = 5
 """Columns of images: so many of the comparison's first."""
-PALETTE = 128
+PALETTE = 224
 
 
 def draw_map(panel: Axes, plan: HeatMap) -> None:
@@ -106,7 +106,13 @@ def draw_front(panel: Axes, points: Sequence[Point]) -> None:
     panel.tick_params(length=0, labelsize=SIZE, labelcolor=QUIET, pad=3)
     panel.spines[:].set_visible(False)
     panel.legend(
-        loc="lower right", fontsize=SIZE - 1, frameon=False, labelcolor=INK, handletextpad=0.3, borderaxespad=0
+        loc="center right",
+        bbox_to_anchor=(1, 0.66),
+        fontsize=SIZE - 1,
+        frameon=False,
+        labelcolor=INK,
+        handletextpad=0.3,
+        borderaxespad=0,
     )
 
 

@@ -11,6 +11,7 @@ measured with, unless the name says so.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ def under(plan: Plan, place: Place, full: list[Tensor]) -> tuple[float, float]:
     return psnr_of(list(zip(full, found, strict=True))), sum(computed) / len(computed)
 
 
+def decibels(psnr: float) -> float | None:
+    """None for equal images: everything is computed there."""
+    return round(psnr, 2) if math.isfinite(psnr) else None
+
+
 def main() -> None:
     args = parse_arguments()
     rows: list[Row] = []
@@ -121,10 +127,10 @@ def main() -> None:
         for budget in BUDGETS:
             travelled, computed = under(home[budget], place, full)
             row: Row = {"case": place.name, "budget": budget, "images": sum(map(len, full))}
-            row |= {"psnr_db": round(travelled, 2), "computed": round(computed, 3)}
+            row |= {"psnr_db": decibels(travelled), "computed": round(computed, 3)}
             if budget in made:
                 own, share = under(made[budget], place, full)
-                row |= {"psnr_made_there_db": round(own, 2), "computed_made_there": round(share, 3)}
+                row |= {"psnr_made_there_db": decibels(own), "computed_made_there": round(share, 3)}
             rows.append(row)
         write_result("travel", rows, folder=args.output)
 

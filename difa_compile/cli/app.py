@@ -151,7 +151,7 @@ def demo(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Images to compare, rounded up to tens.", min=1, max=MOST_IMAGES, show_default="200; quick: 40"
+            help="Images to compare, rounded up to tens.", min=1, max=MOST_IMAGES, show_default="100; quick: 40"
         ),
     ] = None,
     seed: Seed = 0,
@@ -169,7 +169,7 @@ def demo(
         output=output,
         steps=steps if steps is not None else 20 if quick else 50,
         budget=budget,
-        samples=samples if samples is not None else 40 if quick else 200,
+        samples=samples if samples is not None else 40 if quick else 100,
         seed=seed,
         search=not quick,
         plan=plan,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from difa_compile.planner.make import chosen_for, plan_of
+from difa_compile.planner.make import plan_of
 from difa_compile.planner.recipes import recipes
 from difa_compile.planner.table import ErrorTable
+from difa_compile.planner.ways import Ways
 
 if TYPE_CHECKING:
     from difa_compile.comparison.planned import Trials
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Of a front that is run."""
+NEAR = 0.03
+"""A budget that is no further from the time of the plan in question is left to that."""
 ROUNDS = 1
 """How often each of its plans is timed beside the full model."""
 
@@ -45,13 +48,15 @@ class Point:
         return {"name": self.name, "origin": str(self.origin), "share": self.share, "psnr": self.psnr}
 
 
-def plans_of_front(table: ErrorTable, budgets: Sequence[float] = BUDGETS) -> Iterator[tuple[str, Origin, Plan]]:
-    """What the planner chooses for each budget that is possible, and fixed recipes: name, origin and plan."""
-    problem = table.problem()
-    for budget, outcome in chosen_for(problem, budgets).items():
-        yield f"budget {budget:g}", Origin.PLANNER, plan_of(table, outcome)
-    for name, outcome in recipes(problem).items():
-        yield name, Origin.RECIPE, plan_of(table, outcome)
+def plans_of_budgets(table: ErrorTable, budgets: Sequence[float] = BUDGETS) -> dict[float, list[Plan]]:
+    """For each budget that is possible what several ways choose for it: none of them is the best at all budgets."""
+    ways = Ways(table.problem())
+    found = {budget: ways.candidates(budget, None) for budget in budgets}
+    return {
+        budget: [plan_of(table, outcome) for way, outcome in each if way in ways.few]
+        for budget, each in found.items()
+        if each
+    }
 
 
 def measured_front(
@@ -61,17 +66,24 @@ def measured_front(
     others: Mapping[str, Plan] | None = None,
     told: Callable[[str], None] = lambda text: None,
 ) -> tuple[Point, ...]:
-    """Run the plans of a front beside the full model, quickest first.
+    """Run plans for several budgets, and fixed recipes, beside the full model; quickest first.
 
-    ``own``: the plan in question, which has been run: its promise says what came of it. ``others``: plans of other
-    searches, by name. ``told`` is given a line of text for each plan.
+    Of each budget what several ways choose is tried, and the best timed. ``own``: the plan in question, which has been
+    run: its promise says what came of it, and its budget is not planned for again. ``others``: plans of other searches,
+    by name. ``told`` is given a line of text for each plan.
     """
     points = []
     promise = None if own is None else own.settings.promise
     if promise is not None and promise.measured_share is not None:
         points.append(Point(promise.limit, Origin.PLAN, promise.measured_share, promise.measured_psnr))
-    searched = ((name, Origin.SEARCH, plan) for name, plan in (others or {}).items())
-    for name, origin, plan in (*plans_of_front(table), *searched):
+    taken = [point.share for point in points]
+    plans: list[tuple[str, Origin, Plan]] = []
+    for budget, tried in plans_of_budgets(table).items():
+        if all(abs(budget - share) > NEAR for share in taken):
+            plans.append((f"budget {budget:g}", Origin.PLANNER, max(tried, key=run.judge)))
+    plans += [(name, Origin.RECIPE, plan_of(table, each)) for name, each in recipes(table.problem()).items()]
+    plans += [(name, Origin.SEARCH, plan) for name, plan in (others or {}).items()]
+    for name, origin, plan in plans:
         held = run.run(plan, rounds=ROUNDS)
         points.append(Point(name, origin, held.share, held.decibels))
         told(f"{name}: {held}")

@@ -156,21 +156,14 @@ def plan_from_table(
 def front_of(problem: Problem, budgets: Sequence[float] = FRONT) -> tuple[Outcome, ...]:
     """What each budget buys, from the least that is possible on, ``budgets`` ascending; what a smaller one already
     bought is not repeated."""
-    return tuple(chosen_for(problem, budgets, least=True).values())
-
-
-def chosen_for(problem: Problem, budgets: Sequence[float], least: bool = False) -> dict[float, Outcome]:
-    """The choice for each of ``budgets``, ascending, that is possible and buys more than the one before; ``least``:
-    beginning with the least that is possible, under its share."""
     planner = Planner(problem)
-    found = {planner.least.share: planner.least} if least else {}
-    error = planner.least.error if least else math.inf
+    front = [planner.least]
     for budget in budgets:
-        if budget >= planner.least.share and budget not in found:
-            each = planner.choose(budget)
-            if each.error < error:
-                found[budget], error = each, each.error
-    return found
+        if budget > front[0].share:
+            found = planner.choose(budget)
+            if found.error < front[-1].error:
+                front.append(found)
+    return tuple(front)
 
 
-__all__ = ["FRONT", "Limit", "chosen", "chosen_for", "front_of", "plan_from_table", "plan_of", "psnr"]
+__all__ = ["FRONT", "Limit", "chosen", "front_of", "plan_from_table", "plan_of", "psnr"]

@@ -45,6 +45,11 @@ class Ways:
         """The problem's own way."""
         return self.all[0]
 
+    @property
+    def few(self) -> tuple[Way, ...]:
+        """One way of each kind: the problem's own, one of more readers, and the least greatest error."""
+        return (self.all[0], self.all[1], next(way for way in self.all if way.worst))
+
     def candidates(self, budget: float, most: int | None) -> list[tuple[Way, Outcome]]:
         """What each way chooses for a budget, with at most ``most`` distinct rows, each plan once, beginning with the
         problem's own way. A way that has no such plan is left out."""

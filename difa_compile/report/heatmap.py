@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from difa_compile.decision import Decision, Kind, Window, heads_text
@@ -100,7 +100,7 @@ def heat_map(plan: Plan) -> HeatMap:
     colours = _colours(plan, names)
     keys = {colour.name: colour for colour in colours}
     paths = [shown(site.path) for site in plan.sites]
-    common = _common_parts(paths)
+    common = _common_parts([path for path, site in zip(paths, plan.sites, strict=True) if not site.is_block])
     rows = []
     done = in_effect(plan.decisions, plan.blocks)
     for index, site in enumerate(plan.sites):
@@ -112,7 +112,8 @@ def heat_map(plan: Plan) -> HeatMap:
             covered = plan.roles[step][index].covered
             text = _covered_text(step, paths[index], done[step][index]) if covered else _text(step, paths[index], cell)
             cells.append(MapCell(classes, text))
-        rows.append(MapRow(_short(paths[index], common), f"{paths[index]}: {site.shape}", tuple(cells)))
+        name = _span(site.blocks) if site.blocks else _short(paths[index], common)
+        rows.append(MapRow(name, f"{paths[index]}: {site.shape}", tuple(cells)))
     longest = max(len(row.name) for row in rows)
     return HeatMap(
         intro=_intro(plan),
@@ -223,6 +224,14 @@ def _common_parts(paths: list[str]) -> Mapping[str, str]:
         if len({parts[-1] for parts in split}) == 1:
             common["last"] = split[0][-1]
     return common
+
+
+def _span(blocks: Sequence[str]) -> str:
+    """A span's row: ``blocks 0 to 5`` for ``transformer_blocks.0`` and so on; else the first and the last of them."""
+    first, last = (shown(path).split(".") for path in (blocks[0], blocks[-1]))
+    if first[:-1] == last[:-1] and first[-1].isdigit() and last[-1].isdigit():
+        return f"blocks {first[-1]} to {last[-1]}"
+    return f"{'.'.join(first)} to {'.'.join(last)}"
 
 
 def _short(path: str, common: Mapping[str, str]) -> str:

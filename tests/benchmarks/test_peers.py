@@ -130,8 +130,8 @@ def test_the_best_within_a_budget_is_taken_of_each_tool():
         {"case": "inductor, full", "ratio_to_inductor": 1.0, "psnr_db": None},
         {"case": "a", "tool": "x", "ratio_to_inductor": 0.45, "psnr_db": 40.0},
         {"case": "b", "tool": "x", "ratio_to_inductor": 0.3, "psnr_db": 41.0},
-        {"case": "c", "tool": "y", "ratio_to_inductor": 0.49, "psnr_db": 50.0},
-        {"case": "d", "tool": "y", "ratio_to_inductor": 0.51, "psnr_db": 60.0},
+        {"case": "c", "tool": "y", "ratio_to_inductor": 0.51, "psnr_db": 50.0},
+        {"case": "d", "tool": "y", "ratio_to_inductor": 0.52, "psnr_db": 60.0},
         {"case": "y", "tool": "y", "note": "RuntimeError: no"},
     ]
     found = [(row["budget"], row["tool"], row["case"]) for row in planner.best(rows, (0.5, 0.35))]

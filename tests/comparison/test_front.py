@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from difa_compile.comparison.front import Origin, measured_front, plans_of_front
+from difa_compile.comparison.front import Origin, measured_front, plans_of_budgets
 from difa_compile.comparison.planned import Held
 from difa_compile.plan.data import Promise
 from difa_compile.planner.make import plan_from_table
@@ -14,7 +14,11 @@ class Fake:
     """Runs that take as long as predicted."""
 
     def __init__(self):
-        self.ran = []
+        self.ran, self.judged = [], []
+
+    def judge(self, plan):
+        self.judged.append(plan)
+        return sum(row[-1].order == 2 for row in plan.decisions) or plan.settings.promise is None
 
     def run(self, plan, rounds):
         self.ran.append(plan)
@@ -27,27 +31,34 @@ def table():
     return replace(made, units=made.units[:1])
 
 
-def test_plans_for_budgets_that_are_possible_and_recipes():
-    found = list(plans_of_front(table(), (0.1, 0.5, 0.8)))
-    names = [name for name, _, _ in found]
-    assert names[:2] == ["budget 0.5", "budget 0.8"]
-    assert "reuse every 2" in names
-    assert {origin for name, origin, _ in found if name.startswith("reuse")} == {Origin.RECIPE}
-    assert all(plan.settings.promise is None for _, _, plan in found)
+def test_several_plans_for_each_budget_that_is_possible():
+    found = plans_of_budgets(table(), (0.1, 0.5, 0.8))
+    assert list(found) == [0.5, 0.8]
+    assert all(1 <= len(plans) <= 3 for plans in found.values())
+    assert all(plan.settings.promise is None for plans in found.values() for plan in plans)
+
+
+def test_of_each_budget_the_best_is_timed():
+    run = Fake()
+    points = measured_front(table(), run)
+    budgets = [point for point in points if point.origin is Origin.PLANNER]
+    assert len(run.judged) > len(budgets) > 1
+    assert {point.name for point in points if point.origin is Origin.RECIPE} >= {"reuse every 2", "forecast every 2"}
 
 
 def test_all_are_run_but_the_plan_in_question_quickest_first():
     made = table()
     plan = plan_from_table(made, budget=0.6)
-    promise = Promise("budget 0.6", 0.6, 40.0, 0.58, None, None, "")
+    promise = Promise("budget 0.7", 0.7, 40.0, 0.69, None, None, "")
     own = replace(plan, settings=replace(plan.settings, promise=promise))
     run, told = Fake(), []
     points = measured_front(made, run, own, {"another": plan}, told.append)
     assert [point.share for point in points] == sorted(point.share for point in points)
     assert len(run.ran) == len(points) - 1 == len(told)
     assert run.ran[-1] == plan
+    assert "budget 0.7" not in [point.name for point in points if point.origin is Origin.PLANNER]
     (mine,) = [point for point in points if point.origin is Origin.PLAN]
-    assert (mine.name, mine.share, mine.psnr) == ("budget 0.6", 0.58, None)
+    assert (mine.name, mine.share, mine.psnr) == ("budget 0.7", 0.69, None)
     assert [point.name for point in points if point.origin is Origin.SEARCH] == ["another"]
     assert any("dB" in text for text in told)
     assert all(point.origin is not Origin.PLAN for point in measured_front(made, run, plan))

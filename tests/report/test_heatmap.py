@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.plan.plan import Cell, Plan, Trial
+from difa_compile.plan.plan import Cell, Plan, SiteInfo, Trial
 from difa_compile.report.heatmap import heat_map
 from tests.support.pages import write
 from tests.support.report_sample import make_comparison, make_plan
@@ -111,3 +111,17 @@ def test_each_decision_has_a_colour_of_its_own_and_its_count(plan):
 def test_rule_plans_do_not_claim_measurements(plan):
     by_rule = replace(plan, settings=replace(plan.settings, method="rule", threshold=None, loss=None, candidates=()))
     assert "nothing was measured" in heat_map(by_rule).intro
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name"),
+    [
+        (("transformer_blocks.0", "transformer_blocks.5"), "blocks 0 to 5"),
+        (("first.1", "second.3"), "first.1 to second.3"),
+    ],
+)
+def test_a_span_is_named_by_its_blocks_and_the_sites_as_without_it(plan, blocks, name):
+    span = SiteInfo(f"{blocks[0]}..{blocks[-1]}", "block", 1, 8, 256, 8, None, 1, blocks)
+    rows = tuple((*row, Cell(FULL)) for row in plan.rows)
+    made = heat_map(replace(plan, sites=(*plan.sites, span), rows=rows))
+    assert [row.name for row in made.rows] == [*(row.name for row in heat_map(plan).rows), name]
