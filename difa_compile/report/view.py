@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difa_compile.comparison import metrics
-from difa_compile.plan.cost import contributions, counts_blocks
+from difa_compile.plan.cost import block_flops, contributions, counts_blocks
 from difa_compile.plan.plan import Plan
 from difa_compile.report.charts import Chart, Mark, front_chart, step_chart
 from difa_compile.report.heatmap import HeatMap, heat_map
@@ -106,7 +106,7 @@ def build_page(
     return Page(
         title=title,
         lead=_lead(plan, comparison),
-        headlines=_headlines(comparison),
+        headlines=_headlines(plan, comparison),
         pictures=pictures,
         pictures_note=f"{len(pictures)} of the {len(full)} compared." if len(full) > len(pictures) else "",
         shown=12 if max(full.shape[2:]) <= SMALL else 6,
@@ -145,7 +145,7 @@ def _lead(plan: Plan, comparison: Comparison) -> str:
     return text
 
 
-def _headlines(comparison: Comparison) -> tuple[Headline, ...]:
+def _headlines(plan: Plan, comparison: Comparison) -> tuple[Headline, ...]:
     quality, speedup = comparison.quality, comparison.speedup
     batch = f"{_count(comparison.images_per_call, 'image')} per call"
     times = f"{seconds(comparison.full.call_seconds)} → {seconds(comparison.planned.call_seconds)}, {batch}"
@@ -157,12 +157,7 @@ def _headlines(comparison: Comparison) -> tuple[Headline, ...]:
             times,
             "good" if speedup >= 1.02 else "warn" if speedup < 0.98 else "",
         ),
-        Headline(
-            "Attention FLOPs computed",
-            f"{100 * comparison.with_projections.share:.0f}",
-            "% of full",
-            f"projections counted in; {100 * comparison.attention.share:.0f}{_SPACE}% without them",
-        ),
+        _work(plan, comparison),
         _closeness(quality, len(comparison.images_full)),
     ]
     if quality.agreement is not None:
@@ -174,6 +169,18 @@ def _headlines(comparison: Comparison) -> tuple[Headline, ...]:
     else:
         headlines.append(_cache_headline(comparison.cache_bytes))
     return tuple(headlines)
+
+
+def _work(plan: Plan, comparison: Comparison) -> Headline:
+    """What is computed: of the blocks, where the plan leaves out whole ones and has its own steps, else of attention
+    alone."""
+    attention = 100 * comparison.with_projections.share
+    blocks = block_flops(plan) if comparison.steps == plan.steps else None
+    if blocks is not None:
+        note = f"linears and attention; {attention:.0f}{_SPACE}% of attention alone"
+        return Headline("FLOPs of the blocks computed", f"{100 * blocks.share:.0f}", "% of full", note)
+    note = f"projections counted in; {100 * comparison.attention.share:.0f}{_SPACE}% without them"
+    return Headline("Attention FLOPs computed", f"{attention:.0f}", "% of full", note)
 
 
 def _closeness(quality: Quality, count: int) -> Headline:

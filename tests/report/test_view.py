@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from difa_compile.decision import FULL, REUSE
 from difa_compile.plan.cost import contributions
+from difa_compile.plan.data import Cell, SiteInfo
 from difa_compile.report.view import flops, seconds, size
 from tests.support.pages import write
 from tests.support.report_sample import POINTS, make_comparison, make_plan
@@ -140,6 +142,17 @@ def test_what_a_budget_buys_is_drawn_and_listed(plan, comparison, tmp_path):
         assert words in page.text
     same = [point for point in POINTS if point.psnr is None]
     assert "What a budget buys" not in write(tmp_path / "same", plan, comparison, front=same).text
+
+
+def test_work_of_a_plan_of_blocks_is_that_of_the_blocks(plan, comparison, tmp_path):
+    blocks = tuple(f"transformer_blocks.{index}" for index in range(6))
+    span = SiteInfo("all", "block", 1, 384, 256, 384, None, 10**9, blocks)
+    half = [Cell(FULL if step % 2 == 0 else REUSE) for step in range(plan.steps)]
+    rows = tuple((*(Cell(FULL) for _ in row), cell) for row, cell in zip(plan.rows, half, strict=True))
+    made = replace(plan, sites=(*plan.sites, span), rows=rows)
+    assert "FLOPs of the blocks computed 50 % of full" in write(tmp_path, made, comparison).text
+    other = replace(comparison, steps=plan.steps + 1)
+    assert "FLOPs of the blocks computed" not in write(tmp_path, made, other).text
 
 
 def test_what_each_decision_leaves_out(plan, page):
