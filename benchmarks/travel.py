@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def places() -> Iterator[Place]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--places", default="", help="only those whose name this regular expression is found in")
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
     return parser.parse_args()
 
@@ -76,8 +78,7 @@ def pipeline(place: Place) -> Any:
     if place.scheduler is not None:
         config = dict(pipe.scheduler.config)
         pipe.scheduler = getattr(diffusers, place.scheduler).from_config(config)
-    pipe.transformer.to(place.dtype)
-    return pipe
+    return pipe.to(place.dtype)
 
 
 def plans_made(place: Place) -> dict[float, Plan]:
@@ -120,6 +121,8 @@ def main() -> None:
     rows: list[Row] = []
     home: dict[float, Plan] = {}
     for place in places():
+        if home and not re.search(args.places, place.name):
+            continue
         print(place.name, file=sys.stderr)
         full = images(pipeline(place), place)
         made = plans_made(place) if place.again else {}
