@@ -5,9 +5,11 @@ What tools with a fixed recipe do, as plans, so that a choice can be compared wi
 
 from __future__ import annotations
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind
+from dataclasses import replace
+
+from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import ErrorTableError
-from difa_compile.planner.problem import Outcome, Problem, outcome
+from difa_compile.planner.problem import FORECAST, Outcome, Problem, outcome
 
 FIRST = 3
 """So many steps are computed before a recipe begins."""
@@ -20,7 +22,7 @@ def uniform(problem: Problem, every: int, order: int) -> Outcome | None:
 
     None where the table has not measured as far back as that reads, or where the schedule has too few steps for it.
     """
-    reader = Decision(Kind.FORECAST, order=order) if order else REUSE
+    reader = replace(FORECAST, order=order) if order else REUSE
     column = tuple(FULL if step < FIRST or (step - FIRST) % every == 0 else reader for step in range(problem.steps))
     full = (FULL,) * problem.steps
     if column == full:

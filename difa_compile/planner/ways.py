@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from difa_compile.decision import REUSE, Decision, Kind
+from difa_compile.decision import REUSE, Decision
 from difa_compile.errors import BudgetError, RowLimitError
 from difa_compile.planner.choice import Planner
 from difa_compile.planner.problem import Outcome, Problem
@@ -79,7 +79,7 @@ def ways_of(problem: Problem) -> tuple[Way, ...]:
     """The ways for a problem, its own first. Order 2 takes memory with the square of the steps, times that of the lags:
     it is left out of long schedules."""
     own = problem.readers
-    first = next((each for each in own if each.kind is Kind.FORECAST), None)
+    first = next((each for each in own if each.order), None)
     if first is None:
         return Way(own), Way(own, worst=True)
     both = (REUSE, replace(first, order=1))
