@@ -62,7 +62,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
         found = blocks(document, "python")
         assert len(found) == count
         for block in found:
-            quick = re.sub(r"\b50\b", "4", block).replace("budget=0.3", "budget=0.9")  # four steps have little to spare
+            quick = re.sub(r"\b50\b", "4", block).replace("budget=0.3", "budget=1.0")  # it has none to spare
             assert re.search(r"steps=4\b", quick)
             exec(compile(quick, document, "exec"), namespace)  # the document under test is our own
         if document == "README.md":
