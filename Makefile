@@ -1,4 +1,4 @@
-# make demo       create .venv, install, calibrate and sample the demo model, write difa-report/index.html
+# make demo       create .venv, install, plan and sample the demo model, write difa-report/index.html
 # make test       create .venv, install, run the tests, but for those marked slow
 # make test-slow  run those
 # make lint       format, lint and types (./lint.sh --fix mends what it can)

@@ -366,7 +366,9 @@ def _close(limit: Limit, held: Held) -> bool:
 
 
 def _over(limit: Limit, held: Held) -> str:
-    """What is to be said of a run that does not keep to its limit."""
+    """What is to be said of a run that does not keep to its limit, or whose images are nothing."""
+    if held.psnr <= 0:
+        return "its images hold NaN or infinity, or nothing of the full model's"
     if _kept(limit, held)[0]:
         return ""
     if limit.budget is not None:

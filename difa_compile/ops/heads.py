@@ -2,10 +2,9 @@
 results of such slices into one tensor.
 
 A slice is every ``step``-th head from a first one on: query, key and value are not copied, kernels read them through
-their strides. Heads that make no slice take several calls. Measured on a CPU, against one call for as many neighbouring
-heads: within 5 % of it for every second head, in one call or in a call for each (0.1 ms each at most), where copying
-the heads together (``index_select``) adds 1 to 40 %, most where windows are small. So several calls are not worth a
-kernel with a window per head. Permuting the rows of the projections' weights would make every group one slice of
+their strides. Heads that make no slice take several calls: on a CPU that costs less than copying the heads together, so
+it is not worth a kernel with a window per head. Permuting the rows of the
+projections' weights would make every group one slice of
 neighbours, but weights are inputs of a captured graph (a LoRA may change them from call to call): that is for export,
 which owns its weights.
 """

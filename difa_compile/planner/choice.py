@@ -49,13 +49,6 @@ def choose_error(problem: Problem, error: float) -> Outcome:
     return Planner(problem).choose_error(error)
 
 
-def front(problem: Problem, budgets: Sequence[float]) -> tuple[Outcome, ...]:
-    """The choice for each budget, in their order; possible ones only."""
-    planner = Planner(problem)
-    least = planner.least.share
-    return tuple(planner.choose(budget) for budget in budgets if budget >= least)
-
-
 class Planner:
     """A problem whose readers' errors are worked out once, for many budgets."""
 

@@ -1,8 +1,8 @@
 """Several ways to choose, for plans that are tried: none of them is the best for every model and budget.
 
 They differ in what a step that is not computed may take, and in whether the sum of errors or the greatest is made least
-first. Which way is the best shows when its plan is run; the planner's model of errors cannot tell: on the demo model
-plans of equal budget lie up to 2 dB apart, in another order at every budget.
+first. Which way is the best shows when its plan is run; the planner's model of errors cannot tell, and the order is
+another one at every budget.
 """
 
 from __future__ import annotations

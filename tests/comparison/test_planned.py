@@ -106,6 +106,11 @@ def test_what_is_below_the_quality_is_said(runs):
     assert within(Limit(psnr=40.0)).settings.promise.note == "2.5 dB below what was asked for"
 
 
+def test_images_that_are_nothing_are_said(runs):
+    runs["held"] = [Held(0.4, 0.0, 0.0)]
+    assert "hold NaN or infinity" in within(Limit(0.8), runs=1).settings.promise.note
+
+
 def test_the_same_images_end_the_search(runs):
     runs["held"] = [Held(1.0, math.inf, math.inf)]
     plan = within(Limit(psnr=40.0))

@@ -9,7 +9,7 @@ import pytest
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import BudgetError, ErrorTableError
 from difa_compile.plan.schedule import assign_roles
-from difa_compile.planner.choice import Planner, choose, choose_error, front, knapsack
+from difa_compile.planner.choice import Planner, choose, choose_error, knapsack
 from difa_compile.planner.effects import Effects, drift_of_values
 from difa_compile.planner.problem import (
     FORECAST,
@@ -124,13 +124,6 @@ def test_an_error_is_kept_to_with_little_time():
     assert found.share <= 0.5 + 1e-3
     assert choose_error(problem, 1e-300).share == pytest.approx(1)
     assert choose_error(problem, 1e300).share == pytest.approx(Planner(problem).least.share)
-
-
-def test_the_front_is_of_possible_budgets():
-    problem = make_problem(steps=12)
-    least = Planner(problem).least.share
-    found = front(problem, [least / 2, 0.5, 0.8])
-    assert [each.share <= budget for each, budget in zip(found, (0.5, 0.8), strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), float("inf"), True, "half", None])
