@@ -174,13 +174,16 @@ def plan_within(
     (``settings.promise``). ``told`` is given a line of text for each run.
 
     Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, :class:`ScheduleError` where
-    ``table`` has another number of steps, ``ValueError`` without seeds of both kinds or runs, and what measuring and
+    ``table`` has another number of steps, ``ValueError`` without seeds of both kinds, for seeds
+    of both, or without runs, and what measuring and
     :func:`difa_compile.apply` raise.
     """
     if not seeds or not held_out or runs < 1:
         raise ValueError(
             f"{len(seeds)} seeds, {len(held_out)} held out and {runs} runs were given; at least one of each is needed"
         )
+    if set(seeds) & set(held_out):
+        raise ValueError(f"seeds {sorted(set(seeds) & set(held_out))} are held out, and plans are to be chosen by them")
     if table is None:
         generator = torch.Generator().manual_seed(seeds[0])
         table = measure(

@@ -168,6 +168,8 @@ def test_a_table_of_other_steps_and_no_runs(runs):
         plan_within(object(), {}, Limit(0.5), 7, table=made_table(6))
     with pytest.raises(ValueError, match="0 runs"):
         within(Limit(0.5), runs=0)
+    with pytest.raises(ValueError, match=r"seeds \[1\] are held out"):
+        within(Limit(0.5), seeds=(0, 1), held_out=(1,))
     with pytest.raises(ValueError, match="0 held out"):
         within(Limit(0.5), held_out=())
 
