@@ -6,7 +6,7 @@ one by one on the very inputs of the step, on the variants that a plan runs:
 1. *Drift*: all units of a group (the blocks of the network, its attention sites) take what they computed i steps
    before. What that changes of the model's output, after guidance, is their drift at this step and lag. An
    extrapolation is a sum of lags, so it needs no trial of its own (:mod:`difa_compile.planner.effects`).
-2. *Other decisions* (windows): what they change, in the same way.
+2. *Other decisions* (windows, shared halves, groups of heads): what they change, in the same way.
 3. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
 
 Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one everywhere, so
@@ -34,8 +34,13 @@ from difa_compile.backend.run import Run
 from difa_compile.calibration.sampling import call_arguments, identity_of, models_of, progress_bar, sample_with
 from difa_compile.calibration.search import check_finite
 from difa_compile.calibration.state import default_path
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
-from difa_compile.errors import CalibrationError, CalibrationStateError, UnsupportedPipelineError
+from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.errors import (
+    CalibrationError,
+    CalibrationStateError,
+    DecisionError,
+    UnsupportedPipelineError,
+)
 from difa_compile.files.writing import check_target
 from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.call_arguments import check_call
@@ -59,12 +64,12 @@ ROUNDS = 11
 class MeasureSettings:
     """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given.
 
-    ``windows``: tried at all attention sites together. ``attention``: whether attention is measured at all; None: where
-    there are windows, or no blocks. ``half``:
-    which half of a batch is conditional, None where the halves are two calls or there are none.
+    ``decisions``: tried at all attention sites together; None: shared halves, where they can be shared. ``attention``:
+    whether attention is measured at all; None: where there are decisions to try, or no blocks. ``half``: which half of
+    a batch is conditional, None where the halves are two calls or there are none.
     """
 
-    windows: tuple[Window, ...] = ()
+    decisions: tuple[Decision, ...] | None = None
     attention: bool | None = None
     lags: int = LAGS
     numbers: int = NUMBERS
@@ -266,17 +271,30 @@ class Measuring:
             groups.append(_Group("blocks", tuple(outer), places, tuple(range(1, self.settings.lags + 1))))
         inner = tuple(i for i in able if i < count)
         wanted = self.settings.attention
-        if inner and (wanted or (wanted is None and (self.settings.windows or not outer))):
-            windows = [Decision(Kind.WINDOW, window) for window in self.settings.windows]
-            for window in windows:
-                for i in inner:
-                    if (reason := model.why_not(i, window)) is not None:
-                        raise CalibrationError(
-                            f"{window} cannot be tried at {model.units[i].path}: {reason}; leave this window out"
-                        )
+        if inner and (wanted or (wanted is None and (self.settings.decisions or not outer))):
+            tried = self._tried(capture, inner)
             lags = tuple(lag for lag in ATTENTION_LAGS if lag <= self.settings.lags)
-            groups.append(_Group("attention", inner, inner, lags, tuple(windows), 0 if outer else None))
+            groups.append(_Group("attention", inner, inner, lags, tried, 0 if outer else None))
         return groups, sites
+
+    def _tried(self, capture: Capture, sites: Sequence[int]) -> tuple[Decision, ...]:
+        """The decisions to try at attention sites. Raises :class:`CalibrationError` if one can't be carried out."""
+        model = capture.model
+        if self.settings.decisions is None:
+            shared = replace(FULL, cfg_shared=True)
+            able = self.settings.half is not None and all(model.why_not(i, shared) is None for i in sites)
+            return (shared,) if able else ()
+        for decision in self.settings.decisions:
+            if decision.cfg_shared and self.settings.half is None:
+                raise CalibrationError(
+                    f"{decision} cannot be tried: guidance is no batch of two halves here; leave this decision out"
+                )
+            for i in sites:
+                if (reason := model.why_not(i, decision)) is not None:
+                    raise CalibrationError(
+                        f"{decision} cannot be tried at {model.units[i].path}: {reason}; leave this decision out"
+                    )
+        return self.settings.decisions
 
     def _empty(self, capture: Capture, sites: tuple[SiteInfo, ...]) -> ErrorTable:
         settings = self.settings
@@ -444,7 +462,7 @@ def measure(
     inputs: Mapping[str, Any],
     steps: int = 50,
     *,
-    windows: Sequence[Window | str] = (),
+    decisions: Sequence[Decision | str] | None = None,
     attention: bool | None = None,
     state: Path | None = None,
     progress: bool = True,
@@ -454,21 +472,22 @@ def measure(
     """Measure what leaving out work would do to the output of ``pipe``, called once with ``inputs``.
 
     From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
-    (prompts, labels) make it a mean over them. ``windows``: tried at all attention sites. ``attention``: whether what
-    attention alone may leave out is measured, too, which takes several times as long; by default where windows are
-    tried, or where the model has no blocks that can be left out. ``inner``,
-    ``conditional_half``: as in :func:`difa_compile.calibrate`.
+    (prompts, labels) make it a mean over them. ``attention``: whether what attention alone may leave out is measured,
+    too, which takes several times as long; by default where ``decisions`` are given, or where the model has no blocks
+    that can be left out. ``decisions``: tried at all attention sites then, such as ``window(band:32)``, ``full+cfg`` or
+    ``heads(0-3:window(box:4);4-7:full)``; by default ``full+cfg``, where guidance is one batch whose halves can be
+    shared. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
 
     After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in
     the end), so that a measurement that was interrupted goes on where it was, when started with the same arguments.
 
-    Raises :class:`ScheduleError` (steps), :class:`DecisionError` (windows), :class:`PipelineCallError`,
+    Raises :class:`ScheduleError` (steps), :class:`DecisionError` (decisions), :class:`PipelineCallError`,
     :class:`UnsupportedPipelineError`, :class:`NotAppliedError`, :class:`NonFiniteError`, :class:`CalibrationError` if
     nothing can be reused, :class:`ErrorTableError` and :class:`CalibrationStateError` for a ``state`` that is damaged
     or of another measurement, :class:`OutputError` and what capturing the model raises.
     """
     check_steps(steps)
-    tried = tuple(Window.parse(window) if isinstance(window, str) else window for window in windows)
+    tried = None if decisions is None else _to_try(decisions)
     models = models_of(pipe)
     guidance = settle(pipe, StatedGuidance(conditional_half=conditional_half))
     half = guidance.conditional_half
@@ -480,7 +499,7 @@ def measure(
     )
     if half is None and not settings.two_call:
         settings = replace(settings, guidance=(1.0, 0.0))
-    described = {**asdict(settings), "windows": [str(window) for window in tried]}
+    described = {**asdict(settings), "decisions": None if tried is None else [str(decision) for decision in tried]}
     identity = identity_of(pipe, models, call, described, steps)
     path = state if state is not None else default_path(identity)
     start = _saved(path, identity)
@@ -499,6 +518,19 @@ def measure(
     else:
         table.save(path)
     return table
+
+
+def _to_try(decisions: Sequence[Decision | str]) -> tuple[Decision, ...]:
+    """Decisions that attention can be tried with. Raises :class:`DecisionError`."""
+    tried = [Decision.parse(each) if isinstance(each, str) else each for each in decisions]
+    for decision in tried:
+        if decision.kind.reads == "output" or decision == FULL:
+            raise DecisionError(f"{decision} need not be tried: it is part of every measurement; leave it out")
+        if decision.reads_caches:
+            raise DecisionError(
+                f"{decision} reads what earlier steps have left of it, which is not planned; try it without"
+            )
+    return tuple(dict.fromkeys(tried))
 
 
 def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float:

@@ -28,6 +28,7 @@ from difa_compile.cli.inputs import (
     images_per_call,
     open_pipeline,
     seeds_for,
+    tried_decisions,
 )
 from difa_compile.cli.methods import (
     DEFAULT_BUDGET,
@@ -54,6 +55,7 @@ from difa_compile.cli.options import (
     Seed,
     Steps,
     Table,
+    Tried,
     Windows,
 )
 from difa_compile.cli.tables import (
@@ -230,8 +232,8 @@ def calibrate(
             budget = DEFAULT_BUDGET
         limit = Limit(budget, psnr, error, max_rows)
         call = call_inputs(model, inputs, labels, prompt, guidance)
-        windows = [window] if window is not None else []
-        _calibrate_within(model, output, steps, limit, call, windows, kept, runs or RUNS, seed, device)
+        decisions = tried_decisions([] if window is None else [window], None)
+        _calibrate_within(model, output, steps, limit, call, decisions, kept, runs or RUNS, seed, device)
         return
     require("diffusers", "tqdm")
     from difa_compile.calibration.calibrate import calibrate as search
@@ -279,7 +281,7 @@ def _calibrate_within(
     steps: int,
     limit: Limit,
     call: dict[str, Any],
-    windows: list[str],
+    decisions: list[str] | None,
     kept: Path,
     runs: int,
     seed: int,
@@ -287,9 +289,6 @@ def _calibrate_within(
 ) -> None:
     require("diffusers", "tqdm", "numpy", "torchmetrics")
     from difa_compile.comparison.planned import plan_within
-    from difa_compile.decision import Window as Neighbourhood
-
-    tried = [Neighbourhood.parse(window) for window in windows]
     check_device(device)
     console = _console()
     pipe = open_pipeline(model, device, call)
@@ -297,7 +296,7 @@ def _calibrate_within(
     check_target(kept, "the table of errors")
     with interruptible(lambda: state_kept(kept)):
         plan = plan_within(
-            pipe, call, limit, steps, windows=tried, seeds=(seed, seed + 1), held_out=(seed + 2,), runs=runs,
+            pipe, call, limit, steps, decisions=decisions, seeds=(seed, seed + 1), held_out=(seed + 2,), runs=runs,
             state=kept,
             told=lambda text: console.print(Text(f"tried: {visible(text)}")),
         )  # fmt: skip
@@ -314,6 +313,7 @@ def measure(
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write.")] = Path("errors.json"),
     steps: Steps = 50,
     windows: Windows = None,
+    tried: Tried = None,
     attention: Attention = None,
     labels: Labels = None,
     prompt: Prompt = None,
@@ -328,9 +328,8 @@ def measure(
     """
     require("diffusers", "tqdm", "numpy")
     from difa_compile.calibration.measure import measure as measure_errors
-    from difa_compile.decision import Window as Neighbourhood
 
-    tried = [Neighbourhood.parse(window) for window in windows or ()]
+    decisions = tried_decisions(windows, tried)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     check_device(device)
     console = _console()
@@ -341,7 +340,7 @@ def measure(
             pipe,
             call | {"generator": torch.Generator().manual_seed(seed)},
             steps,
-            windows=tried,
+            decisions=decisions,
             attention=attention,
             state=output,
         )

@@ -9,6 +9,7 @@ import re
 import shlex
 import stat
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,3 +217,15 @@ def _read_file(name: str) -> str:
         raise typer.BadParameter(
             f"{quoted(name)} is neither a JSON object nor a file that can be read ({reason})", param_hint="--inputs"
         ) from None
+
+
+def tried_decisions(windows: Sequence[str] | None, decisions: Sequence[str] | None) -> list[str] | None:
+    """What ``--window`` and ``--try`` name, as texts of decisions; None where neither was given.
+
+    Raises :class:`DecisionError` for what is no window or no decision.
+    """
+    from difa_compile.decision import Decision, Window
+
+    found = [f"window({Window.parse(window)})" for window in windows or ()]
+    found += [str(Decision.parse(text)) for text in decisions or ()]
+    return found or None

@@ -49,11 +49,20 @@ Windows = Annotated[
     list[str] | None,
     typer.Option("--window", help="SHAPE:RADIUS to measure at all attention sites; may be repeated."),
 ]
+Tried = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--try",
+        help="A decision to measure at all attention sites, e.g. full+cfg or 'heads(0-3:window(box:4);4-7:full)'; may "
+        "be repeated.",
+        show_default="full+cfg, if attention is measured",
+    ),
+]
 Attention = Annotated[
     bool | None,
     typer.Option(
         help="Measure what attention alone may leave out, too; takes several times as long.",
-        show_default="where there are windows, or no blocks",
+        show_default="where --window or --try is given, or no blocks",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]

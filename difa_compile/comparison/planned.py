@@ -17,7 +17,7 @@ from torch import Tensor
 from difa_compile.calibration.measure import measure
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
-from difa_compile.decision import Window
+from difa_compile.decision import Decision
 from difa_compile.errors import BudgetError, NonFiniteError, RowLimitError, ScheduleError
 from difa_compile.pipeline.apply import AppliedPlan, apply_for_trials, remove
 from difa_compile.pipeline.transformers import find_transformers
@@ -153,7 +153,7 @@ def plan_within(
     steps: int = 50,
     *,
     table: ErrorTable | None = None,
-    windows: Sequence[Window | str] = (),
+    decisions: Sequence[Decision | str] | None = None,
     attention: bool | None = None,
     seeds: Sequence[int] = (0, 1),
     held_out: Sequence[int] = (2,),
@@ -190,7 +190,7 @@ def plan_within(
             pipe,
             {**inputs, "generator": generator},
             steps,
-            windows=windows,
+            decisions=decisions,
             attention=attention,
             state=state,
             progress=progress,

@@ -39,6 +39,8 @@ from tests.support.tiny_pipelines import PlainSites, sample, tiny_pipeline
 
 STEPS = 5
 BAND = Window("band", 2)
+WINDOW = Decision.parse("window(band:2)")
+TRIED = (WINDOW, *map(Decision.parse, ("full+cfg", "window(band:2)+cfg", "heads(0:window(band:2);1:full)")))
 CLOSE = 1e-4
 """Of the largest number: effects are small differences of outputs that agree to some 1e-6 in float32."""
 
@@ -53,7 +55,7 @@ def kept(tmp_path_factory):
     """Where the usual pipeline's table lies, of blocks and attention."""
     torch._dynamo.reset()
     path = tmp_path_factory.mktemp("kept") / "errors.json"
-    briefly(tiny_pipeline(layers=LAYERS), windows=[BAND], state=path)
+    briefly(tiny_pipeline(layers=LAYERS), decisions=TRIED, state=path)
     return path
 
 
@@ -197,8 +199,8 @@ def test_blocks_of_a_guided_batch(pipe, whole):
     assert unit.spread[3, 1] == pytest.approx((each.std(correction=0) / each.mean()).item(), rel=1e-2)
 
 
-def test_attention_alone_and_windows(pipe, whole):
-    """Attention written out plainly, that of earlier steps in its place, or only what is near."""
+def test_attention_alone_and_other_decisions(pipe, whole):
+    """Attention written out plainly: that of earlier steps in its place, only what is near, half of the batch."""
     (unit,) = (unit for unit in whole.units if unit.name == "attention")
     assert unit.lags == ATTENTION_LAGS
     assert whole.units[unit.inside].name == "blocks"
@@ -206,7 +208,6 @@ def test_attention_alone_and_windows(pipe, whole):
         f"transformer_blocks.{block}.attn1" for block in range(LAYERS)
     ]
     plain = PlainSites(pipe.transformer, half=0, residual_window=BAND)
-    window = Decision(Kind.WINDOW, BAND)
     written, outputs, changes = [], [], {}
 
     def guided(change):
@@ -220,8 +221,9 @@ def test_attention_alone_and_windows(pipe, whole):
             if lag <= step:
                 tried, _ = plain.call([REUSE] * LAYERS, kwargs, written[-lag], args)
                 changes[step, lag] = guided(tried.sample - output.sample)
-        tried, _ = plain.call([window] * LAYERS, kwargs, {}, args)
-        changes[step, window] = guided(tried.sample - output.sample)
+        for decision in TRIED:
+            tried, _ = plain.call([decision] * LAYERS, kwargs, {}, args)
+            changes[step, decision] = guided(tried.sample - output.sample)
         written.append(caches)
         outputs.append(output.sample)
         return output
@@ -230,9 +232,12 @@ def test_attention_alone_and_windows(pipe, whole):
     pipe(**inputs(), num_inference_steps=STEPS)
     del pipe.transformer.forward
     assert_drift(unit, lambda step, lag: changes[step, lag])
-    assert list(unit.computed) == [window]
-    for step in range(STEPS):
-        assert_near(unit.computed[window][step], Projection(512)(changes[step, window]).numpy())
+    assert list(unit.computed) == list(TRIED)
+    for decision in TRIED:
+        for step in range(STEPS):
+            assert_near(unit.computed[decision][step], Projection(512)(changes[step, decision]).numpy())
+    sizes = {decision: np.square(unit.computed[decision]).sum() for decision in TRIED}
+    assert len(set(sizes.values())) == len(TRIED)
 
 
 @pytest.mark.slow
@@ -293,7 +298,7 @@ def test_the_measured_run_is_the_plain_one(pipe, monkeypatch):
     seen = []
     plainly = module.sample_with
     monkeypatch.setattr(module, "sample_with", lambda *a, **k: seen.append(plainly(*a, **k)))
-    briefly(pipe, given, windows=[BAND])
+    briefly(pipe, given, decisions=[WINDOW])
     assert torch.equal(given["generator"].get_state(), before)
     wanted = pipe(**given, num_inference_steps=STEPS, output_type="latent")
     assert np.allclose(np.asarray(seen[0].images), np.asarray(wanted.images), atol=1e-5)
@@ -348,8 +353,13 @@ def test_a_scheduler_of_second_order_has_a_step_per_call(pipe):
 @pytest.mark.slow
 def test_attention_is_measured_where_it_is_asked_for(pipe):
     assert [unit.name for unit in briefly(pipe, steps=2).units] == ["blocks"]
-    assert [unit.name for unit in briefly(pipe, steps=2, attention=True).units] == ["blocks", "attention"]
-    assert [unit.name for unit in briefly(pipe, steps=2, windows=["band:2"], attention=False).units] == ["blocks"]
+    units = briefly(pipe, steps=2, attention=True).units
+    assert [(unit.name, [str(each) for each in unit.computed]) for unit in units] == [
+        ("blocks", []),
+        ("attention", ["full+cfg"]),
+    ]
+    (unit,) = briefly(pipe, steps=2, decisions=["window(band:2)"], attention=False).units
+    assert unit.name == "blocks"
 
 
 @pytest.mark.slow
@@ -382,7 +392,7 @@ def without_times(table):
 def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_path, monkeypatch, done):
     state = tmp_path / "errors.json"
     with interrupted_after(pipe, done), pytest.raises(KeyboardInterrupt) as caught:
-        briefly(pipe, windows=[BAND], state=state)
+        briefly(pipe, decisions=TRIED, state=state)
     assert f"measurement interrupted after {done} of {STEPS} steps" in caught.value.__notes__[0]
     assert (str(state) in caught.value.__notes__[0]) == (done > 0)
     assert state.exists() == (done > 0)
@@ -390,7 +400,7 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     tried = []
     try_all = Measuring._try_all
     monkeypatch.setattr(Measuring, "_try_all", lambda self, *given: tried.append(given[4]) or try_all(self, *given))
-    assert without_times(briefly(pipe, windows=[BAND], state=state)) == without_times(whole)
+    assert without_times(briefly(pipe, decisions=TRIED, state=state)) == without_times(whole)
     assert tried == list(range(done, STEPS))
     assert without_times(ErrorTable.load(state)) == without_times(whole)
 
@@ -398,21 +408,21 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
 @pytest.mark.slow
 def test_a_measurement_that_is_done_is_not_made_again(pipe, whole, state, monkeypatch):
     monkeypatch.setattr(Measuring, "_try_all", lambda *given: pytest.fail("it is measured"))
-    assert briefly(pipe, windows=[BAND], state=state)._content() == whole._content()
+    assert briefly(pipe, decisions=TRIED, state=state)._content() == whole._content()
 
 
 @pytest.mark.slow
 def test_the_default_state_is_found_again_and_deleted(pipe, whole, cache_home):
     with interrupted_after(pipe, 3), pytest.raises(KeyboardInterrupt):
-        briefly(pipe, windows=[BAND])
+        briefly(pipe, decisions=TRIED)
     assert len(list(cache_home.rglob("*.json"))) == 1
-    assert without_times(briefly(pipe, windows=[BAND])) == without_times(whole)
+    assert without_times(briefly(pipe, decisions=TRIED)) == without_times(whole)
     assert not list(cache_home.rglob("*.json"))
 
 
 def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, state):
     before = state.read_bytes()
-    same = {"windows": [BAND], "state": state}
+    same = {"decisions": TRIED, "state": state}
     for what, call in {
         "settings": lambda: briefly(pipe, state=state),
         "settings differ": lambda: briefly(pipe, steps=3, **same),
@@ -430,7 +440,7 @@ def test_a_damaged_state_is_refused(pipe, state):
     document = json.loads(state.read_text())
     state.write_text(json.dumps({**document, "done": 1}))
     with pytest.raises(ErrorTableError, match="changed after it was written"):
-        briefly(pipe, windows=[BAND], state=state)
+        briefly(pipe, decisions=TRIED, state=state)
 
 
 # What goes wrong
@@ -442,10 +452,27 @@ def test_no_steps(pipe, steps):
         briefly(pipe, steps=steps)
 
 
-@pytest.mark.parametrize("window", ["32", "cone:3", "band:0", "band:x", ""])
-def test_windows_that_do_not_exist(pipe, window):
+@pytest.mark.parametrize("decision", ["32", "window(cone:3)", "window(band:0)", "heads(0:full)", ""])
+def test_decisions_that_do_not_exist(pipe, decision):
     with pytest.raises(DecisionError):
-        briefly(pipe, windows=[window])
+        briefly(pipe, decisions=[decision])
+
+
+@pytest.mark.parametrize("decision", ["full", "reuse", "forecast:1"])
+def test_decisions_that_are_measured_in_any_case(pipe, decision):
+    with pytest.raises(DecisionError, match="part of every measurement"):
+        briefly(pipe, decisions=[decision])
+
+
+@pytest.mark.parametrize("decision", ["window(band:2)+residual", "heads(0:reuse;1:full)"])
+def test_decisions_that_read_caches_are_not_planned(pipe, decision):
+    with pytest.raises(DecisionError, match="which is not planned"):
+        briefly(pipe, decisions=[decision])
+
+
+def test_halves_that_do_not_come_as_one_batch_cannot_be_shared(pipe):
+    with pytest.raises(CalibrationError, match="no batch of two halves"):
+        briefly(pipe, {**inputs(), "guidance_scale": 1.0}, decisions=["full+cfg"])
 
 
 def test_a_window_that_cannot_be_tried_is_refused_with_the_reason(pipe, monkeypatch):
@@ -456,7 +483,7 @@ def test_a_window_that_cannot_be_tried_is_refused_with_the_reason(pipe, monkeypa
 
     monkeypatch.setattr(AnalysedModel, "why_not", no_windows)
     with pytest.raises(CalibrationError, match=r"window\(band:2\) cannot be tried at .*1\.attn1: an attention mask"):
-        briefly(pipe, windows=[BAND])
+        briefly(pipe, decisions=[WINDOW])
 
 
 def test_a_model_of_which_nothing_can_be_reused(pipe, monkeypatch):

@@ -212,11 +212,12 @@ def test_measure_passes_options_on_and_shows_what_budgets_buy(tmp_path, monkeypa
     monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
     monkeypatch.setattr("difa_compile.calibration.measure.measure", measure)
     output = tmp_path / "errors.json"
-    options = ("--steps", 5, "--window", "band:2", "--window", "disc:3", "--no-attention", "--seed", 4)
+    tried = ("--window", "band:2", "--window", "disc:3", "--try", "full+cfg", "--no-attention")
+    options = ("--steps", 5, *tried, "--seed", 4)
     result = run("measure", "demo", "-o", output, *options, "--labels", "1,2")
     assert result.exit_code == 0, result.output
     assert (seen["steps"], seen["state"], seen["attention"]) == (5, output, False)
-    assert [str(window) for window in seen["windows"]] == ["band:2", "disc:3"]
+    assert seen["decisions"] == ["window(band:2)", "window(disc:3)", "full+cfg"]
     assert seen["inputs"].pop("generator").initial_seed() == 4
     assert seen["inputs"] == {"class_labels": [1, 2], "guidance_scale": 4.0}
     assert "predicted PSNR" in result.stdout

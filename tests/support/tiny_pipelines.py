@@ -150,7 +150,7 @@ class PlainSites:
         )
         scores = query @ key.transpose(-1, -2) * attention.scale
         full = scores.softmax(-1) @ value
-        window = decision.window or self.residual_window
+        window = next(iter(decision.windows), self.residual_window)
         positions = torch.arange(tokens)
         far = (positions[:, None] - positions).abs() > window.radius
         near = scores.masked_fill(far, float("-inf")).softmax(-1) @ value
@@ -160,6 +160,9 @@ class PlainSites:
             written[index, "residual"] = residual.repeat(2, 1, 1, 1) if shared else residual
         elif decision.kind is Kind.WINDOW:
             result = near
+        elif decision.groups:  # each full or in the window
+            heads = enumerate(decision.forms)
+            result = torch.stack([(full if form.is_full else near)[:, head] for head, form in heads], 1)
         else:
             result = near + caches[index, "residual"][part]
         output = attention.to_out[0](result.transpose(1, 2).flatten(2))
