@@ -165,6 +165,14 @@ class PassError(DifaError, RuntimeError):
     """A pass that failed at a graph, which is a fault of this package, or a limit on passes that is no number."""
 
 
+class BundleError(DifaError):
+    """Base of what can be wrong with a bundle, or stop the making of one."""
+
+
+class BundleFormatError(BundleError, ValueError):
+    """A bundle whose manifest or weights are damaged, of another version, or do not belong together."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, NumPy's, a GPU's, or torch's on the CPU, whose error is a ``RuntimeError``."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

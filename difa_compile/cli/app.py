@@ -289,6 +289,7 @@ def _calibrate_within(
 ) -> None:
     require("diffusers", "tqdm", "numpy", "torchmetrics")
     from difa_compile.comparison.planned import plan_within
+
     check_device(device)
     console = _console()
     pipe = open_pipeline(model, device, call)

@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from difa_compile.errors import OutputError
 from difa_compile.wording import shown
@@ -45,6 +46,31 @@ def write_together(contents: Mapping[Path, str | bytes], what: str) -> None:
             _flush_folder(folder)
     finally:
         for temporary, _ in fresh.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_whole(path: Path, what: str) -> Iterator[BinaryIO]:
+    """A file to write into that takes the name ``path`` when the block is left, whole or not at all.
+
+    For what does not fit into memory twice; else as :func:`write_whole`. The block does nothing but write. Raises
+    :class:`OutputError`.
+    """
+    temporary = None
+    try:
+        with _explained(what, path):
+            target = _target(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _temporary(target.parent)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
+    finally:
+        if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,1 @@
+"""What engines are lowered to: ONNX, AOTInductor. One module a target."""

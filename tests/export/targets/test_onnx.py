@@ -1,0 +1,177 @@
+"""ONNX models of programs: ONNX Runtime gives what the program gives, and weights keep their names and numbers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from difa_compile.decision import Window
+from difa_compile.export.targets.onnx import DOMAIN, NAME, Stored, join_heads, to_onnx, with_weights
+from difa_compile.export.weights import write_weights
+from difa_compile.layout import Layout
+from difa_compile.ops.heads import JOIN_HEADS
+from difa_compile.ops.local_attention import local_attention
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TOKENS, WIDTH, HEADS = 66, 32, 4
+FILE = "weights.safetensors"
+
+
+class Attends(nn.Module):
+    """Norms, projections, a table of positions, and an attention that ``attend(q, k, v)`` says."""
+
+    def __init__(self, attend, tokens=TOKENS):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])  # equal weights
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("positions", torch.randn(1, tokens, WIDTH, generator=generator))
+        self.scale = nn.Parameter(torch.randn(WIDTH, generator=generator))
+        self.attend = attend
+
+    def forward(self, sample, cache):
+        batch, tokens, _ = sample.shape
+        normed = self.norms[1](self.norms[0](sample + self.positions)) * (1 + self.scale)
+        q, k, v = self.qkv(normed).reshape(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attended = self.attend(q, k, v)
+        return self.out(attended.transpose(1, 2).reshape(batch, tokens, WIDTH)) + cache, attended.contiguous()
+
+
+def program_of(attend, tokens=TOKENS, dtype=torch.float32):
+    torch.manual_seed(1)
+    module = Attends(attend, tokens).eval().to(dtype)
+    args = tuple(torch.randn(2, tokens, WIDTH, dtype=dtype) for _ in range(2))
+    images = Dim("images", min=1, max=8)
+    program = torch.export.export(module, args, dynamic_shapes=({0: images}, {0: images}), strict=False)
+    return module, program
+
+
+def written(program, folder):
+    """The model and its weights as files, and the weights' names."""
+    engine = to_onnx(program, ["sample", "cache.a"], ["output", "cache.b"])
+    places = write_weights(folder / FILE, engine.tensors)
+    model = with_weights(engine, FILE, {name: Stored(each.offset, each.length) for name, each in places.items()})
+    onnx.save(model, folder / "model.onnx")
+    return engine, model
+
+
+def check(attend, folder, tokens=TOKENS, atol=2e-6):
+    """What ONNX Runtime makes of it, for several batches."""
+    module, program = program_of(attend, tokens)
+    engine, model = written(program, folder)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["sample", "cache.a"]
+    assert [each.name for each in session.get_outputs()] == ["output", "cache.b"]
+    for batch in (1, 2, 5):
+        args = [torch.randn(batch, tokens, WIDTH) for _ in range(2)]
+        given = dict(zip(("sample", "cache.a"), (each.numpy() for each in args), strict=True))
+        with torch.no_grad():
+            wanted = module(*args)
+        for found, one in zip(session.run(None, given), wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), one, atol=atol, rtol=0)
+    return module, engine, model
+
+
+LAYOUT = Layout((8, 8), 0, 2)
+
+
+def two_windows(q, k, v):
+    """Two geometries, and one of them twice."""
+    near = local_attention(q, k, v, LAYOUT, Window("box", 1))
+    far = local_attention(q, k, v, LAYOUT, Window("disc", 3), scale=0.2)
+    return near + far + local_attention(q * 0.5, k, v, LAYOUT, Window("box", 1))
+
+
+def full(q, k, v):
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_windows_are_nodes_with_bodies_of_their_own(tmp_path):
+    _, engine, model = check(two_windows, tmp_path)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    assert [node.op_type for node in nodes] == [f"{NAME}_0", f"{NAME}_1", f"{NAME}_0"]
+    assert sorted(each.name for each in model.functions) == [f"{NAME}_0", f"{NAME}_1"]
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in nodes[1].attribute}
+    assert attributes.pop("scale") == pytest.approx(0.2)
+    assert attributes == {"grid": [8, 8], "before": 0, "after": 2, "shape": b"disc", "radius": 3, "pooled": 0}
+    tables = {name for name in engine.tensors if name not in engine.weights}
+    assert len(tables) == 2
+    assert {nodes[0].input[3], nodes[1].input[3]} == tables
+    assert nodes[2].input[3] == nodes[0].input[3], "one table serves all nodes of a geometry"
+
+
+def test_many_tokens_are_attended_to_in_tiles(tmp_path):
+    layout = Layout((48, 32))
+    check(lambda q, k, v: local_attention(q, k, v, layout, Window("box", 3)), tmp_path, tokens=layout.tokens)
+
+
+def test_weights_keep_names_and_numbers(tmp_path):
+    """Nothing is folded into a weight, transposed or merged, not even where weights are equal."""
+    module, engine, model = check(full, tmp_path)
+    state = module.state_dict()
+    assert sorted(engine.weights) == sorted(state)
+    for name in engine.weights:
+        assert torch.equal(engine.tensors[name], state[name])
+    assert {each.name for each in model.graph.initializer if each.data_location} == set(engine.tensors)
+    size = (tmp_path / "model.onnx").stat().st_size
+    assert size < 10_000, "no weights, and no notes of where the code stood"
+    assert b".py" not in model.SerializeToString()
+
+
+def test_a_weight_that_is_not_read_is_not_there(tmp_path):
+    module, program = program_of(full)
+    del module
+    engine, _ = written(program, tmp_path)
+    assert "positions" in engine.weights
+
+    class Without(Attends):
+        def forward(self, sample, cache):
+            return self.out(sample) + cache, sample
+
+    torch.manual_seed(1)
+    args = tuple(torch.randn(2, TOKENS, WIDTH) for _ in range(2))
+    engine, _ = written(torch.export.export(Without(full).eval(), args, strict=False), tmp_path)
+    assert sorted(engine.weights) == ["out.bias", "out.weight"]
+
+
+def parts(q, k, v):
+    heads = [q[:, 0:4:2], q[:, 1:2], q[:, 3:4]]
+    return torch.ops.difa.join_heads(heads, [0, 1, 3], [2, 1, 1], [v[:, :2], k[:, :1]], [0, 2], HEADS)
+
+
+def test_heads_are_joined(tmp_path):
+    check(parts, tmp_path)
+
+
+@pytest.mark.parametrize("first", [[0, 1, 3], [2, 0, 1]])
+def test_joining_plainly_is_joining(first):
+    values = [torch.randn(2, 2, 5, 3), torch.randn(2, 1, 5, 3), torch.randn(2, 1, 5, 3)]
+    added = [torch.randn(2, 2, 5, 3)]
+    where = (first, [2, 1, 1] if first[0] == 0 else [1, 1, 1])
+    wanted = JOIN_HEADS(values, *where, added, [0], HEADS)
+    assert torch.equal(join_heads(values, *where, added, [0], HEADS), wanted)
+
+
+def test_masks_of_the_models_own(tmp_path):
+    mask = torch.rand(1, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(2)) > 0.2
+
+    def attend(q, k, v):
+        batch = q.shape[0]
+        own = mask.expand(batch, 1, TOKENS, TOKENS) | torch.eye(TOKENS, dtype=torch.bool)
+        return local_attention(q, k, v, LAYOUT, Window("box", 1), mask=own)
+
+    check(attend, tmp_path)
+
+
+def test_half_precision(tmp_path):
+    module, program = program_of(two_windows, dtype=torch.float16)
+    written(program, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    args = [torch.randn(2, TOKENS, WIDTH, dtype=torch.float16) for _ in range(2)]
+    (found, _) = session.run(None, dict(zip(("sample", "cache.a"), (each.numpy() for each in args), strict=True)))
+    with torch.no_grad():
+        wanted = module.float()(*(each.float() for each in args))[0]
+    torch.testing.assert_close(torch.from_numpy(found).float(), wanted, atol=2e-2, rtol=0)
