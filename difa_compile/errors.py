@@ -173,6 +173,10 @@ class BundleFormatError(BundleError, ValueError):
     """A bundle whose manifest or weights are damaged, of another version, or do not belong together."""
 
 
+class TargetError(BundleError, RuntimeError):
+    """A target that is not installed or cannot be compiled for, or an engine made for another processor or release."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, NumPy's, a GPU's, or torch's on the CPU, whose error is a ``RuntimeError``."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

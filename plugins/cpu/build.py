@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from difa_compile.errors import CacheFolderError, KernelBuildError
 from difa_compile.files.cache_folder import code_folder, private_code_folder
@@ -180,10 +181,17 @@ def _load() -> str | None:
             ) from error
         if not hasattr(torch.ops.difa, OP):
             raise KernelBuildError(f"{library} has no {OP}; delete it and it is built again")
+        torch.library.register_fake(f"difa::{OP}", _fake, allow_override=True)
     except KernelBuildError as error:
         warnings.warn(f"local attention runs without its CPU kernel, slower: {error}", stacklevel=4)
         return str(error)
     return None
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    """What comes out, without numbers: compilers ask for it."""
+    batch, heads, tokens = query.shape[:3]
+    return query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
 
 
 def why_not_built() -> str | None:

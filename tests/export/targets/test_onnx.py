@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.export import Dim
 
 from difa_compile.decision import Window
 from difa_compile.export.targets.onnx import DOMAIN, NAME, Stored, join_heads, to_onnx, with_weights
@@ -11,41 +9,12 @@ from difa_compile.export.weights import write_weights
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention
+from tests.support.programs import HEADS, LAYOUT, TOKENS, WIDTH, Attends, full, parts, program_of, two_windows
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-TOKENS, WIDTH, HEADS = 66, 32, 4
 FILE = "weights.safetensors"
-
-
-class Attends(nn.Module):
-    """Norms, projections, a table of positions, and an attention that ``attend(q, k, v)`` says."""
-
-    def __init__(self, attend, tokens=TOKENS):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])  # equal weights
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("positions", torch.randn(1, tokens, WIDTH, generator=generator))
-        self.scale = nn.Parameter(torch.randn(WIDTH, generator=generator))
-        self.attend = attend
-
-    def forward(self, sample, cache):
-        batch, tokens, _ = sample.shape
-        normed = self.norms[1](self.norms[0](sample + self.positions)) * (1 + self.scale)
-        q, k, v = self.qkv(normed).reshape(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        attended = self.attend(q, k, v)
-        return self.out(attended.transpose(1, 2).reshape(batch, tokens, WIDTH)) + cache, attended.contiguous()
-
-
-def program_of(attend, tokens=TOKENS, dtype=torch.float32):
-    torch.manual_seed(1)
-    module = Attends(attend, tokens).eval().to(dtype)
-    args = tuple(torch.randn(2, tokens, WIDTH, dtype=dtype) for _ in range(2))
-    images = Dim("images", min=1, max=8)
-    program = torch.export.export(module, args, dynamic_shapes=({0: images}, {0: images}), strict=False)
-    return module, program
 
 
 def written(program, folder):
@@ -73,20 +42,6 @@ def check(attend, folder, tokens=TOKENS, atol=2e-6):
         for found, one in zip(session.run(None, given), wanted, strict=True):
             torch.testing.assert_close(torch.from_numpy(found), one, atol=atol, rtol=0)
     return module, engine, model
-
-
-LAYOUT = Layout((8, 8), 0, 2)
-
-
-def two_windows(q, k, v):
-    """Two geometries, and one of them twice."""
-    near = local_attention(q, k, v, LAYOUT, Window("box", 1))
-    far = local_attention(q, k, v, LAYOUT, Window("disc", 3), scale=0.2)
-    return near + far + local_attention(q * 0.5, k, v, LAYOUT, Window("box", 1))
-
-
-def full(q, k, v):
-    return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def test_windows_are_nodes_with_bodies_of_their_own(tmp_path):
@@ -135,11 +90,6 @@ def test_a_weight_that_is_not_read_is_not_there(tmp_path):
     args = tuple(torch.randn(2, TOKENS, WIDTH) for _ in range(2))
     engine, _ = written(torch.export.export(Without(full).eval(), args, strict=False), tmp_path)
     assert sorted(engine.weights) == ["out.bias", "out.weight"]
-
-
-def parts(q, k, v):
-    heads = [q[:, 0:4:2], q[:, 1:2], q[:, 3:4]]
-    return torch.ops.difa.join_heads(heads, [0, 1, 3], [2, 1, 1], [v[:, :2], k[:, :1]], [0, 2], HEADS)
 
 
 def test_heads_are_joined(tmp_path):

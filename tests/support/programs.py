@@ -1,0 +1,57 @@
+"""Small programs of torch.export with windows and groups of heads, as engines of a plan have them."""
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from difa_compile.decision import Window
+from difa_compile.layout import Layout
+from difa_compile.ops.local_attention import local_attention
+
+TOKENS, WIDTH, HEADS = 66, 32, 4
+LAYOUT = Layout((8, 8), 0, 2)
+
+
+class Attends(nn.Module):
+    """Norms, projections, a table of positions, and an attention that ``attend(q, k, v)`` says."""
+
+    def __init__(self, attend, tokens=TOKENS):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])  # equal weights
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("positions", torch.randn(1, tokens, WIDTH, generator=generator))
+        self.scale = nn.Parameter(torch.randn(WIDTH, generator=generator))
+        self.attend = attend
+
+    def forward(self, sample, cache):
+        batch, tokens, _ = sample.shape
+        normed = self.norms[1](self.norms[0](sample + self.positions)) * (1 + self.scale)
+        q, k, v = self.qkv(normed).reshape(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attended = self.attend(q, k, v)
+        return self.out(attended.transpose(1, 2).reshape(batch, tokens, WIDTH)) + cache, attended.contiguous()
+
+
+def program_of(attend, tokens=TOKENS, dtype=torch.float32):
+    torch.manual_seed(1)
+    module = Attends(attend, tokens).eval().to(dtype)
+    args = tuple(torch.randn(2, tokens, WIDTH, dtype=dtype) for _ in range(2))
+    images = Dim("images", min=1, max=8)
+    program = torch.export.export(module, args, dynamic_shapes=({0: images}, {0: images}), strict=False)
+    return module, program
+
+
+def two_windows(q, k, v):
+    """Two geometries, and one of them twice."""
+    near = local_attention(q, k, v, LAYOUT, Window("box", 1))
+    far = local_attention(q, k, v, LAYOUT, Window("disc", 3), scale=0.2)
+    return near + far + local_attention(q * 0.5, k, v, LAYOUT, Window("box", 1))
+
+
+def full(q, k, v):
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def parts(q, k, v):
+    heads = [q[:, 0:4:2], q[:, 1:2], q[:, 3:4]]
+    return torch.ops.difa.join_heads(heads, [0, 1, 3], [2, 1, 1], [v[:, :2], k[:, :1]], [0, 2], HEADS)
