@@ -182,3 +182,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class ExportError(DifaError):
+    """Base of what can stop an export."""
+
+
+class EngineError(ExportError):
+    """A variant of a model that cannot be made an engine."""

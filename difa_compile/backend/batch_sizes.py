@@ -93,7 +93,7 @@ class AnyBatch:
         copied, _ = copy_module(module)
         for node in copied.graph.nodes:
             node.meta.pop(BINDINGS, None)  # symbols of the capture, which the compiler names anew
-        _write_units(copied, example_inputs, times)
+        write_units(copied, example_inputs, times)
         self.compiled += 1
         try:
             run = compiler(copied, fakes)
@@ -257,7 +257,7 @@ def _fake_inputs(
     return fakes, symbols
 
 
-def _write_units(module: fx.GraphModule, example_inputs: Sequence[Any], times: Times) -> None:
+def write_units(module: fx.GraphModule, example_inputs: Sequence[Any], times: Times) -> None:
     """Replace the numbers of a graph that change by multiples of an input's size, in place."""
     left = iter(times)
     nodes = list(module.graph.nodes)

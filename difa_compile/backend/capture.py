@@ -178,7 +178,7 @@ class Capture:
 
     def stitched(self, roles: Sequence[Role]) -> CompiledRow:
         """One function that runs all segments with one role per site; their variants must have been run before."""
-        roles = self._whole(roles)
+        roles = self.whole(roles)
         left_out = self._left_out(roles)
         links = [None if i in left_out else self._link(i, roles) for i in range(len(self.model.split.segments))]
         return stitch(self.model.split, links, self._overwrites)
@@ -218,7 +218,7 @@ class Capture:
         ``roles`` are of the attention sites, then of the blocks, which are full where they have none. ``caches`` are
         read by name; those written are in the result's ``caches_out``. ``state`` stays as it was.
         """
-        roles = self._whole(roles)
+        roles = self.whole(roles)
         segments = self.model.split.segments
         end = len(segments) if stop is None else self.model.segment_of(stop)
         values = list(state.values)
@@ -242,7 +242,7 @@ class Capture:
                 values[number] = None
         return State(tuple(values), max(end, state.position), written)
 
-    def _whole(self, roles: Sequence[Role]) -> tuple[Role, ...]:
+    def whole(self, roles: Sequence[Role]) -> tuple[Role, ...]:
         """One role per unit of the model, given those of its attention sites, of the plan's, or of all."""
         count = len(self.model.units)
         if len(roles) == count:

@@ -204,23 +204,22 @@ class Run:
     def _all_parts(self) -> Iterator[RunPart]:
         return (part for parts in self._parts.values() for part in parts)
 
+    def held(self) -> Iterator[Tensor]:
+        """All caches held now; one that several branches hold comes several times."""
+        return (tensor for part in self._all_parts() for caches in part.caches.values() for tensor in caches.values())
+
     def cache_bytes(self) -> int:
         """Bytes of all caches held now, each tensor counted once."""
-        held = {
-            tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for part in self._all_parts()
-            for caches in part.caches.values()
-            for tensor in caches.values()
-        }
+        held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.held()}
         return sum(held.values())
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:
         """Execute one model call at the current step; what compiled code calls."""
         self.calls += 1
-        self.before_call(capture)
+        self.before_call(capture, args)
         if capture.plan is None:
             return capture.full()(args, {})[0]
-        model = self._model_of(capture, args)
+        model = self.model_of(capture, args)
         part, capture = self._part(capture, model)
         branch = self.current_branch
         step = part.enter(capture, self.index, branch, self._conditional.get(model))
@@ -231,10 +230,11 @@ class Run:
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes())
         return outputs
 
-    def before_call(self, capture: Capture) -> None:
-        """Called before every call of the model, with the capture that Dynamo has handed over; may raise."""
+    def before_call(self, capture: Capture, args: Sequence[Any]) -> None:
+        """Called before every call of the model, with the capture that Dynamo has handed over and the inputs of its
+        graph; may raise."""
 
-    def _model_of(self, capture: Capture, args: Sequence[Any]) -> int:
+    def model_of(self, capture: Capture, args: Sequence[Any]) -> int:
         """The index of the model that makes a call."""
         parameter = capture.model.parameter(args)
         model = 0 if parameter is None else self._owner(parameter)

@@ -64,7 +64,7 @@ def take_over(
         own: the caches of the unconditional branch. ``conditional``: those of the conditional branch, after its call of
             this step.
     """
-    row = tuple(_taking(role) if share else role for role, share in zip(roles, shared, strict=True))
+    row = tuple(taking_role(role) if share else role for role, share in zip(roles, shared, strict=True))
     sharing = {path: role for path, role, share in zip(paths, roles, shared, strict=True) if share}
     read, kept = dict(own), {}
     for name, value in conditional.items():
@@ -86,6 +86,6 @@ def take_over(
     return TakenOver(row, read, kept)
 
 
-def _taking(role: Role) -> Role:
-    """The role that takes the conditional call's output."""
+def taking_role(role: Role) -> Role:
+    """The unconditional call's role where it takes the conditional call's output."""
     return Role(alone(role.decision) if role.decision.order else REUSE)

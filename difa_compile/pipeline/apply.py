@@ -11,7 +11,7 @@ attached where. Every call of the pipeline is a run of its own, which ends when 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +48,15 @@ class AppliedPlan:
     """A plan at work in a pipeline.
 
     ``captures``: the captured graphs so far, one per input shape. ``last_run``: what the latest run took, ``None``
-    before the first.
+    before the first. ``told``: called before every call of a transformer, with the run, the captured graph and the
+    inputs of that; ``None`` for nobody. Where somebody is told, the calls of a step are told apart.
     """
 
     def __init__(self, plan: Plan, guidance: Guidance, guidance_of: Callable[[Plan], Guidance] | None = None) -> None:
         self.plan = plan
         self.captures: list[Capture] = []
         self.last_run: RunStats | None = None
+        self.told: Callable[[Run, Capture, Sequence[Any]], None] | None = None
         self._guidance = guidance
         self._guidance_of = guidance_of
         """How the pipeline guides, for a plan; None where no other plan may be followed."""
@@ -111,7 +113,7 @@ class _AppliedRun(Run):
         self._halves = applied.halves
         self._batch: int | None = None
 
-    def before_call(self, capture: Capture) -> None:
+    def before_call(self, capture: Capture, args: Sequence[Any]) -> None:
         self._tells_calls_apart = self._tells_calls_apart and self.current_branch is not None
         if capture.model.context.two_call and not self._tells_calls_apart:
             capture.leave_unshared(_NOT_TOLD_APART)
@@ -119,6 +121,8 @@ class _AppliedRun(Run):
             self._applied.captures.append(capture)
         if self._halves:
             self._check_batch(capture)
+        if self._applied.told is not None:
+            self._applied.told(self, capture, args)
 
     def _check_batch(self, capture: Capture) -> None:
         """Raise :class:`PlanMismatchError` if the batch changes in mid-run: half of it is a half of guidance at some
@@ -178,12 +182,13 @@ def apply(
     return _wired(pipe, plan, options, trials=False)
 
 
-def apply_for_trials(pipe: Any, plan: Plan, *, inner: str = "inductor") -> AppliedPlan:
+def apply_for_trials(pipe: Any, plan: Plan, *, inner: str = "inductor", **options: Any) -> AppliedPlan:
     """:func:`apply` for a plan that others are going to take the place of (:meth:`AppliedPlan.follow`).
 
-    What is captured is this pipeline's alone: Dynamo would give it to every other one with an equal plan.
+    What is captured is this pipeline's alone: Dynamo would give it to every other one with an equal plan. ``options``:
+    further ones of the backend (:class:`difa_compile.backend.options.Options`). Raises as :func:`apply`.
     """
-    return _wired(pipe, plan, Options.of({"inner": inner}), trials=True)
+    return _wired(pipe, plan, Options.of({"inner": inner, **options}), trials=True)
 
 
 def _wired(pipe: Any, plan: Plan | str | Path, options: Options, trials: bool) -> AppliedPlan:
@@ -211,7 +216,7 @@ def _wired(pipe: Any, plan: Plan | str | Path, options: Options, trials: bool) -
             scheduler,
             open_run,
             check=check if applied.shares else None,  # a callback may switch it off
-            one_call_each=applied.one_call_each,
+            one_call_each=applied.one_call_each or applied.told is not None,
             conditional_first=guidance.conditional_first,
             finished=applied._note,
         )

@@ -346,6 +346,20 @@ def _left_out(row: Sequence[Role], sites: Sequence[SiteInfo], held: Sequence[int
     return sum(_left_out(row, sites, held, inner) for inner, block in enumerate(held) if block == site)
 
 
+def row_flops(row: Sequence[Role], sites: Sequence[SiteInfo]) -> int:
+    """Operations of one step, for one element of the batch: of the blocks that ``sites`` name and of the attention
+    outside of them, and one for each number of a cache that is written. To compare rows of one model by."""
+    held = blocks_of(sites)
+    outermost = [index for index, block in enumerate(held) if block is None]
+    full = sum((sites[i].flops or 0) if sites[i].is_block else full_flops(sites[i]).total for i in outermost)
+    written = sum(
+        site.tokens * (role.emit_output * site.width + role.emit_residual * site.inner)
+        + site.tokens * site.head_dim * sum(len(cache.heads) for cache in role.head_writes)
+        for role, site in zip(row, sites, strict=True)
+    )
+    return full - sum(_left_out(row, sites, held, i) for i in outermost) + written
+
+
 @dataclass(frozen=True)
 class Contribution:
     """What a decision leaves out: at how many ``cells`` (sites, blocks) it stands, and the ``share`` of the full run's

@@ -97,6 +97,11 @@ class HeldPositions:
                 self._held[i] = value.detach().clone()
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
+    @property
+    def inputs(self) -> frozenset[int]:
+        """The places of the held inputs among the graph's."""
+        return frozenset(self._held)
+
     def check(self, args: Sequence[Any]) -> None:
         """Raise :class:`InputValuesError` if inputs hold other positions than those the graph was captured with."""
         for i, held in self._held.items():

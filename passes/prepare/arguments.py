@@ -84,3 +84,16 @@ def argument_name(node: fx.Node) -> str:
         return named
     name = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_").strip("_")
     return re.sub(r"_\d+$", "", name)
+
+
+def input_name(node: fx.Node) -> str:
+    """The place of a placeholder among the model's arguments: ``timestep``, ``added_cond_kwargs.resolution``, and for
+    the third of a list of samples ``hidden_states.2``."""
+    found = re.match(r"L\['(\w+)'\](.*)$", source_name(node))
+    if found is None:
+        return argument_name(node)
+    variable, inside = found.groups()
+    parts = [one or other for one, other in re.findall(r"\[(?:(\d+)|'([^']+)')\]", inside)]
+    if _NAME in node.meta:
+        return ".".join([node.meta[_NAME], *parts[1:]])
+    return ".".join([variable, *parts])

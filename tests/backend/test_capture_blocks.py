@@ -262,7 +262,7 @@ def test_values_are_let_go_after_the_last_segment_that_a_row_runs(spanned):
     capture, values, blocks, span, caches = spanned
     for roles in (reused(capture, blocks[0]), reused(capture, span), reused(capture), reused(capture, *blocks)):
         capture.advance(capture.begin(values), roles, caches)
-        whole = capture._whole(roles)
+        whole = capture.whole(roles)
         out = capture._left_out(whole)
         split = capture.model.split
         links = [None if i in out else capture._link(i, whole) for i in range(len(split.segments))]

@@ -1,0 +1,593 @@
+"""Buckets: which engines the schedules of a bundle need, which of them each call of each step runs, and on what caches.
+
+Steps whose rows of roles are equal share an engine, over all plans and numbers of steps that are given together. What a
+call does and reads is not worked out here a second time: a :class:`~difa_compile.backend.run.Run` goes through each
+schedule with captures that compute nothing and note what they are asked for (:func:`buckets_of`). So promotions,
+forecasts, guidance in two calls and second experts are what they are in a run of the pipeline.
+
+Caches lie in *slots*, memory that one tensor at a time lies in. A call never writes a slot that it reads, and what is
+kept by two branches, or under another name because it got older, stays where it is: nothing is copied.
+
+Where there are to be at most K engines (:func:`merged`), rows are merged: both steps then do what the two rows have in
+common, and where they differ compute in full. So what is computed is never less than before. Rows that differ in the
+caches alone which they write share the engine that writes the caches of both; what nobody reads is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import combinations, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difa_compile.backend.capture import Caches, Capture
+from difa_compile.backend.run import Run
+from difa_compile.backend.stitch import CompiledRow
+from difa_compile.backend.two_calls import alone, conditional_role, taking_role
+from difa_compile.decision import FULL, Decision
+from difa_compile.errors import EngineError, RowLimitError, ScheduleError
+from difa_compile.export.captured import CapturedCall
+from difa_compile.passes.caches import CacheName
+from difa_compile.passes.graph import plain_shape, tensor_of
+from difa_compile.passes.order import rewrite
+from difa_compile.plan.cost import row_flops
+from difa_compile.plan.data import Cell, Settings, SiteInfo, blocks_of
+from difa_compile.plan.plan import Plan
+from difa_compile.plan.schedule import FULL_ROLE, Blocks, Role, assign_roles
+from difa_compile.planner.rows import check_most
+
+Decisions = tuple[tuple[Decision, ...], ...]
+"""By step a decision per site of a plan."""
+Row = tuple[Role, ...]
+Cost = Callable[[Row], float]
+EngineKey = tuple[int, Row]
+"""The place of the captured call that it is made from, and the roles."""
+
+_TRIED = 10
+"""Pairs of rows worked out in full for each merging."""
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan on the steps of one sampling schedule. ``progress``: of each step, falling from 1 to 0.
+
+    ``calls``: by step the calls of transformers, each an expert and a branch, in their order; () for those that were
+    captured of the first expert, at every step.
+    """
+
+    plan: Plan
+    progress: tuple[float, ...]
+    calls: tuple[tuple[tuple[int, str | None], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """An engine that is needed: of the graph of ``call`` (a place among the captured calls, the first of those that
+    share graph and weights) with one role per unit of the model. ``calls``: how many run it, over all schedules."""
+
+    call: int
+    roles: Row
+    calls: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Memory for a cache: the shape for the images of the captured call, and the dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes, for the images of the captured call."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class EngineCall:
+    """One call of an engine in a course.
+
+    ``reads`` and ``writes``: each cache of the engine by name, in its order, with the slot that it lies in; a cache
+    that nobody reads is written to None. ``weights``: those of its forecasts, by name.
+    """
+
+    step: int
+    expert: int
+    branch: str | None
+    engine: int
+    reads: tuple[tuple[CacheName, int], ...]
+    writes: tuple[tuple[CacheName, int | None], ...]
+    weights: tuple[tuple[CacheName, tuple[float, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """``rows``: the engines needed, in the order in which they are first called. ``courses``: of each schedule the
+    calls in their order. ``slots``: of caches, for whichever course runs."""
+
+    rows: tuple[EngineRow, ...]
+    courses: tuple[tuple[EngineCall, ...], ...]
+    slots: tuple[Slot, ...]
+
+
+def buckets_of(
+    calls: Sequence[CapturedCall], schedules: Sequence[Schedule], wider: Mapping[EngineKey, Row] | None = None
+) -> Buckets:
+    """What each call of each schedule runs and reads.
+
+    ``calls``: of a pipeline (:func:`difa_compile.export.captured.captured`), one per expert and branch. ``wider``: for
+    rows of some engines those of engines that write more caches, which run in their place (:func:`widened`).
+
+    Raises :class:`EngineError` for a call of an expert or branch that was not captured, and what a run raises for a
+    plan that does not fit.
+    """
+    noted = _Notes(calls, wider or {})
+    courses = tuple(noted.follow(schedule) for schedule in schedules)
+    rows = tuple(EngineRow(place, roles, count) for (place, roles), count in noted.counts.items())
+    return Buckets(rows, courses, tuple(noted.slots))
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """The caches that an engine reads and writes, with their forms."""
+
+    reads: Mapping[CacheName, Slot]
+    writes: Mapping[CacheName, Slot]
+
+
+class _Noting(Capture):
+    """A capture whose rows compute nothing, but tell ``note`` that they are called, which says what they write."""
+
+    def __init__(
+        self, capture: Capture, place: int, note: Callable[[int, Row, Caches], dict[CacheName, Tensor]]
+    ) -> None:
+        self.__dict__.update(capture.__dict__)
+        self._place = place
+        self._note = note
+
+    def compiled_row(self, roles: tuple[Role, ...]) -> CompiledRow:
+        return partial(self._noted, roles)
+
+    def _noted(
+        self, roles: tuple[Role, ...], args: Sequence[Any], caches: Caches
+    ) -> tuple[list[Any], dict[CacheName, Tensor]]:
+        del args
+        return [], self._note(self._place, self.whole(roles), caches)
+
+
+class _Notes:
+    """What runs through several schedules ask for."""
+
+    def __init__(self, calls: Sequence[CapturedCall], wider: Mapping[EngineKey, Row]) -> None:
+        self._calls = calls
+        self._wider = wider
+        graphs = [(call.capture, call.expert) for call in calls]
+        self._graph = [graphs.index(graph) for graph in graphs]
+        """Of each call the place of the first with the same graph and weights."""
+        self.counts: dict[EngineKey, int] = {}
+        """By engine, as it is first called, how often it is."""
+        self.slots: list[Slot] = []
+        self._forms: dict[EngineKey, _Forms] = {}
+        self._slot_of: dict[int, int] = {}
+        """By id of a tensor that stands for a cache in the current run."""
+
+    def follow(self, schedule: Schedule) -> tuple[EngineCall, ...]:
+        """The calls of a schedule."""
+        noted: list[tuple[int, Row, Caches, dict[CacheName, Tensor]]] = []
+        tokens: list[Tensor] = []
+
+        def note(place: int, row: Row, caches: Caches) -> dict[CacheName, Tensor]:
+            written = {name: torch.empty(0) for name in self._forms_of(place, row).writes}
+            tokens.extend(written.values())  # kept, so that no id is given anew
+            noted.append((place, row, dict(caches), written))
+            return written
+
+        captures = {place: _Noting(self._calls[place].capture, place, note) for place in self._graph}
+        for capture in captures.values():
+            capture.follow(schedule.plan)
+        models = {call.expert: call.model for call in self._calls}
+        experts = [models[expert] for expert in sorted(models)]
+        run = Run(experts[0], len(schedule.progress), progress=schedule.progress, experts=experts[1:])
+        first = min(models)
+        always = tuple((call.expert, call.branch) for call in self._calls if call.expert == first)
+        if schedule.calls and len(schedule.calls) != len(schedule.progress):
+            raise EngineError(
+                f"a schedule has calls for {len(schedule.calls)} steps, but the progress of {len(schedule.progress)}"
+            )
+        self._slot_of.clear()
+        made: list[EngineCall] = []
+        for step in range(len(schedule.progress)):
+            run.step(step)
+            for expert, branch in schedule.calls[step] if schedule.calls else always:
+                place = self._graph[self._captured(expert, branch)]
+                busy = {self._slot_of[id(tensor)] for tensor in run.held()}
+                run.branch(branch)
+                run.call(captures[place], list(self._calls[self._captured(expert, branch)].args))
+                made.append(self._made(step, expert, branch, noted.pop(), busy, {id(each) for each in run.held()}))
+        return tuple(made)
+
+    def _captured(self, expert: int, branch: str | None) -> int:
+        for place, call in enumerate(self._calls):
+            if (call.expert, call.branch) == (expert, branch):
+                return place
+        raise EngineError(
+            f"a schedule calls transformer {expert}{f' in branch {branch}' if branch else ''}, of which no call was "
+            "captured; capture the pipeline with inputs with which it makes such calls"
+        )
+
+    def _made(
+        self,
+        step: int,
+        expert: int,
+        branch: str | None,
+        noted: tuple[int, Row, Caches, dict[CacheName, Tensor]],
+        busy: set[int],
+        held: set[int],
+    ) -> EngineCall:
+        """A call that was made. ``busy``: the slots of what was held before it; ``held``: what is after it, by id."""
+        place, row, caches, written = noted
+        engine = place, self._wider.get((place, row), row)
+        self.counts[engine] = self.counts.get(engine, 0) + 1
+        forms = self._forms_of(*engine)
+        for name, tensor in written.items():
+            if id(tensor) in held:
+                self._slot_of[id(tensor)] = self._free(forms.writes[name], busy)
+        return EngineCall(
+            step,
+            expert,
+            branch,
+            list(self.counts).index(engine),
+            tuple((name, self._slot_of[id(caches[name])]) for name in forms.reads if name.kind != "weights"),
+            tuple((name, self._slot_of.get(id(written.get(name)))) for name in forms.writes),
+            tuple((name, tuple(caches[name].tolist())) for name in forms.reads if name.kind == "weights"),
+        )
+
+    def _free(self, form: Slot, busy: set[int]) -> int:
+        """A slot of this form that is free, from now on busy."""
+        found = next((i for i, slot in enumerate(self.slots) if slot == form and i not in busy), len(self.slots))
+        if found == len(self.slots):
+            self.slots.append(form)
+        busy.add(found)
+        return found
+
+    def _forms_of(self, place: int, row: Row) -> _Forms:
+        if (place, row) not in self._forms:
+            self._forms[place, row] = _forms_of(self._calls[place].capture, row)
+        return self._forms[place, row]
+
+
+def _forms_of(capture: Capture, row: Row) -> _Forms:
+    """The caches of a row of roles of a capture."""
+    if all(role == FULL_ROLE for role in row):
+        return _Forms({}, {})
+    model = capture.model
+    made = rewrite(model.canonical, model.units, row, model.context)
+    graph = made.module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    (output,) = graph.find_nodes(op="output")
+    results = output.args[0]
+    assert isinstance(results, (tuple, list))
+    reads = inputs[len(inputs) - len(made.cache_inputs) :]
+    writes = results[len(results) - len(made.cache_outputs) :]
+    return _Forms(
+        {name: _slot(node) for name, node in zip(made.cache_inputs, reads, strict=True)},
+        {name: _slot(node) for name, node in zip(made.cache_outputs, writes, strict=True)},
+    )
+
+
+def _slot(node: Any) -> Slot:
+    value = tensor_of(node)
+    assert value is not None, "caches are tensors"
+    return Slot(plain_shape(value), value.dtype)
+
+
+# --- at most so many -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guided:
+    """How a step's calls are made. ``two_call``: sharing guidance's halves is between two calls, which then do two
+    things (:mod:`difa_compile.backend.two_calls`). ``graphs``: how many graphs its calls have: two, where the texts of
+    the branches differ in length."""
+
+    two_call: bool = False
+    graphs: int = 1
+
+
+@dataclass(frozen=True)
+class Merged:
+    """``rows[schedule][step][site]`` after merging; ``engines``: how many they need, where rows of roles that differ in
+    what they write alone share one. ``before`` and ``after``: the cost of all calls of all schedules."""
+
+    rows: tuple[Decisions, ...]
+    engines: int
+    before: float
+    after: float
+
+
+def merged(
+    schedules: Sequence[Decisions],
+    sites: Sequence[SiteInfo],
+    most: int,
+    *,
+    guided: Guided = Guided(),
+    cost: Cost | None = None,
+) -> Merged:
+    """Rows of several schedules of one model, merged until at most ``most`` engines run them all.
+
+    Decisions only become full, or, at a site or block that was covered and now is not, what the other row says; where
+    guidance is two calls they may also stop sharing. What is changed is chosen greedily, by what it costs for each
+    engine that it saves: of the changes that seem to cost least those are worked out in full, roles assigned anew.
+    ``cost``: of a row of roles, by default its operations (:func:`difa_compile.plan.cost.row_flops`).
+
+    Raises :class:`RowLimitError` for a limit below the number of graphs and :class:`ScheduleError` for rows that cannot
+    be run.
+    """
+    check_most(most)
+    if most < guided.graphs:
+        raise RowLimitError(
+            f"{most} engines were allowed, but the calls of a step have {guided.graphs} graphs, each of which needs "
+            f"one; allow at least {guided.graphs}"
+        )
+    price = cache(cost or partial(row_flops, sites=sites))
+    assess = partial(_State.of, blocks=blocks_of(sites), guided=guided, price=price)
+    state = assess(schedules)
+    before = state.cost
+    while state.engines > most:
+        changes = sorted(
+            ((_estimate(groups, guided, price), i, groups) for i, groups in enumerate(_changes(state, guided))),
+            key=lambda change: change[:2],
+        )
+        every = (state.changed(groups, assess) for _, _, groups in changes)
+        tried = list(islice((each for each in every if each.schedules != state.schedules), _TRIED))
+        state = _best(state, tried, most)
+    return Merged(state.schedules, state.engines, before, state.cost)
+
+
+def _best(state: _State, tried: Sequence[_State], most: int) -> _State:
+    """Of changed states the one that costs least for each engine that is saved, of those that are still too many."""
+
+    def saved(one: _State) -> int:
+        return min(state.engines - one.engines, state.engines - most)
+
+    useful = [each for each in tried if saved(each) > 0]
+    return min(useful or tried, key=lambda each: (each.cost - state.cost) / max(1, saved(each)))
+
+
+Group = tuple[tuple[Row, int], ...]
+"""Rows of roles that do the same, with how many steps have each."""
+
+
+def _changes(state: _State, guided: Guided) -> Iterable[tuple[Group, ...]]:
+    """What can be changed: two groups of rows become one; one stops sharing."""
+    yield from combinations(state.groups, 2)
+    if guided.two_call:
+        yield from ((group,) for group in state.groups if any(role.decision.cfg_shared for role in group[0][0]))
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows of schedules, with their roles. ``groups``: the distinct rows of roles. ``engines``: how many they need."""
+
+    schedules: tuple[Decisions, ...]
+    roles: tuple[tuple[Row, ...], ...]
+    groups: tuple[Group, ...]
+    engines: int
+    cost: float
+
+    @classmethod
+    def of(cls, schedules: Sequence[Decisions], blocks: Blocks, guided: Guided, price: Cost) -> _State:
+        roles = tuple(assign_roles(rows, blocks) for rows in schedules)
+        counts: dict[Row, int] = {}
+        for row in (row for rows in roles for row in rows):
+            counts[row] = counts.get(row, 0) + 1
+        groups = tuple(tuple((row, counts[row]) for row in each) for each in packed(counts))
+        branches = list(zip(*(_calls_of(row, guided) for row in counts), strict=True))
+        if guided.graphs > 1:
+            engines = sum(len(packed(dict.fromkeys(rows))) for rows in branches)
+        else:
+            engines = len(packed(dict.fromkeys(row for rows in branches for row in rows)))
+        cost = sum(_cost_of(row, guided, price) * n for row, n in counts.items())
+        return cls(tuple(map(tuple, schedules)), roles, groups, engines, cost)
+
+    def changed(self, groups: Sequence[Group], assess: Callable[[Sequence[Decisions]], _State]) -> _State:
+        """The state in which the steps of two groups do the same, or those of one share nothing."""
+        rows = {row for group in groups for row, _ in group}
+        for lenient in (True, False):
+            row = _common([group[0][0] for group in groups], lenient)
+            schedules = [
+                tuple(row if roles in rows else own for own, roles in zip(decisions, of, strict=True))
+                for decisions, of in zip(self.schedules, self.roles, strict=True)
+            ]
+            try:
+                return assess(schedules)
+            except ScheduleError:
+                if not lenient:
+                    raise
+        raise AssertionError
+
+
+def _calls_of(row: Row, guided: Guided) -> tuple[Row, ...]:
+    """What the calls of a step do, by branch, for its row of roles."""
+    if guided.two_call:
+        shared = [role.decision.cfg_shared for role in row]
+        return (
+            tuple(conditional_role(role) if share else role for role, share in zip(row, shared, strict=True)),
+            tuple(taking_role(role) if share else role for role, share in zip(row, shared, strict=True)),
+        )
+    return (row,) * guided.graphs
+
+
+def _cost_of(row: Row, guided: Guided, price: Cost) -> float:
+    calls = _calls_of(row, guided)
+    return sum(map(price, calls)) / len(calls)
+
+
+def _common(rows: Sequence[Row], lenient: bool) -> tuple[Decision, ...]:
+    """What two rows have in common; of one what it is without sharing."""
+    return tuple(alone(role.decision) for role in rows[0]) if len(rows) == 1 else _joined(rows[0], rows[1], lenient)
+
+
+def _joined(one: Row, other: Row, lenient: bool) -> tuple[Decision, ...]:
+    """What two rows have in common, and full elsewhere, halves shared where both do. ``lenient``: where the one is
+    covered what the other says, else full there too."""
+
+    def at(mine: Role, theirs: Role) -> Decision:
+        if _core(mine) == _core(theirs):
+            return mine.decision
+        if lenient and mine.covered != theirs.covered:
+            return theirs.decision if mine.covered else mine.decision
+        return replace(FULL, cfg_shared=mine.decision.cfg_shared and theirs.decision.cfg_shared)
+
+    return tuple(at(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+
+
+def _estimate(groups: Sequence[Group], guided: Guided, price: Cost) -> float:
+    """About what a change of groups costs."""
+    row = tuple(map(Role, _common([group[0][0] for group in groups], True)))
+    cost = _cost_of(row, guided, price)
+    return sum(n * (cost - _cost_of(each, guided, price)) for group in groups for each, n in group)
+
+
+def _core(role: Role) -> tuple[object, ...]:
+    """What a role does, but for the caches that it writes."""
+    return role.decision, role.covered, role.head_reads
+
+
+def united(one: Row, other: Row) -> Row | None:
+    """The row that does what two rows do and writes what either writes; None if they do not do the same, or take
+    residuals against two windows."""
+    found = []
+    for mine, theirs in zip(one, other, strict=True):
+        windows = {mine.residual_window, theirs.residual_window} - {None}
+        if _core(mine) != _core(theirs) or len(windows) > 1:
+            return None
+        found.append(
+            replace(
+                mine,
+                emit_output=mine.emit_output or theirs.emit_output,
+                emit_residual=bool(windows),
+                residual_window=next(iter(windows), None),
+                head_writes=tuple(dict.fromkeys((*mine.head_writes, *theirs.head_writes))),
+            )
+        )
+    return tuple(found)
+
+
+def packed(rows: Iterable[Row]) -> tuple[tuple[Row, ...], ...]:
+    """Rows in as few groups as are found, each of which one row can do (:func:`united`)."""
+    groups: list[tuple[Row, list[Row]]] = []
+    for row in rows:
+        for i, (whole, group) in enumerate(groups):
+            both = united(whole, row)
+            if both is not None:
+                groups[i] = both, [*group, row]
+                break
+        else:
+            groups.append((row, [row]))
+    return tuple(tuple(group) for _, group in groups)
+
+
+def widened(rows: Mapping[EngineKey, int], most: int, cost: Cost) -> dict[EngineKey, Row]:
+    """For engines, and how many calls run each, those that write more caches and run in their place, so that there are
+    at most ``most``; as few as can be where that is not possible. What writing more costs is kept low, greedily."""
+    serving = {key: key[1] for key in rows}
+    while len(engines := {(key[0], row) for key, row in serving.items()}) > most:
+        counts = {each: sum(rows[key] for key, row in serving.items() if (key[0], row) == each) for each in engines}
+        found: list[tuple[float, int, EngineKey, EngineKey, Row]] = []
+        ordered = sorted(engines, key=lambda each: (each[0], str(list(map(str, each[1])))))
+        for i, (one, other) in enumerate(combinations(ordered, 2)):
+            both = united(one[1], other[1]) if one[0] == other[0] else None
+            if both is not None:
+                added = sum(counts[each] * (cost(both) - cost(each[1])) for each in (one, other))
+                found.append((added, i, one, other, both))
+        if not found:
+            break
+        _, _, one, other, both = min(found, key=lambda each: each[:2])
+        serving = {key: both if (key[0], row) in (one, other) else row for key, row in serving.items()}
+    return {key: row for key, row in serving.items() if row != key[1]}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """``buckets`` of at most so many engines. ``schedules``: as they are now, each plan on its own steps. ``before``
+    and ``after``: what all steps cost, without and with the limit."""
+
+    buckets: Buckets
+    schedules: tuple[Schedule, ...]
+    before: float
+    after: float
+
+
+def fitted(
+    calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: int | None = None, cost: Cost | None = None
+) -> Fitted:
+    """The buckets of schedules, rows merged where there would be more than ``most`` engines.
+
+    ``cost``: of a row of roles, one per unit of the model; by default its operations. What is merged is what of the
+    plans is carried out. Raises as :func:`buckets_of` and :func:`merged`; :class:`RowLimitError` also where each graph
+    that was captured needs an engine, and there are more of them.
+    """
+    if most is not None:
+        check_most(most)
+    plain = buckets_of(calls, schedules)
+    model = calls[0].capture.model
+    sites = [unit.info for unit in model.units]
+    price = cache(cost or partial(row_flops, sites=sites))
+    before = _cost(plain, price)
+    if most is None or len(plain.rows) <= most:
+        return Fitted(plain, tuple(schedules), before, before)
+    rows = [_carried_out(calls[0].capture, schedule) for schedule in schedules]
+    guided = Guided(model.context.two_call, len({id(call.capture) for call in calls if call.expert == calls[0].expert}))
+    for limit in range(most, guided.graphs - 1, -1):
+        found = merged(rows, sites, limit, guided=guided, cost=price)
+        plans = tuple(
+            replace(schedule, plan=_plan_of(schedule, sites, decisions))
+            for schedule, decisions in zip(schedules, found.rows, strict=True)
+        )
+        made = buckets_of(calls, plans)
+        wider = widened({(row.call, row.roles): row.calls for row in made.rows}, most, price)
+        if wider:
+            made = buckets_of(calls, plans, wider)
+        plain = made
+        if len(made.rows) <= most:
+            return Fitted(made, plans, before, _cost(made, price))
+    raise RowLimitError(
+        f"{most} engines were allowed, but even if everything is full at every step {len(plain.rows)} are needed, "
+        "since transformers, or the calls of guidance's branches, differ; allow as many"
+    )
+
+
+def _cost(buckets: Buckets, price: Cost) -> float:
+    return sum(row.calls * price(row.roles) for row in buckets.rows)
+
+
+def _carried_out(capture: Capture, schedule: Schedule) -> Decisions:
+    """What of a schedule's plan is carried out, by step and unit of the model."""
+    follower = _Noting(capture, 0, lambda *_: {})
+    follower.follow(schedule.plan)
+    plan = follower.plan
+    assert plan is not None
+    rows = plan.resolve(len(schedule.progress), progress=schedule.progress).rows
+    found = []
+    for row in rows:
+        whole = [FULL] * len(capture.model.units)
+        for site, decision in enumerate(row):
+            whole[follower.units[site]] = follower.verdicts.effective(site, decision)
+        found.append(tuple(whole))
+    return tuple(found)
+
+
+def _plan_of(schedule: Schedule, sites: Sequence[SiteInfo], decisions: Decisions) -> Plan:
+    """A plan that says this on the steps of a schedule."""
+    own = schedule.plan.settings
+    settings = Settings(method="rule", guidance=own.guidance, conditional_half=own.conditional_half, sample=own.sample)
+    cells = tuple(tuple(map(Cell, row)) for row in decisions)
+    return Plan(schedule.plan.model, settings, tuple(sites), schedule.progress, cells)
