@@ -252,14 +252,14 @@ class _Watch(TorchFunctionMode):
         scheduler = self.pipe.scheduler
         with ExitStack() as stack:
             for name, model in self.models.items():
-                _put(stack, model, "forward", functools.partial(self._called, name, model.forward), model.forward)
+                put(stack, model, "forward", functools.partial(self._called, name, model.forward), model.forward)
                 if callable(getattr(model, "cache_context", None)):
-                    _put(stack, model, "cache_context", self._branch_named, None)
-            _put(stack, scheduler, "step", functools.partial(self._stepped, scheduler.step), scheduler.step)
+                    put(stack, model, "cache_context", self._branch_named, None)
+            put(stack, scheduler, "step", functools.partial(self._stepped, scheduler.step), scheduler.step)
             for component in getattr(self.pipe, "components", {}).values():
                 if isinstance(component, nn.Module) and callable(getattr(component, "decode", None)):
-                    _put(stack, component, "decode", self._decoded, None)
-            stack.enter_context(_quiet(self.pipe))
+                    put(stack, component, "decode", self._decoded, None)
+            stack.enter_context(quiet(self.pipe))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
             with suppress(_Stop):
@@ -269,7 +269,7 @@ class _Watch(TorchFunctionMode):
 _NO_TABLE = "which is not linear in the model's outputs, so no table of factors says what it does"
 
 
-def _put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], original: Callable[..., Any] | None) -> None:
+def put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], original: Callable[..., Any] | None) -> None:
     """Put a function in the place of a method of one object, until the stack is left."""
     if original is not None:  # pipelines look at what arguments it takes
         functools.update_wrapper(new, original)
@@ -286,7 +286,8 @@ def _put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], origi
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within this block the pipeline shows no progress bar."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     if not hasattr(pipe, "set_progress_bar_config"):
         yield
@@ -707,8 +708,8 @@ class _Probing:
     def _wrong(self, error: float, allowed: float) -> NotLinearError:
         return NotLinearError(
             f"the loop of {type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__} is not linear: on "
-            f"random data its factors miss it by {error:.1e} of the largest value, and at most {allowed:.0e} is rounding; "
-            f"{_hint(self.pipe)}"
+            f"random data its factors miss it by {error:.1e} of the largest value, where at most {allowed:.0e} is "
+            f"rounding; {_hint(self.pipe)}"
         )
 
     def _candidates(self) -> tuple[dict[str, float], tuple[Scale, ...]]:
