@@ -97,6 +97,9 @@ def after_loop(
 class _Tail(nn.Module):
     """The pipeline's call from where its scheduler returns the last sample, as a module of the pipeline's parts."""
 
+    pipe: Any
+    models: dict[nn.Module, Form]
+
     def __init__(self, pipe: Any, inputs: Mapping[str, Any], program: Program, images: int, as_bytes: bool) -> None:
         super().__init__()
         parameters = inspect.signature(type(pipe).__call__).parameters
@@ -108,9 +111,9 @@ class _Tail(nn.Module):
         self.images, self.as_bytes = images, as_bytes
         self.takes_generator = "generator" in parameters
         find_transformers(pipe)
-        # Not modules of this one, which shall have those parts alone that come after the loop.
-        self.__dict__["pipe"] = pipe
-        self.__dict__["models"] = {getattr(pipe, form.model): form for form in reversed(program.forms)}
+        # In a dictionary, so that they are no modules of this one: it has the parts alone that come after the loop.
+        self.pipe = pipe
+        self.models = {getattr(pipe, form.model): form for form in reversed(program.forms)}
         for name, component in getattr(pipe, "components", {}).items():
             if isinstance(component, nn.Module) and callable(getattr(component, "decode", None)):
                 self.add_module(name, component)
@@ -196,7 +199,7 @@ def _bytes(images: Tensor) -> Tensor:
 def _exported(tail: _Tail, latents: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
     """Exported, and once more without the parameters that nothing reads: those of encoders."""
     shapes = {"latents": {0: torch.export.Dim.AUTO}} if dynamic else None
-    with symbolic.patch(backed_size_oblivious=dynamic):
+    with symbolic.patch(backed_size_oblivious=dynamic):  # type: ignore[attr-defined]
         module = torch.export.export(tail, (latents,), dynamic_shapes=shapes).module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
         module.graph.eliminate_dead_code()
