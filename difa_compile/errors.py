@@ -177,11 +177,28 @@ class TargetError(BundleError, RuntimeError):
     """A target that is not installed or cannot be compiled for, or an engine made for another processor or release."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, NumPy's, a GPU's, or torch's on the CPU, whose error is a ``RuntimeError``."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+class SamplingLoopError(UnsupportedPipelineError):
+    """A pipeline whose sampling loop cannot be written down as a program: it mixes images, asks for values."""
+
+
+class NotLinearError(SamplingLoopError):
+    """A sampling loop that is not linear in the model's outputs: dynamic thresholding, learned variance."""
+
+
+class AfterLoopError(UnsupportedPipelineError):
+    """A pipeline whose decoding, what it does from final latents to images, cannot be exported as one graph."""
+
+
+class ProgramFormatError(DifaError, ValueError):
+    """A sampling program that is damaged, of another version, or contradicts itself."""
+
+
+class ReplayError(DifaError, ValueError):
+    """A sampling program carried out with conditions, noise, scales or outputs that do not fit it."""
+
+
+class SamplingCancelledError(DifaError):
+    """A callback that ended sampling by returning ``False``."""
 
 
 class ExportError(DifaError):
@@ -190,3 +207,10 @@ class ExportError(DifaError):
 
 class EngineError(ExportError):
     """A variant of a model that cannot be made an engine."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, NumPy's, a GPU's, or torch's on the CPU, whose error is a ``RuntimeError``."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

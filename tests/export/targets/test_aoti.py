@@ -12,7 +12,7 @@ from difa_compile.export.targets.aoti import hand_over, instruction_set_of, kern
 from difa_compile.export.weights import WeightFile, write_weights
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
-from tests.support.programs import TOKENS, WIDTH, full, parts, program_of, two_windows
+from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows
 
 
 def check(attend, folder, tokens=TOKENS, **options):

@@ -9,7 +9,7 @@ from difa_compile.export.weights import write_weights
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention
-from tests.support.programs import HEADS, LAYOUT, TOKENS, WIDTH, Attends, full, parts, program_of, two_windows
+from tests.support.small_programs import HEADS, LAYOUT, TOKENS, WIDTH, Attends, full, parts, program_of, two_windows
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -1,0 +1,191 @@
+"""Which schedulers of diffusers make a sampling loop that can be written down as data: every class, and some settings.
+
+Each drives the loop that most pipelines have, guided in one batched call, with nothing real in the model's place, and
+is probed (:func:`difa_compile.export.probing.probe`). The error is that of a replay of the program on random data
+against the loop itself, with a nonlinear function as the model: at two guidance scales, relative to the largest value,
+over all that the model is given.
+
+``python -m benchmarks.scheduler_survey`` writes the table in ``docs/schedulers.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difa_compile.errors import DifaError, NotLinearError, SamplingLoopError
+from difa_compile.export.probing import probe
+from difa_compile.export.program import Clamp, Program, Sample
+from difa_compile.wording import shown
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "schedulers.md"
+STEPS = 12
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "DDIMScheduler": ({"clip_sample": False}, {"prediction_type": "v_prediction"}, {"thresholding": True}),
+    "DDPMScheduler": (
+        {"clip_sample": False},
+        {"variance_type": "fixed_large"},
+        {"variance_type": "learned_range"},
+        {"thresholding": True},
+    ),
+    "DPMSolverMultistepScheduler": (
+        {"solver_order": 3},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"use_karras_sigmas": True},
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        {"thresholding": True},
+        {"variance_type": "learned_range"},
+    ),
+    "EulerDiscreteScheduler": ({"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}),
+    "FlowMatchEulerDiscreteScheduler": ({"shift": 3.0}, {"stochastic_sampling": True}),
+    "UniPCMultistepScheduler": ({"use_flow_sigmas": True, "prediction_type": "flow_prediction"},),
+}
+"""Beside the default ones, which each class is tried with."""
+
+HEAD = """# Schedulers
+
+Which schedulers of diffusers {version} make a sampling loop that a bundle can hold as data: every class of
+`diffusers.schedulers` with its default settings, and some settings beside them, over {steps} steps with guidance in one
+batched call. *Error*: of a replay of the program on random data against the loop itself, relative to the largest value.
+*Reach*: how many calls back a step reads. *Clamps*: how many of the steps clamp something.
+
+Written by `python -m benchmarks.scheduler_survey`; a test compares it with what the schedulers do.
+
+| scheduler | settings | error | reach | clamps | refused because |
+|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one scheduler with one choice of settings. ``reason`` is empty where it works."""
+
+    scheduler: str
+    settings: str
+    error: float | None = None
+    reach: int = 0
+    clamps: int = 0
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        if self.error is None:
+            return f"| `{self.scheduler}` | {self.settings} | – | – | – | {self.reason} |"
+        return f"| `{self.scheduler}` | {self.settings} | {self.error:.0e} | {self.reach} | {self.clamps} | |"
+
+
+class _Model(nn.Module):
+    """Gives its sample back."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return (sample * 1.0,)
+
+
+class Loop:
+    """The loop that diffusers' pipelines have in common, with nothing around it. Latents of 4 x 8 x 8."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.transformer = _Model()
+
+    def __call__(
+        self,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        output_type: str = "latent",
+    ) -> tuple[Tensor]:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps)
+        latents = randn_tensor((num_images_per_prompt, 4, 8, 8), generator=generator)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        takes = inspect.signature(scheduler.step).parameters
+        further = {"generator": generator} if "generator" in takes else {}
+        for t in scheduler.timesteps:
+            doubled = torch.cat([latents, latents])
+            if hasattr(scheduler, "scale_model_input"):
+                doubled = scheduler.scale_model_input(doubled, t)
+            uncond, cond = self.transformer(doubled, timestep=t.expand(len(doubled)))[0].chunk(2)
+            guided = uncond + guidance_scale * (cond - uncond)
+            latents = scheduler.step(guided, t, latents, **further)[0]
+        return (latents,)
+
+
+def schedulers() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every scheduler class of diffusers by name, with each choice of settings."""
+    from diffusers import schedulers as module
+
+    for name in sorted(dir(module)):
+        found = getattr(module, name)
+        if not (inspect.isclass(found) and name.endswith("Scheduler") and "Flax" not in name):
+            continue
+        for settings in ({}, *SETTINGS.get(name, ())):
+            yield name, settings
+
+
+def tried(name: str, settings: Mapping[str, Any]) -> Row:
+    """What becomes of one scheduler."""
+    import diffusers
+
+    told = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler = getattr(diffusers.schedulers, name)(**settings)
+            program = probe(Loop(scheduler), {}, STEPS).program
+    except NotLinearError as error:
+        return Row(name, told, reason=_short(error))
+    except SamplingLoopError as error:
+        return Row(name, told, reason=_short(error))
+    except DifaError as error:
+        return Row(name, told, reason=_short(error))
+    except Exception as error:  # one that this loop does not drive, for want of inputs or of a package
+        return Row(name, told, reason=f"the usual loop does not drive it: {type(error).__name__}: {_short(error)}")
+    clamps = sum(isinstance(each, Clamp) for each in program.operations)
+    return Row(name, told, program.error, reach(program), clamps)
+
+
+def _short(error: Exception) -> str:
+    return shown(str(error).split(";")[0].split("\n")[0].replace("|", "/"), 160)
+
+
+def reach(program: Program) -> int:
+    """How many calls of the model lie between a sample and the earliest output that it reads, at most."""
+    calls = [index for index, each in enumerate(program.operations) if each in program.calls]
+    place = {index: number for number, index in enumerate(calls)}
+    furthest = 0
+    for index, operation in enumerate(program.operations):
+        if isinstance(operation, Sample):
+            now = max(number for call, number in place.items() if call < index)
+            read = [place[term.value] for row in operation.inputs for term in row if term.value in place]
+            furthest = max([furthest, *(now - number for number in read)])
+    return furthest
+
+
+def page(rows: list[Row]) -> str:
+    import diffusers
+
+    version = ".".join(diffusers.__version__.split(".")[:2])
+    return HEAD.format(version=version, steps=STEPS) + "".join(f"{row.text}\n" for row in rows)
+
+
+def main() -> None:
+    rows = []
+    for name, settings in schedulers():
+        rows.append(tried(name, settings))
+        print(rows[-1].text, flush=True)
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1196 @@
+"""A pipeline's sampling loop, found by probing it: from a diffusers pipeline to a :class:`Program`.
+
+The pipeline is called with its model, its noise and what its scheduler returns replaced, and looked at from outside:
+nothing here knows a scheduler or a pipeline. Every value of the loop (a draw, an output of the model, a clamped
+tensor, a sample) is replaced by a *basis*, one element of the row for each value, so that the factors of all values can
+be read off the elements of whatever the loop makes of them. Since a sample that the scheduler returns is replaced by a
+value of its own, what a step reads reaches no further back than the scheduler itself remembers.
+
+Three probes give what is affine in a guidance scale, further ones, on random data with a nonlinear function in the
+model's place, whether the program is right: only then is it accepted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from difa_compile.errors import DifaError, NotAppliedError, NotLinearError, SamplingLoopError
+from difa_compile.export.program import (
+    DTYPES,
+    Argument,
+    Call,
+    Clamp,
+    Combination,
+    Condition,
+    ConditionRow,
+    Draw,
+    Form,
+    Number,
+    Operation,
+    Program,
+    Sample,
+    Scale,
+    Term,
+    View,
+    replay,
+    value_of,
+)
+from difa_compile.pipeline.call_arguments import refused
+from difa_compile.pipeline.transformers import check_scheduler, find_transformers
+from difa_compile.pipeline.wiring import wiring_of
+from difa_compile.plan.guidance import guidance_of
+from difa_compile.wording import quoted, shown
+
+ROUNDINGS, LEAST, MOST = 8.0, 2e-6, 1e-3
+"""A replay may differ from the pipeline by so many times what float32 instead of float64 makes of the replay itself,
+which is rounding as this very loop magnifies it; at least and at most by so much of the largest value. A wrong factor,
+or a clamp that is missed, is beyond."""
+PROBED_AT, VERIFIED_AT = (2.0, 4.0), (3.0, 7.5)
+"""Guidance scales. Powers of two, so that multiplying by them rounds nothing and what is 0 comes out as 0."""
+UNGUIDED_AT = 0.5
+SMALL = 16
+"""Elements of a condition's row that are written down where they are fixed."""
+DIGIT = 1024
+"""Places are told in digits of this base, which float32 carries through any factor."""
+BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
+"""What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
+
+_RANDOM = {
+    "randn_like", "rand", "rand_like", "randint", "randint_like", "normal", "bernoulli", "multinomial", "poisson",
+    "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A program, and the conditions of the call it was found with, as :func:`difa_compile.export.program.replay` takes
+    them: ``conditioning[half][name]``. ``images``: how many that call makes."""
+
+    program: Program
+    conditioning: Mapping[str, Mapping[str, Tensor]]
+    images: int
+
+
+def probe(pipe: Any, inputs: Mapping[str, Any], steps: int) -> Probed:
+    """Write down the sampling loop of a diffusers pipeline for ``steps`` steps.
+
+    ``inputs``: arguments of the pipeline's call, without steps and generator: prompts or labels, sizes, guidance. Sizes
+    and whether guidance is on hold for the program; the number of images and the scale of guidance stay free where the
+    pipeline lets them. Each transformer runs once, to see the shape of its output; the pipeline is called about ten
+    times with nothing in the transformer's place, and left as it was.
+
+    Raises :class:`SamplingLoopError`, its subclass :class:`NotLinearError`, and what
+    :func:`difa_compile.pipeline.transformers.find_transformers` raises.
+    """
+    return _Probing(pipe, inputs, steps).probed()
+
+
+# --- one call of the pipeline ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Event:
+    """What happened in a call of the pipeline: ``kind`` is draw, call, clamp or sample.
+
+    ``rows``: of the value that it makes. ``shape``: of a row of it. ``told``: what else is to be the same in every
+    call, compared with ``==``. ``tensors``: what went into it, by name.
+    """
+
+    kind: str
+    rows: int
+    shape: tuple[int, ...]
+    told: tuple[Any, ...]
+    tensors: dict[str, Tensor]
+    number: int = 0
+    step: int = 0
+    form: tuple[str, str | None] = ("", None)
+
+
+class _Stop(BaseException):
+    """Ends a call of the pipeline where decoding begins."""
+
+
+class _Watch(TorchFunctionMode):
+    """One call of a pipeline, watched. ``value(event)`` gives what stands in the place of an event's value, or None to
+    leave it as it is. ``result``: what the pipeline returned, or was about to decode."""
+
+    def __init__(
+        self, pipe: Any, models: Mapping[str, nn.Module], value: Callable[[_Event, Callable[[], Any] | None], Any]
+    ) -> None:
+        super().__init__()
+        self.pipe, self.models, self.value = pipe, models, value
+        self.events: list[_Event] = []
+        self.result: Tensor | None = None
+        self._steps = 0
+        self._inside = self._busy = False
+        self._context: list[str | None] = []
+        self._unnamed = 0
+
+    # What is seen
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        if self._busy:
+            return function(*arguments, **options)
+        name = getattr(function, "__name__", "")
+        if function is torch.randn:
+            return self._drawn(function, arguments, options)
+        if name in _RANDOM:
+            self._random(name)
+        if self._inside and name in ("clamp", "clip", "clamp_", "clip_", "clamp_min", "clamp_max"):
+            return self._clamped(function, name, arguments, options)
+        if self._inside and name == "quantile":
+            raise NotLinearError(f"{self._name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
+        return function(*arguments, **options)
+
+    @property
+    def _name(self) -> str:
+        return type(self.pipe.scheduler).__name__
+
+    def _random(self, name: str) -> None:
+        raise SamplingLoopError(
+            f"{self._name} or {type(self.pipe).__name__} draws by torch's {name}, whose numbers cannot be drawn again "
+            "outside; use a scheduler that draws with torch.randn"
+        )
+
+    def _add(self, event: _Event, given: Callable[[], Any] | None = None) -> Any:
+        event.number, event.step = len(self.events), self._steps
+        self.events.append(event)
+        self._busy = True  # what is done to find the value is not the pipeline's doing
+        try:
+            return self.value(event, given)
+        finally:
+            self._busy = False
+
+    def _drawn(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        made = function(*arguments, **options)
+        if made.ndim < 2:
+            return made
+        told = (str(made.dtype).removeprefix("torch."), options.get("generator") is not None)
+        event = _Event("draw", len(made), tuple(made.shape[1:]), told, {})
+        found = self._add(event, lambda: made)
+        return made if found is None else found.to(made.dtype)
+
+    def _clamped(self, function: Any, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        bound = dict(zip(("input", "min", "max"), arguments, strict=False))
+        bound.update({{"self": "input"}.get(key, key): value for key, value in options.items()})
+        given = bound["input"]
+        if name == "clamp_max":
+            bound["max"] = bound.pop("min", bound.get("max"))
+        if given.ndim < 2 or not given.is_floating_point():
+            return function(*arguments, **options)
+        low, high = bound.get("min"), bound.get("max")
+        if any(isinstance(each, Tensor) and each.numel() > 1 for each in (low, high)):
+            raise NotLinearError(f"{self._name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
+        told = tuple(None if each is None else float(each) for each in (low, high))
+        found = self._add(_Event("clamp", len(given), tuple(given.shape[1:]), told, {"input": given}))
+        return function(*arguments, **options) if found is None else found.to(given.dtype)
+
+    def _stepped(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self._inside = True
+        try:
+            made = original(*arguments, **options)
+        finally:
+            self._inside = False
+        previous = _first(made, "prev_sample")
+        bound = inspect.signature(original).bind(*arguments, **options).arguments
+        tensors = {"output": previous}
+        if isinstance(bound.get("sample"), Tensor):
+            tensors["given"] = bound["sample"]
+        event = _Event("sample", len(previous), tuple(previous.shape[1:]), (), tensors)
+        found = self._add(event)
+        self._steps += 1
+        self._unnamed = 0
+        return made if found is None else _with(made, found.to(previous.dtype), "prev_sample")
+
+    def _called(self, name: str, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        bound = inspect.signature(original).bind(*arguments, **options).arguments
+        tensors: dict[str, Tensor] = {}
+        plain: list[Any] = []
+        for key, value in bound.items():
+            _flatten(key, value, tensors, plain)
+        event = _Event("call", 0, (), tuple(plain), tensors, form=(name, self._branch()))
+        return self._add(event, lambda: original(*arguments, **options))
+
+    def _branch(self) -> str | None:
+        if self._context:
+            return self._context[-1]
+        self._unnamed += 1
+        known = guidance_of(self.pipe)
+        if known.form == "two-call" and (known.conditional_first or self._unnamed > 1):
+            return "cond" if self._unnamed == 1 else "uncond"
+        return None if self._unnamed == 1 else "uncond"
+
+    # Where it is put
+
+    @contextmanager
+    def _branch_named(self, name: str, *_: Any, **__: Any) -> Iterator[None]:
+        self._context.append(BRANCHES.get(name))
+        try:
+            yield
+        finally:
+            self._context.pop()
+
+    def _decoded(self, latents: Tensor, *_: Any, **__: Any) -> NoReturn:
+        self.result = latents
+        raise _Stop
+
+    def run(self, arguments: Mapping[str, Any]) -> None:
+        """Call the pipeline with what is watched in place; it is taken off again whatever happens."""
+        scheduler = self.pipe.scheduler
+        with ExitStack() as stack:
+            for name, model in self.models.items():
+                put(stack, model, "forward", functools.partial(self._called, name, model.forward), model.forward)
+                if callable(getattr(model, "cache_context", None)):
+                    put(stack, model, "cache_context", self._branch_named, None)
+            put(stack, scheduler, "step", functools.partial(self._stepped, scheduler.step), scheduler.step)
+            for component in getattr(self.pipe, "components", {}).values():
+                if isinstance(component, nn.Module) and callable(getattr(component, "decode", None)):
+                    put(stack, component, "decode", self._decoded, None)
+            stack.enter_context(quiet(self.pipe))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self)
+            with suppress(_Stop):
+                self.result = _result(self.pipe(**arguments))
+
+
+_NO_TABLE = "which is not linear in the model's outputs, so no table of factors says what it does"
+
+
+def put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], original: Callable[..., Any] | None) -> None:
+    """Put a function in the place of a method of one object, until the stack is left."""
+    if original is not None:  # pipelines look at what arguments it takes
+        functools.update_wrapper(new, original)
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = new
+
+    def take_off() -> None:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+    stack.callback(take_off)
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within this block the pipeline shows no progress bar."""
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    if not hasattr(pipe, "set_progress_bar_config"):
+        yield
+        return
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bar)
+
+
+def _first(value: Any, name: str) -> Tensor:
+    found = value if isinstance(value, Tensor) else getattr(value, name, None)
+    if found is None:
+        found = value[0] if isinstance(value, (tuple, list)) else next(iter(value.values()))
+    if not isinstance(found, Tensor):
+        raise SamplingLoopError(f"a tensor was expected as {name}, and there is {shown(type(found).__name__)}")
+    return found
+
+
+def _with(value: Any, tensor: Tensor, name: str) -> Any:
+    """``value`` with its first tensor exchanged."""
+    if isinstance(value, Tensor):
+        return tensor
+    if isinstance(value, (tuple, list)):
+        return (tensor, *value[1:])
+    names = list(value.keys())
+    return type(value)(**{**value, name if name in names else names[0]: tensor})
+
+
+def _result(output: Any) -> Tensor | None:
+    found = output[0] if isinstance(output, (tuple, list)) else next(iter(output.values()), None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: list[Any]) -> None:
+    """The tensors of an argument by their names (``added_cond_kwargs.resolution``), and what else stands there."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{name}.{key}", item, tensors, plain)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _flatten(f"{name}.{index}", item, tensors, plain)
+    elif value is not None and isinstance(value, (bool, int, float, str)):
+        plain.append((name, value))
+
+
+# --- the probing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shapes:
+    """What is known of the loop before its factors are: found once."""
+
+    images: int = 0
+    shape: tuple[int, ...] = ()
+    samples: dict[tuple[str, str | None], str] = field(default_factory=dict)
+    """The input that is made of values, by form."""
+    views: dict[tuple[str, Any], View] = field(default_factory=dict)
+    """By ``("draw", number)``, ``("input", form)``, ``("output", form)``."""
+    templates: dict[tuple[str, str | None], Any] = field(default_factory=dict)
+    """What a model returns."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+_Factors = dict[tuple[int, int], dict[tuple[int, int], float]]
+"""By (number, group) of what is made: by (number, group) of what it is made of."""
+
+
+@dataclass
+class _Read:
+    """What basis probes at one choice of scales have found."""
+
+    factors: _Factors
+    final: dict[tuple[int, int], float] | None
+    events: list[_Event]
+
+
+class _Probing:
+    """The probing of one pipeline, from what is known of nothing to a program that was verified."""
+
+    def __init__(self, pipe: Any, inputs: Mapping[str, Any], steps: int) -> None:
+        if wiring_of(pipe) is not None:
+            raise NotAppliedError(f"this {type(pipe).__name__} carries a plan; call remove(pipe) before it is probed")
+        models = find_transformers(pipe)
+        check_scheduler(pipe)
+        _check_config(pipe.scheduler)
+        self.pipe = pipe
+        self.models: dict[str, nn.Module] = {
+            name: model
+            for name in ("transformer", "transformer_2")
+            for model in models
+            if getattr(pipe, name, None) is model
+        }
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.inputs = {name: value for name, value in inputs.items() if name != "generator"}
+        self.steps = steps
+        self.shapes = _Shapes()
+
+    # Calls of the pipeline
+
+    def watch(
+        self,
+        value: Callable[[_Event, Callable[[], Any] | None], Any],
+        *,
+        scales: Mapping[str, float] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> _Watch:
+        watch = _Watch(self.pipe, self.models, value)
+        call = {**(self.inputs if inputs is None else inputs), **(scales or {})}
+        call["num_inference_steps"] = self.steps if steps is None else steps
+        if "output_type" in self.parameters:
+            call["output_type"] = "latent"
+        if "generator" in self.parameters:
+            call["generator"] = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            try:
+                watch.run(call)
+            except (TypeError, ValueError) as error:
+                if watch.events or isinstance(error, DifaError):
+                    raise
+                raise refused(self.pipe, call, error) from error
+        return watch
+
+    def filled(self, fill: Callable[[_Event, int, tuple[int, ...]], Tensor], **options: Any) -> _Watch:
+        """A call in which every value is ``fill(event, rows, shape of a row)``, in the model's own shapes."""
+
+        def value(event: _Event, given: Callable[[], Any] | None) -> Any:
+            if event.kind != "call":
+                return fill(event, event.rows, event.shape)
+            template = self.shapes.templates.get(event.form)
+            if template is None:
+                assert given is not None
+                template = self.shapes.templates[event.form] = given()
+            like = _first(template, "sample")
+            sample = self.shapes.samples.get(event.form)
+            event.rows = len(event.tensors[sample]) if sample else len(like)
+            event.shape = tuple(like.shape[1:])
+            return _with(template, fill(event, event.rows, event.shape).to(like.dtype), "sample")
+
+        return self.watch(value, **options)
+
+    # What is known before the factors
+
+    def explore(self) -> _Watch:
+        """Sizes, inputs, places. Returns the call in which all values are zeros."""
+        shapes = self.shapes
+        zeros = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape))
+        generator = torch.Generator().manual_seed(5)
+        noisy = self.filled(lambda event, rows, shape: torch.randn(rows, *shape, generator=generator))
+        _check_same(zeros.events, noisy.events, "what the model gives")
+        draws = [event for event in zeros.events if event.kind == "draw"]
+        samples = [event for event in zeros.events if event.kind == "sample"]
+        if not draws or not samples:
+            what = "draws no noise" if not draws else "never calls its scheduler's step"
+            raise SamplingLoopError(f"{type(self.pipe).__name__} {what} in this call, so its loop cannot be probed")
+        shapes.images, shapes.shape = draws[0].rows, samples[0].shape
+        for quiet, loud in zip(zeros.events, noisy.events, strict=True):
+            if quiet.kind == "call":
+                self._find_sample(quiet, loud)
+            elif any(bool(tensor.any()) for tensor in quiet.tensors.values()):
+                raise SamplingLoopError(
+                    f"step {quiet.step}: the sample holds something that is neither noise nor the model's output (an "
+                    "image to begin with?); only loops that begin with noise can be written down"
+                )
+        for event in zeros.events:
+            self.groups(event)
+        self._find_views(zeros.events)
+        return zeros
+
+    def _find_sample(self, quiet: _Event, loud: _Event) -> None:
+        names = [name for name in quiet.tensors if not _equal(quiet.tensors[name], loud.tensors[name])]
+        model = type(self.models[quiet.form[0]]).__name__
+        if not names and quiet.form in self.shapes.samples:
+            return
+        if len(names) != 1:
+            raise SamplingLoopError(
+                f"{model} has {len(names)} inputs with the noisy sample ({', '.join(map(shown, names)) or 'none'});"
+                " only loops with exactly one can be written down"
+            )
+        if self.shapes.samples.setdefault(quiet.form, names[0]) != names[0]:
+            raise SamplingLoopError(f"{model} is given the sample under several names; only one can be written down")
+        if bool(quiet.tensors[names[0]].any()):
+            raise SamplingLoopError(
+                f"the input {shown(names[0])} of {model} holds something beside the sample (an image, a mask); only "
+                "loops whose sample is made of noise and the model's outputs can be written down"
+            )
+
+    def groups(self, event: _Event, rows: int | None = None) -> int:
+        rows = event.rows if rows is None else rows
+        images = self.shapes.images
+        if rows % images:
+            raise SamplingLoopError(f"a {event.kind} has {rows} rows for {images} images, which is no multiple")
+        return rows // images
+
+    def _find_views(self, events: list[_Event]) -> None:
+        """Where rows lie otherwise than the latents do: found by filling in the numbers of their elements."""
+        shape = self.shapes.shape
+        wanted: dict[str, bool] = dict.fromkeys(("draw", "input", "output"), False)
+        started = False
+        for event in events:
+            if event.kind == "draw" and event.shape != shape:
+                if started:
+                    raise SamplingLoopError(
+                        f"noise of {event.shape} is drawn amid the steps, whose samples are {shape}"
+                    )
+                wanted["draw"] = True
+            elif event.kind == "call":
+                started = True
+                given = tuple(event.tensors[self.shapes.samples[event.form]].shape[1:])
+                wanted["input"] |= given != shape
+                wanted["output"] |= event.shape != shape
+            elif event.kind in ("sample", "clamp") and event.shape != shape:
+                raise SamplingLoopError(f"the scheduler's samples are of several shapes, {shape} and {event.shape}")
+        if wanted["draw"]:
+            self._find_draw_views(events)
+        for form in dict.fromkeys(event.form for event in events if event.kind == "call"):
+            first = next(event for event in events if event.form == form and event.kind == "call")
+            if wanted["output"] and first.shape != shape:
+                view = self._output_view(form, first)
+                self.shapes.views["output", form] = view
+            given = tuple(first.tensors[self.shapes.samples[form]].shape[1:])
+            if given != shape:
+                self.shapes.views["input", form] = self._input_view(form, math.prod(given))
+
+    def _places(self, elements: int, seen: Callable[[Tensor], Tensor], what: str) -> View:
+        """The view that ``seen``, a linear function of rows, takes of a row: by digits of the elements' numbers."""
+        numbers = torch.arange(elements)
+        ones = seen(torch.ones(elements))
+        if not bool(ones.all()):
+            raise SamplingLoopError(f"{what} reaches only part of the sample, so its elements cannot be followed")
+        place = torch.zeros(ones.numel(), dtype=torch.int64)
+        power = 1
+        while power < elements:
+            digits = seen((numbers // power % DIGIT).float()) / ones
+            place += digits.double().round().long().flatten() * power
+            power *= DIGIT
+        view = _view_of(place)
+        if view is None or view.last >= elements:
+            raise SamplingLoopError(f"{what} is put in an order that reshaping and permuting do not make")
+        return view
+
+    def _find_draw_views(self, events: list[_Event]) -> None:
+        for draw in [event for event in events if event.kind == "draw" and event.shape != self.shapes.shape]:
+
+            def seen(row: Tensor, number: int = draw.number) -> Tensor:
+                def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+                    each = row.view(shape) if event.number == number else torch.zeros(shape)
+                    return each.expand(rows, *shape).clone()
+
+                watch = self.filled(fill)
+                return next(event for event in watch.events if event.kind == "sample").tensors["given"][0].float()
+
+            self.shapes.views["draw", draw.number] = self._places(
+                math.prod(draw.shape), seen, "the noise that sampling begins with"
+            )
+
+    def _output_view(self, form: tuple[str, str | None], first: _Event) -> View:
+        def seen(row: Tensor) -> Tensor:
+            def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+                own = event.kind == "call" and event.form == form
+                return (row.view(shape) if own else torch.zeros(shape)).expand(rows, *shape).clone()
+
+            watch = self.filled(fill)
+            later = (event for event in watch.events[first.number :] if event.kind in ("clamp", "sample"))
+            tensors = (event.tensors.get("input", event.tensors.get("output")) for event in later)
+            return next(tensor[0].float() for tensor in tensors if tensor is not None and bool(tensor.any()))
+
+        return self._places(math.prod(first.shape), seen, f"the output of {form[0]}")
+
+    def _input_view(self, form: tuple[str, str | None], elements: int) -> View:
+        def seen(row: Tensor) -> Tensor:
+            def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+                each = row.view(shape) if event.kind == "sample" else torch.zeros(shape)
+                return each.expand(rows, *shape).clone()
+
+            watch = self.filled(fill, steps=max(2, self.steps))
+            calls = (event.tensors[self.shapes.samples[form]] for event in watch.events if event.form == form)
+            found = next((each[0].float() for each in calls if bool(each.any())), None)
+            if found is None:
+                raise SamplingLoopError(f"{form[0]} is never given a sample of its own, so its place is unknown")
+            return found
+
+        if elements != self.shapes.elements:
+            raise SamplingLoopError(
+                f"{form[0]} is given {elements} elements where the sample has {self.shapes.elements}"
+            )
+        return self._places(self.shapes.elements, seen, f"the sample that {form[0]} is given")
+
+    # The factors
+
+    def read(self, scales: Mapping[str, float], like: list[_Event] | None = None) -> _Read:
+        """The factors of all values in what is made of them, for one choice of guidance scales."""
+        # One element is nobody's: what stands there comes from no value.
+        room = self.shapes.elements - 1
+        if room < 1:
+            raise SamplingLoopError("a sample of one element leaves no room to probe it; choose a larger size")
+        factors: _Factors = {}
+        final: dict[tuple[int, int], float] | None = {}
+        first = 0
+        while True:
+            ids: list[tuple[int, int]] = []
+            watch = self._basis(first, room, ids, factors, scales)
+            if like is not None:
+                _check_same(like, watch.events, "the guidance scale")
+            final = self._final(watch, first, room, ids, final)
+            first += room
+            if first >= len(ids):
+                return _Read(factors, final, watch.events)
+
+    def _basis(
+        self, first: int, room: int, ids: list[tuple[int, int]], factors: _Factors, scales: Mapping[str, float]
+    ) -> _Watch:
+        images, elements = self.shapes.images, self.shapes.elements
+
+        def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+            for name, tensor in event.tensors.items():
+                view = self.shapes.views.get(("input", event.form)) if event.kind == "call" else None
+                if event.kind == "call" and name != self.shapes.samples.get(event.form):
+                    continue
+                if name == "given":
+                    continue
+                self._note(event, tensor, view, first, room, ids, factors)
+            if event.kind != "call":
+                event.tensors.clear()
+            basis = torch.zeros(rows, elements)
+            for group in range(self.groups(event, rows)):
+                place = len(ids) - first
+                ids.append((event.number, group))
+                if 0 <= place < room:
+                    basis[group * images : (group + 1) * images, place] = 1.0
+            view = self.shapes.views.get((event.kind, event.number) if event.kind == "draw" else ("output", event.form))
+            if view is None or event.kind not in ("draw", "call"):
+                return basis.view(rows, *shape)
+            whole = torch.zeros(rows, math.prod(shape))
+            place_of = view.take(torch.arange(math.prod(shape)).unsqueeze(0))[0]
+            whole[:, place_of] = basis
+            return whole.view(rows, *shape)
+
+        return self.filled(fill, scales=scales)
+
+    def _note(
+        self,
+        event: _Event,
+        tensor: Tensor,
+        view: View | None,
+        first: int,
+        room: int,
+        ids: list[tuple[int, int]],
+        factors: _Factors,
+    ) -> None:
+        rows = tensor.flatten(1)
+        if view is not None:
+            place_of = view.take(torch.arange(self.shapes.elements).unsqueeze(0))[0]
+            rows = torch.zeros_like(rows).index_copy_(1, place_of, rows)
+        images = self.shapes.images
+        for group in range(self.groups(event, len(rows))):
+            own = rows[group * images : (group + 1) * images]
+            if not bool((own == own[:1]).all()):
+                raise SamplingLoopError(
+                    f"step {event.step}: images of a batch are not treated alike, or do not stand one after the other "
+                    "within their half; probe the pipeline with one image"
+                )
+            row = own[0]
+            if not bool(torch.isfinite(row).all()):
+                raise NotLinearError(f"step {event.step}: the loop makes NaN or infinity of zeros; {_hint(self.pipe)}")
+            places = row.nonzero().flatten().tolist()
+            found = factors.setdefault((event.number, group), {})
+            for place in places:
+                if place >= room or first + place >= len(ids):
+                    raise NotLinearError(
+                        f"step {event.step}: the loop of {type(self.pipe).__name__} with "
+                        f"{type(self.pipe.scheduler).__name__} adds something that is neither noise nor an output, or "
+                        f"moves elements; {_hint(self.pipe)}"
+                    )
+                found[ids[first + place]] = float(row[place])
+
+    def _final(
+        self,
+        watch: _Watch,
+        first: int,
+        room: int,
+        ids: list[tuple[int, int]],
+        before: dict[tuple[int, int], float] | None,
+    ) -> dict[tuple[int, int], float] | None:
+        """What the pipeline's result is made of; None where it is no longer in the shape of the latents."""
+        result = watch.result
+        if result is None or before is None or tuple(result.shape[1:]) != self.shapes.shape:
+            return None
+        row = result[0].flatten()[: min(room, len(ids) - first)]
+        return before | {ids[first + place]: float(row[place]) for place in row.nonzero().flatten().tolist()}
+
+    # The program
+
+    def probed(self) -> Probed:
+        zeros = self.explore()
+        candidates, baked = self._candidates()
+        program, reason = None, ""
+        if candidates:
+            try:
+                program = self._program(zeros, candidates, baked)
+            except NotLinearError as error:
+                reason = str(error)
+        if program is None:
+            held = tuple(Scale(name, value) for name, value in candidates.items())
+            program = self._program(zeros, {}, (*baked, *held))
+        del reason
+        return Probed(program, self.conditioning(program, zeros.events, self.shapes.images), self.shapes.images)
+
+    def _wrong(self, error: float, allowed: float) -> NotLinearError:
+        return NotLinearError(
+            f"the loop of {type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__} is not linear: on "
+            f"random data its factors miss it by {error:.1e} of the largest value, where at most {allowed:.0e} is "
+            f"rounding; {_hint(self.pipe)}"
+        )
+
+    def _candidates(self) -> tuple[dict[str, float], tuple[Scale, ...]]:
+        """Guidance scales that may stay free, and those that hold: which are off, so that the calls are others."""
+        free: dict[str, float] = {}
+        held = []
+        for name, parameter in self.parameters.items():
+            value = self.inputs.get(name, parameter.default)
+            if not name.endswith(("guidance_scale", "cfg_scale", "guidance_scale_2")):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if value > 1.0:
+                free[name] = float(value)
+            else:
+                held.append(Scale(name, float(value)))
+        return free, tuple(held)
+
+    def _program(self, zeros: _Watch, candidates: Mapping[str, float], baked: tuple[Scale, ...]) -> Program:
+        base = dict.fromkeys(candidates, PROBED_AT[0])
+        reads = [self.read(base, zeros.events)]
+        names: list[str] = []
+        for name in candidates:
+            read = self.read({**base, name: PROBED_AT[1]}, zeros.events)
+            if not _same_read(reads[0], read):
+                names.append(name)
+                reads.append(read)
+        scales = tuple(Scale(name, candidates[name], 1.0) for name in names)
+        later = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), steps=self.steps + 1)
+        operations = self._operations(reads)
+        forms, values = self._forms(zeros, later, reads, operations)
+        numbers = iter(values)
+        whole = tuple(replace(each, values=next(numbers)) if isinstance(each, Call) else each for each in operations)
+        final = self._final_of(reads, whole)
+        steps = sum(isinstance(each, Sample) for each in whole)
+        program = Program(
+            type(self.pipe).__name__, type(self.pipe.scheduler).__name__, steps, None, self.shapes.shape, scales, baked,
+            forms, whole, final, 0.0,
+        )  # fmt: skip
+        program = self._lowered(program, base)
+        error = self._verified(program, self.inputs)
+        return replace(program, error=error, images=self._any_number(program))
+
+    def _operations(self, reads: Sequence[_Read]) -> list[Operation]:
+        made: list[Operation] = []
+        forms = list(dict.fromkeys(event.form for event in reads[0].events if event.kind == "call"))
+        for event in reads[0].events:
+            groups = self.groups(event)
+            if event.kind == "draw":
+                dtype, seeded = event.told
+                view = self.shapes.views.get(("draw", event.number))
+                made.append(Draw(groups, event.shape, dtype, seeded, view))
+                continue
+            inputs = tuple(_combined(reads, (event.number, group)) for group in range(groups))
+            if event.kind == "call":
+                made.append(Call(forms.index(event.form), event.step, inputs, ()))
+            elif event.kind == "clamp":
+                made.append(Clamp(inputs, *event.told))
+            else:
+                made.append(Sample(inputs))
+        return made
+
+    def _final_of(self, reads: Sequence[_Read], operations: Sequence[Operation]) -> Combination:
+        """The group of the last sample that the result is made of; where it is made of others, what it is made of."""
+        last = max(index for index, each in enumerate(operations) if isinstance(each, Sample))
+        found = [read.final for read in reads]
+        if found[0]:
+            used = list(found[0])
+            if {number for number, _ in used} == {last} and len(used) == 1:
+                return (Term(last, used[0][1], (1.0,)),)
+            return tuple(
+                Term(*key, _affine([(each or {}).get(key, 0.0) for each in found]))
+                for key in sorted(set().union(*(each or {} for each in found)))
+            )
+        if operations[last].groups > 1:
+            raise SamplingLoopError("it cannot be told which of the last sample's rows the pipeline goes on with")
+        return (Term(last, 0, (1.0,)),)
+
+    # Inputs that are not made of values
+
+    def _forms(
+        self, zeros: _Watch, later: _Watch, reads: Sequence[_Read], operations: Sequence[Operation]
+    ) -> tuple[tuple[Form, ...], list[tuple[tuple[Number, ...], ...]]]:
+        """The forms of calls, and the values of each call in turn."""
+        altered = self._altered_call()
+        forms: dict[tuple[str, str | None], Form] = {}
+        for event in zeros.events:
+            if event.kind == "call" and event.form not in forms:
+                forms[event.form] = self._form(event, zeros, later, reads, operations, altered)
+        values = []
+        calls = [[event for event in read.events if event.kind == "call"] for read in reads]
+        for same in zip(*calls, strict=True):
+            form = forms[same[0].form]
+            values.append(
+                tuple(
+                    tuple(
+                        _affine([self._number(event, argument, group) for event in same])
+                        for group in range(form.groups if argument.batched else 1)
+                    )
+                    for argument in form.values
+                )
+            )
+        return tuple(forms.values()), values
+
+    def _form(
+        self,
+        first: _Event,
+        zeros: _Watch,
+        later: _Watch,
+        reads: Sequence[_Read],
+        operations: Sequence[Operation],
+        altered: _Watch | None,
+    ) -> Form:
+        form, sample = first.form, self.shapes.samples[first.form]
+        groups = self.groups(first)
+        own = [event for event in (*zeros.events, *later.events) if event.kind == "call" and event.form == form]
+        scaled = [[each for each in read.events if each.kind == "call" and each.form == form] for read in reads]
+        others = [event for event in altered.events if event.form == form] if altered else []
+        halves = self._halves(form, groups, operations)
+        values, conditions = [], []
+        for name, tensor in first.tensors.items():
+            argument = _argument(name, tensor, first.rows)
+            if name == sample:
+                continue
+            if any(name not in event.tensors for event in own):
+                raise SamplingLoopError(f"{shown(name)} is given to some calls of {form[0]} and not to others")
+            follows = any(not _equal(tensor, event.tensors[name]) for event in own)
+            follows |= any(not _equal(calls[0].tensors[name], scaled[0][0].tensors[name]) for calls in scaled[1:])
+            if follows:
+                values.append(argument)
+                continue
+            other = others[0].tensors.get(name) if others else None
+            conditions.append(self._condition(argument, tensor, other, groups, halves))
+        given = _argument(sample, first.tensors[sample], first.rows)
+        views = self.shapes.views
+        return Form(
+            form[0], form[1], groups, given, views.get(("input", form)), first.shape, views.get(("output", form)),
+            tuple(values), tuple(conditions),
+        )  # fmt: skip
+
+    def _condition(
+        self, argument: Argument, tensor: Tensor, other: Tensor | None, groups: int, halves: Sequence[str]
+    ) -> Condition:
+        images = self.shapes.images
+        parts = tensor.chunk(groups) if argument.batched else (tensor,)
+        comparable = other is not None and other.shape == tensor.shape
+        others = (other.chunk(groups) if argument.batched else (other,)) if other is not None and comparable else None
+        rows = []
+        for group, part in enumerate(parts):
+            fixed = others is not None and _equal(part, others[group])
+            row = part[0] if argument.batched else part
+            alike = not argument.batched or all(_equal(part[image], row) for image in range(images))
+            small = fixed and alike and row.numel() <= SMALL
+            numbers = tuple(float(number) for number in row.flatten().tolist()) if small else None
+            rows.append(ConditionRow(halves[group] if argument.batched else halves[0], fixed, numbers))
+        return Condition(argument, tuple(rows))
+
+    def _halves(self, form: tuple[str, str | None], groups: int, operations: Sequence[Operation]) -> tuple[str, ...]:
+        """Which half each group is: of two, the conditional one is that which counts for nothing at a scale of 0."""
+        if groups == 1:
+            return (form[1] or "cond",)
+        numbers = tuple(map(str, range(groups)))
+        if groups != 2:
+            return numbers
+        half = guidance_of(self.pipe).conditional_half
+        for index, call in enumerate(operations):
+            if not isinstance(call, Call):
+                continue
+            for later in operations[index + 1 :]:
+                if not isinstance(later, (Clamp, Sample)):
+                    continue
+                factors = {term.group: term.factor for each in later.inputs for term in each if term.value == index}
+                if set(factors) == {0, 1} and all(len(factor) > 1 for factor in factors.values()):
+                    gone = [abs(factors[group][0]) < 1e-3 * abs(factors[group][1]) for group in (0, 1)]
+                    if sum(gone) == 1:
+                        half = gone.index(True)
+                break
+            break
+        return numbers if half is None else ("cond", "uncond") if half == 0 else ("uncond", "cond")
+
+    def _number(self, event: _Event, argument: Argument, group: int) -> float:
+        """What fills a group's rows of an input that follows the schedule."""
+        tensor = event.tensors[argument.name]
+        images = self.shapes.images
+        if tensor.numel() != math.prod(argument.shape) * (event.rows if argument.batched else 1):
+            raise SamplingLoopError(f"{shown(argument.name)} has other sizes at step {event.step} than before")
+        rows = tensor[group * images : (group + 1) * images] if argument.batched else tensor
+        number = float(rows.flatten()[0])
+        if not bool((rows == rows.flatten()[0]).all()):
+            raise SamplingLoopError(
+                f"{shown(argument.name)} follows the schedule and holds several numbers; only one for an image can be "
+                "written down"
+            )
+        return number
+
+    def conditioning(self, program: Program, events: Sequence[_Event], images: int) -> dict[str, dict[str, Tensor]]:
+        found: dict[str, dict[str, Tensor]] = {}
+        for event in events:
+            form = next((each for each in program.forms if (each.model, each.branch) == event.form), None)
+            if event.kind != "call" or form is None:
+                continue
+            for condition in form.conditions:
+                tensor = event.tensors[condition.argument.name]
+                parts = tensor.split(images) if condition.argument.batched else (tensor,)
+                for row, part in zip(condition.rows, parts, strict=True):
+                    half = found.setdefault(row.half, {})
+                    if not _equal(half.setdefault(condition.argument.name, part), part):
+                        raise SamplingLoopError(
+                            f"{shown(condition.argument.name)} of the {row.half} half differs between the models of "
+                            f"{type(self.pipe).__name__}; only one for all can be written down"
+                        )
+        return found
+
+    # Other calls
+
+    def _altered_call(self) -> _Watch | None:
+        """A call with another prompt or label, to see what follows it; None where nothing can be altered."""
+        inputs = {name: _altered(name, value) for name, value in self.inputs.items()}
+        if all(inputs[name] is self.inputs[name] for name in inputs):
+            return None
+        return self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), inputs=inputs)
+
+    def _any_number(self, program: Program) -> int | None:
+        """None if a call of twice the images follows the program too, else the number it was probed with."""
+        images = self.shapes.images
+        inputs = _doubled(self.inputs, self.parameters)
+        if inputs is None:
+            return images
+        try:
+            self._verified(program, inputs, 2 * images)
+        except (ValueError, RuntimeError, DifaError):  # whatever the pipeline has against it
+            return images
+        return None
+
+    def _lowered(self, program: Program, base: Mapping[str, float]) -> Program:
+        """Scales that may be 1 and less as well, since they are only an input of the model."""
+        found = []
+        for index, scale in enumerate(program.scales):
+            at = {**base, scale.name: UNGUIDED_AT}
+            try:
+                read = self.read(at, None)
+            except (NotLinearError, SamplingLoopError):
+                read = None
+            values = [UNGUIDED_AT if place == index else PROBED_AT[0] for place in range(len(program.scales))]
+            same = read is not None and _agrees(program, read, values)
+            found.append(replace(scale, above=None) if same else scale)
+        return replace(program, scales=tuple(found))
+
+    # Is it right?
+
+    def _verified(self, program: Program, inputs: Mapping[str, Any], images: int | None = None) -> float:
+        """The largest error of replays on random data, at the scales of the call and at two further ones."""
+        choices: list[dict[str, float]] = [{}]
+        if program.scales:
+            choices = [{scale.name: at for scale in program.scales} for at in VERIFIED_AT]
+        worst = 0.0
+        for scales in choices:
+            error, rounding = self._difference(program, inputs, images or self.shapes.images, scales)
+            allowed = min(max(ROUNDINGS * rounding, LEAST), MOST)
+            if not error <= allowed:
+                raise self._wrong(error, allowed)
+            worst = max(worst, error)
+        return worst
+
+    def _difference(
+        self, program: Program, inputs: Mapping[str, Any], images: int, scales: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """Of a replay from the pipeline, and of the replay in float32 from that in float64; over what the models are
+        given and the final latents, relative to the largest value of each."""
+        seen: list[_Event] = []
+
+        def value(event: _Event, given: Callable[[], Any] | None) -> Any:
+            if event.kind != "call":
+                return None
+            seen.append(event)
+            event.tensors = {name: tensor.clone() for name, tensor in event.tensors.items()}
+            like = _first(self.shapes.templates[event.form], "sample")
+            sample = self.shapes.samples[event.form]
+            event.rows, event.shape = len(event.tensors[sample]), tuple(like.shape[1:])
+            made = _stand_in(len(seen), sample, event.shape, event.tensors)
+            return _with(self.shapes.templates[event.form], made.to(like.dtype), "sample")
+
+        watch = self.watch(value, scales=scales, inputs=inputs, seed=17)
+        chosen = {scale.name: scales[scale.name] for scale in program.scales}
+        exact, final = self._replayed(program, seen, images, chosen, torch.float64)
+        rounded, rounded_final = self._replayed(program, seen, images, chosen, torch.float32)
+        last = next(event for event in reversed(watch.events) if event.kind == "sample").tensors["output"]
+        term = program.final[0]
+        from_last = len(program.final) == 1 and isinstance(program.operations[term.value], Sample)
+        wanted = last[term.group * images :][:images] if from_last else watch.result
+        assert wanted is not None
+        names = [self.shapes.samples[event.form] for event in seen]
+        samples = [event.tensors[name] for event, name in zip(seen, names, strict=True)]
+        error, rounding = _relative(final, wanted), _relative(rounded_final, final)
+        for event, found in zip(seen, exact, strict=True):
+            error = max(error, *(_relative(found[name], tensor) for name, tensor in event.tensors.items()))
+        for sample, name, found, other in zip(samples, names, exact, rounded, strict=True):
+            rounding = max(rounding, _relative(other[name], found[name]) if bool(sample.any()) else 0.0)
+        return (error if math.isfinite(error) else math.inf), rounding
+
+    def _replayed(
+        self, program: Program, seen: Sequence[_Event], images: int, scales: Mapping[str, float], dtype: torch.dtype
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """What the models are given in a replay, and the final latents; it must call them as the pipeline did."""
+        given: list[dict[str, Tensor]] = []
+
+        def call(form: Form, operation: Call, inputs: dict[str, Tensor]) -> Tensor:
+            event = seen[len(given)] if len(given) < len(seen) else None
+            if event is None or event.form != (form.model, form.branch) or set(inputs) != set(event.tensors):
+                raise SamplingLoopError("the pipeline calls its models otherwise than the program does")
+            for name, tensor in event.tensors.items():
+                if tensor.shape != inputs[name].shape or tensor.dtype != inputs[name].dtype:
+                    raise SamplingLoopError(f"{shown(name)} is of another form than in the call that was probed")
+            given.append(inputs)
+            return _stand_in(len(given), form.sample.name, form.output, inputs)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(18)
+            conditioning = self.conditioning(program, seen, images)
+            generator = torch.Generator().manual_seed(17)
+            final = replay(program, generator, conditioning, call, images=images, scales=scales, dtype=dtype)
+        if len(given) != len(seen):
+            raise SamplingLoopError("the pipeline calls its models more often than the program does")
+        return given, final
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _check_config(scheduler: Any) -> None:
+    config = getattr(scheduler, "config", {})
+    if not isinstance(config, Mapping):
+        return
+    name = type(scheduler).__name__
+    if config.get("thresholding") is True:
+        raise NotLinearError(f"{name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
+
+
+def _hint(pipe: Any) -> str:
+    """What of a scheduler's settings may be the reason."""
+    config = getattr(pipe.scheduler, "config", {})
+    kind_of_variance = str(config.get("variance_type", "")) if isinstance(config, Mapping) else ""
+    if kind_of_variance.startswith("learned"):
+        return f"variance_type={quoted(kind_of_variance)} takes the variance from the model; choose a fixed one"
+    return "use another scheduler, or leave out options that rescale or normalise guidance"
+
+
+def _check_same(wanted: Sequence[_Event], found: Sequence[_Event], by: str) -> None:
+    def told(events: Sequence[_Event]) -> list[Any]:
+        return [(event.kind, event.rows, event.shape, event.told, event.step, event.form) for event in events]
+
+    if told(wanted) != told(found):
+        raise NotLinearError(f"which calls, draws and clamps the loop makes depends on {by}, so no list can hold them")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def _argument(name: str, tensor: Tensor, rows: int) -> Argument:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise SamplingLoopError(f"the input {shown(name)} is of the dtype {dtype}, which no program holds")
+    batched = tensor.ndim > 0 and len(tensor) == rows
+    return Argument(name, dtype, tuple(tensor.shape[1:] if batched else tensor.shape), batched)
+
+
+def _view_of(place: Tensor) -> View | None:
+    """The sizes and strides that put element ``place[i]`` in position i; None where none do."""
+    total, offset = place.numel(), int(place[0])
+    moved = (place - offset).tolist()
+    sizes: list[int] = []
+    strides: list[int] = []
+    block = 1
+    while block < total:
+        stride, count = moved[block], 2
+        while (count + 1) * block <= total and moved[count * block] == count * stride:
+            count += 1
+        while total % (block * count):
+            count -= 1
+        sizes.insert(0, count)
+        strides.insert(0, stride)
+        block *= count
+    view = View(tuple(sizes) or (1,), tuple(strides) or (1,), offset)
+    if min((*view.strides, offset)) < 0:
+        return None
+    seen = torch.arange(view.last + 1).as_strided(view.sizes, view.strides, offset).flatten()
+    return view if torch.equal(seen, place) else None
+
+
+def _affine(found: Sequence[float]) -> Number:
+    """``base + slope_1 * scale_1 + ...`` through what was found at the first scales, and with one of them moved."""
+    low, high = PROBED_AT
+    slopes = [(moved - found[0]) / (high - low) for moved in found[1:]]
+    number = [found[0] - sum(slope * low for slope in slopes), *slopes]
+    while len(number) > 1 and number[-1] == 0.0:
+        number.pop()
+    return tuple(number)
+
+
+def _combined(reads: Sequence[_Read], key: tuple[int, int]) -> Combination:
+    found = [read.factors.get(key, {}) for read in reads]
+    sources = sorted(set().union(*found))
+    return tuple(Term(*source, _affine([each.get(source, 0.0) for each in found])) for source in sources)
+
+
+def _same_read(one: _Read, other: _Read) -> bool:
+    if one.factors != other.factors or one.final != other.final:
+        return False
+    pairs = zip(one.events, other.events, strict=True)
+    return all(
+        _equal(tensor, b.tensors[name]) for a, b in pairs if a.kind == "call" for name, tensor in a.tensors.items()
+    )
+
+
+def _agrees(program: Program, read: _Read, scales: Sequence[float]) -> bool:
+    """Whether a probe at other scales found what the program says of them."""
+    if len(read.events) != len(program.operations):
+        return False
+    for number, (event, operation) in enumerate(zip(read.events, program.operations, strict=True)):
+        if isinstance(operation, Draw):
+            continue
+        for group, combination in enumerate(operation.inputs):
+            said = {(term.value, term.group): value_of(term.factor, scales) for term in combination}
+            found = read.factors.get((number, group), {})
+            if any(abs(said.get(key, 0.0) - found.get(key, 0.0)) > 1e-5 for key in {*said, *found}):
+                return False
+        if isinstance(operation, Call):
+            form = program.forms[operation.form]
+            if event.form != (form.model, form.branch):
+                return False
+            for argument, numbers in zip(form.values, operation.values, strict=True):
+                first = float(event.tensors[argument.name].flatten()[0])
+                if abs(value_of(numbers[0], scales) - first) > 1e-5 * (1 + abs(first)):
+                    return False
+    return True
+
+
+def _altered(name: str, value: Any) -> Any:
+    """Another prompt or label; the very same object where it is neither."""
+    if isinstance(value, Tensor):
+        return value + 1 if "embeds" in name and value.is_floating_point() else value
+    if isinstance(value, str):
+        return ("a" if value != "a" else "b") if "prompt" in name else value
+    if isinstance(value, (list, tuple)) and value:
+        if all(isinstance(item, str) for item in value):
+            return [_altered(name, item) for item in value] if "prompt" in name else value
+        if "label" in name and all(isinstance(item, int) for item in value):
+            return [item - 1 if item > 0 else item + 1 for item in value]
+    return value
+
+
+def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments for twice the images; None where it is not known how to ask for them."""
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if name in parameters:
+            return {**inputs, name: 2 * int(inputs.get(name) or 1)}
+    if isinstance(inputs.get("class_labels"), (list, tuple)):
+        return {**inputs, "class_labels": [*inputs["class_labels"], *inputs["class_labels"]]}
+    return None
+
+
+def _stand_in(number: int, sample: str, output: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Tensor:
+    """A function in a model's place: not linear, another one at each call, of all inputs, and each row by itself."""
+    rows = inputs[sample].flatten(1).float()
+    elements = math.prod(output)
+    generator = torch.Generator().manual_seed(number)
+    weights = torch.randn(2, elements, generator=generator).to(rows.device)
+    wide = rows.repeat(1, -(-elements // rows.shape[1]))[:, :elements]
+    others = torch.zeros(len(rows), 1, device=rows.device)
+    for name, tensor in sorted(inputs.items()):
+        if name != sample:
+            batched = tensor.ndim > 0 and len(tensor) == len(rows)
+            mean = tensor.double().flatten(1).mean(1) if batched and tensor.ndim > 1 else tensor.double()
+            mean = mean if batched else mean.mean().expand(len(rows))
+            others += (mean / (1 + mean.abs())).float().unsqueeze(1)
+    made = torch.tanh(weights[0] * wide + 0.3 * wide.roll(1, 1) + weights[1] + 0.3 * others)
+    return made.view(len(rows), *output)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    largest = float(wanted.double().abs().max())
+    difference = float((found.double() - wanted.double()).abs().max())
+    return difference / largest if largest else difference
