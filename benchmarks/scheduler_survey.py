@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from difa_compile.bundle.program import Clamp, Program, Sample
 from difa_compile.errors import DifaError, NotLinearError, SamplingLoopError
 from difa_compile.export.probing import probe
-from difa_compile.export.program import Clamp, Program, Sample
 from difa_compile.wording import shown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "schedulers.md"

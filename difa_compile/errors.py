@@ -173,6 +173,18 @@ class BundleFormatError(BundleError, ValueError):
     """A bundle whose manifest or weights are damaged, of another version, or do not belong together."""
 
 
+class BundleVersionError(BundleFormatError):
+    """A bundle written by another release."""
+
+
+class BundleIntegrityError(BundleFormatError):
+    """A file of a bundle that is not what was exported: cut off, exchanged, edited, missing, or a link."""
+
+
+class BundleInputError(BundleError, ValueError):
+    """A tier, steps or images that a bundle was not exported for, or conditions and scales that it cannot take."""
+
+
 class TargetError(BundleError, RuntimeError):
     """A target that is not installed or cannot be compiled for, or an engine made for another processor or release."""
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn, overrides
 from torch.fx.experimental import _config as symbolic
 from torch.utils._python_dispatch import _disable_current_modes
 
+from difa_compile.bundle.program import Form, Program
 from difa_compile.errors import AfterLoopError, NotAppliedError
 from difa_compile.export.probing import put, quiet
-from difa_compile.export.program import Form, Program
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
 from difa_compile.wording import shown

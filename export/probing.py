@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from difa_compile.errors import DifaError, NotAppliedError, NotLinearError, SamplingLoopError
-from difa_compile.export.program import (
+from difa_compile.bundle.program import (
     DTYPES,
     Argument,
     Call,
@@ -45,6 +44,7 @@ from difa_compile.export.program import (
     replay,
     value_of,
 )
+from difa_compile.errors import DifaError, NotAppliedError, NotLinearError, SamplingLoopError
 from difa_compile.pipeline.call_arguments import refused
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
@@ -73,7 +73,7 @@ _RANDOM = {
 
 @dataclass(frozen=True)
 class Probed:
-    """A program, and the conditions of the call it was found with, as :func:`difa_compile.export.program.replay` takes
+    """A program, and the conditions of the call it was found with, as :func:`difa_compile.bundle.program.replay` takes
     them: ``conditioning[half][name]``. ``images``: how many that call makes."""
 
     program: Program

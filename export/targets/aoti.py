@@ -2,15 +2,14 @@
 
 Weights and constants are handed over when a package is loaded, as views of the one file of weights (``user_managed``),
 so that all engines and threads share them. Local attention is a call of ``difa::local_attention_cpu``, whose library
-(:func:`kernel_library`) is loaded first; C++ programs load it with ``dlopen``.
+(:func:`difa_compile.bundle.sessions.load_kernel`) is loaded first; C++ programs load it with ``dlopen``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from difa_compile.bundle.sessions import load_package
+from difa_compile.bundle.weights import bytes_of
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import TargetError
+from difa_compile.export.targets import Lowered
 from difa_compile.export.targets.onnx import joined_plainly
-from difa_compile.export.weights import bytes_of
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.ops.reference import default_scale
@@ -31,21 +32,8 @@ PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
 
 
-@dataclass(frozen=True)
-class AotiEngine:
-    """A package. ``tensors``: what it is handed when loaded, by the name that it has in the file of weights, and
-    ``names``: by the package's own name for it that name. ``weights``: those that are the model's own.
-    ``instruction_set``: what its code needs, as torch names it. ``kernel``: whether it calls our CPU kernel."""
-
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    names: Mapping[str, str]
-    weights: tuple[str, ...]
-    instruction_set: str
-    kernel: bool
-
-
-def to_aoti(program: ExportedProgram, path: Path, portable: bool = False) -> AotiEngine:
-    """Compile ``program`` into the package ``path``, which must end in ``.pt2``. Takes some ten seconds.
+def lowered(program: ExportedProgram, path: Path, portable: bool = False) -> Lowered:
+    """A piece: the package ``path`` with the ending ``.pt2``. Compiling it takes some ten seconds or more.
 
     ``portable``: for any processor of this kind from the last ten years, rather than for this one.
     Raises :class:`TargetError` where a compiler or what ``portable`` asks for is missing, and where local attention is
@@ -60,43 +48,19 @@ def to_aoti(program: ExportedProgram, path: Path, portable: bool = False) -> Aot
     if kernel:
         program = program.run_decompositions({LOCAL_ATTENTION: _on_cpu})
     configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if portable else {})}
+    file = path.with_suffix(".pt2")
     with torch.no_grad():
-        made = aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-    assert Path(made) == path
-    names, tensors, weights = {}, {}, []
-    own = {**program.state_dict, **program.constants}
-    for fqn in loaded(path).get_constant_fqns():
-        tensor = own[fqn]
-        if fqn in program.state_dict:
-            name = fqn
-            weights.append(fqn)
-        else:
-            name = f"table.{hashlib.sha256(bytes_of(tensor)).hexdigest()[:32]}"
-        names[fqn], tensors[name] = name, tensor
-    return AotiEngine(tensors, names, tuple(weights), instruction_set_of(path), kernel)
-
-
-def loaded(path: Path) -> Any:
-    """A package as a function of its inputs, with ``load_constants`` and ``get_constant_fqns``.
-
-    Of a package that calls our kernel :func:`kernel_library` must be loaded first.
-    """
-    from torch._inductor import aoti_load_package
-
-    return aoti_load_package(str(path))
-
-
-def hand_over(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give a loaded package its weights, by its own names, which stay the caller's: they must outlive it, and what is
-    written into them is what it computes with."""
-    model.load_constants(dict(tensors), check_full_update=True, user_managed=True)
-
-
-def kernel_library() -> Path:
-    """The library with ``difa::local_attention_cpu``, built if need be. Raises :class:`TargetError`."""
-    if (reason := build.why_not_built()) is not None:
-        raise TargetError(f"our kernel for local attention cannot be had: {reason}")
-    return build.build()
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
+    names: dict[str, str] = {}
+    tables: dict[str, Tensor] = {}
+    for own in load_package(file).get_constant_fqns():
+        if own in program.state_dict:
+            names[own] = own
+            continue
+        tensor = program.constants[own]
+        names[own] = f"table.{hashlib.sha256(bytes_of(tensor)).hexdigest()[:32]}"
+        tables[names[own]] = tensor
+    return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)
 
 
 def instruction_set_of(path: Path) -> str:

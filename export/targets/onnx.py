@@ -3,7 +3,7 @@
 * *Weights keep their identity.* They are inputs of the graph while it is optimised, so that nothing is folded into
   them, transposed or merged: a LoRA, which changes weights, needs no other engine. Linear layers become ``Gemm`` with
   the weight as it is. In the end weights are initializers by name whose bytes the model does not have
-  (:func:`with_weights` says where they are).
+  (:func:`finished` says where they are).
 * *Local attention* is one node ``difa::LocalAttention_<n>`` with the op's attributes, and a function of that name whose
   body is plain operations (:mod:`difa_compile.export.plain_attention`): any runtime runs it, and one with a kernel of
   ours can take the node. Each geometry has a name of its own, because TensorRT's parser takes the first function of a
@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,15 +28,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from difa_compile.bundle.weights import Place, bytes_of
 from difa_compile.decision import Window
+from difa_compile.errors import TargetError
 from difa_compile.export.plain_attention import PlainLocalAttention
-from difa_compile.export.weights import bytes_of
+from difa_compile.export.targets import Lowered
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir as ir
 
 OPSET = 20
@@ -44,14 +46,6 @@ DOMAIN = "difa"
 NAME = "LocalAttention"
 SMALL = 256
 """Numbers up to which a constant stands in the model itself."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where the bytes of a tensor lie: ``offset`` and ``length`` in bytes."""
-
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -148,26 +142,59 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
     return graph.initializers[name]
 
 
-def with_weights(engine: OnnxEngine, file: str, places: Mapping[str, Stored]) -> onnx.ModelProto:
-    """The model as it is written: its tensors lie in ``file`` (a name, beside the model) at ``places``.
-
-    Raises ``KeyError`` if a tensor has no place.
-    """
+def lowered(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path) -> Lowered:
+    """A piece: ``path`` with the ending ``.onnx``. Raises :class:`TargetError` without the packages that make it."""
+    try:
+        import onnx
+        import onnxscript
+    except ImportError as error:
+        raise TargetError(
+            f"engines of the target onnx are made with onnx and onnxscript: pip install onnx onnxscript ({error})"
+        ) from error
     import onnx_ir as ir
 
-    for name in engine.tensors:
-        value = engine.model.graph.initializers[name]
-        place, tensor = places[name], engine.tensors[name]
-        value.const_value = ir.ExternalTensor(
-            file,
-            place.offset,
-            place.length,
-            _dtype(tensor.dtype),
-            shape=ir.Shape(tuple(tensor.shape)),
-            name=name,
+    made = to_onnx(program, inputs, outputs)
+    for name, tensor in made.tensors.items():
+        _placed(
+            made.model.graph.initializers[name],
+            tensor.dtype,
+            tuple(tensor.shape),
+            _NOWHERE,
+            Place(0, 0, tensor.dtype, ()),
         )
-        value.shape, value.type = ir.Shape(tuple(tensor.shape)), ir.TensorType(_dtype(tensor.dtype))
-    return ir.serde.serialize_model(engine.model)
+    file = path.with_suffix(".onnx")
+    file.write_bytes(ir.serde.serialize_model(made.model).SerializeToString())
+    tables = {name: tensor for name, tensor in made.tensors.items() if name not in made.weights}
+    versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__, "opset": str(OPSET)}
+    return Lowered(file, {name: name for name in made.tensors}, tables, versions)
+
+
+_NOWHERE = "weights"
+
+
+def finished(piece: Path, file: str, places: Mapping[str, Place]) -> bytes:
+    """The content of a model whose tensors lie in ``file``, beside it, at ``places``. Raises ``KeyError`` if one has no
+    place."""
+    import onnx
+    import onnx_ir as ir
+
+    model = ir.serde.deserialize_model(onnx.load(piece, load_external_data=False))
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            place = places[name]
+            _placed(value, place.dtype, place.shape, file, place)
+    content: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return content
+
+
+def _placed(value: ir.Value, dtype: torch.dtype, shape: tuple[int, ...], file: str, place: Place) -> None:
+    """Let an initializer's numbers lie in a file."""
+    import onnx_ir as ir
+
+    value.const_value = ir.ExternalTensor(
+        file, place.offset, place.length, _dtype(dtype), shape=ir.Shape(shape), name=str(value.name)
+    )
+    value.shape, value.type = ir.Shape(shape), ir.TensorType(_dtype(dtype))
 
 
 def joined_plainly(program: ExportedProgram) -> ExportedProgram:

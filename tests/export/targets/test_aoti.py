@@ -5,11 +5,12 @@ import platform
 import pytest
 import torch
 
+from difa_compile.bundle.sessions import hand_over, load_kernel, load_package
+from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
 from difa_compile.export.targets import aoti
-from difa_compile.export.targets.aoti import hand_over, instruction_set_of, kernel_library, loaded, to_aoti
-from difa_compile.export.weights import WeightFile, write_weights
+from difa_compile.export.targets.aoti import instruction_set_of, to_aoti
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
 from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows
@@ -22,8 +23,8 @@ def check(attend, folder, tokens=TOKENS, **options):
     write_weights(folder / "weights.safetensors", engine.tensors)
     weights = WeightFile(folder / "weights.safetensors")
     if engine.kernel:
-        assert kernel_library().exists()
-    model = loaded(folder / "engine.pt2")
+        load_kernel()
+    model = load_package(folder / "engine.pt2")
     handed = {fqn: weights[name] for fqn, name in engine.names.items()}
     hand_over(model, handed)
     for batch in (1, 2, 5):
@@ -74,8 +75,6 @@ def test_windows_need_the_kernel(tmp_path, monkeypatch):
     _, program = program_of(two_windows)
     with pytest.raises(TargetError, match="need our kernel for local attention: there is no compiler"):
         to_aoti(program, tmp_path / "engine.pt2")
-    with pytest.raises(TargetError, match="cannot be had: there is no compiler"):
-        kernel_library()
 
 
 def test_windows_that_the_kernel_does_not_serve(tmp_path):

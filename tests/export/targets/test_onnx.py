@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
 from difa_compile.export.targets.onnx import DOMAIN, NAME, Stored, join_heads, to_onnx, with_weights
-from difa_compile.export.weights import write_weights
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention

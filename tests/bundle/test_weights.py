@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difa_compile.bundle.weights import ALIGNMENT, DTYPES, WeightFile, bytes_of, write_weights
 from difa_compile.errors import BundleError, BundleFormatError, OutputError
-from difa_compile.export.weights import ALIGNMENT, DTYPES, WeightFile, bytes_of, write_weights
 
 
 def tensors():
@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(path, monkeypatch):
     def full(tensor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("difa_compile.export.weights.os.fsync", full)
+    monkeypatch.setattr("difa_compile.bundle.weights.os.fsync", full)
     with pytest.raises(OutputError, match="disk is full"):
         write_weights(path, {"a": torch.ones(2)})
     assert path.read_bytes() == before

@@ -1,0 +1,1 @@
+"""Bundles: folders of engines with one file of weights, and what runs them; no diffusers, no compiler."""

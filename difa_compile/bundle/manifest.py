@@ -1,0 +1,329 @@
+"""The manifest of a bundle: what is in the folder, and how it goes together; ``manifest.json``.
+
+A bundle is a folder of plain files, none of which is code of Python:
+
+```
+manifest.json                       this
+weights-<digest>.safetensors        all weights and tables, each once
+<engine>-<digest>.onnx, .pt2        engines, without weights
+programs/<tier>-<steps>.json        sampling loops
+plans/<tier>.json                   the plans that engines were made from
+self-test.safetensors               conditions and latents of a short run
+```
+
+Every file's size and SHA-256 stand in the manifest, whose own digest stands in itself. Names are checked to lie in the
+folder before anything is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from difa_compile.errors import BundleFormatError, BundleIntegrityError, BundleVersionError
+from difa_compile.files.documents import Format, Unfit
+from difa_compile.wording import quoted, shown
+
+MANIFEST = "manifest.json"
+SELF_TEST = "self-test.safetensors"
+
+FORMAT = Format(
+    name="manifest",
+    version_key="schema_version",
+    version=1,
+    keys=("made_with", "source", "files", "weights", "engines", "slots", "schedules", "plans", "decode"),
+    most_bytes=2**28,
+    damaged=BundleFormatError,
+    other_version=BundleVersionError,
+    edited=BundleIntegrityError,
+    where_from="give the folder of a bundle, as difa export writes it",
+    again="export again",
+)
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the manifest: plain data, nothing else beside."""
+
+
+class File(_Part, frozen=True):
+    """``bytes``: its size. ``sha256``: of its content, 64 hex digits."""
+
+    bytes: int
+    sha256: str
+
+
+class Source(_Part, frozen=True):
+    """Where the model comes from: the pipeline's class and name, licence and model card, where they are known."""
+
+    pipeline: str
+    name: str
+    model: str
+    config_digest: str
+    licence: str = ""
+    card: str = ""
+
+
+class Port(_Part, frozen=True):
+    """An input or output: ``shape`` in whole numbers, and as ``2*images`` where it grows with the images."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Engine(_Part, frozen=True):
+    """One file of one target.
+
+    ``row``: the row of roles that it carries out, a number from 0; -1 for what decodes. ``images``: the least and the
+    largest number of images. ``inputs``, ``outputs``: in the order in which it takes and gives them. ``weights``: by
+    its own name for a tensor the name in the file of weights. ``instruction_set``: what the processor must have, "" for
+    nothing in particular. ``kernel``: whether local attention in it is a call of our CPU kernel. ``versions``: what
+    reads it. ``why_static``: why it serves one number of images alone. ``key``: digest of what it was made from, by
+    which a later export into the same folder knows it again.
+    """
+
+    target: str
+    file: str
+    row: int
+    images: tuple[int, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: dict[str, str]
+    instruction_set: str = ""
+    kernel: bool = False
+    versions: dict[str, str] = {}
+    why_static: str = ""
+    key: str = ""
+
+
+class Slot(_Part, frozen=True):
+    """Memory that one cache at a time lies in; ``shape``: for one image."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class EngineCall(_Part, frozen=True):
+    """A call of the model in a schedule, in the order of the program's calls.
+
+    ``row``: of the engine. ``reads``, ``writes``: its caches by name, and the slot that each lies in; null is a cache
+    that nobody reads. ``weights``: of its forecasts, by name.
+    """
+
+    row: int
+    reads: dict[str, int]
+    writes: dict[str, int | None]
+    weights: dict[str, tuple[float, ...]] = {}
+
+
+class Schedule(_Part, frozen=True):
+    """A tier over one number of steps: its sampling program, a file, and the engine of each of its calls."""
+
+    tier: str
+    steps: int
+    program: str
+    calls: tuple[EngineCall, ...]
+
+
+class Decode(_Part, frozen=True):
+    """What the pipeline does after its loop: from latents to bytes of pictures ``(images, *shape)``."""
+
+    shape: tuple[int, ...]
+
+
+class Manifest(_Part, frozen=True):
+    """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan."""
+
+    made_with: dict[str, str]
+    source: Source
+    files: dict[str, File]
+    weights: str
+    engines: tuple[Engine, ...]
+    slots: tuple[Slot, ...]
+    schedules: tuple[Schedule, ...]
+    plans: dict[str, str]
+    decode: Decode | None = None
+
+    def content(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+    def to_json(self) -> dict[str, object]:
+        """The whole document: version, digest, content."""
+        return FORMAT.frame(self.content())
+
+    @classmethod
+    def from_json(cls, data: bytes | str, where: object) -> Manifest:
+        """Read a manifest. Raises :class:`BundleFormatError`, :class:`BundleVersionError` and
+        :class:`BundleIntegrityError`."""
+        fields = FORMAT.parse(data, where)
+        with FORMAT.reading(where, also=(msgspec.ValidationError,)):
+            found = msgspec.convert({name: fields[name] for name in FORMAT.keys}, cls)
+            _check(found)
+        FORMAT.check_digest(fields, found.content(), where)
+        return found
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """In the order in which they were exported."""
+        return tuple(dict.fromkeys(schedule.tier for schedule in self.schedules))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(engine.target for engine in self.engines))
+
+
+# --- consistency -----------------------------------------------------------------------------------------------------
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise :class:`Unfit` where a manifest contradicts itself."""
+    for name, file in manifest.files.items():
+        _check_name(name)
+        if not re.fullmatch("[0-9a-f]{64}", file.sha256) or file.bytes < 0:
+            raise Unfit(f"files.{name} has no size and digest")
+    named = [manifest.weights, *(engine.file for engine in manifest.engines)]
+    named += [*(schedule.program for schedule in manifest.schedules), *manifest.plans.values()]
+    for name in named:
+        if name not in manifest.files:
+            raise Unfit(f"{quoted(name, 100)} is named, but not among the files")
+    if not manifest.engines or not manifest.schedules:
+        raise Unfit("a bundle has at least one engine and one schedule")
+    if len({(each.tier, each.steps) for each in manifest.schedules}) < len(manifest.schedules):
+        raise Unfit("a tier has two schedules for the same number of steps")
+    rows = {engine.row for engine in manifest.engines}
+    for engine in manifest.engines:
+        _check_engine(engine)
+    for schedule in manifest.schedules:
+        where = f"schedule {schedule.tier!r} of {schedule.steps} steps"
+        if schedule.tier not in manifest.plans:
+            raise Unfit(f"{where} has no plan")
+        for call in schedule.calls:
+            if call.row < 0 or call.row not in rows:
+                raise Unfit(f"{where} calls row {call.row}, for which there is no engine")
+            slots = [*call.reads.values(), *(slot for slot in call.writes.values() if slot is not None)]
+            if any(not 0 <= slot < len(manifest.slots) for slot in slots):
+                raise Unfit(f"{where} names a slot that there is not")
+            if set(call.reads.values()) & set(call.writes.values()):
+                raise Unfit(f"{where} has a call that reads and writes one slot")
+    if manifest.decode is not None and -1 not in rows:
+        raise Unfit("there is no engine that decodes")
+
+
+def _check_engine(engine: Engine) -> None:
+    where = f"engine {shown(engine.file)}"
+    if engine.row < -1 or not 1 <= engine.images[0] <= engine.images[1]:
+        raise Unfit(f"{where} is for row {engine.row} and {engine.images[0]} to {engine.images[1]} images")
+    ports = [*engine.inputs, *engine.outputs]
+    if len({port.name for port in engine.inputs}) < len(engine.inputs) or len(
+        {port.name for port in engine.outputs}
+    ) < len(engine.outputs):
+        raise Unfit(f"{where} has two ports of one name")
+    for port in ports:
+        for size in port.shape:
+            if isinstance(size, int) and size < 0:
+                raise Unfit(f"{where}: {shown(port.name)} has the size {size}")
+            if isinstance(size, str) and not re.fullmatch(r"(?:[1-9][0-9]{0,8}\*)?images", size):
+                raise Unfit(f"{where}: {shown(port.name)} has the size {shown(size)}, which is none")
+        if port.dtype not in DTYPES:
+            raise Unfit(f"{where}: {shown(port.name)} is of {shown(port.dtype)}; known are {', '.join(DTYPES)}")
+
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+def sizes_of(shape: tuple[int | str, ...], images: int) -> tuple[int, ...]:
+    """A port's shape for so many images."""
+    return tuple(
+        size if isinstance(size, int) else images * int(size.removesuffix("images").removesuffix("*") or 1)
+        for size in shape
+    )
+
+
+def _check_name(name: str) -> None:
+    """Names are of one or two parts, each beginning with a letter or digit: nothing leaves the folder."""
+    if not re.fullmatch(r"(?:[A-Za-z0-9][\w.-]{0,99}/)?[A-Za-z0-9][\w.-]{0,199}", name, re.ASCII) or name == MANIFEST:
+        raise Unfit(f"{quoted(name, 100)} is no name of a file in a bundle")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a bundle's file: a plain one that lies in the folder, with no link on the way.
+
+    Raises :class:`BundleIntegrityError`.
+    """
+    path = folder
+    for part in Path(name).parts:
+        path = path / part
+        try:
+            mode = os.lstat(path).st_mode
+        except OSError as error:
+            raise BundleIntegrityError(
+                f"{shown(name)} of the bundle {shown(folder)} cannot be read: {shown(error.strerror or error)}; copy "
+                "the whole folder again, or export again"
+            ) from error
+        if stat.S_ISLNK(mode):
+            raise BundleIntegrityError(
+                f"{shown(name)} of the bundle {shown(folder)} is a link, which could lead anywhere; put the file "
+                "itself there"
+            )
+    if not stat.S_ISREG(mode):
+        raise BundleIntegrityError(f"{shown(name)} of the bundle {shown(folder)} is no plain file; export again")
+    return path
+
+
+def checked_bytes(folder: Path, name: str, files: Mapping[str, File]) -> bytes:
+    """The content of a small file, which is what the manifest says. Raises :class:`BundleIntegrityError`."""
+    path = file_in(folder, name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleIntegrityError(f"{shown(path)} cannot be read: {shown(error.strerror or error)}") from error
+    _compare(path, files[name], len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def check_file(folder: Path, name: str, files: Mapping[str, File], whole: bool = True) -> Path:
+    """A file's path, once its size is what the manifest says and, if ``whole``, its digest.
+
+    Raises :class:`BundleIntegrityError`.
+    """
+    path = file_in(folder, name)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if whole else files[name].sha256
+    except OSError as error:
+        raise BundleIntegrityError(f"{shown(path)} cannot be read: {shown(error.strerror or error)}") from error
+    _compare(path, files[name], size, digest)
+    return path
+
+
+def _compare(path: Path, wanted: File, size: int, digest: str) -> None:
+    if size != wanted.bytes:
+        raise BundleIntegrityError(
+            f"{shown(path)} has {size} bytes, and the manifest says {wanted.bytes}: it was cut off or exchanged; copy "
+            "the whole folder again, or export again"
+        )
+    if digest != wanted.sha256:
+        raise BundleIntegrityError(
+            f"{shown(path)} is not what was exported: its SHA-256 is {digest[:12]}..., the manifest says "
+            f"{wanted.sha256[:12]}...; copy the whole folder again, or export again"
+        )
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a bundle. Raises :class:`BundleFormatError`, :class:`BundleVersionError` and
+    :class:`BundleIntegrityError`."""
+    path = Path(folder) / MANIFEST
+    return Manifest.from_json(FORMAT.read_bytes(path), path)

@@ -1,0 +1,343 @@
+"""A bundle that is run: called like a pipeline, without diffusers.
+
+bundle = difa_compile.load_bundle("digits/")
+images = bundle(class_labels=[3, 8], steps=50, seed=0).images
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difa_compile.bundle.manifest import (
+    SELF_TEST,
+    Engine,
+    EngineCall,
+    Port,
+    Schedule,
+    check_file,
+    checked_bytes,
+    read_manifest,
+    sizes_of,
+)
+from difa_compile.bundle.program import Call, Condition, Form, Program, replay
+from difa_compile.bundle.sessions import SESSIONS, Session, open_session
+from difa_compile.bundle.weights import WeightFile
+from difa_compile.errors import BundleInputError, BundleIntegrityError, ReplayError
+from difa_compile.files.documents import parse_json
+from difa_compile.wording import quoted, shown
+
+HALVES = ("cond", "uncond")
+MOST_STEPS_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """``latents`` (images, *shape), float32; ``images``: pictures (images, height, width, channels) in uint8, None
+    where the bundle does not decode."""
+
+    latents: Tensor
+    images: Tensor | None
+
+
+def load_bundle(folder: str | Path, target: str | None = None, *, prepack: bool = False) -> Bundle:
+    """Open a bundle. The manifest is checked now, and each file before it is used for the first time.
+
+    ``target``: which engines to run, ``"onnx"`` or ``"aoti"``; by default the first that the bundle has. ``prepack``:
+    let ONNX Runtime copy weights into its favoured form; quicker, and each engine then has weights of its own.
+
+    Raises :class:`BundleFormatError` and its subclasses for what is no bundle, a damaged one, or one of another
+    release, and :class:`TargetError`.
+    """
+    return Bundle(Path(folder), target, prepack)
+
+
+class Bundle:
+    """Engines, weights and sampling programs of one model. Several threads may call it; they share everything but
+    caches.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it says of itself.
+        target: whose engines are run.
+    """
+
+    def __init__(self, folder: Path, target: str | None, prepack: bool) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        targets = self.manifest.targets
+        if target is None:
+            target = next((each for each in targets if each in SESSIONS), targets[0])
+        if target not in targets:
+            raise BundleInputError(
+                f"the bundle {shown(folder)} has no engines for {quoted(target)}; it has them for {', '.join(targets)}"
+            )
+        self.target = target
+        self._prepack = prepack
+        self._weights = WeightFile(check_file(folder, self.manifest.weights, self.manifest.files))
+        self._sessions: dict[str, Session] = {}
+        self._programs: dict[str, Program] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        return self.manifest.tiers
+
+    def steps(self, tier: str | None = None) -> tuple[int, ...]:
+        """The numbers of steps that a tier (by default the first) was exported for."""
+        return tuple(each.steps for each in self.manifest.schedules if each.tier == (tier or self.tiers[0]))
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        *,
+        steps: int | None = None,
+        tier: str | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
+        images: int | None = None,
+        callback: Callable[[int, int, Tensor], bool | None] | None = None,
+        decode: bool = True,
+        **named: Any,
+    ) -> Sampled:
+        """Sample images.
+
+        ``named``: what the model is conditioned on, by the name that it has for it, one entry an image:
+        ``class_labels=[3, 8]``. ``conditions``: the same by half, ``{"cond": {...}, "uncond": {...}}``, where the
+        unconditional half needs something, too (a negative prompt's embedding). ``images``: how many, where nothing
+        tells it. ``steps``, ``tier``: the first that were exported by default. ``seed`` or ``generator``: the noise is
+        torch's, number by number what the pipeline would draw. ``guidance``: the scale; that of the export by default.
+        ``callback(step, steps, latents)`` after each step; sampling ends if it returns ``False``.
+
+        Raises :class:`BundleInputError` for what was not exported or does not fit, :class:`ReplayError` for conditions
+        and scales that the program cannot take, :class:`SamplingCancelledError`.
+        """
+        if seed is not None and generator is not None:
+            raise BundleInputError("a seed and a generator were given; give one of them")
+        schedule = self._schedule(tier, steps)
+        program = self._program(schedule)
+        given, count = self._conditions(program, conditions or {}, named, images)
+        if generator is None:
+            generator = torch.Generator()
+            generator.manual_seed(torch.seed() if seed is None else seed)
+        course = _Course(self, schedule, count)
+        latents = replay(
+            program, generator, given, course.call, images=count, scales=_scales(program, guidance), callback=callback
+        )
+        return Sampled(latents, self.decode(latents) if decode and self.manifest.decode is not None else None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (images, height, width, channels) in uint8 of final latents (images, *shape).
+
+        Raises :class:`BundleInputError` where the bundle does not decode.
+        """
+        if self.manifest.decode is None:
+            raise BundleInputError("the bundle has no engine that decodes; decode its latents with the pipeline's VAE")
+        count = len(latents)
+        engine = self._serving(-1, count)
+        if engine is None:  # one by one
+            return torch.cat([self.decode(latents[i : i + 1]) for i in range(count)])
+        session = self._session(engine)
+        return session.run([latents.float().contiguous()], [None], count)[0]
+
+    def self_test(self) -> float:
+        """Make the short run that lies in the bundle; the largest difference of its latents from those that the
+        pipeline made of the same noise, relative to the largest of them.
+
+        Raises :class:`BundleIntegrityError` for a self-test that is damaged.
+        """
+        data = WeightFile(check_file(self.folder, SELF_TEST, self.manifest.files))
+        worst = 0.0
+        for schedule in self.manifest.schedules:
+            name = f"{schedule.tier}.{schedule.steps}"
+            if f"latents.{name}" not in data:
+                continue
+            wanted = data[f"latents.{name}"]
+            given: dict[str, dict[str, Tensor]] = {}
+            for key in data.places:
+                if key.startswith("condition."):
+                    _, half, argument = key.split(".", 2)
+                    given.setdefault(half, {})[argument] = data[key]
+            seed = int(data["seed"])
+            found = self(
+                steps=schedule.steps, tier=schedule.tier, seed=seed, conditions=given, images=len(wanted), decode=False
+            ).latents
+            worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
+        return worst
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    def _schedule(self, tier: str | None, steps: int | None) -> Schedule:
+        tier = self.tiers[0] if tier is None else tier
+        if tier not in self.tiers:
+            raise BundleInputError(f"the bundle has no tier {quoted(tier)}; it has {', '.join(self.tiers)}")
+        found = self.steps(tier)
+        wanted = found[0] if steps is None else steps
+        for schedule in self.manifest.schedules:
+            if (schedule.tier, schedule.steps) == (tier, wanted):
+                return schedule
+        raise BundleInputError(
+            f"tier {tier} was not exported for {quoted(steps)} steps; it was for {', '.join(map(str, found))}: choose "
+            "one of them, or export again with --steps"
+        )
+
+    def _program(self, schedule: Schedule) -> Program:
+        with self._lock:
+            if schedule.program not in self._programs:
+                data = checked_bytes(self.folder, schedule.program, self.manifest.files)
+                program = Program.from_json(parse_json(data), schedule.program)
+                if program.steps != schedule.steps or len(program.calls) != len(schedule.calls):
+                    raise BundleIntegrityError(
+                        f"{shown(schedule.program)} is not the program of {schedule.steps} steps that the manifest "
+                        "speaks of; export again"
+                    )
+                self._programs[schedule.program] = program
+            return self._programs[schedule.program]
+
+    def _serving(self, row: int, images: int) -> Engine | None:
+        """The engine of a row for so many images."""
+        return next(
+            (
+                engine
+                for engine in self.manifest.engines
+                if engine.target == self.target and engine.row == row and engine.images[0] <= images <= engine.images[1]
+            ),
+            None,
+        )
+
+    def _session(self, engine: Engine) -> Session:
+        with self._lock:
+            if engine.file not in self._sessions:
+                self._sessions[engine.file] = open_session(
+                    engine, self.folder, self.manifest.files, self._weights, self._prepack
+                )
+            return self._sessions[engine.file]
+
+    def images_served(self) -> str:
+        """How many images a call can make, in words."""
+        ranges = {engine.images for engine in self.manifest.engines if engine.target == self.target and engine.row >= 0}
+        return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in sorted(ranges))
+
+    def _conditions(
+        self,
+        program: Program,
+        conditions: Mapping[str, Mapping[str, Tensor]],
+        named: Mapping[str, Any],
+        images: int | None,
+    ) -> tuple[dict[str, dict[str, Tensor]], int]:
+        """Conditions by half and name, and for how many images they are."""
+        known = {each.argument.name: each for form in program.forms for each in form.conditions}
+        given = {half: dict(values) for half, values in conditions.items()}
+        for name, value in named.items():
+            if name not in known:
+                raise BundleInputError(
+                    f"the model takes no {quoted(name)}; it is conditioned on {', '.join(known) or 'nothing'}"
+                )
+            given.setdefault(HALVES[0], {})[name] = _tensor(value, known[name])
+        for half, values in given.items():
+            for name, value in values.items():
+                if name not in known:
+                    raise BundleInputError(
+                        f"the model takes no {quoted(name)}; it is conditioned on {', '.join(known) or 'nothing'}"
+                    )
+                values[name] = _tensor(value, known[name])
+                if known[name].argument.batched and images is None:
+                    images = len(values[name])
+            given[half] = values
+        return given, 1 if images is None else images
+
+
+class _Course:
+    """One pass through a schedule: the calls of its engines, and the caches between them."""
+
+    def __init__(self, bundle: Bundle, schedule: Schedule, images: int) -> None:
+        self._bundle, self._images = bundle, images
+        self._calls = iter(schedule.calls)
+        self._slots: dict[int, Tensor] = {}
+        rows = {call.row for call in schedule.calls}
+        missing = [row for row in rows if bundle._serving(row, images) is None]
+        if missing:
+            raise BundleInputError(
+                f"{images} images at once were asked for; the bundle's engines serve {bundle.images_served()}: export "
+                "again with --batch, or make them in several calls"
+            )
+
+    def call(self, form: Form, call: Call, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the engine of the next call."""
+        del call
+        entry = next(self._calls)
+        engine = self._bundle._serving(entry.row, self._images)
+        assert engine is not None
+        given = [self._input(engine, entry, port.name, inputs) for port in engine.inputs]
+        into = [self._place(entry, port) for port in engine.outputs]
+        outputs = self._bundle._session(engine).run(given, into, self._images)
+        found = next(
+            value for port, value in zip(engine.outputs, outputs, strict=True) if port.name not in entry.writes
+        )
+        return found.reshape(form.groups * self._images, *form.output)
+
+    def _input(self, engine: Engine, entry: EngineCall, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        if name in entry.reads:
+            return self._slots[entry.reads[name]]
+        port = next(port for port in engine.inputs if port.name == name)
+        dtype = getattr(torch, port.dtype)
+        if name in entry.weights:
+            return torch.tensor(entry.weights[name], dtype=dtype)
+        if name not in inputs:
+            raise BundleIntegrityError(
+                f"{shown(engine.file)} takes {quoted(name)}, which its program does not give; export again"
+            )
+        return inputs[name].to(dtype).reshape(sizes_of(port.shape, self._images)).contiguous()
+
+    def _place(self, entry: EngineCall, port: Port) -> Tensor | None:
+        """Memory for an output: a cache's slot."""
+        number = entry.writes.get(port.name)
+        if number is None:
+            return None
+        if number not in self._slots:
+            self._slots[number] = torch.empty(sizes_of(port.shape, self._images), dtype=getattr(torch, port.dtype))
+        return self._slots[number]
+
+
+def _tensor(value: Any, condition: Condition) -> Tensor:
+    """What a condition is given, as a tensor of its dtype and shape. Raises :class:`BundleInputError`."""
+    argument = condition.argument
+    try:
+        tensor = torch.as_tensor(value, dtype=getattr(torch, argument.dtype))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BundleInputError(f"{argument.name} is {quoted(value)}, which is no tensor: {error}") from error
+    rest = tuple(tensor.shape[1:]) if argument.batched else tuple(tensor.shape)
+    if rest != argument.shape or (argument.batched and not tensor.ndim):
+        rows = "images, " if argument.batched else ""
+        raise BundleInputError(
+            f"{argument.name} has the shape {tuple(tensor.shape)}; it must be ({rows}"
+            f"{', '.join(map(str, argument.shape))})"
+        )
+    return tensor
+
+
+def _scales(program: Program, guidance: float | Mapping[str, float] | None) -> dict[str, float]:
+    if guidance is None:
+        return {}
+    if isinstance(guidance, Mapping):
+        return {name: float(value) for name, value in guidance.items()}
+    free = [scale.name for scale in program.scales]
+    if len(free) != 1:
+        baked = ", ".join(f"{scale.name} = {scale.value:g}" for scale in program.baked)
+        raise ReplayError(
+            f"a guidance scale of {guidance:g} was given, but the program leaves {', '.join(free) or 'none'} free"
+            + (f"; {baked} was baked in" if baked else "; give them by name")
+        )
+    return {free[0]: float(guidance)}
+
+
+__all__ = ["Bundle", "Sampled", "load_bundle"]

@@ -1,0 +1,629 @@
+"""Exporting a pipeline with its plans: from a pipeline in memory to a bundle on the disk.
+
+    export(pipe, {"fast": plan}, "digits/", inputs={"class_labels": [3]}, steps=[20, 50], targets=["onnx", "aoti"])
+
+What is long is kept: every engine is stored under a digest of what it is made from as soon as it is done, in the
+bundle's own folder, so that an export which was interrupted, or is repeated with more tiers, makes only what is
+missing. Files are named by their content and the manifest is written last, so that the folder holds a whole bundle at
+any time: the old one, then the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import difa_compile
+from difa_compile.bundle.manifest import (
+    MANIFEST,
+    SELF_TEST,
+    Decode,
+    Engine,
+    EngineCall,
+    File,
+    Manifest,
+    Port,
+    Schedule,
+    Slot,
+    Source,
+    check_file,
+    read_manifest,
+)
+from difa_compile.bundle.program import Program
+from difa_compile.bundle.weights import Place, WeightFile, write_weights
+from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
+from difa_compile.export import engines as engines_module
+from difa_compile.export.after_loop import after_loop
+from difa_compile.export.buckets import Buckets, EngineRow, fitted
+from difa_compile.export.buckets import Schedule as PlannedSchedule
+from difa_compile.export.captured import CapturedCall, captured, more_images, progress_of
+from difa_compile.export.engines import IMAGES, engines_of
+from difa_compile.export.probing import Probed, probe
+from difa_compile.export.targets import LOWERINGS, Lowered
+from difa_compile.files.writing import check_writable, write_whole
+from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.transformers import find_transformers
+from difa_compile.plan.data import model_digest
+from difa_compile.plan.plan import Plan
+from difa_compile.wording import quoted, shown
+
+Told = Callable[[str], None]
+PIECES = ".pieces"
+"""Folder of what is finished before the bundle is."""
+COMPARED = (1, 2, 3)
+"""Numbers of images at which a model is captured, to see what grows with them."""
+TEST_SEED = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export. ``engines``: how many rows of roles. ``made``: how many engines were built now, and
+    ``kept``: how many were there. ``bytes``: of the whole folder. ``cost``: what all steps cost, without and with the
+    limit on engines, as a share of the former."""
+
+    folder: Path
+    manifest: Manifest
+    engines: int
+    made: int
+    kept: int
+    bytes: int
+    cost: float
+
+
+def export(
+    pipe: Any,
+    plans: Plan | Mapping[str, Plan],
+    out: str | Path,
+    *,
+    inputs: Mapping[str, Any],
+    steps: Sequence[int],
+    targets: Sequence[str] = ("onnx",),
+    most_images: int = 8,
+    max_engines: int | None = None,
+    portable: bool = False,
+    name: str = "",
+    told: Told = lambda text: None,
+) -> Exported:
+    """Write a bundle of ``pipe`` with its plans into the folder ``out``.
+
+    ``plans``: by tier (``"fast"``, ``"balanced"``); one alone is the tier ``"planned"``. ``inputs``: arguments of a
+    call of the pipeline that makes one image, its size and guidance among them. ``steps``: the numbers of steps that
+    callers will be able to choose. ``targets``: of ``"onnx"`` and ``"aoti"``. ``most_images``: per call; engines serve
+    any number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many
+    engines run them all, which makes them compute more. ``portable``: AOTInductor for more than this processor.
+    ``told`` is given a line for each thing that is done.
+
+    Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
+    :class:`SamplingLoopError` for a sampling loop that cannot be written down, :class:`TargetError` for a target that
+    is not installed, :class:`OutputError`, and what :func:`difa_compile.apply` raises.
+    """
+    given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
+    _check(given, steps, targets, most_images)
+    folder = check_writable(out)
+    with _alone(folder):
+        return _Exporting(pipe, given, folder, dict(inputs), tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)),
+                          most_images, max_engines, portable, name, told).exported()  # fmt: skip
+
+
+def _check(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
+    for tier in plans:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", tier, re.ASCII):
+            raise BundleInputError(f"the tier {quoted(tier)} is no name; use letters, digits, points and dashes")
+    if not plans or not steps or not targets:
+        raise BundleInputError("an export needs at least one plan, one number of steps and one target")
+    for target in targets:
+        if target not in LOWERINGS:
+            raise BundleInputError(f"the target {quoted(target)} is unknown; known are {', '.join(LOWERINGS)}")
+    for count in (*steps, most_images):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise BundleInputError(f"{quoted(count)} is no number of steps or images; give whole numbers from 1 on")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder for this export; another one is told so. The lock goes with its process."""
+    path = folder / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise OutputError(f"the folder {shown(folder)} cannot be written to: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ExportError(
+                f"another export is writing into {shown(folder)}; wait for it, or name another folder"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """An engine of a target, its file of weights not there yet. ``content``: what is left to finish."""
+
+    key: str
+    row: int
+    target: str
+    label: str
+    lowered: Lowered
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    images: tuple[int, int]
+    why_static: str
+
+
+@dataclass
+class _Exporting:
+    """One export, from the arguments of :func:`export`."""
+
+    pipe: Any
+    plans: Mapping[str, Plan]
+    folder: Path
+    inputs: dict[str, Any]
+    steps: tuple[int, ...]
+    targets: tuple[str, ...]
+    most_images: int
+    max_engines: int | None
+    portable: bool
+    name: str
+    told: Told
+
+    def __post_init__(self) -> None:
+        self.made = self.kept = 0
+        self.models = {self._component(model): model for model in find_transformers(self.pipe)}
+        self.old = self._old()
+        self.pieces_folder = self.folder / PIECES
+        self.pieces_folder.mkdir(exist_ok=True)
+
+    def _component(self, model: nn.Module) -> str:
+        return str(next(name for name, value in self.pipe.components.items() if value is model))
+
+    def _old(self) -> Manifest | None:
+        """The bundle that is there already, None where there is none that can be read."""
+        try:
+            return read_manifest(self.folder)
+        except BundleFormatError:
+            return None
+
+    # --- all of it ---------------------------------------------------------------------------------------------------
+
+    def exported(self) -> Exported:
+        calls = self._captured()
+        probed = {steps: self._probed(steps) for steps in self.steps}
+        keys = [(tier, steps) for tier in self.plans for steps in self.steps]
+        planned = [
+            PlannedSchedule(self.plans[tier], progress_of(self.pipe, self.inputs, steps), self._order(probed[steps]))
+            for tier, steps in keys
+        ]
+        found = fitted(calls[1], planned, self.max_engines)
+        rows = found.buckets.rows
+        self.told(f"{len(rows)} engines for {', '.join(f'{tier} at {steps} steps' for tier, steps in keys)}")
+        pieces = [piece for i, row in enumerate(rows) for piece in self._row(i, row, calls)]
+        decode, decoding = self._decode(probed[self.steps[0]])
+        pieces += decoding
+        manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
+        self._clean(manifest)
+        return Exported(
+            self.folder,
+            manifest,
+            len(rows),
+            self.made,
+            self.kept,
+            sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
+            found.after / found.before if found.before else 1.0,
+        )
+
+    def _captured(self) -> dict[int, tuple[CapturedCall, ...]]:
+        """Calls of the transformers for several numbers of images."""
+        plan = next(iter(self.plans.values()))
+        found = {1: captured(self.pipe, self.inputs, plan)}
+        if found[1][0].images != 1:
+            raise BundleInputError(
+                f"the inputs make {found[1][0].images} images; give those of a call that makes one: engines for more "
+                "follow from most_images"
+            )
+        for count in COMPARED[1:]:
+            if count <= self.most_images:
+                found[count] = captured(self.pipe, more_images(self.pipe, self.inputs, count), plan)
+        return found
+
+    def _probed(self, steps: int) -> Probed:
+        count = min(2, self.most_images)
+        inputs = more_images(self.pipe, self.inputs, count) if count > 1 else self.inputs
+        found = probe(self.pipe, inputs, steps)
+        self.told(
+            f"the sampling loop of {steps} steps: {len(found.program.calls)} calls, off by {found.program.error:.1e}"
+        )
+        return found
+
+    def _order(self, probed: Probed) -> tuple[tuple[tuple[int, str | None], ...], ...]:
+        """By step the transformers and branches that the pipeline calls."""
+        program, names = probed.program, list(self.models)
+        calls: list[list[tuple[int, str | None]]] = [[] for _ in range(program.steps)]
+        for call in program.calls:
+            form = program.forms[call.form]
+            calls[call.step].append((names.index(form.model), form.branch))
+        return tuple(map(tuple, calls))
+
+    # --- engines -----------------------------------------------------------------------------------------------------
+
+    def _row(self, number: int, row: EngineRow, calls: Mapping[int, Sequence[CapturedCall]]) -> list[_Piece]:
+        """The engines of a row of roles, for every target."""
+        of_row = [each[row.call] for each in calls.values()]
+        first = of_row[0]
+        described = {
+            "graph": hashlib.sha256(first.capture.model.module.code.encode()).hexdigest(),
+            "model": model_digest(first.model).config_digest,
+            "roles": list(map(str, row.roles)),
+            "dtypes": sorted({str(value.dtype) for value in first.args if isinstance(value, Tensor)}),
+            "calls": [[list(value.shape) for value in call.args if isinstance(value, Tensor)] for call in of_row],
+            "images": self.most_images,
+        }
+        component = self._component(first.model)
+        found: list[_Piece] = []
+        lazily: list[Any] = []
+        for target in self.targets:
+            key = self._key(target, described)
+            known = self._known(key, number, target)
+            if known:
+                self.kept += len(known)
+                found += known
+                continue
+            if not lazily:
+                lazily.append(engines_of(of_row, row.roles, self.most_images))
+            for place, engine in enumerate(lazily[0]):
+                label = f"row-{number:02d}" + (f"-{engine.images[1]}" if len(lazily[0]) > 1 else "")
+                self.told(f"{target}: {label}, {len(engine.weights)} weights, {_range(engine.images)} images")
+                self._lower(
+                    key, place, number, target, label, component, engine.program,
+                    tuple(_port(each) for each in engine.inputs), tuple(_port(each) for each in engine.outputs),
+                    engine.images, engine.why_static,
+                )  # fmt: skip
+            found += self._finished(key, number)
+        return found
+
+    def _decode(self, probed: Probed) -> tuple[Decode | None, list[_Piece]]:
+        """The engines of what comes after the loop."""
+        program = probed.program
+        found: list[_Piece] = []
+        try:
+            ranges: list[Any] = []
+            if self.most_images > 1:
+                ranges.append(after_loop(self.pipe, more_images(self.pipe, self.inputs, 2), program, 2, as_bytes=True))
+            if not ranges or ranges[0].least > 1:
+                ranges.append(after_loop(self.pipe, self.inputs, program, 1, as_bytes=True))
+        except AfterLoopError as error:
+            self.told(f"latents are not decoded in the bundle: {error}")
+            return None, []
+        for target in self.targets:
+            for place, each in enumerate(ranges):
+                serves = (each.least, min(each.most or self.most_images, self.most_images))
+                images: int | str = IMAGES if serves[0] < serves[1] or each.most is None else serves[0]
+                described = {
+                    "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
+                    "shapes": [list(program.shape), list(each.shape), *serves],
+                }
+                key = self._key(target, described)
+                known = self._known(key, -1, target)
+                if known:
+                    self.kept += len(known)
+                    found += known
+                    continue
+                label = "decode" + (f"-{serves[1]}" if len(ranges) > 1 else "")
+                self.told(f"{target}: {label}")
+                latents = Port("latents", "float32", (images, *program.shape))
+                pictures = Port("images", str(each.dtype).removeprefix("torch."), (images, *each.shape))
+                self._lower(key, place, -1, target, label, "", each.program, (latents,), (pictures,), serves, "")
+                found += self._finished(key, -1)
+        return Decode(tuple(ranges[0].shape)), found
+
+    def _key(self, target: str, described: Mapping[str, object]) -> str:
+        """A digest of all that an engine depends on, but for the numbers in the weights."""
+        import diffusers
+
+        versions = {
+            "torch": str(torch.__version__),
+            "diffusers": diffusers.__version__,
+            "difa-compile": difa_compile.__version__,
+            "processor": "" if self.portable or target != "aoti" else torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+        }
+        return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
+
+    def _lower(
+        self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,
+        inputs: tuple[Port, ...], outputs: tuple[Port, ...], images: tuple[int, int], why_static: str,
+    ) -> None:  # fmt: skip
+        """Make one engine of one target, and keep it in the folder of pieces."""
+        folder = self.pieces_folder / f"{key}.part"
+        if place == 0:  # what an interrupted export has left of it is not whole
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        lower, _ = LOWERINGS[target]
+        made = lower(
+            program, [port.name for port in inputs], [port.name for port in outputs], folder / str(place), self.portable
+        )
+        prefix = f"{component}." if component else ""
+        made = replace(
+            made,
+            weights={own: name if name in made.tables else prefix + name for own, name in made.weights.items()},
+        )
+        piece = _Piece(key, row, target, label, made, inputs, outputs, images, why_static)
+        _keep(piece, folder / f"{place}.json")
+        self.made += 1
+
+    def _finished(self, key: str, row: int) -> list[_Piece]:
+        """The engines of a key, all of which are there: from now on they are found again."""
+        whole = self.pieces_folder / key
+        os.replace(self.pieces_folder / f"{key}.part", whole)
+        return _all_kept(whole, row)
+
+    def _known(self, key: str, row: int, target: str) -> list[_Piece]:
+        """The engines of a key that are there: left by an export that was interrupted, or in the bundle of an earlier
+        one."""
+        whole = self.pieces_folder / key
+        if whole.is_dir():
+            return _all_kept(whole, row)
+        if self.old is None:
+            return []
+        engines = [engine for engine in self.old.engines if (engine.key, engine.target) == (key, target)]
+        try:
+            files = [check_file(self.folder, engine.file, self.old.files) for engine in engines]
+            weights = WeightFile(check_file(self.folder, self.old.weights, self.old.files))
+        except BundleFormatError:
+            return []  # damaged: made anew
+        return [
+            _Piece(
+                key, row, target, re.sub(r"^row-[0-9]+", f"row-{row:02d}", engine.file.rsplit("-", 1)[0]),
+                Lowered(
+                    file, dict(engine.weights),
+                    {name: weights[name] for name in engine.weights.values() if name.startswith("table.")},
+                    dict(engine.versions), engine.instruction_set, engine.kernel,
+                ),
+                engine.inputs, engine.outputs, engine.images, engine.why_static,
+            )
+            for engine, file in zip(engines, files, strict=True)
+        ]  # fmt: skip
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _written(
+        self,
+        pieces: Sequence[_Piece],
+        decode: Decode | None,
+        buckets: Buckets,
+        schedules: Mapping[tuple[str, int], PlannedSchedule],
+        probed: Mapping[int, Probed],
+    ) -> Manifest:
+        """Write everything, the manifest last."""
+        files: dict[str, File] = {}
+        weights, places = self._weights(pieces, files)
+        engines = []
+        for piece in pieces:
+            _, finish = LOWERINGS[piece.target]
+            own = {name: places[stored] for name, stored in piece.lowered.weights.items()}
+            content = finish(piece.lowered.file, weights, own)
+            name = f"{piece.label}-{_digest(content)[:12]}{piece.lowered.file.suffix}"
+            self._write(name, content, files)
+            engines.append(
+                Engine(
+                    piece.target, name, piece.row, piece.images, piece.inputs, piece.outputs, piece.lowered.weights,
+                    piece.lowered.instruction_set, piece.lowered.kernel, piece.lowered.versions, piece.why_static,
+                    piece.key,
+                )
+            )  # fmt: skip
+        plans = {}
+        for tier, plan in self.plans.items():
+            plans[tier] = f"plans/{tier}.json"
+            self._write(plans[tier], plan.to_json().encode(), files)
+        programs = {}
+        for steps, each in probed.items():
+            programs[steps] = f"programs/{steps}.json"
+            self._write(programs[steps], json.dumps(each.program.to_json()).encode(), files)
+        self._self_test(schedules, probed, files)
+        manifest = Manifest(
+            made_with=_made_with(),
+            source=self._source(),
+            files=dict(sorted(files.items())),
+            weights=weights,
+            engines=tuple(engines),
+            slots=tuple(Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in buckets.slots),
+            schedules=tuple(
+                Schedule(tier, steps, programs[steps], tuple(
+                    EngineCall(
+                        call.engine,
+                        {str(name): slot for name, slot in call.reads},
+                        {str(name): slot for name, slot in call.writes},
+                        {str(name): numbers for name, numbers in call.weights},
+                    )
+                    for call in course
+                ))
+                for (tier, steps), course in zip(schedules, buckets.courses, strict=True)
+            ),
+            plans=plans,
+            decode=decode,
+        )  # fmt: skip
+        document = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
+        Manifest.from_json(document, "that was made")
+        write_whole(self.folder / MANIFEST, document + "\n", "the manifest")
+        return manifest
+
+    def _weights(self, pieces: Sequence[_Piece], files: dict[str, File]) -> tuple[str, Mapping[str, Place]]:
+        """Write the file of weights: what any engine reads, each once. Its name, and where tensors lie in it."""
+        own: dict[str, Tensor] = {}
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module):
+                for fqn, tensor in (*component.named_parameters(), *component.named_buffers()):
+                    own[f"{name}.{fqn}"] = tensor
+        tables = {name: tensor for piece in pieces for name, tensor in piece.lowered.tables.items()}
+        read = {stored for piece in pieces for stored in piece.lowered.weights.values()}
+        missing = sorted(name for name in read if name not in own and name not in tables)
+        if missing:
+            raise ExportError(
+                f"engines read {quoted(missing[0])}, which is no parameter of the pipeline's components "
+                f"({', '.join(self.models)}); this is a fault of difa-compile: please report the model"
+            )
+        tensors = {name: tables[name] if name in tables else own[name] for name in read}
+        fresh = self.folder / ".weights.tmp"
+        try:
+            places = write_weights(fresh, tensors)
+            with fresh.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = f"weights-{digest[:12]}.safetensors"
+            files[name] = File(fresh.stat().st_size, digest)
+            os.replace(fresh, self.folder / name)
+        finally:
+            fresh.unlink(missing_ok=True)
+        self.told(f"weights: {len(tensors)} tensors, {files[name].bytes / 2**20:.1f} MiB")
+        return name, places
+
+    def _write(self, name: str, content: bytes, files: dict[str, File]) -> None:
+        write_whole(self.folder / name, content, f"{name} of the bundle")
+        files[name] = File(len(content), hashlib.sha256(content).hexdigest())
+
+    def _self_test(
+        self,
+        schedules: Mapping[tuple[str, int], PlannedSchedule],
+        probed: Mapping[int, Probed],
+        files: dict[str, File],
+    ) -> None:
+        """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier."""
+        fewest = min(self.steps)
+        program = probed[fewest].program
+        tensors = {"seed": torch.tensor(TEST_SEED)}
+        for half, values in probed[fewest].conditioning.items():
+            for name, value in values.items():
+                rows = probed[fewest].images
+                tensors[f"condition.{half}.{name}"] = value[: len(value) // rows] if len(value) % rows == 0 else value
+        for tier in self.plans:
+            schedule = schedules[tier, fewest]
+            latents = latents_of(self.pipe, self.inputs, schedule.plan, fewest, program)
+            tensors[f"latents.{tier}.{fewest}"] = latents
+        path = self.folder / SELF_TEST
+        write_weights(path, tensors)
+        files[SELF_TEST] = File(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+
+    def _source(self) -> Source:
+        model = next(iter(self.models.values()))
+        digest = model_digest(model)
+        name = self.name or str(getattr(self.pipe, "name_or_path", "") or "")
+        if Path(name).is_absolute():
+            name = Path(name).name  # where it lay on this machine is nobody's business
+        return Source(type(self.pipe).__name__, name, digest.class_name, digest.config_digest)
+
+    def _clean(self, manifest: Manifest) -> None:
+        """Delete what earlier exports and interrupted ones have left."""
+        shutil.rmtree(self.pieces_folder, ignore_errors=True)
+        named = {MANIFEST, *manifest.files}
+        for path in (*self.folder.glob("*-????????????.*"), *self.folder.glob("p*s/*.json")):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in named:
+                path.unlink(missing_ok=True)
+
+
+def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, program: Program) -> Tensor:
+    """The final latents (images, *shape) of a call of the pipeline with a plan, its graphs run eagerly, with the noise
+    of the self-tests' seed."""
+    last: list[Tensor] = []
+    apply(pipe, plan, inner="eager")
+    scheduler = pipe.scheduler
+    plainly = scheduler.step
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        made = plainly(*arguments, **options)
+        last[:] = [made[0] if isinstance(made, (tuple, list)) else made.prev_sample]
+        return made
+
+    scheduler.step = step
+    try:
+        generator = torch.Generator().manual_seed(TEST_SEED)
+        with torch.no_grad():
+            pipe(**{**inputs, "num_inference_steps": steps, "generator": generator})
+    finally:
+        del scheduler.step
+        remove(pipe)
+    (term, *_) = program.final
+    groups = program.operations[term.value].groups
+    rows = last[0].shape[0] // groups
+    return last[0][term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape).clone()
+
+
+def _keep(piece: _Piece, path: Path) -> None:
+    """Store what is known of a piece beside its file."""
+    tables = {name: tensor.contiguous() for name, tensor in piece.lowered.tables.items()}
+    write_weights(path.with_suffix(".tables"), tables)
+    described = {
+        "key": piece.key,
+        "target": piece.target,
+        "label": piece.label,
+        "file": piece.lowered.file.name,
+        "weights": piece.lowered.weights,
+        "versions": piece.lowered.versions,
+        "instruction_set": piece.lowered.instruction_set,
+        "kernel": piece.lowered.kernel,
+        "inputs": msgspec.to_builtins(piece.inputs),
+        "outputs": msgspec.to_builtins(piece.outputs),
+        "images": piece.images,
+        "why_static": piece.why_static,
+    }
+    write_whole(path, json.dumps(described), "an engine")
+
+
+def _all_kept(folder: Path, row: int) -> list[_Piece]:
+    return [_kept(path, row) for path in sorted(folder.glob("*.json"))]
+
+
+def _kept(path: Path, row: int) -> _Piece:
+    """What :func:`_keep` has stored."""
+    fields = json.loads(path.read_text())
+    tables = WeightFile(path.with_suffix(".tables"))
+    lowered = Lowered(
+        path.parent / fields["file"], fields["weights"], {name: tables[name] for name in tables.places},
+        fields["versions"], fields["instruction_set"], fields["kernel"],
+    )  # fmt: skip
+    inputs, outputs = (msgspec.convert(fields[each], tuple[Port, ...]) for each in ("inputs", "outputs"))
+    low, high = fields["images"]
+    label = re.sub("^row-[0-9]+", f"row-{row:02d}", fields["label"])
+    return _Piece(
+        fields["key"], row, fields["target"], label, lowered, inputs, outputs, (low, high), fields["why_static"]
+    )
+
+
+def _port(port: engines_module.Port) -> Port:
+    return Port(port.name, str(port.dtype).removeprefix("torch."), port.shape)
+
+
+def _range(images: tuple[int, int]) -> str:
+    low, high = images
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _made_with() -> dict[str, str]:
+    import diffusers
+
+    return {
+        "difa-compile": difa_compile.__version__,
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
