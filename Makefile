@@ -54,11 +54,11 @@ $(TORCH_DONE): | $(BIN)/python
 	@touch $@
 
 $(DEMO_DONE): pyproject.toml $(TORCH_DONE)
-	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,train]"
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,export,train]"
 	@touch $@
 
 $(DEV_DONE): pyproject.toml $(TORCH_DONE)
-	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,train,dev]"
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,export,train,dev]"
 	@touch $@ $(DEMO_DONE)
 
 clean:

@@ -17,11 +17,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
     from difa_compile.backend.run import Run, sampling
+    from difa_compile.bundle.runner import load_bundle
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
     from difa_compile.comparison.planned import plan_within
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
+    from difa_compile.export.write import export_bundle
     from difa_compile.layout import Layout
     from difa_compile.pipeline.apply import apply, remove
     from difa_compile.pipeline.inspection import inspect_model
@@ -47,7 +49,9 @@ _HOME = {
     "WindowShape": "decision",
     "apply": "pipeline.apply",
     "calibrate": "calibration.calibrate",
+    "export_bundle": "export.write",
     "inspect_model": "pipeline.inspection",
+    "load_bundle": "bundle.runner",
     "load_pipeline": "pipeline.loading",
     "measure": "calibration.measure",
     "plan_from_rule": "pipeline.rules",
@@ -73,7 +77,9 @@ __all__ = [
     "WindowShape",
     "apply",
     "calibrate",
+    "export_bundle",
     "inspect_model",
+    "load_bundle",
     "load_pipeline",
     "measure",
     "plan_from_rule",

@@ -1,6 +1,6 @@
 """Exporting a pipeline with its plans: from a pipeline in memory to a bundle on the disk.
 
-    export(pipe, {"fast": plan}, "digits/", inputs={"class_labels": [3]}, steps=[20, 50], targets=["onnx", "aoti"])
+    export_bundle(pipe, {"fast": plan}, "digits/", inputs={"class_labels": [3]}, steps=[20, 50])
 
 What is long is kept: every engine is stored under a digest of what it is made from as soon as it is done, in the
 bundle's own folder, so that an export which was interrupted, or is repeated with more tiers, makes only what is
@@ -85,7 +85,7 @@ class Exported:
     cost: float
 
 
-def export(
+def export_bundle(
     pipe: Any,
     plans: Plan | Mapping[str, Plan],
     out: str | Path,
@@ -171,7 +171,7 @@ class _Piece:
 
 @dataclass
 class _Exporting:
-    """One export, from the arguments of :func:`export`."""
+    """One export, from the arguments of :func:`export_bundle`."""
 
     pipe: Any
     plans: Mapping[str, Plan]

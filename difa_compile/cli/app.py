@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 import difa_compile
+from difa_compile.cli.bundles import bundle_app, export, run
 from difa_compile.cli.demo import DemoOptions, require, run_demo
 from difa_compile.cli.failures import GuardedGroup, Output, interruptible, state_kept
 from difa_compile.cli.inputs import (
@@ -82,6 +83,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Plan, compile and compare the attention of diffusion transformers. Begin with [bold]difa demo[/].",
 )
+
+
+app.command()(export)
+app.command()(run)
+app.add_typer(bundle_app, name="bundle")
 
 
 def _console() -> Console:

@@ -161,7 +161,9 @@ def _real_digits(count: int, console: Console) -> Tensor | None:
     return images / 2 + 0.5
 
 
-EXTRAS = {"diffusers": "diffusers"} | dict.fromkeys(("numpy", "tqdm", "torchmetrics", "jinja2", "PIL"), "report")
+EXTRAS = {"diffusers": "diffusers", "msgspec": "export"} | dict.fromkeys(
+    ("numpy", "tqdm", "torchmetrics", "jinja2", "PIL"), "report"
+)
 
 
 def require(*modules: str) -> None:

@@ -54,7 +54,7 @@ def call_inputs(
         if name in call:
             raise typer.BadParameter(f"leave {name} out; {remedy}", param_hint="--inputs")
     if labels is not None:
-        call["class_labels"] = _labels(labels)
+        call["class_labels"] = labels_of(labels)
     if prompts:
         call["prompt"] = list(prompts)
     if guidance is not None:
@@ -179,7 +179,8 @@ def command_line() -> str:
     return visible(shlex.join(["difa", *sys.argv[1:]]))
 
 
-def _labels(text: str) -> list[int]:
+def labels_of(text: str) -> list[int]:
+    """Class numbers of a comma-separated list."""
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", text):
         raise typer.BadParameter(f"{quoted(text)} is not a list of class numbers such as 1,2,3", param_hint="--labels")
     return [int(part) for part in text.split(",")]
