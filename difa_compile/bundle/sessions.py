@@ -48,6 +48,7 @@ class OnnxSession:
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # every engine has threads of its own
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:

@@ -10,7 +10,7 @@ from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
 from difa_compile.export.targets import aoti
-from difa_compile.export.targets.aoti import instruction_set_of, to_aoti
+from difa_compile.export.targets.aoti import instruction_set_of, lowered
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
 from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows
@@ -19,13 +19,16 @@ from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of,
 def check(attend, folder, tokens=TOKENS, **options):
     """What the package computes with weights out of the one file, for several batches."""
     module, program = program_of(attend, tokens)
-    engine = to_aoti(program, folder / "engine.pt2", **options)
-    write_weights(folder / "weights.safetensors", engine.tensors)
+    engine = lowered(program, folder / "engine", **options)
+    assert engine.file == folder / "engine.pt2"
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    read = {name: engine.tables[name] if name in engine.tables else state[name] for name in engine.weights.values()}
+    write_weights(folder / "weights.safetensors", read)
     weights = WeightFile(folder / "weights.safetensors")
     if engine.kernel:
         load_kernel()
     model = load_package(folder / "engine.pt2")
-    handed = {fqn: weights[name] for fqn, name in engine.names.items()}
+    handed = {fqn: weights[name] for fqn, name in engine.weights.items()}
     hand_over(model, handed)
     for batch in (1, 2, 5):
         args = [torch.randn(batch, tokens, WIDTH) for _ in range(2)]
@@ -48,7 +51,7 @@ def test_weights_are_not_in_the_package_and_are_shared(tmp_path):
     module, engine, model, handed = check(full, tmp_path)
     assert not engine.kernel
     state = module.state_dict()
-    assert sorted(engine.weights) == sorted(state)
+    assert sorted(engine.weights.values()) == sorted(state)
     args = [torch.randn(2, TOKENS, WIDTH) for _ in range(2)]
     before = model(*args)[0]
     handed["out.bias"] += 1  # the very numbers that it computes with
@@ -67,18 +70,18 @@ def test_portable_packages_of_other_processors(tmp_path, monkeypatch):
     monkeypatch.setattr(aoti, "PORTABLE", {"pdp11": ("pdp11", 16)})
     _, program = program_of(full)
     with pytest.raises(TargetError, match="portable engines are for pdp11"):
-        to_aoti(program, tmp_path / "engine.pt2", portable=True)
+        lowered(program, tmp_path / "engine", portable=True)
 
 
 def test_windows_need_the_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(aoti.build, "why_not_built", lambda: "there is no compiler")
     _, program = program_of(two_windows)
     with pytest.raises(TargetError, match="need our kernel for local attention: there is no compiler"):
-        to_aoti(program, tmp_path / "engine.pt2")
+        lowered(program, tmp_path / "engine")
 
 
 def test_windows_that_the_kernel_does_not_serve(tmp_path):
     layout = Layout((8, 8), 0, 2)
     _, program = program_of(lambda q, k, v: local_attention(q, k, v, layout, Window("box", 1)), dtype=torch.float64)
     with pytest.raises(TargetError, match=r"not for torch\.float64"):
-        to_aoti(program, tmp_path / "engine.pt2")
+        lowered(program, tmp_path / "engine")

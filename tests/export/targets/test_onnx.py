@@ -5,7 +5,7 @@ import torch
 
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
-from difa_compile.export.targets.onnx import DOMAIN, NAME, Stored, join_heads, to_onnx, with_weights
+from difa_compile.export.targets.onnx import DOMAIN, NAME, finished, join_heads, lowered, to_onnx
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention
@@ -19,11 +19,14 @@ FILE = "weights.safetensors"
 
 def written(program, folder):
     """The model and its weights as files, and the weights' names."""
-    engine = to_onnx(program, ["sample", "cache.a"], ["output", "cache.b"])
+    names = ["sample", "cache.a"], ["output", "cache.b"]
+    engine = to_onnx(program, *names)
+    piece = lowered(program, *names, folder / "piece")
+    assert set(piece.weights.values()) == set(engine.tensors)
+    assert set(piece.tables) == set(engine.tensors) - set(engine.weights)
     places = write_weights(folder / FILE, engine.tensors)
-    model = with_weights(engine, FILE, {name: Stored(each.offset, each.length) for name, each in places.items()})
-    onnx.save(model, folder / "model.onnx")
-    return engine, model
+    (folder / "model.onnx").write_bytes(finished(piece.file, FILE, places))
+    return engine, onnx.load(folder / "model.onnx", load_external_data=False)
 
 
 def check(attend, folder, tokens=TOKENS, atol=2e-6):

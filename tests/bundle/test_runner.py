@@ -1,0 +1,166 @@
+"""Bundles that are run: what the pipeline with the plan makes, without diffusers, and what is refused."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from difa_compile.bundle.manifest import read_manifest
+from difa_compile.bundle.runner import load_bundle
+from difa_compile.errors import (
+    BundleInputError,
+    BundleIntegrityError,
+    ReplayError,
+    SamplingCancelledError,
+    TargetError,
+)
+from difa_compile.pipeline.apply import apply, remove
+from tests.support import bundles
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return load_bundle(bundles.kept())
+
+
+def sampled(labels, seed, guidance=3.0):
+    """What the pipeline makes with the plan: pictures in bytes."""
+    pipe = bundles.pipeline()
+    apply(pipe, bundles.plan(pipe), inner="eager")
+    images = pipe(
+        class_labels=labels,
+        guidance_scale=guidance,
+        num_inference_steps=bundles.STEPS,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).images
+    remove(pipe)
+    return torch.from_numpy(images * 255).round()
+
+
+@pytest.mark.parametrize(("labels", "seed", "guidance"), [([1], 0, 3.0), ([2, 0], 5, 3.0), ([1], 7, 6.5)])
+def test_it_makes_what_the_pipeline_makes(bundle, labels, seed, guidance):
+    found = bundle(class_labels=labels, seed=seed, guidance=guidance)
+    wanted = sampled(labels, seed, guidance)
+    assert found.images.shape == wanted.shape
+    assert found.images.dtype == torch.uint8
+    assert (found.images.float() - wanted).abs().max() <= 1
+
+
+def test_the_self_test(bundle):
+    assert 0 <= bundle.self_test() < bundles.AGREE
+
+
+def test_a_generator_is_used_as_the_pipeline_uses_it(bundle):
+    generator = torch.Generator().manual_seed(3)
+    one = bundle(class_labels=[1], generator=generator).latents
+    assert torch.equal(one, bundle(class_labels=[1], seed=3).latents)
+    assert not torch.equal(one, bundle(class_labels=[1], generator=generator).latents)
+    assert not torch.equal(bundle(class_labels=[1]).latents, bundle(class_labels=[1]).latents)
+
+
+def test_conditions_of_both_halves(bundle):
+    """An unconditional half of the same label is no guidance at all."""
+    label = torch.tensor([1])
+    same = {"cond": {"class_labels": label}}
+    assert torch.equal(bundle(conditions=same, seed=0).latents, bundle(class_labels=[1], seed=0).latents)
+
+
+def test_callbacks_see_every_step_and_can_end_it(bundle):
+    seen = []
+    bundle(class_labels=[1], seed=0, callback=lambda step, steps, latents: seen.append((step, steps, latents.shape)))
+    assert [each[:2] for each in seen] == [(step + 1, bundles.STEPS) for step in range(bundles.STEPS)]
+    with pytest.raises(SamplingCancelledError, match="after step 2"):
+        bundle(class_labels=[1], callback=lambda step, *_: step < 2)
+    assert torch.equal(bundle(class_labels=[1], seed=0).latents, bundle(class_labels=[1], seed=0).latents)
+
+
+def test_threads_share_a_bundle(bundle):
+    wanted = {seed: bundle(class_labels=[1], seed=seed).latents for seed in range(4)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: bundle(class_labels=[1], seed=seed).latents}))
+        for seed in wanted
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], wanted[seed]) for seed in wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tier": "slow"}, "has no tier 'slow'; it has quick"),
+        ({"steps": 5}, "was not exported for 5 steps; it was for 4"),
+        ({"class_labels": [1, 2, 3]}, "3 images at once were asked for; the bundle's engines serve"),
+        ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
+        ({"prompt": "a cat"}, "takes no 'prompt'; it is conditioned on class_labels"),
+        ({"class_labels": "one"}, "which is no tensor"),
+        ({"class_labels": [[1]]}, r"has the shape \(1, 1\); it must be \(images, \)"),
+        ({"class_labels": 1}, "has the shape"),
+        ({"conditions": {"cond": {"text": torch.zeros(1)}}}, "takes no 'text'"),
+    ],
+)
+def test_what_was_not_exported_is_refused(bundle, options, message):
+    with pytest.raises(BundleInputError, match=message):
+        bundle(**({} if "class_labels" in options or "conditions" in options else {"class_labels": [1]}) | options)
+
+
+def test_conditions_and_scales_that_the_program_cannot_take(bundle):
+    with pytest.raises(ReplayError):
+        bundle(images=1)
+    with pytest.raises(ReplayError):
+        bundle(class_labels=[1], guidance=0.5)
+    with pytest.raises(ReplayError):
+        bundle(class_labels=[1], guidance={"other": 2.0})
+
+
+def test_targets_that_are_not_there(tmp_path):
+    with pytest.raises(BundleInputError, match="has no engines for 'aoti'; it has them for onnx"):
+        load_bundle(bundles.kept(), "aoti")
+
+
+def test_nothing_damaged_is_loaded(tmp_path):
+    """Each file is checked before it is used for the first time."""
+    manifest = read_manifest(bundles.kept())
+    program = manifest.schedules[0].program
+    for number, name in enumerate([manifest.weights, program, *(engine.file for engine in manifest.engines)]):
+        folder = bundles.copy(tmp_path / str(number))
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(BundleIntegrityError, match="is not what was exported"):
+            load_bundle(folder)(class_labels=[1])
+
+
+def test_an_engine_in_another_ones_place(tmp_path):
+    folder = bundles.copy(tmp_path)
+    one, other = [engine.file for engine in read_manifest(folder).engines if engine.row >= 0][:2]
+    (folder / one).rename(folder / "kept")
+    (folder / other).rename(folder / one)
+    (folder / "kept").rename(folder / other)
+    with pytest.raises(BundleIntegrityError):
+        load_bundle(folder)(class_labels=[1])
+
+
+def test_without_onnxruntime(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(TargetError, match="pip install onnxruntime"):
+        load_bundle(bundles.kept())(class_labels=[1])
+
+
+def test_it_needs_neither_diffusers_nor_transformers():
+    code = f"""
+import sys
+for name in ("diffusers", "transformers"):
+    sys.modules[name] = None
+import difa_compile
+bundle = difa_compile.load_bundle({str(bundles.kept())!r})
+assert bundle(class_labels=[1], seed=0).images.shape[0] == 1
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr

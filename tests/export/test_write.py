@@ -1,0 +1,160 @@
+"""Exports: what is written, what a second one makes, what an interrupted one leaves, and what is refused."""
+
+import fcntl
+import os
+
+import pytest
+import torch
+
+from difa_compile.bundle.manifest import MANIFEST, read_manifest
+from difa_compile.bundle.runner import load_bundle
+from difa_compile.errors import BundleInputError, ExportError, OutputError
+from difa_compile.export import write as module
+from difa_compile.export.write import PIECES, export_bundle, latents_of
+from tests.support import bundles
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def pipe():
+    return bundles.pipeline()
+
+
+def exported(pipe, folder, plans=None, **options):
+    given = {"inputs": bundles.INPUTS, "steps": [bundles.STEPS], "most_images": 1, **options}
+    return export_bundle(pipe, bundles.plan(pipe) if plans is None else plans, folder, **given)
+
+
+@pytest.mark.slow
+def test_a_second_export_makes_what_is_new_alone(pipe, tmp_path):
+    """A further tier over the same folder; what the first one needed is there."""
+    first = exported(pipe, tmp_path)
+    assert (first.made, first.kept) == (first.engines + 1, 0)
+    plans = {"planned": bundles.plan(pipe), "forecast": bundles.plan(pipe, bundles.FORECAST)}
+    second = exported(pipe, tmp_path, plans)
+    assert second.kept == first.made
+    assert second.made == second.engines - first.engines > 0
+    assert second.manifest.tiers == ("planned", "forecast")
+    bundle = load_bundle(tmp_path)
+    program = bundle._program(bundle._schedule("forecast", bundles.STEPS))
+    for tier, plan in plans.items():
+        wanted = latents_of(pipe, bundles.INPUTS, plan, bundles.STEPS, program)
+        found = bundle(class_labels=[1], tier=tier, seed=module.TEST_SEED).latents
+        torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
+    assert not (tmp_path / PIECES).exists()
+    on_disk = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert on_disk == {*second.manifest.files, MANIFEST, ".lock"}, "nothing is left of the first"
+
+
+@pytest.mark.slow
+def test_an_export_that_is_stopped_goes_on_and_the_old_bundle_stays_whole(pipe, tmp_path, monkeypatch):
+    folder = bundles.copy(tmp_path)
+    old = read_manifest(folder)
+    plan = bundles.plan(pipe, bundles.FORECAST)
+    lower = module._Exporting._lower
+    lowered = []
+
+    def stopped(self, key, place, row, target, label, *rest):
+        if len(lowered) == 1:
+            raise KeyboardInterrupt
+        lowered.append(label)
+        lower(self, key, place, row, target, label, *rest)
+
+    monkeypatch.setattr(module._Exporting, "_lower", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        exported(pipe, folder, {"other": plan})
+    assert read_manifest(folder) == old
+    assert load_bundle(folder).self_test() < bundles.AGREE
+    monkeypatch.setattr(module._Exporting, "_lower", lower)
+    found = exported(pipe, folder, {"other": plan})
+    assert found.kept == 1
+    assert load_bundle(folder).self_test() < bundles.AGREE
+    assert found.manifest.tiers == ("other",)
+
+
+@pytest.mark.slow
+def test_few_engines_compute_more(pipe, tmp_path):
+    plans = {"reuse": bundles.plan(pipe), "forecast": bundles.plan(pipe, bundles.FORECAST)}
+    free = exported(pipe, tmp_path / "free", plans)
+    few = exported(pipe, tmp_path / "few", plans, max_engines=2)
+    assert few.engines <= 2 < free.engines
+    assert free.cost == 1 < few.cost
+    assert load_bundle(tmp_path / "few").self_test() < bundles.AGREE
+
+
+@pytest.mark.slow
+def test_aotinductor_gives_what_the_pipeline_gives(pipe, tmp_path):
+    exported(pipe, tmp_path, targets=["aoti"], most_images=2)
+    bundle = load_bundle(tmp_path)
+    assert bundle.target == "aoti"
+    assert bundle.self_test() < bundles.AGREE
+    assert bundle(class_labels=[1, 2], seed=0).images.shape[0] == 2
+    program = bundle._program(bundle._schedule(None, None))
+    wanted = latents_of(pipe, {**bundles.INPUTS, "class_labels": [1, 2]}, bundles.plan(pipe), bundles.STEPS, program)
+    found = bundle(class_labels=[1, 2], seed=module.TEST_SEED).latents
+    torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
+
+
+@pytest.mark.slow
+def test_weights_stand_in_it_once_and_no_place_of_this_machine(pipe, tmp_path):
+    found = exported(pipe, tmp_path)
+    model = sum(value.nbytes for value in pipe.transformer.parameters())
+    weights = found.manifest.files[found.manifest.weights].bytes
+    assert weights < model + 100_000
+    for path in tmp_path.rglob("*.*"):
+        if path.is_file():
+            assert os.fsencode(tmp_path) not in path.read_bytes()
+            assert os.fsencode(os.path.dirname(module.__file__)) not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": []}, "at least one plan, one number of steps and one target"),
+        ({"steps": [0]}, "is no number of steps or images"),
+        ({"steps": [True]}, "is no number of steps or images"),
+        ({"targets": []}, "at least one plan"),
+        ({"targets": ["tensorflow"]}, "the target 'tensorflow' is unknown; known are onnx, aoti"),
+        ({"most_images": 0}, "is no number of steps or images"),
+        ({"plans": {}}, "at least one plan"),
+        ({"inputs": {"class_labels": [1, 2]}}, "the inputs make 2 images; give those of a call that makes one"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(pipe, tmp_path, options, message):
+    with pytest.raises(BundleInputError, match=message):
+        exported(pipe, tmp_path, **options)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("tier", ["", "../x", "a/b", ".", "a b", "é"])
+def test_tiers_are_names(pipe, tmp_path, tier):
+    with pytest.raises(BundleInputError, match="is no name"):
+        exported(pipe, tmp_path, {tier: bundles.plan(pipe)})
+
+
+def test_two_exports_into_one_folder(pipe, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another export is writing into"):
+            exported(pipe, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        exported(pipe, tmp_path / "file" / "bundle")
+
+
+def test_a_full_disk_leaves_the_old_bundle(pipe, tmp_path, monkeypatch):
+    folder = bundles.copy(tmp_path)
+    old = read_manifest(folder)
+
+    def full(path, content, what):
+        raise OutputError(f"{what} cannot be written to {path}: the disk is full")
+
+    monkeypatch.setattr(module, "write_whole", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        exported(pipe, folder)
+    assert read_manifest(folder) == old
+    assert load_bundle(folder).self_test() < bundles.AGREE
