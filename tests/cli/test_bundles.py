@@ -1,0 +1,140 @@
+"""difa export, run, bundle show and verify."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from difa_compile.bundle.manifest import MANIFEST, read_manifest
+from difa_compile.bundle.runner import load_bundle
+from tests.support import bundles
+from tests.support.commands import run
+
+pytest.importorskip("onnxruntime")
+
+
+def test_run_writes_what_the_bundle_makes(tmp_path):
+    result = run("run", bundles.kept(), "-o", tmp_path / "out", "--labels", "1,2", "--seed", 4, "--guidance", 2.5)
+    assert result.exit_code == 0, result.output
+    wanted = load_bundle(bundles.kept())(class_labels=[1, 2], seed=4, guidance=2.5).images
+    found = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in found] == ["0000.png", "0001.png"]
+    for path, image in zip(found, wanted, strict=True):
+        with Image.open(path) as picture:
+            assert list(picture.getdata()) == image.flatten().tolist()
+
+
+def test_run_takes_conditions_from_a_file(tmp_path):
+    path = tmp_path / "conditions.safetensors"
+    safetensors.torch.save_file({"cond.class_labels": torch.tensor([2])}, path)
+    result = run("run", bundles.kept(), "-o", tmp_path / "out", "--conditions", path)
+    assert result.exit_code == 0, result.output
+    safetensors.torch.save_file({"text": torch.tensor([2])}, path)
+    result = run("run", bundles.kept(), "-o", tmp_path / "out", "--conditions", path)
+    assert result.exit_code == 2
+    assert "name tensors cond.NAME or uncond.NAME" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tier", "slow"), "has no tier 'slow'"),
+        (("--steps", "5"), "was not exported for 5 steps"),
+        (("--target", "aoti"), "has no engines for 'aoti'"),
+    ],
+)
+def test_run_says_what_a_bundle_has_not(tmp_path, options, message):
+    result = run("run", bundles.kept(), "-o", tmp_path, "--labels", "1", *options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+def test_show_and_verify(tmp_path):
+    result = run("bundle", "show", bundles.kept())
+    assert result.exit_code == 0, result.output
+    assert "quick" in result.stdout
+    assert "weights" in result.stdout
+    result = run("bundle", "verify", bundles.kept())
+    assert result.exit_code == 0, result.output
+    files = read_manifest(bundles.kept()).files
+    assert f"{len(files)} files are what was exported" in result.stdout
+    assert "onnx: the self-test's latents differ by" in " ".join(result.stdout.split())
+
+
+def test_verify_tells_of_a_damaged_file(tmp_path):
+    folder = bundles.copy(tmp_path)
+    name = read_manifest(folder).weights
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    result = run("bundle", "verify", folder)
+    assert result.exit_code == 1
+    assert "it was cut off or exchanged" in " ".join(result.stderr.split())
+    result = run("bundle", "show", tmp_path)
+    assert result.exit_code == 1
+    assert "manifest.json" in result.stderr
+
+
+def test_export_passes_options_on(tmp_path, monkeypatch):
+    seen = {}
+
+    class Made:
+        engines, made, kept, bytes, cost = 3, 2, 1, 1000, 1.25
+
+    def export_bundle(pipe, plans, out, **options):
+        seen.update(options, plans=plans, out=out)
+        options["told"]("a line")
+        return Made
+
+    class Pipe:
+        def set_progress_bar_config(self, disable):
+            pass
+
+    monkeypatch.setattr("difa_compile.cli.bundles.open_pipeline", lambda model, device, call: Pipe())
+    monkeypatch.setattr("difa_compile.export.write.export_bundle", export_bundle)
+    pipe = bundles.pipeline()
+    bundles.plan(pipe).save(tmp_path / "quick.json")
+    options = ("--plan", f"fast={tmp_path / 'quick.json'}", "--plan", tmp_path / "quick.json", "--target", "onnx, aoti")
+    more = ("--steps", "4,6", "--batch", 3, "--max-engines", 5, "--portable", "--labels", "1,2", "--guidance", 3)
+    result = run("export", "demo", "-o", tmp_path / "out", *options, *more)
+    assert result.exit_code == 0, result.output
+    assert list(seen["plans"]) == ["fast", "quick"]
+    assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "aoti"], [4, 6], 3)
+    assert (seen["max_engines"], seen["portable"], seen["name"]) == (5, True, "demo")
+    assert seen["inputs"] == {"class_labels": [1], "guidance_scale": 3.0}, "engines for more images follow from --batch"
+    assert "a line" in result.stdout
+    assert "3 engines (2 files made, 1 kept)" in " ".join(result.stdout.split())
+    assert "25 % more work" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("steps", ["", "0", "4,", "4;6", "ten", "10001"])
+def test_export_steps_that_are_none(tmp_path, steps):
+    bundles.plan(bundles.pipeline()).save(tmp_path / "plan.json")
+    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--steps", steps)
+    assert result.exit_code == 2
+    assert "no list of numbers" in " ".join(result.stderr.split())
+
+
+def test_export_takes_each_tier_once(tmp_path):
+    bundles.plan(bundles.pipeline()).save(tmp_path / "plan.json")
+    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--plan", f"plan={tmp_path / 'plan.json'}")
+    assert result.exit_code == 2
+    assert "is given twice" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_model_exported_and_run(tmp_path):
+    """The commands of the README."""
+    from difa_compile.pipeline.loading import load_pipeline
+    from difa_compile.planner.recipes import recipes
+    from tests.support.plans import every_third
+
+    del recipes
+    pipe = load_pipeline("demo")
+    every_third(pipe, 6).save(tmp_path / "plan.json")
+    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--steps", "6", "-o", tmp_path / "digits")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "digits" / MANIFEST).read_text())["source"]["name"] == "demo"
+    result = run("run", tmp_path / "digits", "-o", tmp_path / "images", "--labels", "3,8")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "images").iterdir())) == 2
