@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
         self._steps = 0
         self._inside = self._busy = False
         self._context: list[str | None] = []
-        self._unnamed = 0
+        self._unnamed = self._size = 0
 
     # What is seen
 
@@ -191,7 +191,7 @@ class _Watch(TorchFunctionMode):
         given = bound["input"]
         if name == "clamp_max":
             bound["max"] = bound.pop("min", bound.get("max"))
-        if given.ndim < 2 or not given.is_floating_point():
+        if given.numel() != self._size or not given.is_floating_point():  # a number of the schedule
             return function(*arguments, **options)
         low, high = bound.get("min"), bound.get("max")
         if any(isinstance(each, Tensor) and each.numel() > 1 for each in (low, high)):
@@ -201,16 +201,17 @@ class _Watch(TorchFunctionMode):
         return function(*arguments, **options) if found is None else found.to(given.dtype)
 
     def _stepped(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        given = inspect.signature(original).bind(*arguments, **options).arguments.get("sample")
+        self._size = given.numel() if isinstance(given, Tensor) else 0
         self._inside = True
         try:
             made = original(*arguments, **options)
         finally:
             self._inside = False
         previous = _first(made, "prev_sample")
-        bound = inspect.signature(original).bind(*arguments, **options).arguments
         tensors = {"output": previous}
-        if isinstance(bound.get("sample"), Tensor):
-            tensors["given"] = bound["sample"]
+        if isinstance(given, Tensor):
+            tensors["given"] = given
         event = _Event("sample", len(previous), tuple(previous.shape[1:]), (), tensors)
         found = self._add(event)
         self._steps += 1
@@ -663,7 +664,7 @@ class _Probing:
                 )
             row = own[0]
             if not bool(torch.isfinite(row).all()):
-                raise NotLinearError(f"step {event.step}: the loop makes NaN or infinity of zeros; {_hint(self.pipe)}")
+                raise NotLinearError(f"step {event.step}: the loop makes NaN or infinity of zeros; {_REMEDY}")
             places = row.nonzero().flatten().tolist()
             found = factors.setdefault((event.number, group), {})
             for place in places:
@@ -671,7 +672,7 @@ class _Probing:
                     raise NotLinearError(
                         f"step {event.step}: the loop of {type(self.pipe).__name__} with "
                         f"{type(self.pipe.scheduler).__name__} adds something that is neither noise nor an output, or "
-                        f"moves elements; {_hint(self.pipe)}"
+                        f"moves elements; {_REMEDY}"
                     )
                 found[ids[first + place]] = float(row[place])
 
@@ -708,10 +709,10 @@ class _Probing:
         return Probed(program, self.conditioning(program, zeros.events, self.shapes.images), self.shapes.images)
 
     def _wrong(self, error: float, allowed: float) -> NotLinearError:
+        loop = f"the loop of {type(self.pipe).__name__} with {_why_not_linear(self.pipe)}"
         return NotLinearError(
-            f"the loop of {type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__} is not linear: on "
-            f"random data its factors miss it by {error:.1e} of the largest value, where at most {allowed:.0e} is "
-            f"rounding; {_hint(self.pipe)}"
+            f"{loop}: on random data its factors miss it by {error:.1e} of the largest value, where at most "
+            f"{allowed:.0e} is rounding; {_REMEDY}"
         )
 
     def _candidates(self) -> tuple[dict[str, float], tuple[Scale, ...]]:
@@ -740,9 +741,9 @@ class _Probing:
                 names.append(name)
                 reads.append(read)
         scales = tuple(Scale(name, candidates[name], 1.0) for name in names)
-        later = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), steps=self.steps + 1)
+        later = self._longer(zeros)
         operations = self._operations(reads)
-        forms, values = self._forms(zeros, later, reads, operations)
+        forms, values = self._forms([*zeros.events, *later], reads, operations)
         numbers = iter(values)
         whole = tuple(replace(each, values=next(numbers)) if isinstance(each, Call) else each for each in operations)
         final = self._final_of(reads, whole)
@@ -757,6 +758,16 @@ class _Probing:
             with suppress(NotLinearError):  # rounding that the short way magnifies; then the long one holds
                 return self._accepted(short)
         return self._accepted(program)
+
+    def _longer(self, zeros: _Watch) -> list[_Event]:
+        """What happens in a call of one step more, where some model is called only once: to see what follows the
+        schedule. Of schedulers that refuse it nothing; what is given once is a condition then."""
+        forms = [event.form for event in zeros.events if event.kind == "call"]
+        if all(forms.count(form) > 1 for form in forms):
+            return []
+        with suppress(ValueError, RuntimeError):
+            return self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), steps=self.steps + 1).events
+        return []
 
     def _accepted(self, program: Program) -> Program:
         return replace(program, error=self._verified(program, self.inputs), images=self._any_number(program))
@@ -799,14 +810,14 @@ class _Probing:
     # Inputs that are not made of values
 
     def _forms(
-        self, zeros: _Watch, later: _Watch, reads: Sequence[_Read], operations: Sequence[Operation]
+        self, events: Sequence[_Event], reads: Sequence[_Read], operations: Sequence[Operation]
     ) -> tuple[tuple[Form, ...], list[tuple[tuple[Number, ...], ...]]]:
         """The forms of calls, and the values of each call in turn."""
         altered = self._altered_call()
         forms: dict[tuple[str, str | None], Form] = {}
-        for event in zeros.events:
+        for event in events:
             if event.kind == "call" and event.form not in forms:
-                forms[event.form] = self._form(event, zeros, later, reads, operations, altered)
+                forms[event.form] = self._form(event, events, reads, operations, altered)
         values = []
         calls = [[event for event in read.events if event.kind == "call"] for read in reads]
         for same in zip(*calls, strict=True):
@@ -825,15 +836,14 @@ class _Probing:
     def _form(
         self,
         first: _Event,
-        zeros: _Watch,
-        later: _Watch,
+        events: Sequence[_Event],
         reads: Sequence[_Read],
         operations: Sequence[Operation],
         altered: _Watch | None,
     ) -> Form:
         form, sample = first.form, self.shapes.samples[first.form]
         groups = self.groups(first)
-        own = [event for event in (*zeros.events, *later.events) if event.kind == "call" and event.form == form]
+        own = [event for event in events if event.kind == "call" and event.form == form]
         scaled = [[each for each in read.events if each.kind == "call" and each.form == form] for read in reads]
         others = [event for event in altered.events if event.form == form] if altered else []
         halves = self._halves(form, groups, operations)
@@ -943,14 +953,11 @@ class _Probing:
     def _any_number(self, program: Program) -> int | None:
         """None if a call of twice the images follows the program too, else the number it was probed with."""
         images = self.shapes.images
-        inputs = _doubled(self.inputs, self.parameters)
-        if inputs is None:
-            return images
-        try:
-            self._verified(program, inputs, 2 * images)
-        except (ValueError, RuntimeError, DifaError):  # whatever the pipeline has against it
-            return images
-        return None
+        for inputs in _doubled(self.inputs, self.parameters):
+            with suppress(ValueError, RuntimeError, DifaError):  # whatever the pipeline has against it
+                self._verified(program, inputs, 2 * images)
+                return None
+        return images
 
     def _lowered(self, program: Program, base: Mapping[str, float]) -> Program:
         """Scales that may be 1 and less as well, since they are only an input of the model."""
@@ -1056,13 +1063,15 @@ def _check_config(scheduler: Any) -> None:
         raise NotLinearError(f"{name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
 
 
-def _hint(pipe: Any) -> str:
-    """What of a scheduler's settings may be the reason."""
+_REMEDY = "use another scheduler, or leave out options that rescale or normalise guidance"
+
+
+def _why_not_linear(pipe: Any) -> str:
+    """A scheduler by name, and what of its settings may be the reason."""
     config = getattr(pipe.scheduler, "config", {})
-    kind_of_variance = str(config.get("variance_type", "")) if isinstance(config, Mapping) else ""
-    if kind_of_variance.startswith("learned"):
-        return f"variance_type={quoted(kind_of_variance)} takes the variance from the model; choose a fixed one"
-    return "use another scheduler, or leave out options that rescale or normalise guidance"
+    variance = str(config.get("variance_type", "")) if isinstance(config, Mapping) else ""
+    learned = f" (variance_type={quoted(variance)}: a learned variance)" if variance.startswith("learned") else ""
+    return f"{type(pipe.scheduler).__name__} is not linear{learned}"
 
 
 def _check_same(wanted: Sequence[_Event], found: Sequence[_Event], by: str) -> None:
@@ -1238,14 +1247,16 @@ def _altered(name: str, value: Any) -> Any:
     return value
 
 
-def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments for twice the images; None where it is not known how to ask for them."""
+def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments for twice the images, in the ways in which pipelines are asked for them."""
     for name in ("num_images_per_prompt", "num_videos_per_prompt"):
         if name in parameters:
-            return {**inputs, name: 2 * int(inputs.get(name) or 1)}
-    if isinstance(inputs.get("class_labels"), (list, tuple)):
-        return {**inputs, "class_labels": [*inputs["class_labels"], *inputs["class_labels"]]}
-    return None
+            yield {**inputs, name: 2 * int(inputs.get(name) or 1)}
+    given = {name: value for name, value in inputs.items() if "prompt" in name or "label" in name}
+    texts = {name: [value, value] for name, value in given.items() if isinstance(value, str)}
+    lists = {name: [*value, *value] for name, value in given.items() if isinstance(value, (list, tuple))}
+    if texts or lists:
+        yield {**inputs, **texts, **lists}
 
 
 def _stand_in(number: int, sample: str, output: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from difa_compile.export.program import Call, Clamp, Draw, Program, Sample, Scal
 from tests.support.image_cases import CASES
 from tests.support.programs import calling
 from tests.support.tiny_pipelines import quiet, tiny_pipeline, tiny_transformer, two_call_pipeline
-from tests.support.video_components import wan, wan_transformer
+from tests.support.video_components import cogvideox, wan, wan_transformer
 
 STEPS = 5
 CLOSE = 1e-5
@@ -198,6 +198,35 @@ def test_schedulers_of_every_kind(name):
     assert distance(latents, wanted) < EPSILON * CLOSE
     calls = [call.step for call in probed.program.calls]
     assert calls == list(range(2 * STEPS - 1 if name == "heun" else STEPS))
+
+
+def test_a_step_reads_no_further_back_than_it_must():
+    """UniPC corrects its samples and keeps that to itself, so that each is a sum over all that came before."""
+    program = probe(tiny_pipeline(scheduler=UniPCMultistepScheduler()), {"class_labels": [1]}, 10).program
+    samples = [index for index, each in enumerate(program.operations) if isinstance(each, Sample)]
+    for number, index in enumerate(samples[3:], 3):
+        reads = [term.value for row in program.operations[index].inputs for term in row]
+        assert samples[number - 3] <= min(reads)
+    assert max(len(values) for values in alive(program)) <= 8
+    assert program.error < 2e-5
+
+
+def alive(program):
+    """The values that are kept after each operation."""
+    kept = set()
+    for index in range(len(program.operations)):
+        kept.add(index)
+        kept -= set(program.last_uses.get(index, ()))
+        yield set(kept)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_told_what_it_predicted_before(tmp_path):
+    tiny = cogvideox(tmp_path, scheduler="dpm")
+    inputs = {key: value for key, value in tiny.arguments.items() if key != "num_inference_steps"}
+    probed = probe(tiny.pipe, inputs, STEPS)
+    wanted = latents_of(tiny.pipe, **inputs, output_type="latent")
+    assert distance(replayed(tiny.pipe, probed, 1), wanted) < CLOSE
 
 
 def test_another_number_of_images_and_another_label():
