@@ -221,6 +221,28 @@ def alive(program):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_factors_of_a_pipeline_in_half_precision_are_float32s(name, dtype):
+    """Models and draws have the pipeline's dtype, and the factors are those of the pipeline in float32."""
+    case = CASES[name]
+    wide = probe(case.make(), case.inputs(), STEPS).program
+    pipe = case.make().to(dtype)
+    probed = probe(pipe, case.inputs(), STEPS)
+    program = probed.program
+    text = str(dtype).removeprefix("torch.")
+    assert {draw.dtype for draw in program.draws} == {form.sample.dtype for form in program.forms} == {text}
+    assert program.error < 2e-6
+    for found, wanted in zip(program.operations, wide.operations, strict=True):
+        if isinstance(found, Sample):
+            assert found == wanted
+    latents = replayed(pipe, probed, 2)
+    wanted = latents_of(pipe, **case.inputs()).float()
+    # The pipeline rounds its latents after every step, a replay does not.
+    assert distance(latents, wanted) < STEPS * torch.finfo(dtype).eps
+
+
+@pytest.mark.slow
 def test_a_scheduler_that_is_told_what_it_predicted_before(tmp_path):
     tiny = cogvideox(tmp_path, scheduler="dpm")
     inputs = {key: value for key, value in tiny.arguments.items() if key != "num_inference_steps"}
