@@ -56,11 +56,11 @@ def _short(
             return row
         recent = sorted(key for key in sums if first < key[0] <= samples[-1])
         keys = sorted({*old, *(key for each in recent for key in sums[each] if key[0] < first)})
-        if len(keys) <= len(recent):
-            continue  # anything can be made of so many; it would be no property of the scheduler
         zero = torch.zeros_like(row[old[0]])
         wanted = torch.cat([row.get(key, zero) for key in keys])
         known = torch.stack([torch.cat([sums[each].get(key, zero) for key in keys]) for each in recent], 1)
+        if int(torch.linalg.matrix_rank(known, rtol=1e-5)) >= int(known.any(1).logical_or(wanted != 0).sum()):
+            continue  # anything could be made of so many: that would be no property of the scheduler
         weights = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
         if float((known @ weights - wanted).abs().max()) > 1e-6 * float(wanted.abs().max()):
             continue
