@@ -40,10 +40,10 @@ from difa_compile.export.program import (
     Scale,
     Term,
     View,
-    replay,
     value_of,
 )
 from difa_compile.export.shortening import shortened, trimmed
+from difa_compile.export.verifying import SEED, differences, stand_in
 from difa_compile.export.watching import NO_TABLE, Event, Watch, first_tensor, wide, with_first
 from difa_compile.pipeline.call_arguments import refused
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
@@ -120,6 +120,8 @@ class _Read:
     factors: _Factors
     final: dict[tuple[int, int], float] | None
     events: list[Event]
+    decoded: bool
+    """Whether the result is what would have been decoded, scaled in whatever way."""
 
 
 class _Probing:
@@ -288,7 +290,7 @@ class _Probing:
             digits = seen((numbers // power % DIGIT).float()) / ones
             place += digits.double().round().long().flatten() * power
             power *= DIGIT
-        view = _view_of(place)
+        view = View.of(place)
         if view is None or view.last >= elements:
             raise SamplingLoopError(f"{what} is put in an order that reshaping and permuting do not make")
         return view
@@ -359,7 +361,7 @@ class _Probing:
             final = self._final(watch, first, room, ids, final)
             first += room
             if first >= len(ids):
-                return _Read(factors, final, watch.events)
+                return _Read(factors, final, watch.events, watch.decoded)
 
     def _basis(
         self, first: int, room: int, ids: list[tuple[int, int]], factors: _Factors, scales: Mapping[str, float]
@@ -448,16 +450,13 @@ class _Probing:
     def probed(self) -> Probed:
         zeros = self.explore()
         candidates, baked = self._candidates()
-        program, reason = None, ""
+        program = None
         if candidates:
-            try:
+            with suppress(SamplingLoopError):  # the scale enters otherwise, or the loop is none; the next try tells
                 program = self._program(zeros, candidates, baked)
-            except NotLinearError as error:
-                reason = str(error)
         if program is None:
             held = tuple(Scale(name, value) for name, value in candidates.items())
             program = self._program(zeros, {}, (*baked, *held))
-        del reason
         return Probed(program, self.conditioning(program, zeros.events, self.shapes.images), self.shapes.images)
 
     def _wrong(self, error: float, allowed: float) -> NotLinearError:
@@ -551,6 +550,11 @@ class _Probing:
             used = list(found[0])
             if {number for number, _ in used} == {last} and len(used) == 1:
                 return (Term(last, used[0][1], (1.0,)),)
+            if reads[0].decoded:
+                raise SamplingLoopError(
+                    f"{type(self.pipe).__name__} decodes something else than its scheduler's last sample, and does not "
+                    "return it as latents"
+                )
             return tuple(
                 Term(*key, _affine([(each or {}).get(key, 0.0) for each in found]))
                 for key in sorted(set().union(*(each or {} for each in found)))
@@ -744,64 +748,28 @@ class _Probing:
     def _difference(
         self, program: Program, inputs: Mapping[str, Any], images: int, scales: Mapping[str, float]
     ) -> tuple[float, float]:
-        """Of a replay from the pipeline, and of the replay in float32 from that in float64; over what the models are
-        given and the final latents, relative to the largest value of each."""
-        seen: list[Event] = []
+        """:func:`difa_compile.export.verifying.differences` from a call on random data."""
+        calls: list[Event] = []
 
         def value(event: Event, given: Callable[[], Any] | None) -> Any:
             if event.kind != "call":
                 return None
-            seen.append(event)
+            calls.append(event)
             event.tensors = {name: tensor.clone() for name, tensor in event.tensors.items()}
-            like = first_tensor(self.shapes.templates[event.form], "sample")
-            sample = self.shapes.samples[event.form]
+            template, sample = self.shapes.templates[event.form], self.shapes.samples[event.form]
+            like = first_tensor(template, "sample")
             event.rows, event.shape = len(event.tensors[sample]), tuple(like.shape[1:])
-            made = _stand_in(len(seen), sample, event.shape, event.tensors)
-            return with_first(self.shapes.templates[event.form], made.to(like.device, wide(like.dtype)), "sample")
+            made = stand_in(len(calls), sample, event.shape, event.tensors)
+            return with_first(template, made.to(like.device, wide(like.dtype)), "sample")
 
-        watch = self.watch(value, scales=scales, inputs=inputs, seed=17)
+        watch = self.watch(value, scales=scales, inputs=inputs, seed=SEED)
         chosen = {scale.name: scales[scale.name] for scale in program.scales}
-        program = _in_dtypes_of(program, seen)
-        exact, final = self._replayed(program, seen, images, chosen, torch.float64)
-        rounded, rounded_final = self._replayed(program, seen, images, chosen, torch.float32)
         last = next(event for event in reversed(watch.events) if event.kind == "sample").tensors["output"]
         term = program.final[0]
         from_last = len(program.final) == 1 and isinstance(program.operations[term.value], Sample)
-        wanted = last[term.group * images :][:images] if from_last else watch.result
-        assert wanted is not None
-        names = [self.shapes.samples[event.form] for event in seen]
-        samples = [event.tensors[name] for event, name in zip(seen, names, strict=True)]
-        error, rounding = _relative(final, wanted), _relative(rounded_final, final)
-        for event, found in zip(seen, exact, strict=True):
-            error = max(error, *(_relative(found[name], tensor) for name, tensor in event.tensors.items()))
-        for sample, name, found, other in zip(samples, names, exact, rounded, strict=True):
-            rounding = max(rounding, _relative(other[name], found[name]) if bool(sample.any()) else 0.0)
-        return (error if math.isfinite(error) else math.inf), rounding
-
-    def _replayed(
-        self, program: Program, seen: Sequence[Event], images: int, scales: Mapping[str, float], dtype: torch.dtype
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """What the models are given in a replay, and the final latents; it must call them as the pipeline did."""
-        given: list[dict[str, Tensor]] = []
-
-        def call(form: Form, operation: Call, inputs: dict[str, Tensor]) -> Tensor:
-            event = seen[len(given)] if len(given) < len(seen) else None
-            if event is None or event.form != (form.model, form.branch) or set(inputs) != set(event.tensors):
-                raise SamplingLoopError("the pipeline calls its models otherwise than the program does")
-            for name, tensor in event.tensors.items():
-                if tensor.shape != inputs[name].shape or tensor.dtype != inputs[name].dtype:
-                    raise SamplingLoopError(f"{shown(name)} is of another form than in the call that was probed")
-            given.append(inputs)
-            return _stand_in(len(given), form.sample.name, form.output, inputs)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(18)
-            conditioning = self.conditioning(program, seen, images)
-            generator = torch.Generator().manual_seed(17)
-            final = replay(program, generator, conditioning, call, images=images, scales=scales, dtype=dtype)
-        if len(given) != len(seen):
-            raise SamplingLoopError("the pipeline calls its models more often than the program does")
-        return given, final
+        latents = last[term.group * images :][:images] if from_last else watch.result
+        assert latents is not None
+        return differences(program, calls, latents, self.conditioning(program, calls, images), images, chosen)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -845,29 +813,6 @@ def _argument(name: str, tensor: Tensor, rows: int) -> Argument:
         raise SamplingLoopError(f"the input {shown(name)} is of the dtype {dtype}, which no program holds")
     batched = tensor.ndim > 0 and len(tensor) == rows
     return Argument(name, dtype, tuple(tensor.shape[1:] if batched else tensor.shape), batched)
-
-
-def _view_of(place: Tensor) -> View | None:
-    """The sizes and strides that put element ``place[i]`` in position i; None where none do."""
-    total, offset = place.numel(), int(place[0])
-    moved = (place - offset).tolist()
-    sizes: list[int] = []
-    strides: list[int] = []
-    block = 1
-    while block < total:
-        stride, count = moved[block], 2
-        while (count + 1) * block <= total and moved[count * block] == count * stride:
-            count += 1
-        while total % (block * count):
-            count -= 1
-        sizes.insert(0, count)
-        strides.insert(0, stride)
-        block *= count
-    view = View(tuple(sizes) or (1,), tuple(strides) or (1,), offset)
-    if min((*view.strides, offset)) < 0:
-        return None
-    seen = torch.arange(view.last + 1).as_strided(view.sizes, view.strides, offset).flatten()
-    return view if torch.equal(seen, place) else None
 
 
 def _affine(found: Sequence[float]) -> Number:
@@ -940,55 +885,3 @@ def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Iterat
     lists = {name: [*value, *value] for name, value in given.items() if isinstance(value, (list, tuple))}
     if texts or lists:
         yield {**inputs, **texts, **lists}
-
-
-def _in_dtypes_of(program: Program, events: Sequence[Event]) -> Program:
-    """The program of a pipeline in half precision, with the dtypes in which it was watched."""
-
-    def retyped(argument: Argument, event: Event) -> Argument:
-        return replace(argument, dtype=str(event.tensors[argument.name].dtype).removeprefix("torch."))
-
-    forms = []
-    for form in program.forms:
-        event = next((event for event in events if event.form == (form.model, form.branch)), None)
-        if event is None or any(name not in event.tensors for name in _names(form)):
-            return program
-        forms.append(
-            replace(
-                form,
-                sample=retyped(form.sample, event),
-                values=tuple(retyped(argument, event) for argument in form.values),
-                conditions=tuple(replace(each, argument=retyped(each.argument, event)) for each in form.conditions),
-            )
-        )
-    return replace(program, forms=tuple(forms))
-
-
-def _names(form: Form) -> list[str]:
-    arguments = (form.sample, *form.values, *(condition.argument for condition in form.conditions))
-    return [argument.name for argument in arguments]
-
-
-def _stand_in(number: int, sample: str, output: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Tensor:
-    """A function in a model's place: not linear, another one at each call, of all inputs, and each row by itself."""
-    rows = inputs[sample].flatten(1).float()
-    elements = math.prod(output)
-    generator = torch.Generator().manual_seed(number)
-    weights = torch.randn(2, elements, generator=generator).to(rows.device)
-    wide = rows.repeat(1, -(-elements // rows.shape[1]))[:, :elements]
-    others = torch.zeros(len(rows), 1, device=rows.device)
-    for name, tensor in sorted(inputs.items()):
-        if name != sample:
-            batched = tensor.ndim > 0 and len(tensor) == len(rows)
-            mean = tensor.double().flatten(1).mean(1) if batched and tensor.ndim > 1 else tensor.double()
-            mean = mean if batched else mean.mean().expand(len(rows))
-            others += (mean / (1 + mean.abs())).float().unsqueeze(1)
-    made = torch.tanh(weights[0] * wide + 0.3 * wide.roll(1, 1) + weights[1] + 0.3 * others)
-    return made.view(len(rows), *output)
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = (tensor.detach().cpu().double() for tensor in (found, wanted))
-    largest = float(wanted.abs().max())
-    difference = float((found - wanted).abs().max())
-    return difference / largest if largest else difference

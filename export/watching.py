@@ -54,7 +54,7 @@ class _Stop(BaseException):
 class Watch(TorchFunctionMode):
     """One call of a pipeline, watched. ``value(event)`` gives what stands in the place of an event's value, or None to
     leave it as it is. ``native``: in the dtypes of the pipeline; else half precision gives way to float32, in which
-    factors can be read. ``result``: what the pipeline returned, or was about to decode."""
+    factors can be read. ``result``: what the pipeline returned, or was about to decode (``decoded``)."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Watch(TorchFunctionMode):
         self.pipe, self.models, self.value = pipe, models, value
         self.events: list[Event] = []
         self.result: Tensor | None = None
+        self.decoded = False
         self._steps = 0
         self._inside = self._busy = False
         self._context: list[str | None] = []
@@ -186,7 +187,7 @@ class Watch(TorchFunctionMode):
             self._context.pop()
 
     def _decoded(self, latents: Tensor, *_: Any, **__: Any) -> NoReturn:
-        self.result = latents
+        self.result, self.decoded = latents, True
         raise _Stop
 
     def run(self, arguments: Mapping[str, Any]) -> None:

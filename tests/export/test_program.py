@@ -67,6 +67,29 @@ def test_a_view_takes_the_elements_that_it_names():
     assert View((2, 3), (1, 2), 5).take(rows).tolist() == [[5, 7, 9, 6, 8, 10], [17, 19, 21, 18, 20, 22]]
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        torch.arange(24),
+        torch.arange(24).view(2, 3, 4).permute(2, 0, 1),
+        torch.arange(384).view(4, 4, 2, 6, 2).permute(1, 3, 0, 2, 4),
+        torch.arange(24)[12:],
+        torch.arange(24).view(4, 6)[:, :2],
+        torch.zeros(1, dtype=torch.int64) + 3,
+    ],
+)
+def test_a_view_is_found_from_the_places_of_elements(place):
+    place = place.flatten()
+    view = View.of(place)
+    assert torch.equal(view.take(torch.arange(place.max() + 1).unsqueeze(0))[0], place)
+    assert len(view.sizes) <= 5
+
+
+@pytest.mark.parametrize("place", [torch.arange(6).flip(0), torch.tensor([0, 1, 3, 2]), torch.tensor([0, 1, 4, 9])])
+def test_an_order_that_no_view_makes(place):
+    assert View.of(place) is None
+
+
 def test_noise_may_come_from_a_function():
     asked = []
 
