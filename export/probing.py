@@ -144,6 +144,7 @@ class _Probing:
         self.inputs = {name: value for name, value in inputs.items() if name != "generator"}
         self.steps = steps
         self.shapes = _Shapes()
+        self.encoded: dict[Any, Any] = {}
 
     # Calls of the pipeline
 
@@ -157,7 +158,7 @@ class _Probing:
         seed: int = 0,
         native: bool = False,
     ) -> Watch:
-        watch = Watch(self.pipe, self.models, value, native)
+        watch = Watch(self.pipe, self.models, value, native, self.encoded)
         call = {**(self.inputs if inputs is None else inputs), **(scales or {})}
         call["num_inference_steps"] = self.steps if steps is None else steps
         if "output_type" in self.parameters:

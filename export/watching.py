@@ -52,9 +52,13 @@ class _Stop(BaseException):
 
 
 class Watch(TorchFunctionMode):
-    """One call of a pipeline, watched. ``value(event)`` gives what stands in the place of an event's value, or None to
-    leave it as it is. ``native``: in the dtypes of the pipeline; else half precision gives way to float32, in which
-    factors can be read. ``result``: what the pipeline returned, or was about to decode (``decoded``)."""
+    """One call of a pipeline, watched.
+
+    ``value(event, given)`` gives what stands in the place of an event's value, or None to leave it as it is;
+    ``given()`` is what the model gives, or what was drawn. ``native``: in the dtypes of the pipeline; else half
+    precision gives way to float32, in which factors can be read. ``memory``: of texts that were encoded, for calls to
+    come. ``result``: what the pipeline returned, or was about to decode (``decoded``).
+    """
 
     def __init__(
         self,
@@ -62,8 +66,10 @@ class Watch(TorchFunctionMode):
         models: Mapping[str, nn.Module],
         value: Callable[[Event, Callable[[], Any] | None], Any],
         native: bool,
+        memory: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.memory = {} if memory is None else memory
         self.native = native
         self.pipe, self.models, self.value = pipe, models, value
         self.events: list[Event] = []
@@ -202,6 +208,9 @@ class Watch(TorchFunctionMode):
             for component in getattr(self.pipe, "components", {}).values():
                 if isinstance(component, nn.Module) and callable(getattr(component, "decode", None)):
                     put(stack, component, "decode", self._decoded, None)
+            encode = getattr(self.pipe, "encode_prompt", None)
+            if callable(encode):  # what takes longest of a call without its transformer
+                put(stack, self.pipe, "encode_prompt", functools.partial(_remembered, self.memory, encode), encode)
             stack.enter_context(quiet(self.pipe))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
@@ -226,6 +235,18 @@ def put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], origin
             owner.__dict__[name] = before
 
     stack.callback(take_off)
+
+
+def _remembered(memory: dict[Any, Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function gave for the very same arguments."""
+
+    def told(value: Any) -> Any:
+        return ("by identity", id(value)) if isinstance(value, (Tensor, nn.Module)) else repr(value)
+
+    key = (tuple(map(told, arguments)), tuple((name, told(value)) for name, value in sorted(options.items())))
+    if key not in memory:
+        memory[key] = original(*arguments, **options), (arguments, options)  # kept, so that no other has its identity
+    return memory[key][0]
 
 
 @contextmanager

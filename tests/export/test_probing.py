@@ -301,6 +301,17 @@ def test_the_transformer_runs_once():
     assert len(calls) > 10
 
 
+def test_texts_are_encoded_once_for_each_call_that_asks_otherwise():
+    """As given, with others in their place, and for twice the images."""
+    case = CASES["flux"]
+    pipe = case.make()
+    calls = []
+    pipe.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
+    probe(pipe, case.inputs(), 3)
+    assert len(calls) == 3
+    assert "encode_prompt" not in pipe.__dict__
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler])
 def test_dynamic_thresholding_is_refused_by_name(scheduler):
     pipe = tiny_pipeline(scheduler=scheduler(thresholding=True))
