@@ -182,7 +182,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("ddpm", "heun") else pytest.mark.slow) for name in SCHEDULERS],
+    [pytest.param(name, marks=() if name == "ddpm" else pytest.mark.slow) for name in SCHEDULERS],
 )
 def test_schedulers_of_every_kind(name):
     """DiT's pipeline hands its scheduler no generator, and twice the rows: noise is torch's own, one for each half."""
