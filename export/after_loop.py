@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from difa_compile.bundle.program import Form, Program
 from difa_compile.errors import AfterLoopError, NotAppliedError
-from difa_compile.export.probing import put, quiet
+from difa_compile.export.watching import put, quiet
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
 from difa_compile.wording import shown
@@ -29,13 +29,13 @@ from difa_compile.wording import shown
 STEPS = (1, 2, 4)
 """To ask the pipeline for: the fewest that its scheduler can do."""
 ROUNDINGS = 16
-"""The graph may differ from the pipeline by so many float32 roundings of 1, the largest value of an image."""
+"""The graph may differ from the pipeline by so many roundings of 1, the largest value of an image."""
 
 
 @dataclass(frozen=True, eq=False)
 class AfterLoop:
-    """``program.module()(latents)``: from latents ``(images, *shape)``, float32, to what the pipeline returns for
-    ``output_type="pt"``, or as bytes.
+    """``program.module()(latents)``: from latents ``(images, *shape)``, float32 whatever the pipeline has, to what the
+    pipeline returns for ``output_type="pt"``, or as bytes.
 
     Parameters and buffers have their names in the pipeline (``vae.decoder.conv_in.weight``), and only what is read is
     there. It serves ``least`` to ``most`` images at once (None: any number). ``shape``, ``dtype``: of what comes out
@@ -62,7 +62,7 @@ def after_loop(
     ``inputs``: as for :func:`difa_compile.export.probing.probe`, of a call that makes ``images`` images. With two or
     more the graph serves other numbers too, where it allows; one image often needs a graph of its own. ``as_bytes``:
     pictures ``(images, height, width, channels)`` in uint8, as files hold them, in place of ``(images, channels,
-    height, width)`` in float32 from 0 to 1; of videos the same for every frame.
+    height, width)`` from 0 to 1 in the pipeline's dtype; of videos the same for every frame.
 
     The transformers are not run. Raises :class:`AfterLoopError` where the pipeline cannot be traced, and where the
     graph does not give what the pipeline gives.
@@ -84,7 +84,8 @@ def after_loop(
                 reason = f"{type(error).__name__}: {error}"
                 continue
             difference = float((found.double() - wanted.double()).abs().max())
-            if found.shape == wanted.shape and difference <= (1 if as_bytes else ROUNDINGS * 2.0**-24):
+            allowed = 1.0 if as_bytes else ROUNDINGS * torch.finfo(wanted.dtype).eps / 2
+            if found.shape == wanted.shape and difference <= allowed:
                 least, most = _range(exported, latents) if dynamic else (images, images)
                 return AfterLoop(exported, least, most, tuple(wanted.shape[1:]), wanted.dtype)
             reason = f"the graph differs from the pipeline by {difference:.1e}"
@@ -145,7 +146,8 @@ class _Tail(nn.Module):
                 before.close()  # from here on all that is done is traced
                 given = inspect.signature(original).bind(*arguments, **options).arguments
                 groups = given["sample"].shape[0] // self.images
-                sample = latents if groups == 1 else torch.cat([latents] * groups)
+                own = latents.to(given["sample"].device, given["sample"].dtype)
+                sample = own if groups == 1 else torch.cat([own] * groups)
                 return _Outputs((sample, sample))
 
             put(stack, scheduler, "step", step, original)

@@ -12,17 +12,15 @@ model's place, whether the program is right: only then is it accepted.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from difa_compile.bundle.program import (
     DTYPES,
@@ -41,10 +39,12 @@ from difa_compile.bundle.program import (
     Scale,
     Term,
     View,
-    replay,
     value_of,
 )
 from difa_compile.errors import DifaError, NotAppliedError, NotLinearError, SamplingLoopError
+from difa_compile.export.shortening import shortened, trimmed
+from difa_compile.export.verifying import SEED, differences, stand_in
+from difa_compile.export.watching import NO_TABLE, Event, Watch, first_tensor, wide, with_first
 from difa_compile.pipeline.call_arguments import refused
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
@@ -62,13 +62,6 @@ SMALL = 16
 """Elements of a condition's row that are written down where they are fixed."""
 DIGIT = 1024
 """Places are told in digits of this base, which float32 carries through any factor."""
-BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
-"""What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
-
-_RANDOM = {
-    "randn_like", "rand", "rand_like", "randint", "randint_like", "normal", "bernoulli", "multinomial", "poisson",
-    "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,248 +86,6 @@ def probe(pipe: Any, inputs: Mapping[str, Any], steps: int) -> Probed:
     :func:`difa_compile.pipeline.transformers.find_transformers` raises.
     """
     return _Probing(pipe, inputs, steps).probed()
-
-
-# --- one call of the pipeline ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Event:
-    """What happened in a call of the pipeline: ``kind`` is draw, call, clamp or sample.
-
-    ``rows``: of the value that it makes. ``shape``: of a row of it. ``told``: what else is to be the same in every
-    call, compared with ``==``. ``tensors``: what went into it, by name.
-    """
-
-    kind: str
-    rows: int
-    shape: tuple[int, ...]
-    told: tuple[Any, ...]
-    tensors: dict[str, Tensor]
-    number: int = 0
-    step: int = 0
-    form: tuple[str, str | None] = ("", None)
-
-
-class _Stop(BaseException):
-    """Ends a call of the pipeline where decoding begins."""
-
-
-class _Watch(TorchFunctionMode):
-    """One call of a pipeline, watched. ``value(event)`` gives what stands in the place of an event's value, or None to
-    leave it as it is. ``result``: what the pipeline returned, or was about to decode."""
-
-    def __init__(
-        self, pipe: Any, models: Mapping[str, nn.Module], value: Callable[[_Event, Callable[[], Any] | None], Any]
-    ) -> None:
-        super().__init__()
-        self.pipe, self.models, self.value = pipe, models, value
-        self.events: list[_Event] = []
-        self.result: Tensor | None = None
-        self._steps = 0
-        self._inside = self._busy = False
-        self._context: list[str | None] = []
-        self._unnamed = 0
-
-    # What is seen
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        options = options or {}
-        if self._busy:
-            return function(*arguments, **options)
-        name = getattr(function, "__name__", "")
-        if function is torch.randn:
-            return self._drawn(function, arguments, options)
-        if name in _RANDOM:
-            self._random(name)
-        if self._inside and name in ("clamp", "clip", "clamp_", "clip_", "clamp_min", "clamp_max"):
-            return self._clamped(function, name, arguments, options)
-        if self._inside and name == "quantile":
-            raise NotLinearError(f"{self._name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
-        return function(*arguments, **options)
-
-    @property
-    def _name(self) -> str:
-        return type(self.pipe.scheduler).__name__
-
-    def _random(self, name: str) -> None:
-        raise SamplingLoopError(
-            f"{self._name} or {type(self.pipe).__name__} draws by torch's {name}, whose numbers cannot be drawn again "
-            "outside; use a scheduler that draws with torch.randn"
-        )
-
-    def _add(self, event: _Event, given: Callable[[], Any] | None = None) -> Any:
-        event.number, event.step = len(self.events), self._steps
-        self.events.append(event)
-        self._busy = True  # what is done to find the value is not the pipeline's doing
-        try:
-            return self.value(event, given)
-        finally:
-            self._busy = False
-
-    def _drawn(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        made = function(*arguments, **options)
-        if made.ndim < 2:
-            return made
-        told = (str(made.dtype).removeprefix("torch."), options.get("generator") is not None)
-        event = _Event("draw", len(made), tuple(made.shape[1:]), told, {})
-        found = self._add(event, lambda: made)
-        return made if found is None else found.to(made.dtype)
-
-    def _clamped(self, function: Any, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        bound = dict(zip(("input", "min", "max"), arguments, strict=False))
-        bound.update({{"self": "input"}.get(key, key): value for key, value in options.items()})
-        given = bound["input"]
-        if name == "clamp_max":
-            bound["max"] = bound.pop("min", bound.get("max"))
-        if given.ndim < 2 or not given.is_floating_point():
-            return function(*arguments, **options)
-        low, high = bound.get("min"), bound.get("max")
-        if any(isinstance(each, Tensor) and each.numel() > 1 for each in (low, high)):
-            raise NotLinearError(f"{self._name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
-        told = tuple(None if each is None else float(each) for each in (low, high))
-        found = self._add(_Event("clamp", len(given), tuple(given.shape[1:]), told, {"input": given}))
-        return function(*arguments, **options) if found is None else found.to(given.dtype)
-
-    def _stepped(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        self._inside = True
-        try:
-            made = original(*arguments, **options)
-        finally:
-            self._inside = False
-        previous = _first(made, "prev_sample")
-        bound = inspect.signature(original).bind(*arguments, **options).arguments
-        tensors = {"output": previous}
-        if isinstance(bound.get("sample"), Tensor):
-            tensors["given"] = bound["sample"]
-        event = _Event("sample", len(previous), tuple(previous.shape[1:]), (), tensors)
-        found = self._add(event)
-        self._steps += 1
-        self._unnamed = 0
-        return made if found is None else _with(made, found.to(previous.dtype), "prev_sample")
-
-    def _called(self, name: str, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        bound = inspect.signature(original).bind(*arguments, **options).arguments
-        tensors: dict[str, Tensor] = {}
-        plain: list[Any] = []
-        for key, value in bound.items():
-            _flatten(key, value, tensors, plain)
-        event = _Event("call", 0, (), tuple(plain), tensors, form=(name, self._branch()))
-        return self._add(event, lambda: original(*arguments, **options))
-
-    def _branch(self) -> str | None:
-        if self._context:
-            return self._context[-1]
-        self._unnamed += 1
-        known = guidance_of(self.pipe)
-        if known.form == "two-call" and (known.conditional_first or self._unnamed > 1):
-            return "cond" if self._unnamed == 1 else "uncond"
-        return None if self._unnamed == 1 else "uncond"
-
-    # Where it is put
-
-    @contextmanager
-    def _branch_named(self, name: str, *_: Any, **__: Any) -> Iterator[None]:
-        self._context.append(BRANCHES.get(name))
-        try:
-            yield
-        finally:
-            self._context.pop()
-
-    def _decoded(self, latents: Tensor, *_: Any, **__: Any) -> NoReturn:
-        self.result = latents
-        raise _Stop
-
-    def run(self, arguments: Mapping[str, Any]) -> None:
-        """Call the pipeline with what is watched in place; it is taken off again whatever happens."""
-        scheduler = self.pipe.scheduler
-        with ExitStack() as stack:
-            for name, model in self.models.items():
-                put(stack, model, "forward", functools.partial(self._called, name, model.forward), model.forward)
-                if callable(getattr(model, "cache_context", None)):
-                    put(stack, model, "cache_context", self._branch_named, None)
-            put(stack, scheduler, "step", functools.partial(self._stepped, scheduler.step), scheduler.step)
-            for component in getattr(self.pipe, "components", {}).values():
-                if isinstance(component, nn.Module) and callable(getattr(component, "decode", None)):
-                    put(stack, component, "decode", self._decoded, None)
-            stack.enter_context(quiet(self.pipe))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self)
-            with suppress(_Stop):
-                self.result = _result(self.pipe(**arguments))
-
-
-_NO_TABLE = "which is not linear in the model's outputs, so no table of factors says what it does"
-
-
-def put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], original: Callable[..., Any] | None) -> None:
-    """Put a function in the place of a method of one object, until the stack is left."""
-    if original is not None:  # pipelines look at what arguments it takes
-        functools.update_wrapper(new, original)
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = new
-
-    def take_off() -> None:
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
-
-    stack.callback(take_off)
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """Within this block the pipeline shows no progress bar."""
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    if not hasattr(pipe, "set_progress_bar_config"):
-        yield
-        return
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**bar)
-
-
-def _first(value: Any, name: str) -> Tensor:
-    found = value if isinstance(value, Tensor) else getattr(value, name, None)
-    if found is None:
-        found = value[0] if isinstance(value, (tuple, list)) else next(iter(value.values()))
-    if not isinstance(found, Tensor):
-        raise SamplingLoopError(f"a tensor was expected as {name}, and there is {shown(type(found).__name__)}")
-    return found
-
-
-def _with(value: Any, tensor: Tensor, name: str) -> Any:
-    """``value`` with its first tensor exchanged."""
-    if isinstance(value, Tensor):
-        return tensor
-    if isinstance(value, (tuple, list)):
-        return (tensor, *value[1:])
-    names = list(value.keys())
-    return type(value)(**{**value, name if name in names else names[0]: tensor})
-
-
-def _result(output: Any) -> Tensor | None:
-    found = output[0] if isinstance(output, (tuple, list)) else next(iter(output.values()), None)
-    return found if isinstance(found, Tensor) else None
-
-
-def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: list[Any]) -> None:
-    """The tensors of an argument by their names (``added_cond_kwargs.resolution``), and what else stands there."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(f"{name}.{key}", item, tensors, plain)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _flatten(f"{name}.{index}", item, tensors, plain)
-    elif value is not None and isinstance(value, (bool, int, float, str)):
-        plain.append((name, value))
 
 
 # --- the probing -----------------------------------------------------------------------------------------------------
@@ -368,7 +119,9 @@ class _Read:
 
     factors: _Factors
     final: dict[tuple[int, int], float] | None
-    events: list[_Event]
+    events: list[Event]
+    decoded: bool
+    """Whether the result is what would have been decoded, scaled in whatever way."""
 
 
 class _Probing:
@@ -391,19 +144,21 @@ class _Probing:
         self.inputs = {name: value for name, value in inputs.items() if name != "generator"}
         self.steps = steps
         self.shapes = _Shapes()
+        self.encoded: dict[Any, Any] = {}
 
     # Calls of the pipeline
 
     def watch(
         self,
-        value: Callable[[_Event, Callable[[], Any] | None], Any],
+        value: Callable[[Event, Callable[[], Any] | None], Any],
         *,
         scales: Mapping[str, float] | None = None,
         inputs: Mapping[str, Any] | None = None,
         steps: int | None = None,
         seed: int = 0,
-    ) -> _Watch:
-        watch = _Watch(self.pipe, self.models, value)
+        native: bool = False,
+    ) -> Watch:
+        watch = Watch(self.pipe, self.models, value, native, self.encoded)
         call = {**(self.inputs if inputs is None else inputs), **(scales or {})}
         call["num_inference_steps"] = self.steps if steps is None else steps
         if "output_type" in self.parameters:
@@ -420,32 +175,35 @@ class _Probing:
                 raise refused(self.pipe, call, error) from error
         return watch
 
-    def filled(self, fill: Callable[[_Event, int, tuple[int, ...]], Tensor], **options: Any) -> _Watch:
+    def filled(
+        self, fill: Callable[[Event, int, tuple[int, ...]], Tensor], native: bool = False, **options: Any
+    ) -> Watch:
         """A call in which every value is ``fill(event, rows, shape of a row)``, in the model's own shapes."""
 
-        def value(event: _Event, given: Callable[[], Any] | None) -> Any:
+        def value(event: Event, given: Callable[[], Any] | None) -> Any:
             if event.kind != "call":
                 return fill(event, event.rows, event.shape)
             template = self.shapes.templates.get(event.form)
             if template is None:
                 assert given is not None
                 template = self.shapes.templates[event.form] = given()
-            like = _first(template, "sample")
+            like = first_tensor(template, "sample")
             sample = self.shapes.samples.get(event.form)
             event.rows = len(event.tensors[sample]) if sample else len(like)
             event.shape = tuple(like.shape[1:])
-            return _with(template, fill(event, event.rows, event.shape).to(like.dtype), "sample")
+            made = fill(event, event.rows, event.shape)
+            return with_first(template, made.to(like.device, like.dtype if native else wide(like.dtype)), "sample")
 
-        return self.watch(value, **options)
+        return self.watch(value, native=native, **options)
 
     # What is known before the factors
 
-    def explore(self) -> _Watch:
+    def explore(self) -> Watch:
         """Sizes, inputs, places. Returns the call in which all values are zeros."""
         shapes = self.shapes
-        zeros = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape))
+        zeros = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), native=True)
         generator = torch.Generator().manual_seed(5)
-        noisy = self.filled(lambda event, rows, shape: torch.randn(rows, *shape, generator=generator))
+        noisy = self.filled(lambda event, rows, shape: torch.randn(rows, *shape, generator=generator), native=True)
         _check_same(zeros.events, noisy.events, "what the model gives")
         draws = [event for event in zeros.events if event.kind == "draw"]
         samples = [event for event in zeros.events if event.kind == "sample"]
@@ -466,7 +224,7 @@ class _Probing:
         self._find_views(zeros.events)
         return zeros
 
-    def _find_sample(self, quiet: _Event, loud: _Event) -> None:
+    def _find_sample(self, quiet: Event, loud: Event) -> None:
         names = [name for name in quiet.tensors if not _equal(quiet.tensors[name], loud.tensors[name])]
         model = type(self.models[quiet.form[0]]).__name__
         if not names and quiet.form in self.shapes.samples:
@@ -484,14 +242,14 @@ class _Probing:
                 "loops whose sample is made of noise and the model's outputs can be written down"
             )
 
-    def groups(self, event: _Event, rows: int | None = None) -> int:
+    def groups(self, event: Event, rows: int | None = None) -> int:
         rows = event.rows if rows is None else rows
         images = self.shapes.images
         if rows % images:
             raise SamplingLoopError(f"a {event.kind} has {rows} rows for {images} images, which is no multiple")
         return rows // images
 
-    def _find_views(self, events: list[_Event]) -> None:
+    def _find_views(self, events: list[Event]) -> None:
         """Where rows lie otherwise than the latents do: found by filling in the numbers of their elements."""
         shape = self.shapes.shape
         wanted: dict[str, bool] = dict.fromkeys(("draw", "input", "output"), False)
@@ -533,16 +291,16 @@ class _Probing:
             digits = seen((numbers // power % DIGIT).float()) / ones
             place += digits.double().round().long().flatten() * power
             power *= DIGIT
-        view = _view_of(place)
+        view = View.of(place)
         if view is None or view.last >= elements:
             raise SamplingLoopError(f"{what} is put in an order that reshaping and permuting do not make")
         return view
 
-    def _find_draw_views(self, events: list[_Event]) -> None:
+    def _find_draw_views(self, events: list[Event]) -> None:
         for draw in [event for event in events if event.kind == "draw" and event.shape != self.shapes.shape]:
 
             def seen(row: Tensor, number: int = draw.number) -> Tensor:
-                def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+                def fill(event: Event, rows: int, shape: tuple[int, ...]) -> Tensor:
                     each = row.view(shape) if event.number == number else torch.zeros(shape)
                     return each.expand(rows, *shape).clone()
 
@@ -553,9 +311,9 @@ class _Probing:
                 math.prod(draw.shape), seen, "the noise that sampling begins with"
             )
 
-    def _output_view(self, form: tuple[str, str | None], first: _Event) -> View:
+    def _output_view(self, form: tuple[str, str | None], first: Event) -> View:
         def seen(row: Tensor) -> Tensor:
-            def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+            def fill(event: Event, rows: int, shape: tuple[int, ...]) -> Tensor:
                 own = event.kind == "call" and event.form == form
                 return (row.view(shape) if own else torch.zeros(shape)).expand(rows, *shape).clone()
 
@@ -568,7 +326,7 @@ class _Probing:
 
     def _input_view(self, form: tuple[str, str | None], elements: int) -> View:
         def seen(row: Tensor) -> Tensor:
-            def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+            def fill(event: Event, rows: int, shape: tuple[int, ...]) -> Tensor:
                 each = row.view(shape) if event.kind == "sample" else torch.zeros(shape)
                 return each.expand(rows, *shape).clone()
 
@@ -587,7 +345,7 @@ class _Probing:
 
     # The factors
 
-    def read(self, scales: Mapping[str, float], like: list[_Event] | None = None) -> _Read:
+    def read(self, scales: Mapping[str, float], like: list[Event] | None = None) -> _Read:
         """The factors of all values in what is made of them, for one choice of guidance scales."""
         # One element is nobody's: what stands there comes from no value.
         room = self.shapes.elements - 1
@@ -604,14 +362,14 @@ class _Probing:
             final = self._final(watch, first, room, ids, final)
             first += room
             if first >= len(ids):
-                return _Read(factors, final, watch.events)
+                return _Read(factors, final, watch.events, watch.decoded)
 
     def _basis(
         self, first: int, room: int, ids: list[tuple[int, int]], factors: _Factors, scales: Mapping[str, float]
-    ) -> _Watch:
+    ) -> Watch:
         images, elements = self.shapes.images, self.shapes.elements
 
-        def fill(event: _Event, rows: int, shape: tuple[int, ...]) -> Tensor:
+        def fill(event: Event, rows: int, shape: tuple[int, ...]) -> Tensor:
             for name, tensor in event.tensors.items():
                 view = self.shapes.views.get(("input", event.form)) if event.kind == "call" else None
                 if event.kind == "call" and name != self.shapes.samples.get(event.form):
@@ -639,7 +397,7 @@ class _Probing:
 
     def _note(
         self,
-        event: _Event,
+        event: Event,
         tensor: Tensor,
         view: View | None,
         first: int,
@@ -647,7 +405,7 @@ class _Probing:
         ids: list[tuple[int, int]],
         factors: _Factors,
     ) -> None:
-        rows = tensor.flatten(1)
+        rows = tensor.flatten(1).float().cpu()
         if view is not None:
             place_of = view.take(torch.arange(self.shapes.elements).unsqueeze(0))[0]
             rows = torch.zeros_like(rows).index_copy_(1, place_of, rows)
@@ -661,7 +419,7 @@ class _Probing:
                 )
             row = own[0]
             if not bool(torch.isfinite(row).all()):
-                raise NotLinearError(f"step {event.step}: the loop makes NaN or infinity of zeros; {_hint(self.pipe)}")
+                raise NotLinearError(f"step {event.step}: the loop makes NaN or infinity of zeros; {_REMEDY}")
             places = row.nonzero().flatten().tolist()
             found = factors.setdefault((event.number, group), {})
             for place in places:
@@ -669,13 +427,13 @@ class _Probing:
                     raise NotLinearError(
                         f"step {event.step}: the loop of {type(self.pipe).__name__} with "
                         f"{type(self.pipe.scheduler).__name__} adds something that is neither noise nor an output, or "
-                        f"moves elements; {_hint(self.pipe)}"
+                        f"moves elements; {_REMEDY}"
                     )
                 found[ids[first + place]] = float(row[place])
 
     def _final(
         self,
-        watch: _Watch,
+        watch: Watch,
         first: int,
         room: int,
         ids: list[tuple[int, int]],
@@ -685,7 +443,7 @@ class _Probing:
         result = watch.result
         if result is None or before is None or tuple(result.shape[1:]) != self.shapes.shape:
             return None
-        row = result[0].flatten()[: min(room, len(ids) - first)]
+        row = result[0].flatten().float().cpu()[: min(room, len(ids) - first)]
         return before | {ids[first + place]: float(row[place]) for place in row.nonzero().flatten().tolist()}
 
     # The program
@@ -693,23 +451,20 @@ class _Probing:
     def probed(self) -> Probed:
         zeros = self.explore()
         candidates, baked = self._candidates()
-        program, reason = None, ""
+        program = None
         if candidates:
-            try:
+            with suppress(SamplingLoopError):  # the scale enters otherwise, or the loop is none; the next try tells
                 program = self._program(zeros, candidates, baked)
-            except NotLinearError as error:
-                reason = str(error)
         if program is None:
             held = tuple(Scale(name, value) for name, value in candidates.items())
             program = self._program(zeros, {}, (*baked, *held))
-        del reason
         return Probed(program, self.conditioning(program, zeros.events, self.shapes.images), self.shapes.images)
 
     def _wrong(self, error: float, allowed: float) -> NotLinearError:
+        loop = f"the loop of {type(self.pipe).__name__} with {_why_not_linear(self.pipe)}"
         return NotLinearError(
-            f"the loop of {type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__} is not linear: on "
-            f"random data its factors miss it by {error:.1e} of the largest value, where at most {allowed:.0e} is "
-            f"rounding; {_hint(self.pipe)}"
+            f"{loop}: on random data its factors miss it by {error:.1e} of the largest value, where at most "
+            f"{allowed:.0e} is rounding; {_REMEDY}"
         )
 
     def _candidates(self) -> tuple[dict[str, float], tuple[Scale, ...]]:
@@ -728,7 +483,7 @@ class _Probing:
                 held.append(Scale(name, float(value)))
         return free, tuple(held)
 
-    def _program(self, zeros: _Watch, candidates: Mapping[str, float], baked: tuple[Scale, ...]) -> Program:
+    def _program(self, zeros: Watch, candidates: Mapping[str, float], baked: tuple[Scale, ...]) -> Program:
         base = dict.fromkeys(candidates, PROBED_AT[0])
         reads = [self.read(base, zeros.events)]
         names: list[str] = []
@@ -738,9 +493,9 @@ class _Probing:
                 names.append(name)
                 reads.append(read)
         scales = tuple(Scale(name, candidates[name], 1.0) for name in names)
-        later = self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), steps=self.steps + 1)
+        later = self._longer(zeros)
         operations = self._operations(reads)
-        forms, values = self._forms(zeros, later, reads, operations)
+        forms, values = self._forms([*zeros.events, *later], reads, operations)
         numbers = iter(values)
         whole = tuple(replace(each, values=next(numbers)) if isinstance(each, Call) else each for each in operations)
         final = self._final_of(reads, whole)
@@ -750,8 +505,24 @@ class _Probing:
             forms, whole, final, 0.0,
         )  # fmt: skip
         program = self._lowered(program, base)
-        error = self._verified(program, self.inputs)
-        return replace(program, error=error, images=self._any_number(program))
+        short = replace(program, operations=tuple(shortened(program)))
+        if short != program:
+            with suppress(NotLinearError):  # rounding that the short way magnifies; then the long one holds
+                return self._accepted(short)
+        return self._accepted(program)
+
+    def _longer(self, zeros: Watch) -> list[Event]:
+        """What happens in a call of one step more, where some model is called only once: to see what follows the
+        schedule. Of schedulers that refuse it nothing; what is given once is a condition then."""
+        forms = [event.form for event in zeros.events if event.kind == "call"]
+        if all(forms.count(form) > 1 for form in forms):
+            return []
+        with suppress(ValueError, RuntimeError):
+            return self.filled(lambda event, rows, shape: torch.zeros(rows, *shape), steps=self.steps + 1).events
+        return []
+
+    def _accepted(self, program: Program) -> Program:
+        return replace(program, error=self._verified(program, self.inputs), images=self._any_number(program))
 
     def _operations(self, reads: Sequence[_Read]) -> list[Operation]:
         made: list[Operation] = []
@@ -780,6 +551,11 @@ class _Probing:
             used = list(found[0])
             if {number for number, _ in used} == {last} and len(used) == 1:
                 return (Term(last, used[0][1], (1.0,)),)
+            if reads[0].decoded:
+                raise SamplingLoopError(
+                    f"{type(self.pipe).__name__} decodes something else than its scheduler's last sample, and does not "
+                    "return it as latents"
+                )
             return tuple(
                 Term(*key, _affine([(each or {}).get(key, 0.0) for each in found]))
                 for key in sorted(set().union(*(each or {} for each in found)))
@@ -791,14 +567,14 @@ class _Probing:
     # Inputs that are not made of values
 
     def _forms(
-        self, zeros: _Watch, later: _Watch, reads: Sequence[_Read], operations: Sequence[Operation]
+        self, events: Sequence[Event], reads: Sequence[_Read], operations: Sequence[Operation]
     ) -> tuple[tuple[Form, ...], list[tuple[tuple[Number, ...], ...]]]:
         """The forms of calls, and the values of each call in turn."""
         altered = self._altered_call()
         forms: dict[tuple[str, str | None], Form] = {}
-        for event in zeros.events:
+        for event in events:
             if event.kind == "call" and event.form not in forms:
-                forms[event.form] = self._form(event, zeros, later, reads, operations, altered)
+                forms[event.form] = self._form(event, events, reads, operations, altered)
         values = []
         calls = [[event for event in read.events if event.kind == "call"] for read in reads]
         for same in zip(*calls, strict=True):
@@ -816,16 +592,15 @@ class _Probing:
 
     def _form(
         self,
-        first: _Event,
-        zeros: _Watch,
-        later: _Watch,
+        first: Event,
+        events: Sequence[Event],
         reads: Sequence[_Read],
         operations: Sequence[Operation],
-        altered: _Watch | None,
+        altered: Watch | None,
     ) -> Form:
         form, sample = first.form, self.shapes.samples[first.form]
         groups = self.groups(first)
-        own = [event for event in (*zeros.events, *later.events) if event.kind == "call" and event.form == form]
+        own = [event for event in events if event.kind == "call" and event.form == form]
         scaled = [[each for each in read.events if each.kind == "call" and each.form == form] for read in reads]
         others = [event for event in altered.events if event.form == form] if altered else []
         halves = self._halves(form, groups, operations)
@@ -890,7 +665,7 @@ class _Probing:
             break
         return numbers if half is None else ("cond", "uncond") if half == 0 else ("uncond", "cond")
 
-    def _number(self, event: _Event, argument: Argument, group: int) -> float:
+    def _number(self, event: Event, argument: Argument, group: int) -> float:
         """What fills a group's rows of an input that follows the schedule."""
         tensor = event.tensors[argument.name]
         images = self.shapes.images
@@ -905,7 +680,7 @@ class _Probing:
             )
         return number
 
-    def conditioning(self, program: Program, events: Sequence[_Event], images: int) -> dict[str, dict[str, Tensor]]:
+    def conditioning(self, program: Program, events: Sequence[Event], images: int) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         for event in events:
             form = next((each for each in program.forms if (each.model, each.branch) == event.form), None)
@@ -925,7 +700,7 @@ class _Probing:
 
     # Other calls
 
-    def _altered_call(self) -> _Watch | None:
+    def _altered_call(self) -> Watch | None:
         """A call with another prompt or label, to see what follows it; None where nothing can be altered."""
         inputs = {name: _altered(name, value) for name, value in self.inputs.items()}
         if all(inputs[name] is self.inputs[name] for name in inputs):
@@ -935,14 +710,11 @@ class _Probing:
     def _any_number(self, program: Program) -> int | None:
         """None if a call of twice the images follows the program too, else the number it was probed with."""
         images = self.shapes.images
-        inputs = _doubled(self.inputs, self.parameters)
-        if inputs is None:
-            return images
-        try:
-            self._verified(program, inputs, 2 * images)
-        except (ValueError, RuntimeError, DifaError):  # whatever the pipeline has against it
-            return images
-        return None
+        for inputs in _doubled(self.inputs, self.parameters):
+            with suppress(ValueError, RuntimeError, DifaError):  # whatever the pipeline has against it
+                self._verified(program, inputs, 2 * images)
+                return None
+        return images
 
     def _lowered(self, program: Program, base: Mapping[str, float]) -> Program:
         """Scales that may be 1 and less as well, since they are only an input of the model."""
@@ -977,63 +749,28 @@ class _Probing:
     def _difference(
         self, program: Program, inputs: Mapping[str, Any], images: int, scales: Mapping[str, float]
     ) -> tuple[float, float]:
-        """Of a replay from the pipeline, and of the replay in float32 from that in float64; over what the models are
-        given and the final latents, relative to the largest value of each."""
-        seen: list[_Event] = []
+        """:func:`difa_compile.export.verifying.differences` from a call on random data."""
+        calls: list[Event] = []
 
-        def value(event: _Event, given: Callable[[], Any] | None) -> Any:
+        def value(event: Event, given: Callable[[], Any] | None) -> Any:
             if event.kind != "call":
                 return None
-            seen.append(event)
+            calls.append(event)
             event.tensors = {name: tensor.clone() for name, tensor in event.tensors.items()}
-            like = _first(self.shapes.templates[event.form], "sample")
-            sample = self.shapes.samples[event.form]
+            template, sample = self.shapes.templates[event.form], self.shapes.samples[event.form]
+            like = first_tensor(template, "sample")
             event.rows, event.shape = len(event.tensors[sample]), tuple(like.shape[1:])
-            made = _stand_in(len(seen), sample, event.shape, event.tensors)
-            return _with(self.shapes.templates[event.form], made.to(like.dtype), "sample")
+            made = stand_in(len(calls), sample, event.shape, event.tensors)
+            return with_first(template, made.to(like.device, wide(like.dtype)), "sample")
 
-        watch = self.watch(value, scales=scales, inputs=inputs, seed=17)
+        watch = self.watch(value, scales=scales, inputs=inputs, seed=SEED)
         chosen = {scale.name: scales[scale.name] for scale in program.scales}
-        exact, final = self._replayed(program, seen, images, chosen, torch.float64)
-        rounded, rounded_final = self._replayed(program, seen, images, chosen, torch.float32)
         last = next(event for event in reversed(watch.events) if event.kind == "sample").tensors["output"]
         term = program.final[0]
         from_last = len(program.final) == 1 and isinstance(program.operations[term.value], Sample)
-        wanted = last[term.group * images :][:images] if from_last else watch.result
-        assert wanted is not None
-        names = [self.shapes.samples[event.form] for event in seen]
-        samples = [event.tensors[name] for event, name in zip(seen, names, strict=True)]
-        error, rounding = _relative(final, wanted), _relative(rounded_final, final)
-        for event, found in zip(seen, exact, strict=True):
-            error = max(error, *(_relative(found[name], tensor) for name, tensor in event.tensors.items()))
-        for sample, name, found, other in zip(samples, names, exact, rounded, strict=True):
-            rounding = max(rounding, _relative(other[name], found[name]) if bool(sample.any()) else 0.0)
-        return (error if math.isfinite(error) else math.inf), rounding
-
-    def _replayed(
-        self, program: Program, seen: Sequence[_Event], images: int, scales: Mapping[str, float], dtype: torch.dtype
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """What the models are given in a replay, and the final latents; it must call them as the pipeline did."""
-        given: list[dict[str, Tensor]] = []
-
-        def call(form: Form, operation: Call, inputs: dict[str, Tensor]) -> Tensor:
-            event = seen[len(given)] if len(given) < len(seen) else None
-            if event is None or event.form != (form.model, form.branch) or set(inputs) != set(event.tensors):
-                raise SamplingLoopError("the pipeline calls its models otherwise than the program does")
-            for name, tensor in event.tensors.items():
-                if tensor.shape != inputs[name].shape or tensor.dtype != inputs[name].dtype:
-                    raise SamplingLoopError(f"{shown(name)} is of another form than in the call that was probed")
-            given.append(inputs)
-            return _stand_in(len(given), form.sample.name, form.output, inputs)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(18)
-            conditioning = self.conditioning(program, seen, images)
-            generator = torch.Generator().manual_seed(17)
-            final = replay(program, generator, conditioning, call, images=images, scales=scales, dtype=dtype)
-        if len(given) != len(seen):
-            raise SamplingLoopError("the pipeline calls its models more often than the program does")
-        return given, final
+        latents = last[term.group * images :][:images] if from_last else watch.result
+        assert latents is not None
+        return differences(program, calls, latents, self.conditioning(program, calls, images), images, chosen)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -1045,20 +782,22 @@ def _check_config(scheduler: Any) -> None:
         return
     name = type(scheduler).__name__
     if config.get("thresholding") is True:
-        raise NotLinearError(f"{name} uses dynamic thresholding, {_NO_TABLE}; switch thresholding off")
+        raise NotLinearError(f"{name} uses dynamic thresholding, {NO_TABLE}; switch thresholding off")
 
 
-def _hint(pipe: Any) -> str:
-    """What of a scheduler's settings may be the reason."""
+_REMEDY = "use another scheduler, or leave out options that rescale or normalise guidance"
+
+
+def _why_not_linear(pipe: Any) -> str:
+    """A scheduler by name, and what of its settings may be the reason."""
     config = getattr(pipe.scheduler, "config", {})
-    kind_of_variance = str(config.get("variance_type", "")) if isinstance(config, Mapping) else ""
-    if kind_of_variance.startswith("learned"):
-        return f"variance_type={quoted(kind_of_variance)} takes the variance from the model; choose a fixed one"
-    return "use another scheduler, or leave out options that rescale or normalise guidance"
+    variance = str(config.get("variance_type", "")) if isinstance(config, Mapping) else ""
+    learned = f" (variance_type={quoted(variance)}: a learned variance)" if variance.startswith("learned") else ""
+    return f"{type(pipe.scheduler).__name__} is not linear{learned}"
 
 
-def _check_same(wanted: Sequence[_Event], found: Sequence[_Event], by: str) -> None:
-    def told(events: Sequence[_Event]) -> list[Any]:
+def _check_same(wanted: Sequence[Event], found: Sequence[Event], by: str) -> None:
+    def told(events: Sequence[Event]) -> list[Any]:
         return [(event.kind, event.rows, event.shape, event.told, event.step, event.form) for event in events]
 
     if told(wanted) != told(found):
@@ -1077,37 +816,12 @@ def _argument(name: str, tensor: Tensor, rows: int) -> Argument:
     return Argument(name, dtype, tuple(tensor.shape[1:] if batched else tensor.shape), batched)
 
 
-def _view_of(place: Tensor) -> View | None:
-    """The sizes and strides that put element ``place[i]`` in position i; None where none do."""
-    total, offset = place.numel(), int(place[0])
-    moved = (place - offset).tolist()
-    sizes: list[int] = []
-    strides: list[int] = []
-    block = 1
-    while block < total:
-        stride, count = moved[block], 2
-        while (count + 1) * block <= total and moved[count * block] == count * stride:
-            count += 1
-        while total % (block * count):
-            count -= 1
-        sizes.insert(0, count)
-        strides.insert(0, stride)
-        block *= count
-    view = View(tuple(sizes) or (1,), tuple(strides) or (1,), offset)
-    if min((*view.strides, offset)) < 0:
-        return None
-    seen = torch.arange(view.last + 1).as_strided(view.sizes, view.strides, offset).flatten()
-    return view if torch.equal(seen, place) else None
-
-
 def _affine(found: Sequence[float]) -> Number:
     """``base + slope_1 * scale_1 + ...`` through what was found at the first scales, and with one of them moved."""
     low, high = PROBED_AT
     slopes = [(moved - found[0]) / (high - low) for moved in found[1:]]
     number = [found[0] - sum(slope * low for slope in slopes), *slopes]
-    while len(number) > 1 and number[-1] == 0.0:
-        number.pop()
-    return tuple(number)
+    return trimmed(number)
 
 
 def _combined(reads: Sequence[_Read], key: tuple[int, int]) -> Combination:
@@ -1162,35 +876,13 @@ def _altered(name: str, value: Any) -> Any:
     return value
 
 
-def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments for twice the images; None where it is not known how to ask for them."""
+def _doubled(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments for twice the images, in the ways in which pipelines are asked for them."""
     for name in ("num_images_per_prompt", "num_videos_per_prompt"):
         if name in parameters:
-            return {**inputs, name: 2 * int(inputs.get(name) or 1)}
-    if isinstance(inputs.get("class_labels"), (list, tuple)):
-        return {**inputs, "class_labels": [*inputs["class_labels"], *inputs["class_labels"]]}
-    return None
-
-
-def _stand_in(number: int, sample: str, output: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Tensor:
-    """A function in a model's place: not linear, another one at each call, of all inputs, and each row by itself."""
-    rows = inputs[sample].flatten(1).float()
-    elements = math.prod(output)
-    generator = torch.Generator().manual_seed(number)
-    weights = torch.randn(2, elements, generator=generator).to(rows.device)
-    wide = rows.repeat(1, -(-elements // rows.shape[1]))[:, :elements]
-    others = torch.zeros(len(rows), 1, device=rows.device)
-    for name, tensor in sorted(inputs.items()):
-        if name != sample:
-            batched = tensor.ndim > 0 and len(tensor) == len(rows)
-            mean = tensor.double().flatten(1).mean(1) if batched and tensor.ndim > 1 else tensor.double()
-            mean = mean if batched else mean.mean().expand(len(rows))
-            others += (mean / (1 + mean.abs())).float().unsqueeze(1)
-    made = torch.tanh(weights[0] * wide + 0.3 * wide.roll(1, 1) + weights[1] + 0.3 * others)
-    return made.view(len(rows), *output)
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    largest = float(wanted.double().abs().max())
-    difference = float((found.double() - wanted.double()).abs().max())
-    return difference / largest if largest else difference
+            yield {**inputs, name: 2 * int(inputs.get(name) or 1)}
+    given = {name: value for name, value in inputs.items() if "prompt" in name or "label" in name}
+    texts = {name: [value, value] for name, value in given.items() if isinstance(value, str)}
+    lists = {name: [*value, *value] for name, value in given.items() if isinstance(value, (list, tuple))}
+    if texts or lists:
+        yield {**inputs, **texts, **lists}

@@ -87,6 +87,28 @@ class View:
     strides: tuple[int, ...]
     offset: int = 0
 
+    @classmethod
+    def of(cls, place: Tensor) -> View | None:
+        """That which shows element ``place[i]`` at position i; None where no sizes and strides do."""
+        total, offset = place.numel(), int(place[0])
+        moved = (place - offset).tolist()
+        sizes: list[int] = []
+        strides: list[int] = []
+        block = 1
+        while block < total:
+            stride, count = moved[block], 2
+            while (count + 1) * block <= total and moved[count * block] == count * stride:
+                count += 1
+            while total % (block * count):
+                count -= 1
+            sizes.insert(0, count)
+            strides.insert(0, stride)
+            block *= count
+        view = cls(tuple(sizes) or (1,), tuple(strides) or (1,), offset)
+        if min((*view.strides, offset)) < 0:
+            return None
+        return view if torch.equal(view.take(torch.arange(view.last + 1).unsqueeze(0))[0], place) else None
+
     @property
     def last(self) -> int:
         """The furthest element that it reads."""
