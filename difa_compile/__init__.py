@@ -98,12 +98,14 @@ def __getattr__(name: str) -> object:
     try:
         value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     except ModuleNotFoundError as error:
-        if error.name != "numpy":
+        extra = {"numpy": "report", "msgspec": "export"}.get(error.name or "")
+        if extra is None:
             raise
         from difa_compile.errors import MissingDependencyError
 
         raise MissingDependencyError(
-            f"difa_compile.{name} needs numpy, which is not installed; pip install numpy, or difa-compile[report]"
+            f"difa_compile.{name} needs {error.name}, which is not installed; pip install {error.name}, or "
+            f"difa-compile[{extra}]"
         ) from error
     globals()[name] = value
     return value

@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import difa_compile
 from difa_compile.bundle.manifest import (
     MANIFEST,
     SELF_TEST,
@@ -341,7 +341,7 @@ class _Exporting:
         versions = {
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
-            "difa-compile": difa_compile.__version__,
+            "difa-compile": metadata.version("difa-compile"),
             "processor": "" if self.portable or target != "aoti" else torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
         }
@@ -414,7 +414,8 @@ class _Exporting:
     ) -> Manifest:
         """Write everything, the manifest last."""
         files: dict[str, File] = {}
-        weights, places = self._weights(pieces, files)
+        conditions, fixed = _fixed(next(iter(probed.values())))
+        weights, places = self._weights(pieces, fixed, files)
         engines = []
         for piece in pieces:
             _, finish = LOWERINGS[piece.target]
@@ -458,6 +459,7 @@ class _Exporting:
                 for (tier, steps), course in zip(schedules, buckets.courses, strict=True)
             ),
             plans=plans,
+            conditions=conditions,
             decode=decode,
         )  # fmt: skip
         document = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
@@ -465,8 +467,11 @@ class _Exporting:
         write_whole(self.folder / MANIFEST, document + "\n", "the manifest")
         return manifest
 
-    def _weights(self, pieces: Sequence[_Piece], files: dict[str, File]) -> tuple[str, Mapping[str, Place]]:
-        """Write the file of weights: what any engine reads, each once. Its name, and where tensors lie in it."""
+    def _weights(
+        self, pieces: Sequence[_Piece], fixed: Mapping[str, Tensor], files: dict[str, File]
+    ) -> tuple[str, Mapping[str, Place]]:
+        """Write the file of weights: what any engine reads, each once, and conditions that are always the same. Its
+        name, and where tensors lie in it."""
         own: dict[str, Tensor] = {}
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module):
@@ -480,7 +485,7 @@ class _Exporting:
                 f"engines read {quoted(missing[0])}, which is no parameter of the pipeline's components "
                 f"({', '.join(self.models)}); this is a fault of difa-compile: please report the model"
             )
-        tensors = {name: tables[name] if name in tables else own[name] for name in read}
+        tensors = {name: tables[name] if name in tables else own[name] for name in read} | dict(fixed)
         fresh = self.folder / ".weights.tmp"
         try:
             places = write_weights(fresh, tensors)
@@ -535,6 +540,24 @@ class _Exporting:
         for path in (*self.folder.glob("*-????????????.*"), *self.folder.glob("p*s/*.json")):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in named:
                 path.unlink(missing_ok=True)
+
+
+def _fixed(probed: Probed) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+    """Conditions that do not change with the prompt and are too large to stand in the program (positions, an empty
+    negative prompt): by half and name the tensor's name in the file of weights, and the tensors, one row each."""
+    names: dict[str, dict[str, str]] = {}
+    tensors: dict[str, Tensor] = {}
+    for form in probed.program.forms:
+        for condition in form.conditions:
+            argument = condition.argument
+            for row in condition.rows:
+                given = probed.conditioning.get(row.half, {})
+                if row.fixed and row.numbers is None and argument.name in given:
+                    stored = f"condition.{row.half}.{argument.name}"
+                    names.setdefault(row.half, {})[argument.name] = stored
+                    value = given[argument.name]
+                    tensors[stored] = (value[:1] if argument.batched else value).detach().clone()
+    return names, tensors
 
 
 def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, program: Program) -> Tensor:
@@ -622,7 +645,7 @@ def _made_with() -> dict[str, str]:
     import diffusers
 
     return {
-        "difa-compile": difa_compile.__version__,
+        "difa-compile": metadata.version("difa-compile"),
         "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),

@@ -38,7 +38,7 @@ FORMAT = Format(
     name="manifest",
     version_key="schema_version",
     version=1,
-    keys=("made_with", "source", "files", "weights", "engines", "slots", "schedules", "plans", "decode"),
+    keys=("made_with", "source", "files", "weights", "engines", "slots", "schedules", "plans", "conditions", "decode"),
     most_bytes=2**28,
     damaged=BundleFormatError,
     other_version=BundleVersionError,
@@ -139,7 +139,9 @@ class Decode(_Part, frozen=True):
 
 
 class Manifest(_Part, frozen=True):
-    """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan."""
+    """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan.
+    ``conditions``: those that are the same for all calls, by half and name the name in the file of weights, one row.
+    """
 
     made_with: dict[str, str]
     source: Source
@@ -149,6 +151,7 @@ class Manifest(_Part, frozen=True):
     slots: tuple[Slot, ...]
     schedules: tuple[Schedule, ...]
     plans: dict[str, str]
+    conditions: dict[str, dict[str, str]] = {}
     decode: Decode | None = None
 
     def content(self) -> dict[str, Any]:

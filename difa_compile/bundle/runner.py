@@ -253,7 +253,14 @@ class Bundle:
                 if known[name].argument.batched and images is None:
                     images = len(values[name])
             given[half] = values
-        return given, 1 if images is None else images
+        count = 1 if images is None else images
+        for half, names in self.manifest.conditions.items():
+            for name, stored in names.items():
+                if name not in given.setdefault(half, {}) and name in known:
+                    value = self._weights[stored]
+                    batched = known[name].argument.batched
+                    given[half][name] = value.expand(count, *value.shape[1:]) if batched else value
+        return given, count
 
 
 class _Course:

@@ -22,6 +22,7 @@ from typer.main import get_command
 from difa_compile.cli.app import app
 from difa_compile.cli.inputs import LARGEST_FILE, LARGEST_SEED
 from difa_compile.errors import DifaError
+from tests.support import bundles
 from tests.support.commands import explode, refused, run
 from tests.support.places import ROOT
 from tests.support.report_sample import make_plan
@@ -73,6 +74,7 @@ def reached(monkeypatch, tmp_path):
     monkeypatch.setattr("difa_compile.calibration.measure.measure", noting("measure"))
     monkeypatch.setattr("difa_compile.comparison.planned.plan_within", noting("search"))
     monkeypatch.setattr(sys.modules[tune.__name__], "tune", noting("tune"))
+    monkeypatch.setattr("difa_compile.export.write.export_bundle", noting("search"))
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.chdir(tmp_path)
     return seen
@@ -82,6 +84,7 @@ def reached(monkeypatch, tmp_path):
 def plan_file(tmp_path):
     make_plan(4, 2).save(tmp_path / "plan.json")
     made_table(4).save(tmp_path / "errors.json")
+    (tmp_path / "bundle").symlink_to(bundles.kept())
     return tmp_path / "plan.json"
 
 
@@ -190,6 +193,24 @@ HOSTILE = {
     ("tune", "--dtype"): ["float8_e4m3fn", "int8", "float33", *NAMES],
     ("tune", "--device"): ["meta", "cuda:99", *NAMES],
     ("inspect", "--trace"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
+    ("export", "--plan"): [".", "/dev/null", "fast=", "=plan.json", "a/b=plan.json", *NAMES],
+    ("export", "--out"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
+    ("export", "--target"): ["tensorflow", "onnx;aoti", ",", *NAMES],
+    ("export", "--steps"): ["0", "10001", "4,", "4;6", *WHOLE_NUMBERS],
+    ("export", "--batch"): ["0", "1025", *WHOLE_NUMBERS],
+    ("export", "--max-engines"): ["0", *WHOLE_NUMBERS],
+    ("export", "--labels"): ["", "10", "-1", LONG],
+    ("export", "--inputs"): ["{", '{"class_labels": [1], "guidance": 4}', *NAMES],
+    ("export", "--guidance"): NUMBERS,
+    ("run", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
+    ("run", "--labels"): ["", "-1", "1,2,3", LONG],
+    ("run", "--conditions"): [".", "/dev/null", "plan.json", *NAMES],
+    ("run", "--images"): ["0", "1025", *WHOLE_NUMBERS],
+    ("run", "--steps"): ["0", "3", "10001", *WHOLE_NUMBERS],
+    ("run", "--tier"): NAMES,
+    ("run", "--guidance"): ["0.5", *NUMBERS],
+    ("run", "--seed"): WHOLE_NUMBERS,
+    ("run", "--target"): ["aoti", *NAMES],
     ("report", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
 }
 """Values that must be refused. None of them may reach a search, a measurement or, but for names of places and what only
@@ -203,6 +224,8 @@ ONE_IS_ENOUGH = {
     "report": ("kept",),
     "measure": ("demo",),
     "plan": ("errors.json",),
+    "export": ("demo", "--plan=plan.json"),
+    "run": ("bundle", "--labels=1"),
 }
 BESIDE = {
     "--max-rows": ("--budget", "0.9"),
@@ -229,6 +252,7 @@ def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_f
 def test_every_option_with_a_value_is_in_the_table():
     """An option that somebody adds must be thought of here, or be among those that take anything."""
     anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt"), ("measure", "--prompt")}
+    anything |= {("export", "--prompt")}
     group = get_command(app)
     found = {
         (name, parameter.opts[0])
@@ -395,6 +419,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_is_not_loaded(damage, demo_folder, monkeypatch):
     monkeypatch.setattr("difa_compile.calibration.calibrate.calibrate", explode(AssertionError("it was loaded")))
+    monkeypatch.setattr("difa_compile.export.write.export_bundle", noting("search"))
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
     name, change = DAMAGE[damage]
     path = demo_folder / name
@@ -455,6 +480,7 @@ def test_nothing_but_a_panel_comes_of_any_arguments(seed, reached, plan_file):
     for _ in range(60):
         name = chance.choice([*group.commands, chance.choice(PIECES)])
         known = [parameter.opts[0] for parameter in group.commands[name].params] if name in group.commands else ["--x"]
+        known = known or ["--x"]  # a group of commands
         words = [name, *ONE_IS_ENOUGH.get(name, ())][: chance.choice([1, 3, 3, 3])]
         for _ in range(chance.randrange(4)):
             value = "".join(chance.choices(PIECES, k=chance.choice([1, 1, 1, 2, 3])))
