@@ -172,9 +172,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-class ExportError(DifaError):
-    """Base of what can stop an export."""
-
-
-class EngineError(ExportError):
-    """A variant of a model that cannot be made an engine."""
+class EngineError(DifaError, ValueError):
+    """A call or a variant of a model that no engine can be made of, or that an engine was not made for."""

@@ -41,7 +41,7 @@ def raised(tree):
 
 @pytest.fixture(scope="module")
 def made():
-    return set().union(*map(raised, trees("difa_compile", "passes", "plugins")))
+    return set().union(*map(raised, trees("difa_compile", "passes", "plugins", "export")))
 
 
 @pytest.fixture(scope="module")
