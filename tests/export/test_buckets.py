@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("diffusers", reason="pipelines of diffusers are exported")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
 
+import difa_compile
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import EngineError, RowLimitError, ScheduleError
 from difa_compile.export.buckets import (
@@ -24,7 +25,7 @@ from difa_compile.export.buckets import (
     united,
     widened,
 )
-from difa_compile.export.captured import captured, progress_of
+from difa_compile.export.captured import captured, more_images, progress_of
 from difa_compile.export.engines import engines_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
@@ -146,6 +147,45 @@ def test_engines_of_two_experts_over_two_calls_with_blocks(tmp_path):
     assert [calls[row.call].expert for row in two.buckets.rows] == [0, 1]
     with pytest.raises(RowLimitError, match="even if everything is full at every step 2 are needed"):
         fitted(calls, [schedule], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [None, 5])
+def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path, most):
+    """A graph for each call, which share what they share all the same."""
+    from tests.families.test_video_pipelines import WAN_ROWS, plan_of, texts_of_two_lengths, wan
+
+    tiny_wan = wan(tmp_path)
+    pipe = tiny_wan.pipe
+    inputs = {**tiny_wan.arguments, **texts_of_two_lengths()}
+    del inputs["num_inference_steps"]
+    plan = plan_of(tiny_wan, WAN_ROWS, **texts_of_two_lengths())
+    calls = captured(pipe, inputs, plan)
+    assert calls[0].capture is not calls[1].capture
+    found = fitted(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], most)
+    assert {row.call for row in found.buckets.rows} == {0, 1}
+    assert len(found.buckets.rows) <= (most or 99)
+    run = partial(tiny_wan.frames, **texts_of_two_lengths())
+    wanted, _ = applied(pipe, found.schedules[0].plan, run)
+    engines = made_of(calls, found.buckets)
+    assert (play(pipe, run, found.buckets.courses[0], engines) == wanted).all()
+
+
+@pytest.mark.slow
+def test_engines_of_the_demo_model_for_any_number_of_images():
+    pipe = difa_compile.load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    texts = ["full", "window(disc:4)+residual", "reuse+cfg"]
+    inputs = {"class_labels": [3]}
+    plan = plan_from_rule(pipe, 3, lambda step, _: Decision.parse(texts[step]), inputs=inputs)
+    calls = [captured(pipe, more_images(pipe, inputs, images), plan)[0] for images in (1, 2, 3)]
+    buckets = buckets_of(calls[:1], [Schedule(plan, progress_of(pipe, inputs, 3))])
+    engines = [engines_of(calls, row.roles, most=8) for row in buckets.rows]
+    assert [[engine.images for engine in each] for each in engines] == [[(1, 8)]] * 3
+    for labels in ([3], [1, 4, 1, 5]):
+        run = partial(sample, pipe, steps=3, labels=labels)
+        wanted, _ = applied(pipe, plan, run)
+        assert (play(pipe, run, buckets.courses[0], [each[0] for each in engines]) == wanted).all()
 
 
 def test_schedules_share_engines_and_slots():

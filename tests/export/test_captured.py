@@ -70,6 +70,14 @@ def test_a_pipeline_with_a_plan_and_a_plan_of_another_model_are_refused(dit):
         captured(tiny_pipeline(layers=3), LABELS, plan)
 
 
+def test_a_call_under_autocast_is_refused(dit):
+    pipe, plan = dit
+    under = r"DiTPipeline calls its transformer under torch\.autocast \(cpu torch\.bfloat16\)"
+    with torch.autocast("cpu"), pytest.raises(EngineError, match=under):
+        captured(pipe, LABELS, plan)
+    assert wiring_of(pipe) is None
+
+
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_progress_is_that_of_the_schedule(dit, steps):
     pipe, _ = dit

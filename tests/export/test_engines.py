@@ -325,6 +325,33 @@ def test_a_weight_that_nothing_needs_is_an_error(monkeypatch):
         engines_of([call], [Role(REUSE)] * 2)
 
 
+class Casting(nn.Module):
+    """Autocast regions of its own, one that casts and one that does not."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.inner = PlainTransformer([Attention(32, 2), Attention(32, 2)])
+        self.dtype = dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.inner(x)
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+            x = self.inner.head(x.flatten(1)[:, :64].unflatten(1, (2, 32)))
+        return x.float()
+
+
+def test_autocast_regions_that_change_nothing_are_left_out_and_others_refused():
+    torch.manual_seed(0)
+    model, inputs = Casting(None).eval(), {"x": torch.randn(2, 3, 8, 12)}
+    call = call_of(model, inputs)
+    found = run_engine(engines_of([call], [EMIT] * 2)[0], inputs, {})
+    assert torch.equal(found["output"], call.capture.execute(list(call.args), [EMIT] * 2, {})[0][0])
+    model.dtype = torch.bfloat16
+    with pytest.raises(EngineError, match=r"Casting computes under torch\.autocast in regions of its own"):
+        engines_of([call_of(model, inputs)], [EMIT] * 2)
+
+
 # Pruning
 
 
