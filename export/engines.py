@@ -230,8 +230,8 @@ def _like(value: Tensor) -> Tensor:
 
 
 def _is_models(node: fx.Node) -> bool:
-    """Whether an input of a graph is a tensor of the model's that is neither parameter nor buffer."""
-    return source_name(node).startswith("L['self']")
+    """Whether an input of a graph is no argument of the model, but a tensor of its own or of its code's."""
+    return re.match(r"L\['(?!self'\])", source_name(node)) is None
 
 
 def attribute_path(node: fx.Node) -> str:

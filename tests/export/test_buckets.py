@@ -19,6 +19,7 @@ from difa_compile.export.buckets import (
     Schedule,
     Slot,
     buckets_of,
+    engines_for,
     fitted,
     merged,
     packed,
@@ -26,7 +27,6 @@ from difa_compile.export.buckets import (
     widened,
 )
 from difa_compile.export.captured import captured, more_images, progress_of
-from difa_compile.export.engines import engines_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.cost import row_flops
@@ -48,7 +48,7 @@ def play(pipe, run, course, engines):
 
 
 def made_of(calls, buckets):
-    return [engines_of([calls[row.call]], row.roles)[0] for row in buckets.rows]
+    return [engines_for(row, [calls])[0] for row in buckets.rows]
 
 
 def applied(pipe, plan, run):
@@ -85,7 +85,7 @@ def test_engines_in_the_transformers_place_make_the_same_images():
         run = partial(sample, pipe, steps=steps)
         wanted, stats = applied(pipe, plan, run)
         assert (play(pipe, run, course, engines) == wanted).all()
-        assert stats.peak_cache_bytes <= sum(slot.bytes for slot in buckets.slots)
+        assert 0 < stats.peak_cache_bytes <= sum(slot.bytes for slot in buckets.slots)
     assert (play(pipe, partial(sample, pipe, steps=4), buckets.courses[0], engines) != sample(pipe, 4)).any()
 
 
@@ -150,8 +150,7 @@ def test_engines_of_two_experts_over_two_calls_with_blocks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", [None, 5])
-def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path, most):
+def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path):
     """A graph for each call, which share what they share all the same."""
     from tests.families.test_video_pipelines import WAN_ROWS, plan_of, texts_of_two_lengths, wan
 
@@ -162,9 +161,9 @@ def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path, most):
     plan = plan_of(tiny_wan, WAN_ROWS, **texts_of_two_lengths())
     calls = captured(pipe, inputs, plan)
     assert calls[0].capture is not calls[1].capture
-    found = fitted(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], most)
+    found = fitted(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], 5)
     assert {row.call for row in found.buckets.rows} == {0, 1}
-    assert len(found.buckets.rows) <= (most or 99)
+    assert len(found.buckets.rows) <= 5
     run = partial(tiny_wan.frames, **texts_of_two_lengths())
     wanted, _ = applied(pipe, found.schedules[0].plan, run)
     engines = made_of(calls, found.buckets)
@@ -178,9 +177,9 @@ def test_engines_of_the_demo_model_for_any_number_of_images():
     texts = ["full", "window(disc:4)+residual", "reuse+cfg"]
     inputs = {"class_labels": [3]}
     plan = plan_from_rule(pipe, 3, lambda step, _: Decision.parse(texts[step]), inputs=inputs)
-    calls = [captured(pipe, more_images(pipe, inputs, images), plan)[0] for images in (1, 2, 3)]
-    buckets = buckets_of(calls[:1], [Schedule(plan, progress_of(pipe, inputs, 3))])
-    engines = [engines_of(calls, row.roles, most=8) for row in buckets.rows]
+    calls = [captured(pipe, more_images(pipe, inputs, images), plan) for images in (1, 2, 3)]
+    buckets = buckets_of(calls[0], [Schedule(plan, progress_of(pipe, inputs, 3))])
+    engines = [engines_for(row, calls, 8) for row in buckets.rows]
     assert [[engine.images for engine in each] for each in engines] == [[(1, 8)]] * 3
     for labels in ([3], [1, 4, 1, 5]):
         run = partial(sample, pipe, steps=3, labels=labels)
@@ -237,6 +236,9 @@ def test_calls_that_were_not_captured_are_refused():
         buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((0, "cond"),),) * 2)])
     with pytest.raises(EngineError, match="calls transformer 1, of which"):
         buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((1, None),),) * 2)])
+    (row,) = buckets_of(calls, [Schedule(plan, (1.0,))]).rows
+    with pytest.raises(EngineError, match="of transformer 0 no call was captured for 2 images; capture such calls"):
+        engines_for(row, [calls, [replace(calls[0], branch="cond")]])
     with pytest.raises(EngineError, match="has calls for 1 steps, but the progress of 2"):
         buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((0, None),),))])
 
