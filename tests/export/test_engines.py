@@ -189,11 +189,11 @@ def test_weights_are_those_of_the_model_and_no_copies():
     ("family", "blocks", "steps", "images"),
     [
         ("dit", False, (5,), (1, 2, 3)),
-        pytest.param("dit", True, (1, 5), (1, 4, 6), marks=pytest.mark.slow),
+        pytest.param("dit", True, (5,), (1, 4, 6), marks=pytest.mark.slow),
         pytest.param("pixart", False, (0, 3), (1, 4, 6), marks=pytest.mark.slow),
-        pytest.param("sd3", True, (4,), (1, 4, 6), marks=pytest.mark.slow),
-        pytest.param("flux", False, (2,), (1, 4, 6), marks=pytest.mark.slow),
-        pytest.param("wan", False, (5,), (1, 4, 6), marks=pytest.mark.slow),
+        pytest.param("sd3", True, (8,), (1, 4, 6), marks=pytest.mark.slow),
+        pytest.param("flux", True, (5,), (1, 4, 6), marks=pytest.mark.slow),
+        pytest.param("wan", False, (3,), (1, 4, 6), marks=pytest.mark.slow),
     ],
 )
 def test_one_engine_serves_all_numbers_of_images(family, blocks, steps, images):
@@ -211,7 +211,7 @@ def test_one_engine_serves_all_numbers_of_images(family, blocks, steps, images):
         compare(call, own, blocks, lambda row, count=count: engine_for(row, count), steps)
     for found in made.values():
         assert all(engine.images == (1, 1) or (not engine.why_static and engine.images[1] == 6) for engine in found)
-        assert len(found) == 1 or family in ("flux", "sd3", "wan")
+        assert len(found) == 1 or family == "sd3", "there torch.export refuses one image, whose half is a batch of 1"
         shape = found[0].inputs[0].shape
         assert shape[0] == "2*images"
 
