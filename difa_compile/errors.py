@@ -213,12 +213,12 @@ class SamplingCancelledError(DifaError):
     """A callback that ended sampling by returning ``False``."""
 
 
-class ExportError(DifaError):
-    """Base of what can stop an export."""
+class EngineError(DifaError, ValueError):
+    """A call or a variant of a model that no engine can be made of, or that an engine was not made for."""
 
 
-class EngineError(ExportError):
-    """A variant of a model that cannot be made an engine."""
+class ExportError(BundleError):
+    """An export that cannot go on: another one writes into its folder, or a weight has no owner."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

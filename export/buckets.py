@@ -31,6 +31,7 @@ from difa_compile.backend.two_calls import alone, conditional_role, taking_role
 from difa_compile.decision import FULL, Decision
 from difa_compile.errors import EngineError, RowLimitError, ScheduleError
 from difa_compile.export.captured import CapturedCall
+from difa_compile.export.engines import Engine, engines_of, prune
 from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import plain_shape, tensor_of
 from difa_compile.passes.order import rewrite
@@ -47,8 +48,8 @@ Cost = Callable[[Row], float]
 EngineKey = tuple[int, Row]
 """The place of the captured call that it is made from, and the roles."""
 
-_TRIED = 10
-"""Pairs of rows worked out in full for each merging."""
+_TRIED, _FAR = 10, 8
+"""Changes worked out in full at each step of merging; a third of them while so many engines more must go."""
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -134,9 +135,25 @@ def buckets_of(
     return Buckets(rows, courses, tuple(noted.slots))
 
 
+def engines_for(row: EngineRow, calls: Sequence[Sequence[CapturedCall]], most: int | None = None) -> tuple[Engine, ...]:
+    """The engines of a row, for all numbers of images up to ``most`` (:func:`engines_of`).
+
+    ``calls``: of the pipeline, for one or several numbers of images; the row is of the first.
+    """
+    first = calls[0][row.call]
+    same = [(call for call in each if (call.expert, call.branch) == (first.expert, first.branch)) for each in calls]
+    found = [next(each, None) for each in same]
+    if None in found:
+        raise EngineError(
+            f"of transformer {first.expert}{f' in branch {first.branch}' if first.branch else ''} no call was captured "
+            f"for {calls[found.index(None)][0].images} images; capture such calls for each number of images"
+        )
+    return engines_of([call for call in found if call is not None], row.roles, most)
+
+
 @dataclass(frozen=True)
 class _Forms:
-    """The caches that an engine reads and writes, with their forms."""
+    """The caches that an engine reads (those that its outputs depend on) and writes, with their forms."""
 
     reads: Mapping[CacheName, Slot]
     writes: Mapping[CacheName, Slot]
@@ -162,6 +179,16 @@ class _Noting(Capture):
         return [], self._note(self._place, self.whole(roles), caches)
 
 
+@dataclass(frozen=True, eq=False)
+class _Noted:
+    """A call of a row of roles: the caches at hand, and tensors that stand for those that it writes."""
+
+    place: int
+    row: Row
+    caches: Caches
+    written: Mapping[CacheName, Tensor]
+
+
 class _Notes:
     """What runs through several schedules ask for."""
 
@@ -175,19 +202,15 @@ class _Notes:
         """By engine, as it is first called, how often it is."""
         self.slots: list[Slot] = []
         self._forms: dict[EngineKey, _Forms] = {}
-        self._slot_of: dict[int, int] = {}
-        """By id of a tensor that stands for a cache in the current run."""
 
     def follow(self, schedule: Schedule) -> tuple[EngineCall, ...]:
         """The calls of a schedule."""
-        noted: list[tuple[int, Row, Caches, dict[CacheName, Tensor]]] = []
-        tokens: list[Tensor] = []
+        noted: list[_Noted] = []
 
         def note(place: int, row: Row, caches: Caches) -> dict[CacheName, Tensor]:
             written = {name: torch.empty(0) for name in self._forms_of(place, row).writes}
-            tokens.extend(written.values())  # kept, so that no id is given anew
-            noted.append((place, row, dict(caches), written))
-            return written
+            noted.append(_Noted(place, row, dict(caches), written))
+            return dict(written)
 
         captures = {place: _Noting(self._calls[place].capture, place, note) for place in self._graph}
         for capture in captures.values():
@@ -201,17 +224,15 @@ class _Notes:
             raise EngineError(
                 f"a schedule has calls for {len(schedule.calls)} steps, but the progress of {len(schedule.progress)}"
             )
-        self._slot_of.clear()
-        made: list[EngineCall] = []
+        made: list[tuple[int, int, str | None]] = []
         for step in range(len(schedule.progress)):
             run.step(step)
             for expert, branch in schedule.calls[step] if schedule.calls else always:
-                place = self._graph[self._captured(expert, branch)]
-                busy = {self._slot_of[id(tensor)] for tensor in run.held()}
+                place = self._captured(expert, branch)
                 run.branch(branch)
-                run.call(captures[place], list(self._calls[self._captured(expert, branch)].args))
-                made.append(self._made(step, expert, branch, noted.pop(), busy, {id(each) for each in run.held()}))
-        return tuple(made)
+                run.call(captures[self._graph[place]], list(self._calls[place].args))
+                made.append((step, expert, branch))
+        return self._placed(made, noted)
 
     def _captured(self, expert: int, branch: str | None) -> int:
         for place, call in enumerate(self._calls):
@@ -222,39 +243,36 @@ class _Notes:
             "captured; capture the pipeline with inputs with which it makes such calls"
         )
 
-    def _made(
-        self,
-        step: int,
-        expert: int,
-        branch: str | None,
-        noted: tuple[int, Row, Caches, dict[CacheName, Tensor]],
-        busy: set[int],
-        held: set[int],
-    ) -> EngineCall:
-        """A call that was made. ``busy``: the slots of what was held before it; ``held``: what is after it, by id."""
-        place, row, caches, written = noted
-        engine = place, self._wider.get((place, row), row)
-        self.counts[engine] = self.counts.get(engine, 0) + 1
-        forms = self._forms_of(*engine)
-        for name, tensor in written.items():
-            if id(tensor) in held:
-                self._slot_of[id(tensor)] = self._free(forms.writes[name], busy)
-        return EngineCall(
-            step,
-            expert,
-            branch,
-            list(self.counts).index(engine),
-            tuple((name, self._slot_of[id(caches[name])]) for name in forms.reads if name.kind != "weights"),
-            tuple((name, self._slot_of.get(id(written.get(name)))) for name in forms.writes),
-            tuple((name, tuple(caches[name].tolist())) for name in forms.reads if name.kind == "weights"),
-        )
+    def _placed(self, made: Sequence[tuple[int, int, str | None]], noted: Sequence[_Noted]) -> tuple[EngineCall, ...]:
+        """The calls with their caches in slots. A slot is free after the last call that reads what lies in it."""
+        keys = [(each.place, self._wider.get((each.place, each.row), each.row)) for each in noted]
+        read = [
+            {name: each.caches[name] for name in self._forms_of(*key).reads}
+            for each, key in zip(noted, keys, strict=True)
+        ]
+        last = {id(tensor): i for i, caches in enumerate(read) for tensor in caches.values()}
+        slot_of: dict[int, int] = {}
+        found = []
+        for i, (each, key, caches) in enumerate(zip(noted, keys, read, strict=True)):
+            self.counts[key] = self.counts.get(key, 0) + 1
+            busy = {slot for token, slot in slot_of.items() if last[token] >= i}
+            writes: list[tuple[CacheName, int | None]] = []
+            for name, form in self._forms_of(*key).writes.items():
+                token = id(each.written.get(name))
+                if token in last:
+                    slot_of[token] = self._free(form, busy)
+                    busy.add(slot_of[token])
+                writes.append((name, slot_of.get(token)))
+            reads = tuple((name, slot_of[id(tensor)]) for name, tensor in caches.items() if name.kind != "weights")
+            weights = tuple((name, tuple(tensor.tolist())) for name, tensor in caches.items() if name.kind == "weights")
+            found.append(EngineCall(*made[i], list(self.counts).index(key), reads, tuple(writes), weights))
+        return tuple(found)
 
     def _free(self, form: Slot, busy: set[int]) -> int:
-        """A slot of this form that is free, from now on busy."""
+        """A slot of this form that is not busy."""
         found = next((i for i, slot in enumerate(self.slots) if slot == form and i not in busy), len(self.slots))
         if found == len(self.slots):
             self.slots.append(form)
-        busy.add(found)
         return found
 
     def _forms_of(self, place: int, row: Row) -> _Forms:
@@ -274,10 +292,11 @@ def _forms_of(capture: Capture, row: Row) -> _Forms:
     (output,) = graph.find_nodes(op="output")
     results = output.args[0]
     assert isinstance(results, (tuple, list))
-    reads = inputs[len(inputs) - len(made.cache_inputs) :]
+    first = len(inputs) - len(made.cache_inputs)
+    left = [place - first for place in prune(made.module)[1] if place >= first]
     writes = results[len(results) - len(made.cache_outputs) :]
     return _Forms(
-        {name: _slot(node) for name, node in zip(made.cache_inputs, reads, strict=True)},
+        {made.cache_inputs[i]: _slot(inputs[first + i]) for i in left},
         {name: _slot(node) for name, node in zip(made.cache_outputs, writes, strict=True)},
     )
 
@@ -346,7 +365,8 @@ def merged(
             key=lambda change: change[:2],
         )
         every = (state.changed(groups, assess) for _, _, groups in changes)
-        tried = list(islice((each for each in every if each.schedules != state.schedules), _TRIED))
+        count = _TRIED if state.engines - most <= _FAR else _TRIED // 3
+        tried = list(islice((each for each in every if each.schedules != state.schedules), count))
         state = _best(state, tried, most)
     return Merged(state.schedules, state.engines, before, state.cost)
 

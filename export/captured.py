@@ -20,6 +20,7 @@ from difa_compile.backend.capture import Capture
 from difa_compile.backend.run import Run
 from difa_compile.errors import EngineError, NoAttentionError, NotAppliedError
 from difa_compile.layout import Layout
+from difa_compile.passes.autocast import Autocast
 from difa_compile.pipeline.apply import apply_for_trials, remove
 from difa_compile.pipeline.compiled_forward import CompiledForward
 from difa_compile.pipeline.schedule_follower import ScheduleFollower
@@ -76,6 +77,11 @@ def captured(
         expert = run.model_of(capture, args)
         if (expert, run.current_branch) in found:
             return
+        if str(Autocast.now()):
+            raise EngineError(
+                f"{type(pipe).__name__} calls its transformer under torch.autocast ({Autocast.now()}), which is no "
+                "part of an engine; leave it, and load the model in the dtype that it is to compute in"
+            )
         model = run.models[expert]
         own = owned_names(model)
         kept = tuple(value.clone() if isinstance(value, Tensor) and id(value) not in own else value for value in args)

@@ -31,7 +31,7 @@ from torch.export.graph_signature import InputKind
 from difa_compile.backend.batch_sizes import pattern_of, write_units
 from difa_compile.errors import DifaError, EngineError, is_out_of_memory
 from difa_compile.export.captured import CapturedCall, owned_names
-from difa_compile.passes.autocast import Autocast, is_enter, is_exit
+from difa_compile.passes.autocast import Autocast, autocast_kept, is_enter
 from difa_compile.passes.caches import CacheName
 from difa_compile.passes.graph import (
     alias_root,
@@ -44,7 +44,7 @@ from difa_compile.passes.graph import (
 )
 from difa_compile.passes.order import rewrite
 from difa_compile.passes.prepare.arguments import input_name
-from difa_compile.passes.replay import close, coarsest, fresh
+from difa_compile.passes.replay import close, coarsest, fresh, same
 from difa_compile.plan.schedule import FULL_ROLE, Role
 from difa_compile.wording import quoted
 
@@ -217,6 +217,8 @@ def _variant(call: CapturedCall, roles: Sequence[Role]) -> _Variant:
         tuple(every[i] for i in returned),
     )
     _check_left_out(variant, row)
+    if any(is_enter(node) and node.args[2] is not False for node in module.graph.nodes):
+        _check_regions(variant, module, values, returned)
     return variant
 
 
@@ -228,8 +230,8 @@ def _like(value: Tensor) -> Tensor:
 
 
 def _is_models(node: fx.Node) -> bool:
-    """Whether an input of a graph is a tensor of the model's that is neither parameter nor buffer."""
-    return source_name(node).startswith("L['self']")
+    """Whether an input of a graph is no argument of the model, but a tensor of its own or of its code's."""
+    return re.match(r"L\['(?!self'\])", source_name(node)) is None
 
 
 def attribute_path(node: fx.Node) -> str:
@@ -268,7 +270,7 @@ def live_nodes(
 
 def prune(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...], tuple[int, ...]]:
     """A copy of a graph without what its outputs do not depend on, placeholders included, and without outputs that are
-    None: with it the places of the placeholders and of the outputs that are left.
+    None: with it the places of the placeholders and of the outputs that are left. Autocast regions are left out.
 
     Inputs that the graph writes to are copied first: a program leaves what it is given as it is.
     """
@@ -276,7 +278,6 @@ def prune(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...], tupl
     (output,) = graph.find_nodes(op="output")
     returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     live = live_nodes(graph, [node for node in returned if isinstance(node, fx.Node)])
-    live |= {node for node in graph.nodes if is_enter(node) or is_exit(node)}
     written = {alias_root(node) for node in live if mutated_argument(node) is not None}
     pruned = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -296,6 +297,19 @@ def prune(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...], tupl
     pruned.lint()
     left = tuple(i for i, node in enumerate(placeholders) if node in live)
     return fx.GraphModule(module, pruned), left, kept
+
+
+def _check_regions(variant: _Variant, module: fx.GraphModule, values: Sequence[Any], returned: Sequence[int]) -> None:
+    """Raise :class:`EngineError` if autocast regions of the model's own make a difference: ``torch.export`` drops them
+    without a word. ``module``: the variant's graph with them; ``values``: its inputs; ``returned``: as of
+    :func:`prune`."""
+    with torch.no_grad(), autocast_kept():
+        results = module(*fresh(module, values))
+    if not all(same(one, results[i]) for one, i in zip(variant.run(), returned, strict=True)):
+        raise EngineError(
+            f"{type(variant.call.model).__name__} computes under torch.autocast in regions of its own, which "
+            "torch.export drops; change the model's code to cast what it casts itself"
+        )
 
 
 def _check_left_out(variant: _Variant, row: Sequence[Role]) -> None:
@@ -393,8 +407,15 @@ def _exported(
 
 def _check_same(program: ExportedProgram, variant: _Variant, wanted: Sequence[Any]) -> None:
     """Raise :class:`EngineError` if a program does not compute what a variant does, up to rounding."""
-    with torch.no_grad():
-        found = program.module()(*variant.ports)
+    try:
+        with torch.no_grad():
+            found = program.module()(*variant.ports)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise EngineError(
+            f"an exported program cannot be run for {variant.call.images} images: {_line(error)}"
+        ) from error
     dtype = coarsest(variant.module)
     for name, one, other in zip(variant.outputs, found, wanted, strict=True):
         if not close(one, other, dtype):

@@ -204,13 +204,14 @@ class Run:
     def _all_parts(self) -> Iterator[RunPart]:
         return (part for parts in self._parts.values() for part in parts)
 
-    def held(self) -> Iterator[Tensor]:
-        """All caches held now; one that several branches hold comes several times."""
-        return (tensor for part in self._all_parts() for caches in part.caches.values() for tensor in caches.values())
-
     def cache_bytes(self) -> int:
         """Bytes of all caches held now, each tensor counted once."""
-        held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.held()}
+        held = {
+            tensor.data_ptr(): tensor.numel() * tensor.element_size()
+            for part in self._all_parts()
+            for caches in part.caches.values()
+            for tensor in caches.values()
+        }
         return sum(held.values())
 
     def call(self, capture: Capture, args: list[Any]) -> list[Any]:

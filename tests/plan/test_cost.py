@@ -18,6 +18,7 @@ from difa_compile.plan.cost import (
     flops_saved,
     full_flops,
     plan_flops,
+    row_flops,
     site_flops,
     without_window,
 )
@@ -204,3 +205,21 @@ def test_what_replaces_a_window_shares_as_it_did():
     assert without_window(SHARED) == D("full+cfg")
     assert without_window(RESIDUAL) == FULL
     assert without_window(REUSE) == REUSE
+
+
+def test_rows_of_a_step_cost_blocks_and_attention_and_what_is_written() -> None:
+    site = SiteInfo("blocks.0.attn1", "self", 4, 8, 16, 32, Layout((4, 4)))
+    block = SiteInfo("blocks.0", "block", 1, 32, 16, 32, None, 10**6)
+    attention = full_flops(site).total
+    full, reuse, covered = Role(FULL), Role(REUSE), Role(FULL, covered=True)
+    assert row_flops([full], [site]) == attention
+    assert row_flops([reuse], [site]) == 0
+    assert row_flops([full, full], [site, block]) == 10**6
+    assert row_flops([reuse, full], [site, block]) == 10**6 - attention
+    assert row_flops([covered, reuse], [site, block]) == 0
+    assert row_flops([Role(FULL, emit_output=True)], [site]) == attention + 16 * 32
+    taking = Role(FULL, emit_residual=True, residual_window=Window("box", 1))
+    window = site_flops(taking, site).total
+    assert row_flops([taking], [site]) == window + 16 * 32 > attention + 16 * 32
+    heads = Role(FULL, head_writes=(HeadCache((0, 2)),))
+    assert row_flops([heads], [site]) == attention + 16 * 2 * 8

@@ -42,6 +42,7 @@ class Played:
                 value = argument_of(arguments, port.name)
             assert value.dtype == port.dtype, port
             given.append(value)
+        assert {*read, *weights} <= {port.name for port in engine.inputs}, "caches that are not read"
         module = self.modules.setdefault(call.engine, engine.program.module())
         with torch.no_grad():
             results = module(*given)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from difa_compile.passes.analyse.sample import latent_inputs
-from difa_compile.passes.prepare.arguments import argument_name
+from difa_compile.passes.prepare.arguments import argument_name, input_name
 from tests.support.tiny_models import FAMILIES, captured, graph_of, sites_of
 
 pytest.importorskip("diffusers")
@@ -68,6 +68,7 @@ def test_a_decorated_forward_has_the_names_of_its_own(given):
     assert {argument_name(node) for node in placeholders} == set(named)
     assert all(value is named[argument_name(node)] for node, value in zip(placeholders, values, strict=True))
     assert argument_name(latent) == "hidden_states"
+    assert {input_name(node) for node in placeholders} == set(named)
 
 
 def test_the_elements_of_a_list_stay_one_argument():
@@ -85,3 +86,18 @@ def test_the_elements_of_a_list_stay_one_argument():
     assert [argument_name(node) for node in found] == ["hidden_states"] * 2
     placeholders = module.graph.find_nodes(op="placeholder")
     assert [values[placeholders.index(node)].shape for node in found] == [(2, 6, 4), (2, 3, 4)]
+
+
+class Collecting(nn.Module):
+    """Takes a list of samples and a dictionary of dictionaries."""
+
+    def forward(self, samples, extra, *rest, **more):
+        return sum(samples) + extra["of"]["size"] + rest[0] + more["last"]["one"]
+
+
+def test_places_within_arguments_are_named():
+    given = {"samples": [torch.ones(2), torch.ones(2) * 2], "extra": {"of": {"size": torch.ones(2) * 3}}}
+    args = (given["samples"], given["extra"], torch.ones(2) * 4)
+    module, _ = graph_of(Collecting(), {"last": {"one": torch.ones(2) * 5}}, args=args)
+    named = {input_name(node) for node in module.graph.find_nodes(op="placeholder")}
+    assert named == {"samples.0", "samples.1", "extra.of.size", "rest[0]", "last.one"}

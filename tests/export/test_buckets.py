@@ -1,0 +1,396 @@
+"""Engines on the steps of whole pipelines, and rows merged until there are few enough of them."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("diffusers", reason="pipelines of diffusers are exported")
+pytest.importorskip("transformers", reason="text encoders of whole pipelines")
+
+import difa_compile
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.errors import EngineError, RowLimitError, ScheduleError
+from difa_compile.export.buckets import (
+    Guided,
+    Schedule,
+    Slot,
+    buckets_of,
+    engines_for,
+    fitted,
+    merged,
+    packed,
+    united,
+    widened,
+)
+from difa_compile.export.captured import captured, more_images, progress_of
+from difa_compile.pipeline.apply import apply, remove
+from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.cost import row_flops
+from difa_compile.plan.data import SiteInfo, blocks_of
+from difa_compile.plan.schedule import FULL_ROLE, HeadCache, Role, assign_roles
+from tests.support.image_cases import CASES
+from tests.support.plans import BAND, site
+from tests.support.played import Played
+from tests.support.tiny_pipelines import sample, tiny_pipeline
+
+# Whole pipelines
+
+
+def play(pipe, run, course, engines):
+    """What a pipeline makes whose transformers' calls are made by engines."""
+    models = [pipe.transformer, *([pipe.transformer_2] if getattr(pipe, "transformer_2", None) else [])]
+    with Played(course, engines).instead_of(*models):
+        return run()
+
+
+def made_of(calls, buckets):
+    return [engines_for(row, [calls])[0] for row in buckets.rows]
+
+
+def applied(pipe, plan, run):
+    found = apply(pipe, plan, inner="eager")
+    try:
+        return run(), found.last_run
+    finally:
+        remove(pipe)
+
+
+DECISIONS = [("full", "full"), ("window(band:3)+residual", "reuse"), ("reuse+cfg", "full+cfg"), ("full", "forecast:1")]
+LABELS = {"class_labels": [1, 2]}
+
+
+@cache
+def tiny():
+    """A pipeline, a plan for it, and its captured calls."""
+    pipe = tiny_pipeline()
+
+    def rule(step, info):
+        return Decision.parse(DECISIONS[step][info.path.startswith("transformer_blocks.1.")])
+
+    plan = plan_from_rule(pipe, len(DECISIONS), rule, inputs=LABELS)
+    return pipe, plan, captured(pipe, LABELS, plan)
+
+
+def test_engines_in_the_transformers_place_make_the_same_images():
+    pipe, plan, calls = tiny()
+    schedules = [Schedule(plan, progress_of(pipe, LABELS, steps)) for steps in (4, 3)]
+    buckets = buckets_of(calls, schedules)
+    assert sum(row.calls for row in buckets.rows) == 7
+    engines = made_of(calls, buckets)
+    for steps, course in zip((4, 3), buckets.courses, strict=True):
+        run = partial(sample, pipe, steps=steps)
+        wanted, stats = applied(pipe, plan, run)
+        assert (play(pipe, run, course, engines) == wanted).all()
+        assert 0 < stats.peak_cache_bytes <= sum(slot.bytes for slot in buckets.slots)
+    assert (play(pipe, partial(sample, pipe, steps=4), buckets.courses[0], engines) != sample(pipe, 4)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "pixart_sigma", "sd3", "flux_true_cfg"])
+def test_engines_make_the_images_of_a_pipeline_with_its_plan(name):
+    """Over the plan's steps and others, with the plan's own rows and with few engines (two calls: the hardest)."""
+    case = CASES[name]
+    pipe = case.make()
+    plan = case.plan(pipe, case.rows)
+    inputs = case.inputs()
+    calls = captured(pipe, inputs, plan)
+    assert len(calls) == 1 + case.two_calls
+    counts = (6, 4)
+    schedules = [Schedule(plan, progress_of(pipe, inputs, steps * case.asked)) for steps in counts]
+    for most in (None, 3) if case.two_calls else (None,):
+        found = fitted(calls, schedules, most)
+        assert most is None or len(found.buckets.rows) <= most < len(buckets_of(calls, schedules).rows)
+        engines = made_of(calls, found.buckets)
+        for steps, course, schedule in zip(counts, found.buckets.courses, found.schedules, strict=True):
+            run = partial(case.sample, pipe, steps=steps)
+            wanted, _ = applied(pipe, schedule.plan, run)
+            assert torch.equal(play(pipe, run, course, engines), wanted), (most, steps)
+
+
+@pytest.mark.slow
+def test_engines_of_two_experts_over_two_calls_with_blocks(tmp_path):
+    """The second expert begins with no caches, and has engines of its own: their weights are others."""
+    from tests.families.test_video_pipelines import wan_with_experts
+
+    tiny_wan = wan_with_experts(tmp_path)
+    pipe = tiny_wan.pipe
+    inputs = {key: value for key, value in tiny_wan.arguments.items() if key != "num_inference_steps"}
+    texts = ["full", "full", "reuse", "forecast:1", "full", "reuse"]
+    plan = plan_from_rule(
+        pipe,
+        6,
+        lambda step, _: Decision.parse("window(box:1)") if step == 1 else FULL,
+        inputs=inputs,
+        blocks=lambda step, block: Decision.parse(texts[step]) if block.path == "blocks.1" else FULL,
+        spans=lambda step, _: REUSE if step == 5 else FULL,
+    )
+    calls = captured(pipe, inputs, plan)
+    seen = []
+    models = [pipe.transformer, pipe.transformer_2]
+    handles = [m.register_forward_pre_hook(lambda module, _: seen.append(models.index(module))) for m in models]
+    tiny_wan.frames(num_inference_steps=6)
+    for handle in handles:
+        handle.remove()
+    order = tuple(((expert, "cond"), (expert, "uncond")) for expert in seen[::2])
+    schedule = Schedule(plan, progress_of(pipe, inputs, 6), order)
+    buckets = buckets_of(calls, [schedule])
+    run = partial(tiny_wan.frames, num_inference_steps=6)
+    wanted, stats = applied(pipe, plan, run)
+    assert stats.promotions
+    assert {calls[row.call].expert for row in buckets.rows} == {0, 1}
+    assert (play(pipe, run, buckets.courses[0], made_of(calls, buckets)) == wanted).all()
+    two = fitted(calls, [schedule], 2)
+    assert [calls[row.call].expert for row in two.buckets.rows] == [0, 1]
+    with pytest.raises(RowLimitError, match="even if everything is full at every step 2 are needed"):
+        fitted(calls, [schedule], 1)
+
+
+@pytest.mark.slow
+def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path):
+    """A graph for each call, which share what they share all the same."""
+    from tests.families.test_video_pipelines import WAN_ROWS, plan_of, texts_of_two_lengths, wan
+
+    tiny_wan = wan(tmp_path)
+    pipe = tiny_wan.pipe
+    inputs = {**tiny_wan.arguments, **texts_of_two_lengths()}
+    del inputs["num_inference_steps"]
+    plan = plan_of(tiny_wan, WAN_ROWS, **texts_of_two_lengths())
+    calls = captured(pipe, inputs, plan)
+    assert calls[0].capture is not calls[1].capture
+    found = fitted(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], 5)
+    assert {row.call for row in found.buckets.rows} == {0, 1}
+    assert len(found.buckets.rows) <= 5
+    run = partial(tiny_wan.frames, **texts_of_two_lengths())
+    wanted, _ = applied(pipe, found.schedules[0].plan, run)
+    engines = made_of(calls, found.buckets)
+    assert (play(pipe, run, found.buckets.courses[0], engines) == wanted).all()
+
+
+@pytest.mark.slow
+def test_engines_of_the_demo_model_for_any_number_of_images():
+    pipe = difa_compile.load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    texts = ["full", "window(disc:4)+residual", "reuse+cfg"]
+    inputs = {"class_labels": [3]}
+    plan = plan_from_rule(pipe, 3, lambda step, _: Decision.parse(texts[step]), inputs=inputs)
+    calls = [captured(pipe, more_images(pipe, inputs, images), plan) for images in (1, 2, 3)]
+    buckets = buckets_of(calls[0], [Schedule(plan, progress_of(pipe, inputs, 3))])
+    engines = [engines_for(row, calls, 8) for row in buckets.rows]
+    assert [[engine.images for engine in each] for each in engines] == [[(1, 8)]] * 3
+    for labels in ([3], [1, 4, 1, 5]):
+        run = partial(sample, pipe, steps=3, labels=labels)
+        wanted, _ = applied(pipe, plan, run)
+        assert (play(pipe, run, buckets.courses[0], [each[0] for each in engines]) == wanted).all()
+
+
+def test_schedules_share_engines_and_slots():
+    pipe, plan, calls = tiny()
+    progress = progress_of(pipe, LABELS, 4)
+    one, both = (buckets_of(calls, [Schedule(plan, progress)] * count) for count in (1, 2))
+    assert both.courses[0] == both.courses[1] == one.courses[0]
+    assert (both.slots, len(both.rows)) == (one.slots, len(one.rows))
+    assert [row.calls for row in both.rows] == [2 * row.calls for row in one.rows]
+    full = plan_from_rule(pipe, 4, lambda *_: FULL, inputs=LABELS)
+    tiers = buckets_of(calls, [Schedule(plan, progress), Schedule(full, progress)])
+    assert tiers.courses[0] == one.courses[0]
+    assert len(tiers.rows) == len(one.rows) + 1
+    assert {call.engine for call in tiers.courses[1]} == {len(one.rows)}
+    assert tiers.rows[-1].roles == (FULL_ROLE,) * len(calls[0].capture.model.units)
+    assert calls[0].capture.plan == plan, "the captures follow their own plan still"
+
+
+def test_no_call_writes_what_it_reads_and_slots_are_used_again():
+    pipe, plan, calls = tiny()
+    buckets = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, 12))])
+    held = {}
+    for call in buckets.courses[0]:
+        for name, slot in call.reads:
+            assert held[slot][0].site == name.site
+        written = [slot for _, slot in call.writes if slot is not None]
+        assert len(set(written)) == len(written)
+        assert not set(written) & {slot for _, slot in call.reads}
+        for name, slot in call.writes:
+            held[slot] = (name, call.step)
+    writes = sum(slot is not None for call in buckets.courses[0] for _, slot in call.writes)
+    assert len(buckets.slots) < writes
+    assert Slot((2, 3), torch.float16).bytes == 12
+
+
+def test_weights_of_forecasts_are_numbers_of_the_course():
+    _, plan, calls = tiny()
+    buckets = buckets_of(calls, [Schedule(plan, (1.0, 0.8, 0.5, 0.1))])
+    weights = [dict(call.weights) for call in buckets.courses[0]]
+    assert weights[:3] == [{}, {}, {}]
+    ((name, numbers),) = weights[3].items()
+    assert name == "cache.transformer_blocks.1.attn1.weights"
+    assert numbers == pytest.approx(((0.1 - 1) / (0.5 - 1), (0.1 - 0.5) / (1 - 0.5)))
+
+
+def test_calls_that_were_not_captured_are_refused():
+    _, plan, calls = tiny()
+    with pytest.raises(EngineError, match="calls transformer 0 in branch cond, of which no call was captured"):
+        buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((0, "cond"),),) * 2)])
+    with pytest.raises(EngineError, match="calls transformer 1, of which"):
+        buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((1, None),),) * 2)])
+    (row,) = buckets_of(calls, [Schedule(plan, (1.0,))]).rows
+    with pytest.raises(EngineError, match="of transformer 0 no call was captured for 2 images; capture such calls"):
+        engines_for(row, [calls, [replace(calls[0], branch="cond")]])
+    with pytest.raises(EngineError, match="has calls for 1 steps, but the progress of 2"):
+        buckets_of(calls, [Schedule(plan, (1.0, 0.5), (((0, None),),))])
+
+
+def test_few_engines_write_what_any_step_needs():
+    """One that writes caches runs also where nobody reads them: they are written to no slot."""
+    pipe, plan, calls = tiny()
+    schedule = Schedule(plan, progress_of(pipe, LABELS, 4))
+    least = fitted(calls, [schedule], 3)
+    assert len(least.buckets.rows) <= 3
+    assert least.before < least.after
+    run = partial(sample, pipe, steps=4)
+    wanted, _ = applied(pipe, least.schedules[0].plan, run)
+    engines = made_of(calls, least.buckets)
+    assert (play(pipe, run, least.buckets.courses[0], engines) == wanted).all()
+    one = fitted(calls, [schedule], 1)
+    assert one.buckets.rows[0].roles == (FULL_ROLE,) * len(calls[0].capture.model.units)
+    same = fitted(calls, [schedule], 9)
+    assert same.schedules == (schedule,)
+    assert same.before == same.after
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(RowLimitError, match="give a whole number, at least 1"):
+            fitted(calls, [schedule], wrong)
+
+
+# Rows alone
+
+
+def block(path, blocks=()):
+    return SiteInfo(path, "block", 1, 384, 256, 384, None, 10**9 * max(1, len(blocks)), tuple(blocks))
+
+
+INFOS = (site(0), site(1), block("blocks.0"), block("blocks.1"), block("blocks.0..blocks.1", ("blocks.0", "blocks.1")))
+HELD = blocks_of(INFOS)
+OTHER = "window(band:4)+residual"
+OF_SITES = [
+    *("full", "full", "full+cfg", "window(band:32)", "window(band:32)+residual", OTHER, "reuse", "reuse+cfg"),
+    *("forecast:1", "heads(0-2:reuse;3-5:full)", "heads(0-3:window(band:32)+residual;4-5:reuse)"),
+]
+OF_BLOCKS = ["full", "full", "full", "reuse", "forecast:2"]
+
+
+@st.composite
+def schedules(draw):
+    """Rows of a schedule of two blocks, in which whatever can be run of what was drawn is."""
+    rows = []
+    for _ in range(draw(st.integers(1, 7))):
+        row = [FULL] * len(INFOS)
+        for i in (4, 2, 3, 0, 1):
+            tried = list(row)
+            tried[i] = Decision.parse(draw(st.sampled_from(OF_BLOCKS if i > 1 else OF_SITES)))
+            try:
+                assign_roles([*rows, tried], HELD)
+            except ScheduleError:
+                continue
+            row = tried
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def engines_needed(rows, guided):
+    """How many engines run schedules at least, by the caches that they read and the residuals that they take."""
+    found = set()
+    for roles in (row for each in rows for row in assign_roles(each, HELD)):
+        shares = guided.two_call and any(role.decision.cfg_shared for role in roles)
+        found.add((tuple((role.decision, role.covered, role.head_reads) for role in roles), shares))
+    return len(found)
+
+
+@settings(max_examples=60)
+@given(st.lists(schedules(), min_size=1, max_size=2), st.integers(1, 6), st.booleans())
+def test_merged_rows_can_run_compute_no_less_and_need_few_engines(rows, most, two_call):
+    guided = Guided(two_call)
+    found = merged(rows, INFOS, most, guided=guided)
+    assert found.engines <= most
+    assert engines_needed(found.rows, guided) <= most
+    if found.rows == tuple(rows):
+        assert found.before == found.after
+    for before, after in zip(rows, found.rows, strict=True):
+        old, new = assign_roles(before, HELD), assign_roles(after, HELD)
+        for was, now in ((a, b) for one, two in zip(old, new, strict=True) for a, b in zip(one, two, strict=True)):
+            assert was.covered or not now.covered
+            if not was.covered and now.decision != was.decision:
+                alone = replace(was.decision, cfg_shared=False)
+                assert now.decision.is_full or (two_call and now.decision == alone)
+                assert was.decision.cfg_shared or not now.decision.cfg_shared
+    most = sum(len(set(assign_roles(each, HELD))) for each in rows)
+    assert merged(rows, INFOS, 2 * most, guided=guided).rows == tuple(rows)
+
+
+def test_what_costs_least_is_merged():
+    """Of three rows that differ, the two whose common row computes the least more."""
+    near, far = Decision.parse("window(band:32)"), Decision.parse("window(band:64)")
+    rows = [(FULL, FULL), (near, near), (near, near), (REUSE, far), (REUSE, near)]
+
+    def cost_of(full, window):
+        prices = {FULL: full, near: window, far: window, REUSE: 0.0}
+        return lambda row: sum(prices[role.decision] for role in row)
+
+    found = merged([rows], INFOS[:2], 3, cost=cost_of(10.0, 1.0))
+    assert (found.engines, found.before, found.after) == (3, 26.0, 44.0)
+    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
+    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 1.0)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
+    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
+    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.5)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
+    assert found.after - found.before == 1.0
+    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.8)(row[:1]) + cost_of(40.0, 10.0)(row[1:]))
+    assert found.rows[0] == (rows[0], (FULL, near), (FULL, near), rows[3], (FULL, near))
+
+
+def test_graphs_of_two_branches_need_an_engine_each():
+    rows = [(FULL, FULL), (REUSE, FULL), (FULL, REUSE)]
+    assert merged([rows], INFOS[:2], 9, guided=Guided(False, 2)).engines == 6
+    assert merged([rows], INFOS[:2], 2, guided=Guided(False, 2)).rows == (((FULL, FULL),) * 3,)
+    with pytest.raises(RowLimitError, match="have 2 graphs, each of which needs one; allow at least 2"):
+        merged([rows], INFOS[:2], 1, guided=Guided(False, 2))
+
+
+def test_calls_of_guidance_that_share_are_two_rows_and_may_stop_sharing():
+    shared = Decision.parse("window(band:32)+cfg")
+    rows = [(FULL, FULL), (shared, shared), (shared, shared)]
+    assert merged([rows], INFOS[:2], 9, guided=Guided(True)).engines == 3
+    found = merged([rows], INFOS[:2], 2, guided=Guided(True))
+    window = replace(shared, cfg_shared=False)
+    assert found.rows == (((FULL, FULL), (window, window), (window, window)),)
+    assert merged([rows], INFOS[:2], 2).rows == (tuple(rows),)
+
+
+def test_rows_that_write_other_caches_are_one():
+    plain, emitting = Role(FULL), Role(FULL, emit_output=True)
+    taking = Role(FULL, emit_residual=True, residual_window=BAND)
+    other = replace(taking, residual_window=Decision.parse(OTHER).window)
+    heads = [Role(FULL, head_writes=(HeadCache((head,)),)) for head in (0, 1)]
+    assert united((plain,), (emitting,)) == (emitting,)
+    assert united((emitting,), (taking,)) == (replace(taking, emit_output=True),)
+    assert united((taking,), (other,)) is None
+    assert united((plain,), (Role(REUSE),)) is None
+    assert united((heads[0],), (heads[1],)) == (Role(FULL, head_writes=(HeadCache((0,)), HeadCache((1,)))),)
+    assert packed([(plain,), (taking,), (Role(REUSE),), (other,), (emitting,)]) == (
+        ((plain,), (taking,), (emitting,)),
+        ((Role(REUSE),),),
+        ((other,),),
+    )
+
+
+def test_as_few_rows_are_widened_as_it_takes():
+    plain, emitting = (Role(FULL),), (Role(FULL, emit_output=True),)
+    taking = (Role(FULL, emit_residual=True, residual_window=BAND),)
+    cost = partial(row_flops, sites=[site(0)])
+    rows = {(0, plain): 5, (0, emitting): 1, (0, taking): 1, (1, plain): 1}
+    assert widened(rows, 4, cost) == {}
+    assert widened(rows, 3, cost) == {(0, plain): emitting}
+    both = united(emitting, taking)
+    assert widened(rows, 2, cost) == {(0, plain): both, (0, emitting): both, (0, taking): both}
+    assert widened(rows, 1, cost) == widened(rows, 2, cost), "the other graph keeps its engine"
