@@ -49,12 +49,13 @@ from difa_compile.bundle.weights import Place, WeightFile, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
-from difa_compile.export.buckets import Buckets, EngineRow, fitted
+from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, progress_of
-from difa_compile.export.engines import IMAGES, engines_of
+from difa_compile.export.engines import IMAGES
+from difa_compile.export.lowered import TABLE, Lowered
 from difa_compile.export.probing import Probed, probe
-from difa_compile.export.targets import LOWERINGS, Lowered
+from difa_compile.export.targets import LOWERINGS
 from difa_compile.files.writing import check_writable, write_whole
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.transformers import find_transformers
@@ -113,14 +114,15 @@ def export_bundle(
     is not installed, :class:`OutputError`, and what :func:`difa_compile.apply` raises.
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
-    _check(given, steps, targets, most_images)
+    check_request(given, steps, targets, most_images)
     folder = check_writable(out)
     with _alone(folder):
         return _Exporting(pipe, given, folder, dict(inputs), tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)),
                           most_images, max_engines, portable, name, told).exported()  # fmt: skip
 
 
-def _check(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
+def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
+    """Raise :class:`BundleInputError` for arguments of :func:`export_bundle` that make no sense."""
     for tier in plans:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", tier, re.ASCII):
             raise BundleInputError(f"the tier {quoted(tier)} is no name; use letters, digits, points and dashes")
@@ -287,7 +289,7 @@ class _Exporting:
                 found += known
                 continue
             if not lazily:
-                lazily.append(engines_of(of_row, row.roles, self.most_images))
+                lazily.append(engines_for(row, list(calls.values()), self.most_images))
             for place, engine in enumerate(lazily[0]):
                 label = f"row-{number:02d}" + (f"-{engine.images[1]}" if len(lazily[0]) > 1 else "")
                 self.told(f"{target}: {label}, {len(engine.weights)} weights, {_range(engine.images)} images")
@@ -394,7 +396,7 @@ class _Exporting:
                 key, row, target, re.sub(r"^row-[0-9]+", f"row-{row:02d}", engine.file.rsplit("-", 1)[0]),
                 Lowered(
                     file, dict(engine.weights),
-                    {name: weights[name] for name in engine.weights.values() if name.startswith("table.")},
+                    {name: weights[name] for name in engine.weights.values() if name.startswith(TABLE)},
                     dict(engine.versions), engine.instruction_set, engine.kernel,
                 ),
                 engine.inputs, engine.outputs, engine.images, engine.why_static,

@@ -26,6 +26,7 @@ OPTIONAL = (
     "accelerate",
     "diffusers",
     "matplotlib",
+    "msgspec",
     "numpy",
     "onnx",
     "PIL",

@@ -54,7 +54,12 @@ def export(
     batch: Annotated[int, typer.Option(help="Most images of a call.", min=1, max=MOST_IMAGES)] = 8,
     max_engines: Annotated[
         int | None,
-        typer.Option(help="At most so many engines: rows are merged, which computes more.", min=1, show_default="all"),
+        typer.Option(
+            help="At most so many engines: rows are merged, which computes more.",
+            min=1,
+            max=MOST_STEPS,
+            show_default="all",
+        ),
     ] = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="AOTInductor for any processor of this kind, not for this one.")
@@ -69,7 +74,7 @@ def export(
     An export that was interrupted goes on where it was when the same command is given again.
     """
     require("diffusers", "tqdm", "msgspec")
-    from difa_compile.export.write import export_bundle
+    from difa_compile.export.write import check_request, export_bundle
     from difa_compile.plan.plan import Plan
 
     numbers = _numbers(steps)
@@ -79,6 +84,8 @@ def export(
         if name in tiers:
             raise typer.BadParameter(f"the tier {quoted(name)} is given twice", param_hint="--plan")
         tiers[name] = Plan.load(path)
+    wanted = [part.strip() for part in targets.split(",")]
+    check_request(tiers, numbers, wanted, batch)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     if isinstance(call.get("class_labels"), list):
         call["class_labels"] = call["class_labels"][:1]
@@ -100,7 +107,7 @@ def export(
             out,
             inputs=call,
             steps=numbers,
-            targets=[part.strip() for part in targets.split(",")],
+            targets=wanted,
             most_images=batch,
             max_engines=max_engines,
             portable=portable,

@@ -1,34 +1,18 @@
 """What engines are lowered to, one module a target.
 
-A lowering makes a *piece* of an exported program: a file that holds no weights, and the tensors it needs beside it.
-Where they lie is known when all pieces are there; an ONNX model is finished then (:meth:`Lowered.finish`).
+A lowering makes a piece (:class:`difa_compile.export.lowered.Lowered`) of an exported program. Where weights lie is
+known when all pieces are there; an ONNX model is finished then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from difa_compile.bundle.weights import Place
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A piece. ``file``: where it lies. ``weights``: by the engine's own name for a tensor that in the file of weights.
-    ``tables``: of these the ones that are no weights of the model, whose numbers go with the piece. ``versions``: what
-    reads it. The others as in :class:`difa_compile.bundle.manifest.Engine`."""
-
-    file: Path
-    weights: dict[str, str]
-    tables: Mapping[str, Tensor] = field(repr=False)
-    versions: dict[str, str]
-    instruction_set: str = ""
-    kernel: bool = False
-
+from difa_compile.export.lowered import Lowered
 
 Lowering = Callable[[ExportedProgram, Sequence[str], Sequence[str], Path, bool], Lowered]
 """Of a program, the names of its inputs and outputs, the path (without an ending) of the piece, and whether it is to be

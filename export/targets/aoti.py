@@ -7,7 +7,6 @@ so that all engines and threads share them. Local attention is a call of ``difa:
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from difa_compile.bundle.sessions import load_package
-from difa_compile.bundle.weights import bytes_of
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import TargetError
-from difa_compile.export.targets import Lowered
+from difa_compile.export.lowered import Lowered, table_name
 from difa_compile.export.targets.onnx import joined_plainly
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
@@ -58,7 +56,7 @@ def lowered(program: ExportedProgram, path: Path, portable: bool = False) -> Low
             names[own] = own
             continue
         tensor = program.constants[own]
-        names[own] = f"table.{hashlib.sha256(bytes_of(tensor)).hexdigest()[:32]}"
+        names[own] = table_name(tensor)
         tables[names[own]] = tensor
     return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)
 

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from difa_compile.bundle.weights import Place, bytes_of
+from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
+from difa_compile.export.lowered import Lowered, table_name
 from difa_compile.export.plain_attention import PlainLocalAttention
-from difa_compile.export.targets import Lowered
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
@@ -427,7 +426,7 @@ def _body(name: str, geometry: _Geometry) -> _Body:
         assert constant is not None
         if constant.size > SMALL:
             tensor = _tensor_of(value)
-            table = f"table.{hashlib.sha256(bytes_of(tensor)).hexdigest()[:32]}"
+            table = table_name(tensor)
             if table in tables:
                 ir.convenience.replace_all_uses_with(value, tables[table][0])
                 continue

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.export.write import export_bundle
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import tiny_pipeline
 
@@ -31,8 +32,6 @@ def plan(pipe, later=REUSE):
 def kept():
     """A bundle that was made once for all tests of a process; it is read, never changed."""
     pytest.importorskip("onnxruntime")
-    from difa_compile.export.write import export_bundle
-
     folder = Path(tempfile.mkdtemp(prefix="difa-test-")) / "bundle"
     torch._dynamo.reset()
     pipe = pipeline()
