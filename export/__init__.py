@@ -1,6 +1,5 @@
-"""Engines from plans: the variants of an analysed model, exported.
+"""Bundles from pipelines: engines of a plan's rows, the sampling loop as data, all of it in one folder.
 
-A bucket's rewritten graph goes through ``torch.export`` and becomes one engine (ONNX, TensorRT, AOTInductor); a bundle
-is a folder with the engines of all buckets, one weight file, the plan and a manifest (planned). It has no passes of
-its own.
+Engines are variants of the analysed model through ``torch.export``: no passes of its own. Imports the pipeline and what
+lies below; only the command line imports it. What runs bundles is :mod:`difa_compile.bundle`.
 """
