@@ -294,7 +294,7 @@ class _Exporting:
                 label = f"row-{number:02d}" + (f"-{engine.images[1]}" if len(lazily[0]) > 1 else "")
                 self.told(f"{target}: {label}, {len(engine.weights)} weights, {_range(engine.images)} images")
                 self._lower(
-                    key, place, number, target, label, component, engine.program,
+                    key, place, number, target, label, component, engine.program, engine.constants,
                     tuple(_port(each) for each in engine.inputs), tuple(_port(each) for each in engine.outputs),
                     engine.images, engine.why_static,
                 )  # fmt: skip
@@ -332,7 +332,7 @@ class _Exporting:
                 self.told(f"{target}: {label}")
                 latents = Port("latents", "float32", (images, *program.shape))
                 pictures = Port("images", str(each.dtype).removeprefix("torch."), (images, *each.shape))
-                self._lower(key, place, -1, target, label, "", each.program, (latents,), (pictures,), serves, "")
+                self._lower(key, place, -1, target, label, "", each.program, (), (latents,), (pictures,), serves, "")
                 found += self._finished(key, -1)
         return Decode(tuple(ranges[0].shape)), found
 
@@ -351,6 +351,7 @@ class _Exporting:
 
     def _lower(
         self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,
+        constants: Sequence[str],
         inputs: tuple[Port, ...], outputs: tuple[Port, ...], images: tuple[int, int], why_static: str,
     ) -> None:  # fmt: skip
         """Make one engine of one target, and keep it in the folder of pieces."""
@@ -360,7 +361,12 @@ class _Exporting:
         folder.mkdir(exist_ok=True)
         lower, _ = LOWERINGS[target]
         made = lower(
-            program, [port.name for port in inputs], [port.name for port in outputs], folder / str(place), self.portable
+            program,
+            [port.name for port in inputs],
+            [port.name for port in outputs],
+            constants,
+            folder / str(place),
+            self.portable,
         )
         prefix = f"{component}." if component else ""
         made = replace(
@@ -515,10 +521,10 @@ class _Exporting:
         fewest = min(self.steps)
         program = probed[fewest].program
         tensors = {"seed": torch.tensor(TEST_SEED)}
+        batched = {each.argument.name: each.argument.batched for form in program.forms for each in form.conditions}
         for half, values in probed[fewest].conditioning.items():
             for name, value in values.items():
-                rows = probed[fewest].images
-                tensors[f"condition.{half}.{name}"] = value[: len(value) // rows] if len(value) % rows == 0 else value
+                tensors[f"condition.{half}.{name}"] = value[:1] if batched.get(name) else value
         for tier in self.plans:
             schedule = schedules[tier, fewest]
             latents = latents_of(self.pipe, self.inputs, schedule.plan, fewest, program)

@@ -170,7 +170,8 @@ def test_every_shell_command_of_the_readme_is_known():
     commands = [shlex.split(line, comments=True) for line in lines]
     assert {tuple(words[:2]) for words in commands if words[0] == "make"} == {("make", "demo"), ("make", "test")}
     named = {words[1] for words in commands if words[0] == "difa"}
-    assert named == {"demo", "tune", "calibrate", "measure", "plan", "inspect", "compare", "report"}
+    planning = {"demo", "tune", "calibrate", "measure", "plan", "inspect", "compare", "report"}
+    assert named == planning | {"export", "run", "bundle"}
     for words in commands:
         check = {"make": check_make, "difa": check_difa, "pip": check_pip}.get(words[0])
         assert check is not None, words
@@ -205,9 +206,13 @@ def check_difa(words: list[str]) -> None:
     if name == "COMMAND":
         name = None
     command = root if name is None else root.commands[name]
+    names = [] if name is None else [name]
+    if name is not None and hasattr(command, "commands"):  # a group of commands
+        names.append(words[words.index(name) + 1])
+        command = command.commands[names[-1]]
     options = {option for parameter in (*command.params, *root.params) for option in parameter.opts} | {"--help"}
     assert {word for word in words if word.startswith("-")} <= options, words
-    result = CliRunner().invoke(app, [*([name] if name else []), "--help"])
+    result = CliRunner().invoke(app, [*names, "--help"])
     assert result.exit_code == 0, result.output
 
 

@@ -14,29 +14,39 @@ from torch.export import ExportedProgram
 from difa_compile.bundle.weights import Place
 from difa_compile.export.lowered import Lowered
 
-Lowering = Callable[[ExportedProgram, Sequence[str], Sequence[str], Path, bool], Lowered]
-"""Of a program, the names of its inputs and outputs, the path (without an ending) of the piece, and whether it is to be
-portable."""
+Lowering = Callable[[ExportedProgram, Sequence[str], Sequence[str], Sequence[str], Path, bool], Lowered]
+"""Of a program, the names of its inputs and outputs, and of what is no weight among its parameters and buffers, the
+path (without an ending) of the piece, and whether it is to be portable."""
 Finish = Callable[[Path, str, Mapping[str, Place]], bytes]
 """The content of the engine: of a piece, the name of the file of weights, and where tensors lie in it."""
 
 
 def _onnx(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path, portable: bool
+    program: ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    constants: Sequence[str],
+    path: Path,
+    portable: bool,
 ) -> Lowered:
     from difa_compile.export.targets.onnx import lowered
 
     del portable  # it always is
-    return lowered(program, inputs, outputs, path)
+    return lowered(program, inputs, outputs, path, constants)
 
 
 def _aoti(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path, portable: bool
+    program: ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    constants: Sequence[str],
+    path: Path,
+    portable: bool,
 ) -> Lowered:
     from difa_compile.export.targets.aoti import lowered
 
     del inputs, outputs  # packages know places, not names
-    return lowered(program, path, portable)
+    return lowered(program, path, portable, constants)
 
 
 def _finish_onnx(piece: Path, weights: str, places: Mapping[str, Place]) -> bytes:

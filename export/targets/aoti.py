@@ -30,10 +30,11 @@ PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
 
 
-def lowered(program: ExportedProgram, path: Path, portable: bool = False) -> Lowered:
+def lowered(program: ExportedProgram, path: Path, portable: bool = False, constants: Sequence[str] = ()) -> Lowered:
     """A piece: the package ``path`` with the ending ``.pt2``. Compiling it takes some ten seconds or more.
 
-    ``portable``: for any processor of this kind from the last ten years, rather than for this one.
+    ``constants``: which of its parameters and buffers are no weights. ``portable``: for any processor of this kind from
+    the last ten years, rather than for this one.
     Raises :class:`TargetError` where a compiler or what ``portable`` asks for is missing, and where local attention is
     none that the CPU kernel serves; what inductor raises passes.
     """
@@ -52,10 +53,10 @@ def lowered(program: ExportedProgram, path: Path, portable: bool = False) -> Low
     names: dict[str, str] = {}
     tables: dict[str, Tensor] = {}
     for own in load_package(file).get_constant_fqns():
-        if own in program.state_dict:
+        if own in program.state_dict and own not in constants:
             names[own] = own
             continue
-        tensor = program.constants[own]
+        tensor = program.state_dict[own] if own in program.state_dict else program.constants[own]
         names[own] = table_name(tensor)
         tables[names[own]] = tensor
     return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)

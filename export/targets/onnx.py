@@ -141,8 +141,13 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
     return graph.initializers[name]
 
 
-def lowered(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path) -> Lowered:
-    """A piece: ``path`` with the ending ``.onnx``. Raises :class:`TargetError` without the packages that make it."""
+def lowered(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path, constants: Sequence[str] = ()
+) -> Lowered:
+    """A piece: ``path`` with the ending ``.onnx``. ``constants``: which of its parameters and buffers are no weights.
+
+    Raises :class:`TargetError` without the packages that make it.
+    """
     try:
         import onnx
         import onnxscript
@@ -163,9 +168,11 @@ def lowered(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
         )
     file = path.with_suffix(".onnx")
     file.write_bytes(ir.serde.serialize_model(made.model).SerializeToString())
-    tables = {name: tensor for name, tensor in made.tensors.items() if name not in made.weights}
+    weights = set(made.weights) - set(constants)
+    stored = {name: name if name in weights else table_name(tensor) for name, tensor in made.tensors.items()}
+    tables = {stored[name]: tensor for name, tensor in made.tensors.items() if name not in weights}
     versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__, "opset": str(OPSET)}
-    return Lowered(file, {name: name for name in made.tensors}, tables, versions)
+    return Lowered(file, stored, tables, versions)
 
 
 _NOWHERE = "weights"
@@ -280,7 +287,11 @@ class _Translation:
         def local_attention(*args: Any, **kwargs: Any) -> Any:  # the exporter keeps notes on it, which no method takes
             return self._local_attention(*args, **kwargs)
 
-        return {LOCAL_ATTENTION: local_attention, torch.ops.aten.linear.default: _linear}
+        return {
+            LOCAL_ATTENTION: local_attention,
+            torch.ops.aten.linear.default: _linear,
+            torch.ops.aten.squeeze.dim: _squeeze,
+        }
 
     def _local_attention(
         self,
@@ -359,6 +370,14 @@ def _linear(value: Any, weight: Any, bias: Any = None) -> Any:
         return op.Reshape(flat, op.Constant(value_ints=[*shape, wide]))
     rows = op.Shape(value, start=0, end=-1)
     return op.Reshape(flat, op.Concat(rows, op.Constant(value_ints=[wide]), axis=0))
+
+
+def _squeeze(value: Any, dim: int) -> Any:
+    """``aten::squeeze.dim``, which leaves a dimension alone that is not 1; ``Squeeze`` refuses it."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+    return op.Squeeze(value, op.Constant(value_ints=[dim])) if value.shape[dim] == 1 else op.Identity(value)
 
 
 def _operator(name: str, attributes: Mapping[str, Any], masked: bool) -> Any:

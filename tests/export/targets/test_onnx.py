@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
@@ -22,10 +23,12 @@ def written(program, folder):
     names = ["sample", "cache.a"], ["output", "cache.b"]
     engine = to_onnx(program, *names)
     piece = lowered(program, *names, folder / "piece")
-    assert set(piece.weights.values()) == set(engine.tensors)
-    assert set(piece.tables) == set(engine.tensors) - set(engine.weights)
-    places = write_weights(folder / FILE, engine.tensors)
-    (folder / "model.onnx").write_bytes(finished(piece.file, FILE, places))
+    assert set(piece.weights) == set(engine.tensors)
+    tensors = {**piece.tables, **{name: engine.tensors[name] for name in engine.weights}}
+    assert set(piece.weights.values()) == set(tensors)
+    places = write_weights(folder / FILE, tensors)
+    own = {name: places[stored] for name, stored in piece.weights.items()}
+    (folder / "model.onnx").write_bytes(finished(piece.file, FILE, own))
     return engine, onnx.load(folder / "model.onnx", load_external_data=False)
 
 
@@ -117,6 +120,33 @@ def test_masks_of_the_models_own(tmp_path):
         return local_attention(q, k, v, LAYOUT, Window("box", 1), mask=own)
 
     check(attend, tmp_path)
+
+
+def test_constants_of_two_engines_are_told_apart(tmp_path):
+    """Exporters give them the same names; in the file of weights they are named by what they hold."""
+    pieces = []
+    for number in (1.0, 2.0):
+
+        class Adds(nn.Module):
+            def __init__(self, number):
+                super().__init__()
+                self.number = number
+
+            def forward(self, value):
+                return value + torch.full((TOKENS, WIDTH), self.number).cumsum(0)
+
+        program = torch.export.export(Adds(number), (torch.randn(TOKENS, WIDTH),), strict=False)
+        pieces.append(lowered(program, ["value"], ["output"], tmp_path / str(number)))
+    one, other = pieces
+    assert set(one.weights) == set(other.weights)
+    assert one.weights
+    assert not set(one.weights.values()) & set(other.weights.values())
+    assert set(one.tables) == set(one.weights.values())
+
+
+def test_a_squeeze_of_more_than_one_does_nothing(tmp_path):
+    """As PixArt has it; ONNX's operator refuses it."""
+    check(lambda q, k, v: full(q, k, v).squeeze(1).unsqueeze(1).squeeze(1), tmp_path)
 
 
 def test_half_precision(tmp_path):
