@@ -132,7 +132,8 @@ def main() -> None:
             times = interleave({name: partial(call, images) for name, call in calls.items()}, args.repeats)
             for name, timing in times.items():
                 rows[name] |= {f"seconds_{images}": round(timing.median, 4)}
-                base = f"{name.split(',')[0]}, full"
+                runtime = name.split(",")[0]
+                base = f"{'inductor' if runtime == 'difa' else runtime}, full"
                 if base in times and base != name:
                     rows[name] |= {f"times_full_{images}": round(timing.ratio_to(times[base]), 4)}
         write_result("bundle", list(rows.values()), folder=args.output)
