@@ -31,7 +31,6 @@ from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import (
     MANIFEST,
-    SELF_TEST,
     Decode,
     Engine,
     EngineCall,
@@ -45,7 +44,7 @@ from difa_compile.bundle.manifest import (
     read_manifest,
 )
 from difa_compile.bundle.program import Program
-from difa_compile.bundle.weights import Place, WeightFile, write_weights
+from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
@@ -270,8 +269,11 @@ class _Exporting:
         """The engines of a row of roles, for every target."""
         of_row = [each[row.call] for each in calls.values()]
         first = of_row[0]
+        model = first.capture.model
         described = {
-            "graph": hashlib.sha256(first.capture.model.module.code.encode()).hexdigest(),
+            "graph": hashlib.sha256(model.module.code.encode()).hexdigest(),
+            "constants": _digest_of([value for _, value in _held(first)]),
+            "context": str(model.context),
             "model": model_digest(first.model).config_digest,
             "roles": list(map(str, row.roles)),
             "dtypes": sorted({str(value.dtype) for value in first.args if isinstance(value, Tensor)}),
@@ -440,13 +442,15 @@ class _Exporting:
             )  # fmt: skip
         plans = {}
         for tier, plan in self.plans.items():
-            plans[tier] = f"plans/{tier}.json"
-            self._write(plans[tier], plan.to_json().encode(), files)
+            content = plan.to_json().encode()
+            plans[tier] = f"plans/{tier}-{_digest(content)[:12]}.json"
+            self._write(plans[tier], content, files)
         programs = {}
         for steps, each in probed.items():
-            programs[steps] = f"programs/{steps}.json"
-            self._write(programs[steps], json.dumps(each.program.to_json()).encode(), files)
-        self._self_test(schedules, probed, files)
+            content = json.dumps(each.program.to_json()).encode()
+            programs[steps] = f"programs/{steps}-{_digest(content)[:12]}.json"
+            self._write(programs[steps], content, files)
+        self_test = self._self_test(schedules, probed, files)
         manifest = Manifest(
             made_with=_made_with(),
             source=self._source(),
@@ -468,6 +472,7 @@ class _Exporting:
             ),
             plans=plans,
             conditions=conditions,
+            self_test=self_test,
             decode=decode,
         )  # fmt: skip
         document = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
@@ -494,17 +499,24 @@ class _Exporting:
                 f"({', '.join(self.models)}); this is a fault of difa-compile: please report the model"
             )
         tensors = {name: tables[name] if name in tables else own[name] for name in read} | dict(fixed)
-        fresh = self.folder / ".weights.tmp"
+        name, places = self._tensors("weights", tensors, files)
+        self.told(f"weights: {len(tensors)} tensors, {files[name].bytes / 2**20:.1f} MiB")
+        return name, places
+
+    def _tensors(
+        self, label: str, tensors: Mapping[str, Tensor], files: dict[str, File]
+    ) -> tuple[str, Mapping[str, Place]]:
+        """Write a file of tensors, named by its content."""
+        fresh = self.folder / f".{label}.tmp"
         try:
             places = write_weights(fresh, tensors)
             with fresh.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            name = f"weights-{digest[:12]}.safetensors"
+            name = f"{label}-{digest[:12]}.safetensors"
             files[name] = File(fresh.stat().st_size, digest)
             os.replace(fresh, self.folder / name)
         finally:
             fresh.unlink(missing_ok=True)
-        self.told(f"weights: {len(tensors)} tensors, {files[name].bytes / 2**20:.1f} MiB")
         return name, places
 
     def _write(self, name: str, content: bytes, files: dict[str, File]) -> None:
@@ -516,8 +528,8 @@ class _Exporting:
         schedules: Mapping[tuple[str, int], PlannedSchedule],
         probed: Mapping[int, Probed],
         files: dict[str, File],
-    ) -> None:
-        """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier."""
+    ) -> str:
+        """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier; a file."""
         fewest = min(self.steps)
         program = probed[fewest].program
         tensors = {"seed": torch.tensor(TEST_SEED)}
@@ -529,9 +541,8 @@ class _Exporting:
             schedule = schedules[tier, fewest]
             latents = latents_of(self.pipe, self.inputs, schedule.plan, fewest, program)
             tensors[f"latents.{tier}.{fewest}"] = latents
-        path = self.folder / SELF_TEST
-        write_weights(path, tensors)
-        files[SELF_TEST] = File(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        name, _ = self._tensors("self-test", tensors, files)
+        return name
 
     def _source(self) -> Source:
         model = next(iter(self.models.values()))
@@ -548,6 +559,23 @@ class _Exporting:
         for path in (*self.folder.glob("*-????????????.*"), *self.folder.glob("p*s/*.json")):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in named:
                 path.unlink(missing_ok=True)
+
+
+def _held(call: CapturedCall) -> list[tuple[str, Tensor]]:
+    """The tensors that become part of an engine's program and are no weights of the model: those that its graph has by
+    itself, and the positions that it holds for."""
+    model = call.capture.model
+    owned = {value.data_ptr() for value in (*call.model.parameters(), *call.model.buffers())}
+    found = [(name, value) for name, value in model.module.named_buffers() if value.data_ptr() not in owned]
+    return found + [(str(i), call.args[i]) for i in sorted(model.positions.inputs)]
+
+
+def _digest_of(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
 
 
 def _fixed(probed: Probed) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:

@@ -6,9 +6,9 @@ A bundle is a folder of plain files, none of which is code of Python:
 manifest.json                       this
 weights-<digest>.safetensors        all weights and tables, each once
 <engine>-<digest>.onnx, .pt2        engines, without weights
-programs/<tier>-<steps>.json        sampling loops
-plans/<tier>.json                   the plans that engines were made from
-self-test.safetensors               conditions and latents of a short run
+programs/<steps>-<digest>.json      sampling loops
+plans/<tier>-<digest>.json          the plans that engines were made from
+self-test-<digest>.safetensors      conditions and latents of a short run
 ```
 
 Every file's size and SHA-256 stand in the manifest, whose own digest stands in itself. Names are checked to lie in the
@@ -32,13 +32,24 @@ from difa_compile.files.documents import Format, Unfit
 from difa_compile.wording import quoted, shown
 
 MANIFEST = "manifest.json"
-SELF_TEST = "self-test.safetensors"
 
 FORMAT = Format(
     name="manifest",
     version_key="schema_version",
     version=1,
-    keys=("made_with", "source", "files", "weights", "engines", "slots", "schedules", "plans", "conditions", "decode"),
+    keys=(
+        "made_with",
+        "source",
+        "files",
+        "weights",
+        "engines",
+        "slots",
+        "schedules",
+        "plans",
+        "conditions",
+        "self_test",
+        "decode",
+    ),
     most_bytes=2**28,
     damaged=BundleFormatError,
     other_version=BundleVersionError,
@@ -140,7 +151,8 @@ class Decode(_Part, frozen=True):
 
 class Manifest(_Part, frozen=True):
     """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan.
-    ``conditions``: those that are the same for all calls, by half and name the name in the file of weights, one row.
+    ``self_test``: the file of the short run. ``conditions``: those that are the same for all calls, one row: by half
+    and name the name in the file of weights.
     """
 
     made_with: dict[str, str]
@@ -151,6 +163,7 @@ class Manifest(_Part, frozen=True):
     slots: tuple[Slot, ...]
     schedules: tuple[Schedule, ...]
     plans: dict[str, str]
+    self_test: str
     conditions: dict[str, dict[str, str]] = {}
     decode: Decode | None = None
 
@@ -193,7 +206,7 @@ def _check(manifest: Manifest) -> None:
         _check_name(name)
         if not re.fullmatch("[0-9a-f]{64}", file.sha256) or file.bytes < 0:
             raise Unfit(f"files.{name} has no size and digest")
-    named = [manifest.weights, *(engine.file for engine in manifest.engines)]
+    named = [manifest.weights, manifest.self_test, *(engine.file for engine in manifest.engines)]
     named += [*(schedule.program for schedule in manifest.schedules), *manifest.plans.values()]
     for name in named:
         if name not in manifest.files:

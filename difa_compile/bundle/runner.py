@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from difa_compile.bundle.manifest import (
-    SELF_TEST,
     Engine,
     EngineCall,
     Port,
@@ -155,7 +154,7 @@ class Bundle:
 
         Raises :class:`BundleIntegrityError` for a self-test that is damaged.
         """
-        data = WeightFile(check_file(self.folder, SELF_TEST, self.manifest.files))
+        data = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
         worst = 0.0
         for schedule in self.manifest.schedules:
             name = f"{schedule.tier}.{schedule.steps}"

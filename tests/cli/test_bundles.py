@@ -1,6 +1,8 @@
 """difa export, run, bundle show and verify."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -9,6 +11,10 @@ from PIL import Image
 
 from difa_compile.bundle.manifest import MANIFEST, read_manifest
 from difa_compile.bundle.runner import load_bundle
+from difa_compile.decision import FULL, Decision
+from difa_compile.pipeline.apply import apply
+from difa_compile.pipeline.loading import load_pipeline
+from difa_compile.pipeline.rules import plan_from_rule
 from tests.support import bundles
 from tests.support.commands import run
 
@@ -123,18 +129,33 @@ def test_export_takes_each_tier_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_model_exported_and_run(tmp_path):
+def test_the_demo_model_exported_and_run_by_a_process_without_diffusers(tmp_path):
     """The commands of the README."""
-    from difa_compile.pipeline.loading import load_pipeline
-    from difa_compile.planner.recipes import recipes
-    from tests.support.plans import every_third
-
-    del recipes
+    forecast = Decision.parse("forecast:1")
     pipe = load_pipeline("demo")
-    every_third(pipe, 6).save(tmp_path / "plan.json")
-    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--steps", "6", "-o", tmp_path / "digits")
+    plan = plan_from_rule(
+        pipe, 6, lambda step, site: FULL, spans=lambda step, span: FULL if step < 2 or step == 4 else forecast
+    )
+    plan.save(tmp_path / "plan.json")
+    digits = tmp_path / "digits"
+    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--steps", "6", "-o", digits)
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "digits" / MANIFEST).read_text())["source"]["name"] == "demo"
-    result = run("run", tmp_path / "digits", "-o", tmp_path / "images", "--labels", "3,8")
-    assert result.exit_code == 0, result.output
-    assert len(list((tmp_path / "images").iterdir())) == 2
+    assert json.loads((digits / MANIFEST).read_text())["source"]["name"] == "demo"
+    code = """
+import sys
+for name in ("diffusers", "transformers"):
+    sys.modules[name] = None
+from difa_compile.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, "run", str(digits), "-o", str(tmp_path / "images"), "--labels", "3,8"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    images = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
+    assert [image.size for image in images] == [(32, 32), (32, 32)]
+    apply(pipe, plan, inner="eager")
+    generator = torch.Generator().manual_seed(0)
+    wanted = pipe(class_labels=[3, 8], guidance_scale=4.0, num_inference_steps=6, generator=generator).images
+    for image, one in zip(images, wanted, strict=True):
+        differences = [abs(a - b) for a, b in zip(image.getdata(), one.convert("L").getdata(), strict=True)]
+        assert max(differences) <= 1
