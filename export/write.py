@@ -44,13 +44,15 @@ from difa_compile.bundle.manifest import (
     read_manifest,
 )
 from difa_compile.bundle.program import Program
+from difa_compile.bundle.runner import load_bundle, seeded
+from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
 from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
-from difa_compile.export.captured import CapturedCall, captured, more_images, progress_of
+from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
 from difa_compile.export.lowered import TABLE, Lowered
 from difa_compile.export.probing import Probed, probe
@@ -65,9 +67,16 @@ from difa_compile.wording import quoted, shown
 Told = Callable[[str], None]
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
+OURS = re.compile(
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
+    r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|((plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
+)
+"""Names that exports give: nothing else in their folder is theirs to delete."""
 COMPARED = (1, 2, 3)
 """Numbers of images at which a model is captured, to see what grows with them."""
 TEST_SEED = 0
+SELF_TEST_BOUND = 0.05
+"""Of the largest latent: float16 comes to some hundredths after many steps, a wrong engine to about 1."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class _Exporting:
 
     def __post_init__(self) -> None:
         self.made = self.kept = 0
+        self.opened: WeightFile | None = None
         self.models = {self._component(model): model for model in find_transformers(self.pipe)}
         self.old = self._old()
         self.pieces_folder = self.folder / PIECES
@@ -221,6 +231,7 @@ class _Exporting:
         pieces += decoding
         manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
         self._clean(manifest)
+        self._compare(manifest)
         return Exported(
             self.folder,
             manifest,
@@ -270,17 +281,19 @@ class _Exporting:
         of_row = [each[row.call] for each in calls.values()]
         first = of_row[0]
         model = first.capture.model
+        component = self._component(first.model)
         described = {
+            "component": component,
+            "branch": first.branch,
             "graph": hashlib.sha256(model.module.code.encode()).hexdigest(),
-            "constants": _digest_of([value for _, value in _held(first)]),
             "context": str(model.context),
+            "layouts": [str(unit.info.layout) for unit in model.units],
             "model": model_digest(first.model).config_digest,
-            "roles": list(map(str, row.roles)),
-            "dtypes": sorted({str(value.dtype) for value in first.args if isinstance(value, Tensor)}),
-            "calls": [[list(value.shape) for value in call.args if isinstance(value, Tensor)] for call in of_row],
+            "roles": [[str(role), *map(str, role.head_reads)] for role in row.roles],
+            "calls": [[_form(value) for value in call.args] for call in of_row],
+            "values": [_digest_of(_held(call)) for call in of_row],
             "images": self.most_images,
         }
-        component = self._component(first.model)
         found: list[_Piece] = []
         lazily: list[Any] = []
         for target in self.targets:
@@ -320,9 +333,12 @@ class _Exporting:
             for place, each in enumerate(ranges):
                 serves = (each.least, min(each.most or self.most_images, self.most_images))
                 images: int | str = IMAGES if serves[0] < serves[1] or each.most is None else serves[0]
+                constants = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
                 described = {
                     "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
                     "shapes": [list(program.shape), list(each.shape), *serves],
+                    "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
+                    "values": _digest_of(constants),
                 }
                 key = self._key(target, described)
                 known = self._known(key, -1, target)
@@ -346,7 +362,8 @@ class _Exporting:
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
             "difa-compile": metadata.version("difa-compile"),
-            "processor": "" if self.portable or target != "aoti" else torch.backends.cpu.get_cpu_capability(),
+            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target == "onnx" else [],
+            "processor": "" if self.portable or target != "aoti" else " ".join(sorted(processor_flags())),
             "machine": platform.machine(),
         }
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
@@ -390,13 +407,18 @@ class _Exporting:
         one."""
         whole = self.pieces_folder / key
         if whole.is_dir():
-            return _all_kept(whole, row)
+            try:
+                return _all_kept(whole, row)
+            except (OSError, ValueError, KeyError, TypeError):  # damaged, by a loss of power say: made anew
+                shutil.rmtree(whole)
         if self.old is None:
             return []
         engines = [engine for engine in self.old.engines if (engine.key, engine.target) == (key, target)]
+        if not engines:
+            return []
         try:
             files = [check_file(self.folder, engine.file, self.old.files) for engine in engines]
-            weights = WeightFile(check_file(self.folder, self.old.weights, self.old.files))
+            weights = self._old_weights(self.old)
         except BundleFormatError:
             return []  # damaged: made anew
         return [
@@ -411,6 +433,12 @@ class _Exporting:
             )
             for engine, file in zip(engines, files, strict=True)
         ]  # fmt: skip
+
+    def _old_weights(self, old: Manifest) -> WeightFile:
+        """The weights of the bundle that is there, compared once. Raises :class:`BundleFormatError`."""
+        if self.opened is None:
+            self.opened = WeightFile(check_file(self.folder, old.weights, old.files))
+        return self.opened
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -544,6 +572,18 @@ class _Exporting:
         name, _ = self._tensors("self-test", tensors, files)
         return name
 
+    def _compare(self, manifest: Manifest) -> None:
+        """Make the short run on each target: what is exported is compared with the pipeline. Raises
+        :class:`ExportError`."""
+        for target in manifest.targets:
+            worst = load_bundle(self.folder, target).self_test()
+            self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
+            if not worst < SELF_TEST_BOUND:
+                raise ExportError(
+                    f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
+                    f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
+                )
+
     def _source(self) -> Source:
         model = next(iter(self.models.values()))
         digest = model_digest(model)
@@ -556,18 +596,24 @@ class _Exporting:
         """Delete what earlier exports and interrupted ones have left."""
         shutil.rmtree(self.pieces_folder, ignore_errors=True)
         named = {MANIFEST, *manifest.files}
-        for path in (*self.folder.glob("*-????????????.*"), *self.folder.glob("p*s/*.json")):
+        mine = [path for path in self.folder.rglob("*") if OURS.fullmatch(path.relative_to(self.folder).as_posix())]
+        for path in mine:
             if path.is_file() and path.relative_to(self.folder).as_posix() not in named:
                 path.unlink(missing_ok=True)
 
 
-def _held(call: CapturedCall) -> list[tuple[str, Tensor]]:
-    """The tensors that become part of an engine's program and are no weights of the model: those that its graph has by
-    itself, and the positions that it holds for."""
+def _held(call: CapturedCall) -> list[Tensor]:
+    """The tensors that may become part of an engine's program and are no weights of the model: those that its graph has
+    by itself, the positions that it holds for, and tensors of the model's code."""
     model = call.capture.model
-    owned = {value.data_ptr() for value in (*call.model.parameters(), *call.model.buffers())}
-    found = [(name, value) for name, value in model.module.named_buffers() if value.data_ptr() not in owned]
-    return found + [(str(i), call.args[i]) for i in sorted(model.positions.inputs)]
+    names = owned_names(call.model)
+    own = [value for value in model.module.buffers() if id(value) not in names]
+    return own + [call.args[i] for i in sorted(model.positions.inputs)]
+
+
+def _form(value: object) -> object:
+    """Of an input of a graph what an engine depends on: a number itself, of a tensor dtype, sizes and strides."""
+    return [str(value.dtype), list(value.shape), list(value.stride())] if isinstance(value, Tensor) else repr(value)
 
 
 def _digest_of(tensors: Sequence[Tensor]) -> str:
@@ -612,7 +658,7 @@ def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, pro
     scheduler.step = step
     try:
         generator = torch.Generator().manual_seed(TEST_SEED)
-        with torch.no_grad():
+        with torch.no_grad(), seeded(TEST_SEED):
             pipe(**{**inputs, "num_inference_steps": steps, "generator": generator})
     finally:
         del scheduler.step
@@ -632,6 +678,7 @@ def _keep(piece: _Piece, path: Path) -> None:
         "target": piece.target,
         "label": piece.label,
         "file": piece.lowered.file.name,
+        "sha256": _digest(piece.lowered.file.read_bytes()),
         "weights": piece.lowered.weights,
         "versions": piece.lowered.versions,
         "instruction_set": piece.lowered.instruction_set,
@@ -651,6 +698,8 @@ def _all_kept(folder: Path, row: int) -> list[_Piece]:
 def _kept(path: Path, row: int) -> _Piece:
     """What :func:`_keep` has stored."""
     fields = json.loads(path.read_text())
+    if _digest((path.parent / fields["file"]).read_bytes()) != fields["sha256"]:
+        raise ValueError("the engine is not what was kept")
     tables = WeightFile(path.with_suffix(".tables"))
     lowered = Lowered(
         path.parent / fields["file"], fields["weights"], {name: tables[name] for name in tables.places},

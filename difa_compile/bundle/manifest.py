@@ -342,4 +342,6 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a bundle. Raises :class:`BundleFormatError`, :class:`BundleVersionError` and
     :class:`BundleIntegrityError`."""
     path = Path(folder) / MANIFEST
+    if path.is_symlink():
+        raise BundleIntegrityError(f"{shown(path)} is a link, which could lead anywhere; put the file itself there")
     return Manifest.from_json(FORMAT.read_bytes(path), path)

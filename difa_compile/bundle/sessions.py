@@ -150,10 +150,17 @@ def _check_release(engine: Engine) -> None:
         )
 
 
-def _check_processor(engine: Engine) -> None:
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+def processor_flags() -> frozenset[str]:
+    """What this processor can do, by the names that torch has for it: AVX2, AVX512, AMX_TILE ..."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch tells the widest vectors alone
+        widest = torch.backends.cpu.get_cpu_capability().upper()
+        return frozenset({widest, "AVX2"} if widest == "AVX512" else {widest})
+    found = {name.upper() for name, has in torch.cpu.get_capabilities().items() if has is True}
+    return frozenset(found | ({"AVX512"} if {"AVX512_F", "AVX512_BW"} <= found else set()))
 
-    here = {flag for isa in valid_vec_isa_list() for flag in str(isa).upper().split()}
+
+def _check_processor(engine: Engine) -> None:
+    here = processor_flags()
     missing = [flag for flag in engine.instruction_set.upper().split() if flag not in here]
     if missing:
         raise TargetError(

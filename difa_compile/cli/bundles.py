@@ -159,13 +159,18 @@ def run(
                 )
             by_half.setdefault(half, {})[name] = file[key]
     check_writable(output)
-    found = load_bundle(bundle, target)(
+    loaded = load_bundle(bundle, target)
+    decode = loaded.manifest.decode
+    if decode is None or len(decode.shape) != 3:
+        raise typer.BadParameter(
+            "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
+        )
+    found = loaded(
         steps=steps, tier=tier, seed=seed % (LARGEST_SEED + 1), guidance=guidance, conditions=by_half, images=images,
         **given,
     )  # fmt: skip
     console = _console()
-    if found.images is None:
-        raise typer.BadParameter("the bundle does not decode its latents; sample it from Python", param_hint="BUNDLE")
+    assert found.images is not None
     for number, picture in enumerate(found.images):
         pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
         path = output / f"{number:04d}.png"
@@ -188,7 +193,7 @@ def verify_bundle(bundle: BundleFolder) -> None:
     require("msgspec")
     from difa_compile.bundle.manifest import check_file, read_manifest
     from difa_compile.bundle.runner import load_bundle
-    from difa_compile.errors import TargetError
+    from difa_compile.errors import BundleIntegrityError, TargetError
 
     console = _console()
     manifest = read_manifest(bundle)
@@ -202,6 +207,10 @@ def verify_bundle(bundle: BundleFolder) -> None:
             console.print(Text(f"{target}: not run: {visible(str(error))}"))
             continue
         console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
+        if not worst < 0.05:
+            raise BundleIntegrityError(
+                f"the engines of {target} do not make what the pipeline made when they were exported; export again here"
+            )
 
 
 def _print_manifest(console: Console, manifest: Manifest) -> None:

@@ -46,6 +46,7 @@ def lowered(program: ExportedProgram, path: Path, portable: bool = False, consta
     program = joined_plainly(program)
     if kernel:
         program = program.run_decompositions({LOCAL_ATTENTION: _on_cpu})
+    program = _contiguous(program)
     configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if portable else {})}
     file = path.with_suffix(".pt2")
     with torch.no_grad():
@@ -60,6 +61,18 @@ def lowered(program: ExportedProgram, path: Path, portable: bool = False, consta
         names[own] = table_name(tensor)
         tables[names[own]] = tensor
     return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)
+
+
+def _contiguous(program: ExportedProgram) -> ExportedProgram:
+    """The program with its tensors row-major, as the file of weights has them: code is compiled for their strides."""
+    for held in (program.state_dict, program.constants):
+        for name, value in held.items():
+            if isinstance(value, Tensor) and not value.is_contiguous():
+                raise TargetError(
+                    f"{name} is not laid out row by row in memory (channels_last, or a view), as the file of weights "
+                    "has it; make the model's tensors contiguous before AOTInductor engines are made of it"
+                )
+    return program
 
 
 def instruction_set_of(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Bundles that are run: what the pipeline with the plan makes, without diffusers, and what is refused."""
 
+import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +93,38 @@ def test_threads_share_a_bundle(bundle):
     assert all(torch.equal(found[seed], wanted[seed]) for seed in wanted)
 
 
+def test_a_call_without_a_seed_leaves_torchs_generator_alone(bundle):
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    bundle(class_labels=[1], decode=False)
+    bundle.self_test()
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_latents_of_another_size_are_not_decoded(bundle):
+    with pytest.raises(BundleInputError, match="cannot be decoded"):
+        bundle.decode(torch.zeros(1, 1, 3, 3))
+    with pytest.raises(BundleInputError, match="cannot be decoded"):
+        bundle.decode(torch.zeros(0, *bundle(class_labels=[1]).latents.shape[1:]))
+
+
+def test_engines_that_make_nan_fail_the_self_test(monkeypatch):
+    damaged = load_bundle(bundles.kept())
+    call = type(damaged).__call__
+    monkeypatch.setattr(
+        type(damaged), "__call__", lambda *a, **k: replace(call(*a, **k), latents=torch.full((1, 1, 8, 8), torch.nan))
+    )
+    assert damaged.self_test() == math.inf
+
+
+def test_a_bundle_is_found_after_the_folder_was_changed(monkeypatch, tmp_path):
+    monkeypatch.chdir(bundles.kept().parent)
+    found = load_bundle(bundles.kept().name)
+    monkeypatch.chdir(tmp_path)
+    assert found(class_labels=[1], seed=0).images.shape[0] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -100,6 +134,8 @@ def test_threads_share_a_bundle(bundle):
         ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
         ({"prompt": "a cat"}, "takes no 'prompt'; it is conditioned on class_labels"),
         ({"class_labels": "one"}, "which is no tensor"),
+        ({"class_labels": [1.5]}, "whole numbers are wanted"),
+        ({"guidance": "much"}, "is no number"),
         ({"class_labels": [[1]]}, r"has the shape \(1, 1\); it must be \(images, \)"),
         ({"class_labels": 1}, "has the shape"),
         ({"conditions": {"cond": {"text": torch.zeros(1)}}}, "takes no 'text'"),

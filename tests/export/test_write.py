@@ -15,6 +15,9 @@ from tests.support import bundles
 
 pytest.importorskip("onnxruntime")
 
+SHAPE = (1, 8, 8)
+"""Of a tiny pipeline's latents."""
+
 
 @pytest.fixture
 def pipe():
@@ -106,6 +109,30 @@ def test_weights_stand_in_it_once_and_no_place_of_this_machine(pipe, tmp_path):
         if path.is_file():
             assert os.fsencode(tmp_path) not in path.read_bytes()
             assert os.fsencode(os.path.dirname(module.__file__)) not in path.read_bytes()
+
+
+def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
+    """Into a folder with plans and pictures of the user's."""
+    folder = bundles.copy(tmp_path)
+    mine = ("plans/mine.json", "IMG-202401011234.jpg", "prompts/a.json", "notes-0123456789ab.txt")
+    for name in mine:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    theirs = ("row-07-0123456789ab.onnx", ".weights.tmp", ".difa-0123456789ab.tmp", "plans/old-0123456789ab.json")
+    for name in theirs:
+        (folder / name).write_text("left by an export that was killed")
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.folder, exporting.pieces_folder = folder, folder / PIECES
+    exporting._clean(read_manifest(folder))
+    assert all((folder / name).read_text() == "mine" for name in mine)
+    assert not any((folder / name).exists() for name in theirs)
+    assert load_bundle(folder).self_test() < bundles.AGREE
+
+
+def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "latents_of", lambda *_: torch.ones(1, *SHAPE))
+    with pytest.raises(ExportError, match="do not make what the pipeline makes"):
+        exported(pipe, bundles.copy(tmp_path))
 
 
 @pytest.mark.parametrize(
