@@ -190,6 +190,8 @@ def _load() -> str | None:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     """What comes out, without numbers: compilers ask for it."""
+    if any(value.device.type != "cpu" for value in (query, key, value, *rest) if isinstance(value, Tensor)):
+        raise ValueError(f"query, key, value and mask of difa::{OP} must be on the CPU; one of them is not")
     batch, heads, tokens = query.shape[:3]
     return query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
 

@@ -39,7 +39,7 @@ def transformer_pipelines():
         warnings.simplefilter("ignore")
         for name in dir(diffusers):
             try:
-                cls = getattr(diffusers, name)
+                cls = getattr(diffusers, name, None)  # some names stand for what is not installed, or is gone
             except (ImportError, RuntimeError):  # of a library that is not installed
                 continue
             if inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline):
