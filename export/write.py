@@ -166,7 +166,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """An engine of a target, its file of weights not there yet. ``content``: what is left to finish."""
+    """An engine of a target, its file of weights not there yet: what the manifest is going to say of it."""
 
     key: str
     row: int
