@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -124,7 +125,8 @@ def export_bundle(
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
     check_request(given, steps, targets, most_images)
     folder = check_writable(out)
-    with _alone(folder):
+    with _alone(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(pipe, given, folder, dict(inputs), tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)),
                           most_images, max_engines, portable, name, told).exported()  # fmt: skip
 

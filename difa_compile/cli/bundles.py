@@ -228,7 +228,12 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
     console.print(schedules)
     engines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"):
-        engines.add_column(column, justify="left" if column in ("engine", "target", "needs") else "right")
+        engines.add_column(
+            column,
+            justify="left" if column in ("engine", "target", "needs") else "right",
+            no_wrap=column != "needs",
+            overflow="fold",
+        )
     for engine in manifest.engines:
         calls = sum(call.row == engine.row for schedule in manifest.schedules for call in schedule.calls)
         reads, writes = (
@@ -236,7 +241,7 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         )
         low, high = engine.images
         engines.add_row(
-            foreign(engine.file),
+            foreign(engine.file.rsplit("-", 1)[0]),
             foreign(engine.target),
             str(low) if low == high else f"{low}-{high}",
             "" if engine.row < 0 else str(calls),
