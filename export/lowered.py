@@ -1,15 +1,20 @@
-"""Pieces: engines whose file of weights is not there yet."""
+"""Pieces: engines whose file of weights is not there yet, and how they are kept until it is."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
 
-from difa_compile.bundle.weights import bytes_of
+from difa_compile.bundle.manifest import Port
+from difa_compile.bundle.weights import WeightFile, bytes_of, write_weights
+from difa_compile.files.writing import write_whole
 
 TABLE = "table."
 
@@ -28,7 +33,74 @@ class Lowered:
     kernel: bool = False
 
 
+@dataclass(frozen=True)
+class Piece:
+    """An engine of a target with what the manifest is going to say of it. ``key``: a digest of all that it was made
+    from; ``label``: how its file's name begins."""
+
+    key: str
+    row: int
+    target: str
+    label: str
+    lowered: Lowered
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    images: tuple[int, int]
+    why_static: str
+
+
 def table_name(tensor: Tensor) -> str:
     """The name of a tensor that is no weight, by its content: whatever has the same numbers shares it."""
     described = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return TABLE + hashlib.sha256(described + bytes_of(tensor)).hexdigest()[:32]
+
+
+def keep(piece: Piece, path: Path) -> None:
+    """Store what is known of a piece beside its file, in ``path`` (``.json``). Raises :class:`OutputError`."""
+    tables = {name: tensor.contiguous() for name, tensor in piece.lowered.tables.items()}
+    write_weights(path.with_suffix(".tables"), tables)
+    described = {
+        "key": piece.key,
+        "target": piece.target,
+        "label": piece.label,
+        "file": piece.lowered.file.name,
+        "sha256": hashlib.sha256(piece.lowered.file.read_bytes()).hexdigest(),
+        "weights": piece.lowered.weights,
+        "versions": piece.lowered.versions,
+        "instruction_set": piece.lowered.instruction_set,
+        "kernel": piece.lowered.kernel,
+        "inputs": msgspec.to_builtins(piece.inputs),
+        "outputs": msgspec.to_builtins(piece.outputs),
+        "images": piece.images,
+        "why_static": piece.why_static,
+    }
+    write_whole(path, json.dumps(described), "an engine")
+
+
+def kept_in(folder: Path, row: int) -> list[Piece]:
+    """The pieces in a folder, for a row of this number. Raises ``OSError``, ``ValueError``, ``KeyError`` and
+    ``TypeError`` where they are damaged."""
+    return [_kept(path, row) for path in sorted(folder.glob("*.json"))]
+
+
+def _kept(path: Path, row: int) -> Piece:
+    """What :func:`keep` has stored."""
+    fields = json.loads(path.read_text())
+    if hashlib.sha256((path.parent / fields["file"]).read_bytes()).hexdigest() != fields["sha256"]:
+        raise ValueError("the engine is not what was kept")
+    tables = WeightFile(path.with_suffix(".tables"))
+    lowered = Lowered(
+        path.parent / fields["file"], fields["weights"], {name: tables[name] for name in tables.places},
+        fields["versions"], fields["instruction_set"], fields["kernel"],
+    )  # fmt: skip
+    inputs, outputs = (msgspec.convert(fields[each], tuple[Port, ...]) for each in ("inputs", "outputs"))
+    low, high = fields["images"]
+    label = renumbered(fields["label"], row)
+    return Piece(
+        fields["key"], row, fields["target"], label, lowered, inputs, outputs, (low, high), fields["why_static"]
+    )
+
+
+def renumbered(label: str, row: int) -> str:
+    """The label of an engine that now carries out the row of this number."""
+    return re.sub("^row-[0-9]+", f"row-{row:02d}", label)

@@ -26,9 +26,9 @@ from difa_compile.layout import Layout
 from difa_compile.ops.reference import visible_pairs
 
 FEW_TOKENS = 1024
-"""Up to so many tokens all pairs are computed: gathering costs more than it saves."""
+"""Up to so many tokens all pairs are computed. Chosen, not measured."""
 WORTH = 0.5
-"""Tiles are worth their gathers where they have at most this share of all pairs."""
+"""Tiles are taken where they have at most this share of all pairs. Chosen, not measured."""
 TILE = 8
 """Tokens along a side of a tile on a grid of two or three dimensions; a line has tiles of its square."""
 _HIDDEN = -1e4

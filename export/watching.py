@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difa_compile.errors import NotLinearError, SamplingLoopError
+from difa_compile.pipeline.schedule_follower import BRANCHES
 from difa_compile.plan.guidance import guidance_of
 from difa_compile.wording import shown
-
-BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
-"""What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
 
 _RANDOM = {
     "randn_like", "rand", "rand_like", "randint", "randint_like", "normal", "bernoulli", "multinomial", "poisson",

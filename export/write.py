@@ -25,7 +25,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -45,7 +44,7 @@ from difa_compile.bundle.manifest import (
     read_manifest,
 )
 from difa_compile.bundle.program import Program
-from difa_compile.bundle.runner import load_bundle, seeded
+from difa_compile.bundle.runner import AGREES, Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
@@ -55,7 +54,7 @@ from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import TABLE, Lowered
+from difa_compile.export.lowered import TABLE, Lowered, Piece, keep, kept_in, renumbered
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
 from difa_compile.files.writing import check_writable, write_whole
@@ -76,8 +75,6 @@ OURS = re.compile(
 COMPARED = (1, 2, 3)
 """Numbers of images at which a model is captured, to see what grows with them."""
 TEST_SEED = 0
-SELF_TEST_BOUND = 0.05
-"""Of the largest latent: float16 comes to some hundredths after many steps, a wrong engine to about 1."""
 
 
 @dataclass(frozen=True)
@@ -166,21 +163,6 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """An engine of a target, its file of weights not there yet: what the manifest is going to say of it."""
-
-    key: str
-    row: int
-    target: str
-    label: str
-    lowered: Lowered
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    images: tuple[int, int]
-    why_static: str
-
-
 @dataclass
 class _Exporting:
     """One export, from the arguments of :func:`export_bundle`."""
@@ -232,8 +214,9 @@ class _Exporting:
         decode, decoding = self._decode(probed[self.steps[0]])
         pieces += decoding
         manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
-        self._clean(manifest)
         self._compare(manifest)
+        write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
+        self._clean(manifest)
         return Exported(
             self.folder,
             manifest,
@@ -278,7 +261,7 @@ class _Exporting:
 
     # --- engines -----------------------------------------------------------------------------------------------------
 
-    def _row(self, number: int, row: EngineRow, calls: Mapping[int, Sequence[CapturedCall]]) -> list[_Piece]:
+    def _row(self, number: int, row: EngineRow, calls: Mapping[int, Sequence[CapturedCall]]) -> list[Piece]:
         """The engines of a row of roles, for every target."""
         of_row = [each[row.call] for each in calls.values()]
         first = of_row[0]
@@ -296,7 +279,7 @@ class _Exporting:
             "values": [_digest_of(_held(call)) for call in of_row],
             "images": self.most_images,
         }
-        found: list[_Piece] = []
+        found: list[Piece] = []
         lazily: list[Any] = []
         for target in self.targets:
             key = self._key(target, described)
@@ -318,10 +301,10 @@ class _Exporting:
             found += self._finished(key, number)
         return found
 
-    def _decode(self, probed: Probed) -> tuple[Decode | None, list[_Piece]]:
+    def _decode(self, probed: Probed) -> tuple[Decode | None, list[Piece]]:
         """The engines of what comes after the loop."""
         program = probed.program
-        found: list[_Piece] = []
+        found: list[Piece] = []
         try:
             ranges: list[Any] = []
             if self.most_images > 1:
@@ -394,23 +377,23 @@ class _Exporting:
             made,
             weights={own: name if name in made.tables else prefix + name for own, name in made.weights.items()},
         )
-        piece = _Piece(key, row, target, label, made, inputs, outputs, images, why_static)
-        _keep(piece, folder / f"{place}.json")
+        piece = Piece(key, row, target, label, made, inputs, outputs, images, why_static)
+        keep(piece, folder / f"{place}.json")
         self.made += 1
 
-    def _finished(self, key: str, row: int) -> list[_Piece]:
+    def _finished(self, key: str, row: int) -> list[Piece]:
         """The engines of a key, all of which are there: from now on they are found again."""
         whole = self.pieces_folder / key
         os.replace(self.pieces_folder / f"{key}.part", whole)
-        return _all_kept(whole, row)
+        return kept_in(whole, row)
 
-    def _known(self, key: str, row: int, target: str) -> list[_Piece]:
+    def _known(self, key: str, row: int, target: str) -> list[Piece]:
         """The engines of a key that are there: left by an export that was interrupted, or in the bundle of an earlier
         one."""
         whole = self.pieces_folder / key
         if whole.is_dir():
             try:
-                return _all_kept(whole, row)
+                return kept_in(whole, row)
             except (OSError, ValueError, KeyError, TypeError):  # damaged, by a loss of power say: made anew
                 shutil.rmtree(whole)
         if self.old is None:
@@ -424,8 +407,8 @@ class _Exporting:
         except BundleFormatError:
             return []  # damaged: made anew
         return [
-            _Piece(
-                key, row, target, re.sub(r"^row-[0-9]+", f"row-{row:02d}", engine.file.rsplit("-", 1)[0]),
+            Piece(
+                key, row, target, renumbered(engine.file.rsplit("-", 1)[0], row),
                 Lowered(
                     file, dict(engine.weights),
                     {name: weights[name] for name in engine.weights.values() if name.startswith(TABLE)},
@@ -446,13 +429,13 @@ class _Exporting:
 
     def _written(
         self,
-        pieces: Sequence[_Piece],
+        pieces: Sequence[Piece],
         decode: Decode | None,
         buckets: Buckets,
         schedules: Mapping[tuple[str, int], PlannedSchedule],
         probed: Mapping[int, Probed],
     ) -> Manifest:
-        """Write everything, the manifest last."""
+        """Write everything but the manifest, which makes a bundle of it."""
         files: dict[str, File] = {}
         conditions, fixed = _fixed(next(iter(probed.values())))
         weights, places = self._weights(pieces, fixed, files)
@@ -505,13 +488,10 @@ class _Exporting:
             self_test=self_test,
             decode=decode,
         )  # fmt: skip
-        document = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
-        Manifest.from_json(document, "that was made")
-        write_whole(self.folder / MANIFEST, document + "\n", "the manifest")
-        return manifest
+        return Manifest.from_json(json.dumps(manifest.to_json(), allow_nan=False), "that was made")
 
     def _weights(
-        self, pieces: Sequence[_Piece], fixed: Mapping[str, Tensor], files: dict[str, File]
+        self, pieces: Sequence[Piece], fixed: Mapping[str, Tensor], files: dict[str, File]
     ) -> tuple[str, Mapping[str, Place]]:
         """Write the file of weights: what any engine reads, each once, and conditions that are always the same. Its
         name, and where tensors lie in it."""
@@ -578,9 +558,9 @@ class _Exporting:
         """Make the short run on each target: what is exported is compared with the pipeline. Raises
         :class:`ExportError`."""
         for target in manifest.targets:
-            worst = load_bundle(self.folder, target).self_test()
+            worst = Bundle(self.folder.absolute(), target, manifest=manifest).self_test()
             self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
-            if not worst < SELF_TEST_BOUND:
+            if not worst < AGREES:
                 raise ExportError(
                     f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
                     f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
@@ -669,50 +649,6 @@ def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, pro
     groups = program.operations[term.value].groups
     rows = last[0].shape[0] // groups
     return last[0][term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape).clone()
-
-
-def _keep(piece: _Piece, path: Path) -> None:
-    """Store what is known of a piece beside its file."""
-    tables = {name: tensor.contiguous() for name, tensor in piece.lowered.tables.items()}
-    write_weights(path.with_suffix(".tables"), tables)
-    described = {
-        "key": piece.key,
-        "target": piece.target,
-        "label": piece.label,
-        "file": piece.lowered.file.name,
-        "sha256": _digest(piece.lowered.file.read_bytes()),
-        "weights": piece.lowered.weights,
-        "versions": piece.lowered.versions,
-        "instruction_set": piece.lowered.instruction_set,
-        "kernel": piece.lowered.kernel,
-        "inputs": msgspec.to_builtins(piece.inputs),
-        "outputs": msgspec.to_builtins(piece.outputs),
-        "images": piece.images,
-        "why_static": piece.why_static,
-    }
-    write_whole(path, json.dumps(described), "an engine")
-
-
-def _all_kept(folder: Path, row: int) -> list[_Piece]:
-    return [_kept(path, row) for path in sorted(folder.glob("*.json"))]
-
-
-def _kept(path: Path, row: int) -> _Piece:
-    """What :func:`_keep` has stored."""
-    fields = json.loads(path.read_text())
-    if _digest((path.parent / fields["file"]).read_bytes()) != fields["sha256"]:
-        raise ValueError("the engine is not what was kept")
-    tables = WeightFile(path.with_suffix(".tables"))
-    lowered = Lowered(
-        path.parent / fields["file"], fields["weights"], {name: tables[name] for name in tables.places},
-        fields["versions"], fields["instruction_set"], fields["kernel"],
-    )  # fmt: skip
-    inputs, outputs = (msgspec.convert(fields[each], tuple[Port, ...]) for each in ("inputs", "outputs"))
-    low, high = fields["images"]
-    label = re.sub("^row-[0-9]+", f"row-{row:02d}", fields["label"])
-    return _Piece(
-        fields["key"], row, fields["target"], label, lowered, inputs, outputs, (low, high), fields["why_static"]
-    )
 
 
 def _port(port: engines_module.Port) -> Port:

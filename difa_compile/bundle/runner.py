@@ -20,6 +20,7 @@ from torch import Tensor
 from difa_compile.bundle.manifest import (
     Engine,
     EngineCall,
+    Manifest,
     Port,
     Schedule,
     check_file,
@@ -35,7 +36,8 @@ from difa_compile.files.documents import parse_json
 from difa_compile.wording import quoted, shown
 
 HALVES = ("cond", "uncond")
-MOST_STEPS_NAMED = 10
+AGREES = 0.05
+"""Below this a self-test's difference is rounding. Chosen; engines in single precision differ by some 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Bundle:
 
     Attributes:
         folder: where it lies.
-        manifest: what it says of itself.
+        manifest: what it says of itself; that of its folder, if none is given.
         target: whose engines are run.
     """
 
-    def __init__(self, folder: Path, target: str | None, prepack: bool) -> None:
+    def __init__(
+        self, folder: Path, target: str | None = None, prepack: bool = False, manifest: Manifest | None = None
+    ) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.manifest = read_manifest(folder) if manifest is None else manifest
         targets = self.manifest.targets
         if target is None:
             target = next((each for each in targets if each in SESSIONS), targets[0])

@@ -16,7 +16,7 @@ from rich.text import Text
 import difa_compile
 from difa_compile.cli.bundles import bundle_app, export, run
 from difa_compile.cli.demo import DemoOptions, require, run_demo
-from difa_compile.cli.failures import GuardedGroup, Output, interruptible, state_kept
+from difa_compile.cli.failures import GuardedGroup, interruptible, make_console, state_kept
 from difa_compile.cli.inputs import (
     MOST_IMAGES,
     MOST_STEPS,
@@ -90,10 +90,6 @@ app.command()(run)
 app.add_typer(bundle_app, name="bundle")
 
 
-def _console() -> Console:
-    return Output(highlight=False, emoji=False)  # a name with :smile: in it keeps that
-
-
 def _print_place(console: Console, label: str, place: str) -> None:
     """Where something was written, on one line and in full."""
     console.print(Text.assemble(label, (visible(place).replace("\n", "\\n"), "bold")), soft_wrap=True)
@@ -151,7 +147,7 @@ def demo(
         plan=plan,
         command=command_line(),
     )
-    console = _console()
+    console = make_console()
     page = run_demo(options, console)
     _print_place(console, "\nThe page: ", page.resolve().as_uri())
 
@@ -255,7 +251,7 @@ def calibrate(
     check_settings(steps, threshold, window, names, loss, order)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     check_device(device)
-    console = _console()
+    console = make_console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the plan")
     check_target(kept, "the state of the search")
@@ -297,7 +293,7 @@ def _calibrate_within(
     from difa_compile.comparison.planned import plan_within
 
     check_device(device)
-    console = _console()
+    console = make_console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the plan")
     check_target(kept, "the table of errors")
@@ -339,7 +335,7 @@ def measure(
     decisions = tried_decisions(windows, tried)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     check_device(device)
-    console = _console()
+    console = make_console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the table of errors")
     with interruptible(lambda: state_kept(output)):
@@ -372,7 +368,7 @@ def plan(
     from difa_compile.planner.make import Limit, plan_from_table
     from difa_compile.planner.table import ErrorTable
 
-    console = _console()
+    console = make_console()
     asked = [given is not None for given in (budget, psnr, error)]
     if max_rows is not None or any(asked):
         Limit(budget, psnr, error, max_rows)
@@ -406,7 +402,7 @@ def tune(
 
     dtypes = tuple(map(dtype_named, dtype)) if dtype else DTYPES
     check_device(device)
-    console = _console()
+    console = make_console()
     profile = measure(console, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtypes, quick)
     print_profile(console, profile)
     _print_place(console, "The profile: ", str(place(profile.machine)))
@@ -424,7 +420,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the attention sites of a model, or the decisions of a plan, and why anything is left alone."""
-    console = _console()
+    console = make_console()
     if os.path.lexists(target) and not os.path.isdir(target):
         if trace is not None:
             raise typer.BadParameter("a plan has no graph; name a model", param_hint="--trace")
@@ -549,7 +545,7 @@ def compare(
     )
     stored.save(folder)
     page = stored.write_page(folder)
-    console = _console()
+    console = make_console()
     print_comparison(console, comparison)
     _print_place(console, "\nThe page: ", page.resolve().as_uri())
 
@@ -575,4 +571,4 @@ def report(
     if title is not None:
         stored = replace(stored, title=visible(title))
     page = stored.write_page(output if output is not None else folder)
-    _print_place(_console(), "The page: ", page.resolve().as_uri())
+    _print_place(make_console(), "The page: ", page.resolve().as_uri())

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from difa_compile.cli.demo import require
-from difa_compile.cli.failures import Output
-from difa_compile.cli.inputs import LARGEST_SEED, MOST_STEPS, call_inputs, labels_of, open_pipeline
+from difa_compile.cli.failures import make_console
+from difa_compile.cli.inputs import MOST_STEPS, call_inputs, labels_of, open_pipeline
 from difa_compile.cli.options import Guidance, Inputs, Labels, Model, Prompt, Seed
 from difa_compile.cli.tables import foreign
 from difa_compile.files.writing import check_writable, write_whole
@@ -36,10 +36,6 @@ Target = Annotated[
 ]
 
 bundle_app = typer.Typer(help="Look at exported bundles.", no_args_is_help=True)
-
-
-def _console() -> Console:
-    return Output(highlight=False, emoji=False)
 
 
 def export(
@@ -91,7 +87,7 @@ def export(
         call["class_labels"] = call["class_labels"][:1]
     if isinstance(call.get("prompt"), list):
         call["prompt"] = call["prompt"][:1]
-    console = _console()
+    console = make_console()
     check_writable(out)
     pipe = open_pipeline(model, "cpu", call)
     pipe.set_progress_bar_config(disable=True)
@@ -166,10 +162,10 @@ def run(
             "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
         )
     found = loaded(
-        steps=steps, tier=tier, seed=seed % (LARGEST_SEED + 1), guidance=guidance, conditions=by_half, images=images,
+        steps=steps, tier=tier, seed=seed, guidance=guidance, conditions=by_half, images=images,
         **given,
     )  # fmt: skip
-    console = _console()
+    console = make_console()
     assert found.images is not None
     for number, picture in enumerate(found.images):
         pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
@@ -184,7 +180,7 @@ def show_bundle(bundle: BundleFolder) -> None:
     require("msgspec")
     from difa_compile.bundle.manifest import read_manifest
 
-    _print_manifest(_console(), read_manifest(bundle))
+    _print_manifest(make_console(), read_manifest(bundle))
 
 
 @bundle_app.command("verify")
@@ -192,10 +188,10 @@ def verify_bundle(bundle: BundleFolder) -> None:
     """Check every file of a bundle, and run its self-test on the targets that are installed."""
     require("msgspec")
     from difa_compile.bundle.manifest import check_file, read_manifest
-    from difa_compile.bundle.runner import load_bundle
+    from difa_compile.bundle.runner import AGREES, load_bundle
     from difa_compile.errors import BundleIntegrityError, TargetError
 
-    console = _console()
+    console = make_console()
     manifest = read_manifest(bundle)
     for name in manifest.files:
         check_file(bundle, name, manifest.files)
@@ -207,7 +203,7 @@ def verify_bundle(bundle: BundleFolder) -> None:
             console.print(Text(f"{target}: not run: {visible(str(error))}"))
             continue
         console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
-        if not worst < 0.05:
+        if not worst < AGREES:
             raise BundleIntegrityError(
                 f"the engines of {target} do not make what the pipeline made when they were exported; export again here"
             )

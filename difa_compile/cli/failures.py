@@ -38,6 +38,11 @@ class Output(Console):
         raise  # noqa: PLE0704 - rich calls this while it handles the error
 
 
+def make_console() -> Output:
+    """What a command prints to."""
+    return Output(highlight=False, emoji=False)  # a name with :smile: in it keeps that
+
+
 def show_failure(title: str, message: str, hint: str = "") -> None:
     """Print one panel to stderr, if that can be written to; ``hint`` stands below the message."""
     text = visible(message)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from difa_compile.backend.run import Run
     from difa_compile.plan.plan import Promotion
 
-_BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
+BRANCHES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
 """What ``cache_context`` is given by pipelines of diffusers and by its guiders, and the branch it names."""
 
 
@@ -121,7 +121,7 @@ class ScheduleFollower:
     def branch(self, name: str) -> Iterator[None]:
         """Within ``cache_context(name)`` of the transformer. Names that are not of guidance count as no branch."""
         outer = self._branch, self._in_context
-        self._branch, self._in_context = _BRANCHES.get(name), True
+        self._branch, self._in_context = BRANCHES.get(name), True
         try:
             yield
         finally:
@@ -147,7 +147,7 @@ class ScheduleFollower:
         for its second."""
         count = self._calls_now[self._branch]
         self._calls_now[self._branch] += 1
-        unnamed = self._branch is None and not any(self._calls_now[name] for name in _BRANCHES.values())
+        unnamed = self._branch is None and not any(self._calls_now[name] for name in BRANCHES.values())
         if not self._one_call_each:
             return self._branch
         if count == 0:

@@ -64,10 +64,13 @@ def test_a_generator_is_used_as_the_pipeline_uses_it(bundle):
 
 
 def test_conditions_of_both_halves(bundle):
-    """An unconditional half of the same label is no guidance at all."""
+    """Where both halves are of one label, guidance changes nothing; else it does."""
     label = torch.tensor([1])
-    same = {"cond": {"class_labels": label}}
-    assert torch.equal(bundle(conditions=same, seed=0).latents, bundle(class_labels=[1], seed=0).latents)
+    same = {"cond": {"class_labels": label}, "uncond": {"class_labels": label}}
+    alone, more = (bundle(conditions=same, seed=0, guidance=scale).latents for scale in (2.0, 6.0))
+    torch.testing.assert_close(alone, more, atol=bundles.AGREE, rtol=0)
+    one, other = (bundle(class_labels=[1], seed=0, guidance=scale).latents for scale in (2.0, 6.0))
+    assert (one - other).abs().max() > 0.01
 
 
 def test_callbacks_see_every_step_and_can_end_it(bundle):

@@ -131,8 +131,12 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
 
 def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "latents_of", lambda *_: torch.ones(1, *SHAPE))
+    folder = bundles.copy(tmp_path)
+    old = read_manifest(folder)
     with pytest.raises(ExportError, match="do not make what the pipeline makes"):
-        exported(pipe, bundles.copy(tmp_path))
+        exported(pipe, folder)
+    assert read_manifest(folder) == old
+    assert load_bundle(folder).self_test() < bundles.AGREE
 
 
 @pytest.mark.parametrize(
