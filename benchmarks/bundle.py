@@ -2,20 +2,25 @@
 
     python -m benchmarks.bundle
 
-The demo model, its blocks forecast but for every third step, as engines: beside inductor, full and with the plan, and
-beside the same runtime's engine of the unmodified model. All sides are timed in one process, interleaved; memory is
-that of a process of its own, which loads the bundle and makes one call.
+The demo model as engines, with two plans: its blocks forecast but for every third step, and attention decided site by
+site (``weighed``), whose many rows are merged to 1, 4 and 8 engines. Beside them inductor, full and with the plan, and
+the same runtime's engine of the unmodified model. All sides are timed in one process, interleaved; memory is that of a
+process of its own, which loads the bundle and makes one call. ``switching``: by how much the same calls of the two
+engines that are called most take longer in turns than one engine's after the other's. ``outside``: share of a call's
+time that is spent in no engine, for the sampling loop and caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ import torch
 
 import difa_compile
 from difa_compile import FULL, Plan
+from difa_compile.bundle.manifest import sizes_of
 from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.decision import Decision
 from difa_compile.export.write import Exported, export_bundle
@@ -35,8 +41,11 @@ from ._common import RESULTS, Row, interleave, write_result
 STEPS = 50
 EVERY = 3
 IMAGES = (1, 8)
-LIMITS = (1, 4, None)
-"""At most so many engines."""
+LIMITS = {"planned": (1, None), "weighed": (1, 4, 8, None)}
+"""By plan: at most so many engines."""
+WEIGHED = "flops-threshold-0.15-steps-50.json"
+TURNS = 10
+"""Calls of each engine where switching is timed."""
 
 MEMORY = """
 import json, sys
@@ -89,6 +98,51 @@ def run(bundle: Bundle, images: int) -> object:
     return bundle(class_labels=[3] * images, seed=0)
 
 
+def switching(bundle: Bundle, repeats: int) -> float | None:
+    """What alternating between two engines costs, as a share of their calls' time; None of a single one."""
+    (schedule, *_) = bundle.manifest.schedules
+    most = Counter(call.row for call in schedule.calls).most_common(2)
+    if len(most) < 2:
+        return None
+    calls = []
+    for row, _ in most:
+        engine = bundle._serving(row, 1)
+        assert engine is not None
+        inputs = [torch.rand(sizes_of(port.shape, 1)).to(getattr(torch, port.dtype)) for port in engine.inputs]
+        into = [torch.empty(sizes_of(port.shape, 1), dtype=getattr(torch, port.dtype)) for port in engine.outputs]
+        calls.append(partial(bundle._session(engine).run, inputs, into, 1))
+    orders = {"in turn": calls * TURNS, "one by one": [call for call in calls for _ in range(TURNS)]}
+
+    def made(order: Sequence[Callable[[], object]]) -> None:
+        for call in order:
+            call()
+
+    times = interleave({name: partial(made, order) for name, order in orders.items()}, 4 * repeats)
+    return times["in turn"].ratio_to(times["one by one"]) - 1
+
+
+def outside(bundle: Bundle) -> float:
+    """The share of a call's time that no engine takes."""
+    inside = 0.0
+    for session in bundle._sessions.values():
+        plainly = session.run
+
+        def timed(*arguments: Any, plainly: Callable[..., Any] = plainly) -> Any:
+            nonlocal inside
+            began = time.perf_counter()
+            made = plainly(*arguments)
+            inside += time.perf_counter() - began
+            return made
+
+        session.run = timed  # type: ignore[assignment, method-assign]
+    began = time.perf_counter()
+    run(bundle, 1)
+    took = time.perf_counter() - began
+    for session in bundle._sessions.values():
+        del session.run
+    return 1 - inside / took
+
+
 def memory(folder: Path) -> dict[str, float]:
     """Of a process that loads a bundle and makes a call."""
     found = subprocess.run([sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, check=True)
@@ -98,36 +152,46 @@ def memory(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    plan = recipe(_demo.load("demo"))
-    full = _demo.full_plan(_demo.load("demo"), STEPS)
+    plans = {
+        "full": _demo.full_plan(_demo.load("demo"), STEPS),
+        "planned": recipe(_demo.load("demo")),
+        "weighed": Plan.load(_demo.PLANS / WEIGHED),
+    }
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[int], object]] = {}
-    for name, own in (("inductor, full", full), ("difa, planned", plan)):
+    for name, own in plans.items():
+        runtime = "inductor" if name == "full" else "difa"
         pipe = _demo.load("demo")
         difa_compile.apply(pipe, own)
-        calls[name] = partial(sampled, pipe)
-        rows[name] = {"case": name}
+        calls[f"{runtime}, {name}"] = partial(sampled, pipe)
+        rows[f"{runtime}, {name}"] = {"case": f"{runtime}, {name}"}
+    bundles: dict[str, Bundle] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for target in args.targets.split(","):
-            for limit in (0, *LIMITS):
-                name = f"{target}, full" if limit == 0 else f"{target}, {limit or 'all'} engines"
-                folder = Path(scratch) / name.replace(" ", "")
-                made, seconds = exported(full if limit == 0 else plan, folder, target, limit or None)
-                weights = made.manifest.files[made.manifest.weights].bytes
-                used = memory(folder)
-                rows[name] = {
-                    "case": name,
-                    "engines": made.engines,
-                    "export_seconds": round(seconds, 1),
-                    "bytes": sum(file.bytes for file in made.manifest.files.values()),
-                    "weights_bytes": weights,
-                    "first_call_seconds": round(used["first_call"], 3),
-                    "rss_bytes": int(used["rss"] * 1024),
-                    "anonymous_bytes": int(used["anonymous"] * 1024),
-                }
-                bundle = load_bundle(folder)
-                calls[name] = partial(run, bundle)
-                print(f"{name}: exported in {seconds:.0f} s", file=sys.stderr, flush=True)
+        wanted: list[tuple[str, str, int | None]] = [
+            (target, which, limit)
+            for target in args.targets.split(",")
+            for which in plans
+            for limit in LIMITS.get(which, (None,))
+        ]
+        for number, (target, which, limit) in enumerate(wanted):
+            folder = Path(scratch) / str(number)
+            made, seconds = exported(plans[which], folder, target, limit)
+            name = f"{target}, {which}" + ("" if which == "full" else f", {made.engines} engines")
+            used = memory(folder)
+            rows[name] = {
+                "case": name,
+                "engines": made.engines,
+                "work": round(made.cost, 4),
+                "export_seconds": round(seconds, 1),
+                "bytes": sum(file.bytes for file in made.manifest.files.values()),
+                "weights_bytes": made.manifest.files[made.manifest.weights].bytes,
+                "first_call_seconds": round(used["first_call"], 3),
+                "rss_bytes": int(used["rss"] * 1024),
+                "anonymous_bytes": int(used["anonymous"] * 1024),
+            }
+            bundles[name] = load_bundle(folder)
+            calls[name] = partial(run, bundles[name])
+            print(f"{name}: exported in {seconds:.0f} s", file=sys.stderr, flush=True)
         for images in IMAGES:
             times = interleave({name: partial(call, images) for name, call in calls.items()}, args.repeats)
             for name, timing in times.items():
@@ -136,6 +200,12 @@ def main() -> None:
                 base = f"{'inductor' if runtime == 'difa' else runtime}, full"
                 if base in times and base != name:
                     rows[name] |= {f"times_full_{images}": round(timing.ratio_to(times[base]), 4)}
+        for name, bundle in bundles.items():
+            share = switching(bundle, args.repeats)
+            rows[name] |= {
+                "switching": None if share is None else round(share, 4),
+                "outside": round(statistics.median(outside(bundle) for _ in range(args.repeats)), 4),
+            }
         write_result("bundle", list(rows.values()), folder=args.output)
 
 

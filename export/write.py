@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -38,25 +39,28 @@ from difa_compile.bundle.manifest import (
     Manifest,
     Port,
     Schedule,
+    Size,
     Slot,
     Source,
     check_file,
     read_manifest,
 )
 from difa_compile.bundle.program import Program
-from difa_compile.bundle.runner import AGREES, Bundle, seeded
+from difa_compile.bundle.runner import Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
-from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
+from difa_compile.export.buckets import EngineCall as PlannedCall
+from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
 from difa_compile.export.lowered import TABLE, Lowered, Piece, keep, kept_in, renumbered
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
+from difa_compile.export.watching import first_tensor
 from difa_compile.files.writing import check_writable, write_whole
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.transformers import find_transformers
@@ -68,7 +72,7 @@ Told = Callable[[str], None]
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
-    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
     r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|((plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
 """Names that exports give: nothing else in their folder is theirs to delete."""
@@ -100,6 +104,7 @@ def export_bundle(
     inputs: Mapping[str, Any],
     steps: Sequence[int],
     targets: Sequence[str] = ("onnx",),
+    sizes: Sequence[tuple[int, int]] = (),
     most_images: int = 8,
     max_engines: int | None = None,
     portable: bool = False,
@@ -110,9 +115,11 @@ def export_bundle(
 
     ``plans``: by tier (``"fast"``, ``"balanced"``); one alone is the tier ``"planned"``. ``inputs``: arguments of a
     call of the pipeline that makes one image, its size and guidance among them. ``steps``: the numbers of steps that
-    callers will be able to choose. ``targets``: of ``"onnx"`` and ``"aoti"``. ``most_images``: per call; engines serve
-    any number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many
-    engines run them all, which makes them compute more. ``portable``: AOTInductor for more than this processor.
+    callers will be able to choose. ``targets``: of ``"onnx"`` and ``"aoti"``. ``sizes``: heights and widths of images
+    in pixels that callers will be able to choose, each with engines of its own; by default that of ``inputs``. Windows
+    of plans made at another size grow with the image. ``most_images``: per call; engines serve any number up to it
+    where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines run them all at
+    each size, which makes them compute more. ``portable``: AOTInductor for more than this processor.
     ``told`` is given a line for each thing that is done.
 
     Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
@@ -124,8 +131,10 @@ def export_bundle(
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
-        return _Exporting(pipe, given, folder, dict(inputs), tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)),
-                          most_images, max_engines, portable, name, told).exported()  # fmt: skip
+        return _Exporting(
+            pipe, given, folder, _sized(pipe, inputs, sizes), "fraction" if sizes else None,
+            tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)), most_images, max_engines, portable, name, told,
+        ).exported()  # fmt: skip
 
 
 def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
@@ -141,6 +150,23 @@ def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequ
     for count in (*steps, most_images):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise BundleInputError(f"{quoted(count)} is no number of steps or images; give whole numbers from 1 on")
+
+
+def _sized(
+    pipe: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """By height and width (0, 0 where the pipeline is told none) the arguments of a call."""
+    names = ("height", "width")
+    if not sizes:
+        height, width = (inputs.get(name) for name in names)
+        return {(height, width) if height and width else (0, 0): dict(inputs)}
+    for size in sizes:
+        if len(size) != 2 or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in size):
+            raise BundleInputError(f"{quoted(size)} is no height and width; give two whole numbers of pixels")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if not parameters.keys() >= set(names):
+        raise BundleInputError(f"{type(pipe).__name__} makes images of one size alone; leave the sizes out")
+    return {(height, width): {**inputs, "height": height, "width": width} for height, width in sizes}
 
 
 @contextlib.contextmanager
@@ -163,6 +189,25 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is exported of one size of images. ``first``: number of its first row. ``schedules``: by tier and steps.
+    ``fixed``: conditions that are the same for all calls, by their names in the file of weights."""
+
+    size: Size
+    inputs: dict[str, Any]
+    first: int
+    fitted: Fitted
+    schedules: Mapping[tuple[str, int], PlannedSchedule]
+    probed: Mapping[int, Probed]
+    pieces: Sequence[Piece]
+    fixed: Mapping[str, Tensor]
+
+    @property
+    def rows(self) -> tuple[EngineRow, ...]:
+        return self.fitted.buckets.rows
+
+
 @dataclass
 class _Exporting:
     """One export, from the arguments of :func:`export_bundle`."""
@@ -170,7 +215,8 @@ class _Exporting:
     pipe: Any
     plans: Mapping[str, Plan]
     folder: Path
-    inputs: dict[str, Any]
+    sizes: dict[tuple[int, int], dict[str, Any]]
+    resize: str | None
     steps: tuple[int, ...]
     targets: tuple[str, ...]
     most_images: int
@@ -200,37 +246,53 @@ class _Exporting:
     # --- all of it ---------------------------------------------------------------------------------------------------
 
     def exported(self) -> Exported:
-        calls = self._captured()
-        probed = {steps: self._probed(steps) for steps in self.steps}
-        keys = [(tier, steps) for tier in self.plans for steps in self.steps]
+        parts: list[_Part] = []
+        for place, ((height, width), inputs) in enumerate(self.sizes.items()):
+            if len(self.sizes) > 1:
+                self.told(f"images of {height}x{width}")
+            parts.append(self._part(place, Size(height, width), inputs, sum(len(part.rows) for part in parts)))
+        manifest = self._written(parts)
+        self._compare(manifest)
+        write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
+        self._clean(manifest)
+        before = sum(part.fitted.before for part in parts)
+        return Exported(
+            self.folder,
+            manifest,
+            sum(len(part.rows) for part in parts),
+            self.made,
+            self.kept,
+            sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
+            sum(part.fitted.after for part in parts) / before if before else 1.0,
+        )
+
+    def _part(self, place: int, size: Size, inputs: dict[str, Any], first: int) -> _Part:
+        """All that is exported of one size: the ``place``-th. ``first``: number of its first row."""
+        calls = self._captured(inputs)
+        capture = calls[1][0].capture
+        plans = {tier: capture.carried_over(plan, self.resize) for tier, plan in self.plans.items()}
+        probed = {steps: self._probed(inputs, steps) for steps in self.steps}
+        keys = [(tier, steps) for tier in plans for steps in self.steps]
         planned = [
-            PlannedSchedule(self.plans[tier], progress_of(self.pipe, self.inputs, steps), self._order(probed[steps]))
+            PlannedSchedule(plans[tier], progress_of(self.pipe, inputs, steps), self._order(probed[steps]))
             for tier, steps in keys
         ]
         found = fitted(calls[1], planned, self.max_engines)
         rows = found.buckets.rows
         self.told(f"{len(rows)} engines for {', '.join(f'{tier} at {steps} steps' for tier, steps in keys)}")
-        pieces = [piece for i, row in enumerate(rows) for piece in self._row(i, row, calls)]
-        decode, decoding = self._decode(probed[self.steps[0]])
-        pieces += decoding
-        manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
-        self._compare(manifest)
-        write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
-        self._clean(manifest)
-        return Exported(
-            self.folder,
-            manifest,
-            len(rows),
-            self.made,
-            self.kept,
-            sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
-            found.after / found.before if found.before else 1.0,
-        )
+        pieces = [piece for i, row in enumerate(rows) for piece in self._row(first + i, row, calls)]
+        shape, decoding = self._decode(inputs, probed[self.steps[0]], -1 - place, size.name)
+        conditions, fixed = _fixed(next(iter(probed.values())), place)
+        decode = None if shape is None else Decode(-1 - place, shape)
+        return _Part(
+            Size(size.height, size.width, conditions, decode), inputs, first, found,
+            dict(zip(keys, found.schedules, strict=True)), probed, [*pieces, *decoding], fixed,
+        )  # fmt: skip
 
-    def _captured(self) -> dict[int, tuple[CapturedCall, ...]]:
+    def _captured(self, inputs: Mapping[str, Any]) -> dict[int, tuple[CapturedCall, ...]]:
         """Calls of the transformers for several numbers of images."""
         plan = next(iter(self.plans.values()))
-        found = {1: captured(self.pipe, self.inputs, plan)}
+        found = {1: captured(self.pipe, inputs, plan, resize=self.resize)}
         if found[1][0].images != 1:
             raise BundleInputError(
                 f"the inputs make {found[1][0].images} images; give those of a call that makes one: engines for more "
@@ -238,13 +300,12 @@ class _Exporting:
             )
         for count in COMPARED[1:]:
             if count <= self.most_images:
-                found[count] = captured(self.pipe, more_images(self.pipe, self.inputs, count), plan)
+                found[count] = captured(self.pipe, more_images(self.pipe, inputs, count), plan, resize=self.resize)
         return found
 
-    def _probed(self, steps: int) -> Probed:
+    def _probed(self, inputs: Mapping[str, Any], steps: int) -> Probed:
         count = min(2, self.most_images)
-        inputs = more_images(self.pipe, self.inputs, count) if count > 1 else self.inputs
-        found = probe(self.pipe, inputs, steps)
+        found = probe(self.pipe, more_images(self.pipe, inputs, count) if count > 1 else inputs, steps)
         self.told(
             f"the sampling loop of {steps} steps: {len(found.program.calls)} calls, off by {found.program.error:.1e}"
         )
@@ -301,16 +362,18 @@ class _Exporting:
             found += self._finished(key, number)
         return found
 
-    def _decode(self, probed: Probed) -> tuple[Decode | None, list[Piece]]:
-        """The engines of what comes after the loop."""
+    def _decode(
+        self, inputs: Mapping[str, Any], probed: Probed, row: int, size: str
+    ) -> tuple[tuple[int, ...] | None, list[Piece]]:
+        """The shape of a picture, and the engines of what comes after the loop."""
         program = probed.program
         found: list[Piece] = []
         try:
             ranges: list[Any] = []
             if self.most_images > 1:
-                ranges.append(after_loop(self.pipe, more_images(self.pipe, self.inputs, 2), program, 2, as_bytes=True))
+                ranges.append(after_loop(self.pipe, more_images(self.pipe, inputs, 2), program, 2, as_bytes=True))
             if not ranges or ranges[0].least > 1:
-                ranges.append(after_loop(self.pipe, self.inputs, program, 1, as_bytes=True))
+                ranges.append(after_loop(self.pipe, inputs, program, 1, as_bytes=True))
         except AfterLoopError as error:
             self.told(f"latents are not decoded in the bundle: {error}")
             return None, []
@@ -326,18 +389,19 @@ class _Exporting:
                     "values": _digest_of(constants),
                 }
                 key = self._key(target, described)
-                known = self._known(key, -1, target)
+                known = self._known(key, row, target)
                 if known:
                     self.kept += len(known)
                     found += known
                     continue
-                label = "decode" + (f"-{serves[1]}" if len(ranges) > 1 else "")
+                label = "decode" + (f"-{size}" if len(self.sizes) > 1 else "")
+                label += f"-{serves[1]}" if len(ranges) > 1 else ""
                 self.told(f"{target}: {label}")
                 latents = Port("latents", "float32", (images, *program.shape))
                 pictures = Port("images", str(each.dtype).removeprefix("torch."), (images, *each.shape))
-                self._lower(key, place, -1, target, label, "", each.program, (), (latents,), (pictures,), serves, "")
-                found += self._finished(key, -1)
-        return Decode(tuple(ranges[0].shape)), found
+                self._lower(key, place, row, target, label, "", each.program, (), (latents,), (pictures,), serves, "")
+                found += self._finished(key, row)
+        return tuple(ranges[0].shape), found
 
     def _key(self, target: str, described: Mapping[str, object]) -> str:
         """A digest of all that an engine depends on, but for the numbers in the weights."""
@@ -427,17 +491,11 @@ class _Exporting:
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def _written(
-        self,
-        pieces: Sequence[Piece],
-        decode: Decode | None,
-        buckets: Buckets,
-        schedules: Mapping[tuple[str, int], PlannedSchedule],
-        probed: Mapping[int, Probed],
-    ) -> Manifest:
+    def _written(self, parts: Sequence[_Part]) -> Manifest:
         """Write everything but the manifest, which makes a bundle of it."""
         files: dict[str, File] = {}
-        conditions, fixed = _fixed(next(iter(probed.values())))
+        pieces = [piece for part in parts for piece in part.pieces]
+        fixed = {name: tensor for part in parts for name, tensor in part.fixed.items()}
         weights, places = self._weights(pieces, fixed, files)
         engines = []
         for piece in pieces:
@@ -458,36 +516,33 @@ class _Exporting:
             content = plan.to_json().encode()
             plans[tier] = f"plans/{tier}-{_digest(content)[:12]}.json"
             self._write(plans[tier], content, files)
-        programs = {}
-        for steps, each in probed.items():
-            content = json.dumps(each.program.to_json()).encode()
-            programs[steps] = f"programs/{steps}-{_digest(content)[:12]}.json"
-            self._write(programs[steps], content, files)
-        self_test = self._self_test(schedules, probed, files)
+        slots: list[Slot] = []
+        schedules: list[Schedule] = []
+        for place, part in enumerate(parts):
+            programs = {}
+            for steps, each in part.probed.items():
+                content = json.dumps(each.program.to_json()).encode()
+                programs[steps] = f"programs/{steps}-{_digest(content)[:12]}.json"
+                self._write(programs[steps], content, files)
+            for (tier, steps), course in zip(part.schedules, part.fitted.buckets.courses, strict=True):
+                calls = tuple(_call(call, part.first, len(slots)) for call in course)
+                schedules.append(Schedule(tier, steps, programs[steps], calls, place))
+            slots += [
+                Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in part.fitted.buckets.slots
+            ]
+        self_test = self._self_test(parts, files)
         manifest = Manifest(
             made_with=_made_with(),
             source=self._source(),
             files=dict(sorted(files.items())),
             weights=weights,
             engines=tuple(engines),
-            slots=tuple(Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in buckets.slots),
-            schedules=tuple(
-                Schedule(tier, steps, programs[steps], tuple(
-                    EngineCall(
-                        call.engine,
-                        {str(name): slot for name, slot in call.reads},
-                        {str(name): slot for name, slot in call.writes},
-                        {str(name): numbers for name, numbers in call.weights},
-                    )
-                    for call in course
-                ))
-                for (tier, steps), course in zip(schedules, buckets.courses, strict=True)
-            ),
+            slots=tuple(slots),
+            schedules=tuple(schedules),
+            sizes=tuple(part.size for part in parts),
             plans=plans,
-            conditions=conditions,
             self_test=self_test,
-            decode=decode,
-        )  # fmt: skip
+        )
         return Manifest.from_json(json.dumps(manifest.to_json(), allow_nan=False), "that was made")
 
     def _weights(
@@ -533,24 +588,20 @@ class _Exporting:
         write_whole(self.folder / name, content, f"{name} of the bundle")
         files[name] = File(len(content), hashlib.sha256(content).hexdigest())
 
-    def _self_test(
-        self,
-        schedules: Mapping[tuple[str, int], PlannedSchedule],
-        probed: Mapping[int, Probed],
-        files: dict[str, File],
-    ) -> str:
+    def _self_test(self, parts: Sequence[_Part], files: dict[str, File]) -> str:
         """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier; a file."""
         fewest = min(self.steps)
-        program = probed[fewest].program
         tensors = {"seed": torch.tensor(TEST_SEED)}
-        batched = {each.argument.name: each.argument.batched for form in program.forms for each in form.conditions}
-        for half, values in probed[fewest].conditioning.items():
-            for name, value in values.items():
-                tensors[f"condition.{half}.{name}"] = value[:1] if batched.get(name) else value
-        for tier in self.plans:
-            schedule = schedules[tier, fewest]
-            latents = latents_of(self.pipe, self.inputs, schedule.plan, fewest, program)
-            tensors[f"latents.{tier}.{fewest}"] = latents
+        for place, part in enumerate(parts):
+            program = part.probed[fewest].program
+            batched = {each.argument.name: each.argument.batched for form in program.forms for each in form.conditions}
+            for half, values in part.probed[fewest].conditioning.items():
+                for name, value in values.items():
+                    tensors[f"condition.{place}.{half}.{name}"] = value[:1] if batched.get(name) else value
+            for tier in self.plans:
+                plan = part.schedules[tier, fewest].plan
+                latents = latents_of(self.pipe, part.inputs, plan, fewest, program)[-1].clone()
+                tensors[f"latents.{place}.{tier}.{fewest}"] = latents
         name, _ = self._tensors("self-test", tensors, files)
         return name
 
@@ -558,9 +609,10 @@ class _Exporting:
         """Make the short run on each target: what is exported is compared with the pipeline. Raises
         :class:`ExportError`."""
         for target in manifest.targets:
-            worst = Bundle(self.folder.absolute(), target, manifest=manifest).self_test()
+            bundle = Bundle(self.folder.absolute(), target, manifest=manifest)
+            worst = bundle.self_test()
             self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
-            if not worst < AGREES:
+            if not worst < bundle.agrees:
                 raise ExportError(
                     f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
                     f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
@@ -606,7 +658,17 @@ def _digest_of(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fixed(probed: Probed) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+def _call(call: PlannedCall, row: int, slot: int) -> EngineCall:
+    """As it stands in the manifest, its rows and slots counted from these on."""
+    return EngineCall(
+        row + call.engine,
+        {str(name): slot + place for name, place in call.reads},
+        {str(name): None if place is None else slot + place for name, place in call.writes},
+        {str(name): numbers for name, numbers in call.weights},
+    )
+
+
+def _fixed(probed: Probed, size: int) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
     """Conditions that do not change with the prompt and are too large to stand in the program (positions, an empty
     negative prompt): by half and name the tensor's name in the file of weights, and the tensors, one row each."""
     names: dict[str, dict[str, str]] = {}
@@ -617,24 +679,26 @@ def _fixed(probed: Probed) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]
             for row in condition.rows:
                 given = probed.conditioning.get(row.half, {})
                 if row.fixed and row.numbers is None and argument.name in given:
-                    stored = f"condition.{row.half}.{argument.name}"
+                    stored = f"condition.{size}.{row.half}.{argument.name}"
                     names.setdefault(row.half, {})[argument.name] = stored
                     value = given[argument.name]
                     tensors[stored] = (value[:1] if argument.batched else value).detach().clone()
     return names, tensors
 
 
-def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, program: Program) -> Tensor:
-    """The final latents (images, *shape) of a call of the pipeline with a plan, its graphs run eagerly, with the noise
-    of the self-tests' seed."""
-    last: list[Tensor] = []
-    apply(pipe, plan, inner="eager")
+def latents_of(
+    pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, program: Program, inner: str = "eager"
+) -> list[Tensor]:
+    """The latents (images, *shape) after each step of a call of the pipeline with a plan, with the noise of the
+    self-tests' seed. ``inner``: what compiles its graphs, as of :func:`difa_compile.apply`."""
+    found: list[Tensor] = []
+    apply(pipe, plan, inner=inner)
     scheduler = pipe.scheduler
     plainly = scheduler.step
 
     def step(*arguments: Any, **options: Any) -> Any:
         made = plainly(*arguments, **options)
-        last[:] = [made[0] if isinstance(made, (tuple, list)) else made.prev_sample]
+        found.append(first_tensor(made, "prev_sample").clone())
         return made
 
     scheduler.step = step
@@ -647,8 +711,8 @@ def latents_of(pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, pro
         remove(pipe)
     (term, *_) = program.final
     groups = program.operations[term.value].groups
-    rows = last[0].shape[0] // groups
-    return last[0][term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape).clone()
+    rows = len(found[0]) // groups
+    return [each[term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape) for each in found]
 
 
 def _port(port: engines_module.Port) -> Port:

@@ -98,16 +98,14 @@ class Capture:
         self._unmodified: CompiledRow | None = None
         self._lock = threading.RLock()
         self.prediction = Prediction(model)
-        self.plan = self._carried_over(plan, resize)
+        self.plan = None if plan is None else self.carried_over(plan, resize)
         self.units = tuple(self._units(self.plan))
         self.verdicts = Verdicts(
             model, self.prediction, self.plan, self.units, strict=strict, allow_slower=allow_slower
         )
 
-    def _carried_over(self, plan: Plan | None, resize: str | None) -> Plan | None:
+    def carried_over(self, plan: Plan, resize: str | None = None) -> Plan:
         """A plan as it is for this model's sizes. Raises :class:`PlanMismatchError`, :class:`SitesMismatchError`."""
-        if plan is None:
-            return None
         named = {site.path for site in plan.sites if site.is_block}
         infos = [site.info for site in self.model.sites]
         infos += [block.info for block in self.model.blocks if block.path in named]
@@ -126,7 +124,7 @@ class Capture:
 
         What was compiled for the rows they have in common is used again. Raises as the constructor does.
         """
-        plan = self._carried_over(plan, None) or plan
+        plan = self.carried_over(plan)
         units = tuple(self._units(plan))
         verdicts = self.verdicts.of(plan, units)
         if units != self.units:

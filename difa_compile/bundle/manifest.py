@@ -45,10 +45,9 @@ FORMAT = Format(
         "engines",
         "slots",
         "schedules",
+        "sizes",
         "plans",
-        "conditions",
         "self_test",
-        "decode",
     ),
     most_bytes=2**28,
     damaged=BundleFormatError,
@@ -92,12 +91,12 @@ class Port(_Part, frozen=True):
 class Engine(_Part, frozen=True):
     """One file of one target.
 
-    ``row``: the row of roles that it carries out, a number from 0; -1 for what decodes. ``images``: the least and the
-    largest number of images. ``inputs``, ``outputs``: in the order in which it takes and gives them. ``weights``: by
-    its own name for a tensor the name in the file of weights. ``instruction_set``: what the processor must have, "" for
-    nothing in particular. ``kernel``: whether local attention in it is a call of our CPU kernel. ``versions``: what
-    reads it. ``why_static``: why it serves one number of images alone. ``key``: digest of what it was made from, by
-    which a later export into the same folder knows it again.
+    ``row``: the row of roles that it carries out, a number from 0; below 0 for what is no call of the loop.
+    ``images``: the least and the largest number of images. ``inputs``, ``outputs``: in the order in which it takes and
+    gives them. ``weights``: by its own name for a tensor the name in the file of weights. ``instruction_set``: what the
+    processor must have, "" for nothing in particular. ``kernel``: whether local attention in it is a call of our CPU
+    kernel. ``versions``: what reads it. ``why_static``: why it serves one number of images alone. ``key``: digest of
+    what it was made from, by which a later export into the same folder knows it again.
     """
 
     target: str
@@ -135,24 +134,43 @@ class EngineCall(_Part, frozen=True):
 
 
 class Schedule(_Part, frozen=True):
-    """A tier over one number of steps: its sampling program, a file, and the engine of each of its calls."""
+    """A tier over one number of steps: its sampling program, a file, and the engine of each of its calls. ``size``: its
+    place among the manifest's sizes."""
 
     tier: str
     steps: int
     program: str
     calls: tuple[EngineCall, ...]
+    size: int = 0
 
 
 class Decode(_Part, frozen=True):
-    """What the pipeline does after its loop: from latents to bytes of pictures ``(images, *shape)``."""
+    """What the pipeline does after its loop: from latents to bytes of pictures ``(images, *shape)``. ``row``: of its
+    engines."""
 
+    row: int
     shape: tuple[int, ...]
+
+
+class Size(_Part, frozen=True):
+    """A size of images. ``height``, ``width``: in pixels, as the pipeline's call was given them; 0 where it was not.
+    ``conditions``: those that are the same for all calls, one row: by half and name the name in the file of weights.
+    """
+
+    height: int = 0
+    width: int = 0
+    conditions: dict[str, dict[str, str]] = {}
+    decode: Decode | None = None
+
+    @property
+    def name(self) -> str:
+        """``HEIGHTxWIDTH``, or nothing."""
+        return f"{self.height}x{self.width}" if self.height else ""
 
 
 class Manifest(_Part, frozen=True):
     """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan.
-    ``self_test``: the file of the short run. ``conditions``: those that are the same for all calls, one row: by half
-    and name the name in the file of weights.
+    ``self_test``: the file of the short run.
     """
 
     made_with: dict[str, str]
@@ -162,10 +180,9 @@ class Manifest(_Part, frozen=True):
     engines: tuple[Engine, ...]
     slots: tuple[Slot, ...]
     schedules: tuple[Schedule, ...]
+    sizes: tuple[Size, ...]
     plans: dict[str, str]
     self_test: str
-    conditions: dict[str, dict[str, str]] = {}
-    decode: Decode | None = None
 
     def content(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -213,8 +230,8 @@ def _check(manifest: Manifest) -> None:
             raise Unfit(f"{quoted(name, 100)} is named, but not among the files")
     if not manifest.engines or not manifest.schedules:
         raise Unfit("a bundle has at least one engine and one schedule")
-    if len({(each.tier, each.steps) for each in manifest.schedules}) < len(manifest.schedules):
-        raise Unfit("a tier has two schedules for the same number of steps")
+    if len({(each.tier, each.steps, each.size) for each in manifest.schedules}) < len(manifest.schedules):
+        raise Unfit("a tier has two schedules for the same number of steps and size")
     rows = {engine.row for engine in manifest.engines}
     for engine in manifest.engines:
         _check_engine(engine)
@@ -222,6 +239,8 @@ def _check(manifest: Manifest) -> None:
         where = f"schedule {schedule.tier!r} of {schedule.steps} steps"
         if schedule.tier not in manifest.plans:
             raise Unfit(f"{where} has no plan")
+        if not 0 <= schedule.size < len(manifest.sizes):
+            raise Unfit(f"{where} is of size {schedule.size}, and there are {len(manifest.sizes)}")
         for call in schedule.calls:
             if call.row < 0 or call.row not in rows:
                 raise Unfit(f"{where} calls row {call.row}, for which there is no engine")
@@ -230,13 +249,18 @@ def _check(manifest: Manifest) -> None:
                 raise Unfit(f"{where} names a slot that there is not")
             if set(call.reads.values()) & set(call.writes.values()):
                 raise Unfit(f"{where} has a call that reads and writes one slot")
-    if manifest.decode is not None and -1 not in rows:
-        raise Unfit("there is no engine that decodes")
+    for size in manifest.sizes:
+        if min(size.height, size.width) < 0 or (size.height == 0) != (size.width == 0):
+            raise Unfit(f"a size is {size.height} by {size.width}")
+        if size.decode is not None and (size.decode.row >= 0 or size.decode.row not in rows):
+            raise Unfit("there is no engine that decodes")
+    if len({size.name for size in manifest.sizes}) < len(manifest.sizes):
+        raise Unfit("a size stands there twice")
 
 
 def _check_engine(engine: Engine) -> None:
     where = f"engine {shown(engine.file)}"
-    if engine.row < -1 or not 1 <= engine.images[0] <= engine.images[1]:
+    if not 1 <= engine.images[0] <= engine.images[1]:
         raise Unfit(f"{where} is for row {engine.row} and {engine.images[0]} to {engine.images[1]} images")
     ports = [*engine.inputs, *engine.outputs]
     if len({port.name for port in engine.inputs}) < len(engine.inputs) or len(

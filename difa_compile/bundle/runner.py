@@ -36,8 +36,9 @@ from difa_compile.files.documents import parse_json
 from difa_compile.wording import quoted, shown
 
 HALVES = ("cond", "uncond")
-AGREES = 0.05
-"""Below this a self-test's difference is rounding. Chosen; engines in single precision differ by some 1e-6."""
+AGREES, AGREES_COARSE = 0.05, 0.3
+"""Below this a self-test's difference is rounding; the latter in bfloat16. Chosen: engines in float32 differ by some
+1e-6, in float16 by some 1e-2, and two ways of compiling one model in bfloat16 by up to 1e-1."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,14 @@ class Bundle:
 
     def steps(self, tier: str | None = None) -> tuple[int, ...]:
         """The numbers of steps that a tier (by default the first) was exported for."""
-        return tuple(each.steps for each in self.manifest.schedules if each.tier == (tier or self.tiers[0]))
+        tier = tier or self.tiers[0]
+        return tuple(dict.fromkeys(each.steps for each in self.manifest.schedules if each.tier == tier))
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The heights and widths of images, in pixels, that it was exported for; none where the pipeline was not told
+        any."""
+        return tuple((size.height, size.width) for size in self.manifest.sizes if size.name)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +118,8 @@ class Bundle:
         guidance: float | Mapping[str, float] | None = None,
         conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
         images: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         callback: Callable[[int, int, Tensor], bool | None] | None = None,
         decode: bool = True,
         **named: Any,
@@ -119,18 +129,21 @@ class Bundle:
         ``named``: what the model is conditioned on, by the name that it has for it, one entry an image:
         ``class_labels=[3, 8]``. ``conditions``: the same by half, ``{"cond": {...}, "uncond": {...}}``, where the
         unconditional half needs something, too (a negative prompt's embedding). ``images``: how many, where nothing
-        tells it. ``steps``, ``tier``: the first that were exported by default. ``seed`` or ``generator``: the noise is
-        torch's, number by number what the pipeline would draw. ``guidance``: the scale; that of the export by default.
-        ``callback(step, steps, latents)`` after each step; sampling ends if it returns ``False``.
+        tells it. ``steps``, ``tier``, ``height`` and ``width`` in pixels: the first that were exported by default.
+        ``seed`` or ``generator``: the noise is torch's, number by number what the pipeline would draw. ``guidance``:
+        the scale; that of the export by default. ``callback(step, steps, latents)`` after each step, where
+        :meth:`decode` makes previews of latents; sampling ends if it returns ``False``.
 
         Raises :class:`BundleInputError` for what was not exported or does not fit, :class:`ReplayError` for conditions
         and scales that the program cannot take, :class:`SamplingCancelledError`.
         """
         if seed is not None and generator is not None:
             raise BundleInputError("a seed and a generator were given; give one of them")
-        schedule = self._schedule(tier, steps)
+        size = self._size(height, width)
+        schedule = self._schedule(tier, steps, size)
         program = self._program(schedule)
-        given, count = self._conditions(program, conditions or {}, named, images)
+        fixed = self.manifest.sizes[size].conditions
+        given, count = self._conditions(program, fixed, conditions or {}, named, images)
         if generator is None:
             generator = torch.Generator()
             if seed is None:
@@ -141,23 +154,45 @@ class Bundle:
         latents = replay(
             program, generator, given, course.call, images=count, scales=_scales(program, guidance), callback=callback
         )
-        return Sampled(latents, self.decode(latents) if decode and self.manifest.decode is not None else None)
+        pictured = decode and self.manifest.sizes[size].decode is not None
+        return Sampled(latents, self._decoded(latents, size) if pictured else None)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, height: int | None = None, width: int | None = None) -> Tensor:
         """Pictures (images, height, width, channels) in uint8 of final latents (images, *shape).
 
-        Raises :class:`BundleInputError` where the bundle does not decode.
+        ``height``, ``width``: which of the bundle's sizes, in pixels; by default the one whose latents these can be.
+        Raises :class:`BundleInputError` where the bundle does not decode, or two sizes have such latents.
         """
-        if self.manifest.decode is None:
+        decoding = [place for place, size in enumerate(self.manifest.sizes) if size.decode is not None]
+        if not decoding:
             raise BundleInputError("the bundle has no engine that decodes; decode its latents with the pipeline's VAE")
-        count = len(latents)
-        engine = self._serving(-1, count)
-        if engine is None and count > 1:  # one by one
-            return torch.cat([self.decode(latents[i : i + 1]) for i in range(count)])
-        if engine is None or tuple(latents.shape) != sizes_of(engine.inputs[0].shape, count):
+        if height is not None or width is not None:
+            return self._decoded(latents, self._size(height, width))
+        fitting = [place for place in decoding if self._decoder(latents, place) is not None]
+        if len(fitting) > 1:
+            names = ", ".join(self.manifest.sizes[place].name for place in fitting)
+            raise BundleInputError(
+                f"latents of the shape {tuple(latents.shape)} are those of several sizes, {names}; say which by height "
+                "and width"
+            )
+        return self._decoded(latents, fitting[0] if fitting else decoding[0])
+
+    def _decoder(self, latents: Tensor, size: int) -> Engine | None:
+        """The engine that decodes latents of a size, all at once or one by one, if these can be such."""
+        decode, count = self.manifest.sizes[size].decode, len(latents)
+        if decode is None or not count:
+            return None
+        engine = self._serving(decode.row, count) or self._serving(decode.row, 1)
+        fits = engine is not None and tuple(latents.shape[1:]) == sizes_of(engine.inputs[0].shape, 1)[1:]
+        return engine if fits else None
+
+    def _decoded(self, latents: Tensor, size: int) -> Tensor:
+        engine = self._decoder(latents, size)
+        if engine is None:
             raise BundleInputError(f"latents of the shape {tuple(latents.shape)} cannot be decoded by this bundle")
-        session = self._session(engine)
-        return session.run([latents.float().contiguous()], [None], count)[0]
+        each = len(latents) if len(latents) <= engine.images[1] else 1
+        parts = [part.float().contiguous() for part in latents.split(each)]
+        return torch.cat([self._session(engine).run([part], [None], each)[0] for part in parts])
 
     def self_test(self) -> float:
         """Make the short run that lies in the bundle; the largest difference of its latents from those that the
@@ -168,20 +203,22 @@ class Bundle:
         data = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
         differences = []
         for schedule in self.manifest.schedules:
-            name = f"{schedule.tier}.{schedule.steps}"
-            if f"latents.{name}" not in data:
+            name = f"latents.{schedule.size}.{schedule.tier}.{schedule.steps}"
+            if name not in data:
                 continue
-            wanted = data[f"latents.{name}"]
+            wanted = data[name]
             given: dict[str, dict[str, Tensor]] = {}
+            prefix = f"condition.{schedule.size}."
             for key in data.places:
-                if key.startswith("condition."):
-                    _, half, argument = key.split(".", 2)
+                if key.startswith(prefix):
+                    half, argument = key.removeprefix(prefix).split(".", 1)
                     given.setdefault(half, {})[argument] = data[key]
             seed = int(data["seed"])
+            size = self.manifest.sizes[schedule.size]
             with seeded(seed):
                 found = self(
-                    steps=schedule.steps, tier=schedule.tier, seed=seed, conditions=given, images=len(wanted),
-                    decode=False,
+                    steps=schedule.steps, tier=schedule.tier, height=size.height or None, width=size.width or None,
+                    seed=seed, conditions=given, images=len(wanted), decode=False,
                 ).latents  # fmt: skip
             difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
             differences.append(difference if math.isfinite(difference) else math.inf)
@@ -189,16 +226,37 @@ class Bundle:
             raise BundleIntegrityError("the self-test of the bundle holds no run; export again")
         return max(differences)
 
+    @property
+    def agrees(self) -> float:
+        """The difference from the pipeline below which a self-test is passed, by what the engines compute in."""
+        ports = [port for engine in self.manifest.engines for port in (*engine.inputs, *engine.outputs)]
+        return AGREES_COARSE if any(port.dtype == "bfloat16" for port in ports) else AGREES
+
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def _schedule(self, tier: str | None, steps: int | None) -> Schedule:
+    def _size(self, height: int | None, width: int | None) -> int:
+        """Its place among the sizes."""
+        if height is None and width is None:
+            return 0
+        for place, size in enumerate(self.manifest.sizes):
+            if size.name and height in (None, size.height) and width in (None, size.width):
+                return place
+        known = [size.name for size in self.manifest.sizes if size.name]
+        asked = f"height {quoted(height)} and width {quoted(width)}"
+        raise BundleInputError(
+            f"{asked}: the bundle was exported for {', '.join(known)}; choose one, or export again with --size"
+            if known
+            else f"{asked}: the bundle was exported for the pipeline's own size; leave height and width out"
+        )
+
+    def _schedule(self, tier: str | None, steps: int | None, size: int = 0) -> Schedule:
         tier = self.tiers[0] if tier is None else tier
         if tier not in self.tiers:
             raise BundleInputError(f"the bundle has no tier {quoted(tier)}; it has {', '.join(self.tiers)}")
-        found = self.steps(tier)
-        wanted = found[0] if steps is None else steps
+        found = [each.steps for each in self.manifest.schedules if (each.tier, each.size) == (tier, size)]
+        wanted = found[0] if steps is None and found else steps
         for schedule in self.manifest.schedules:
-            if (schedule.tier, schedule.steps) == (tier, wanted):
+            if (schedule.tier, schedule.steps, schedule.size) == (tier, wanted, size):
                 return schedule
         raise BundleInputError(
             f"tier {tier} was not exported for {quoted(steps)} steps; it was for {', '.join(map(str, found))}: choose "
@@ -245,11 +303,13 @@ class Bundle:
     def _conditions(
         self,
         program: Program,
+        fixed: Mapping[str, Mapping[str, str]],
         conditions: Mapping[str, Mapping[str, Tensor]],
         named: Mapping[str, Any],
         images: int | None,
     ) -> tuple[dict[str, dict[str, Tensor]], int]:
-        """Conditions by half and name, and for how many images they are."""
+        """Conditions by half and name, and for how many images they are. ``fixed``: those that lie in the file of
+        weights."""
         by_half = {
             (row.half, each.argument.name): each
             for form in program.forms
@@ -275,7 +335,7 @@ class Bundle:
                     images = len(values[name])
             given[half] = values
         count = 1 if images is None else images
-        for half, names in self.manifest.conditions.items():
+        for half, names in fixed.items():
             for name, stored in names.items():
                 if name not in given.setdefault(half, {}) and (half, name) in by_half:
                     value = self._weights[stored]

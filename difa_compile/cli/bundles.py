@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from difa_compile.cli.demo import require
 from difa_compile.cli.failures import make_console
-from difa_compile.cli.inputs import MOST_STEPS, call_inputs, labels_of, open_pipeline
+from difa_compile.cli.inputs import DTYPES, MOST_STEPS, call_inputs, dtype_named, labels_of, open_pipeline
 from difa_compile.cli.options import Guidance, Inputs, Labels, Model, Prompt, Seed
 from difa_compile.cli.tables import foreign
 from difa_compile.files.writing import check_writable, write_whole
@@ -47,6 +48,16 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle.")] = Path("difa-bundle"),
     targets: Annotated[str, typer.Option("--target", help="onnx, aoti, or both with a comma.")] = "onnx",
     steps: Annotated[str, typer.Option(help="Numbers of steps to choose from, e.g. 20,50.")] = "50",
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HxW,...",
+            help="Sizes to choose from, e.g. 512x512,768x512.",
+            show_default="that of the call",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"What the model computes in: {', '.join(DTYPES)}.")] = "float32",
     batch: Annotated[int, typer.Option(help="Most images of a call.", min=1, max=MOST_IMAGES)] = 8,
     max_engines: Annotated[
         int | None,
@@ -74,6 +85,8 @@ def export(
     from difa_compile.plan.plan import Plan
 
     numbers = _numbers(steps)
+    chosen = [] if sizes is None else [_size(part.strip()) for part in sizes.split(",")]
+    computed = dtype_named(dtype)
     tiers: dict[str, Plan] = {}
     for text in plans:
         name, path = _tier_of(text)
@@ -89,7 +102,7 @@ def export(
         call["prompt"] = call["prompt"][:1]
     console = make_console()
     check_writable(out)
-    pipe = open_pipeline(model, "cpu", call)
+    pipe = open_pipeline(model, "cpu", call, computed)
     pipe.set_progress_bar_config(disable=True)
     with console.status("exporting") as status:
 
@@ -104,6 +117,7 @@ def export(
             inputs=call,
             steps=numbers,
             targets=wanted,
+            sizes=chosen,
             most_images=batch,
             max_engines=max_engines,
             portable=portable,
@@ -132,6 +146,9 @@ def run(
         int | None, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="the first exported")
     ] = None,
     tier: Annotated[str | None, typer.Option(help="Which plan.", show_default="the first exported")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Height and width.", show_default="the first exported")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="that of the export")] = None,
     seed: Seed = 0,
     target: Target = None,
@@ -154,16 +171,16 @@ def run(
                     f"{quoted(key)} is no condition; name tensors cond.NAME or uncond.NAME", param_hint="--conditions"
                 )
             by_half.setdefault(half, {})[name] = file[key]
+    height, width = (None, None) if size is None else _size(size)
     check_writable(output)
     loaded = load_bundle(bundle, target)
-    decode = loaded.manifest.decode
-    if decode is None or len(decode.shape) != 3:
+    if any(each.decode is None or len(each.decode.shape) != 3 for each in loaded.manifest.sizes):
         raise typer.BadParameter(
             "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
         )
     found = loaded(
-        steps=steps, tier=tier, seed=seed, guidance=guidance, conditions=by_half, images=images,
-        **given,
+        steps=steps, tier=tier, seed=seed, guidance=guidance, conditions=by_half, images=images, height=height,
+        width=width, **given,
     )  # fmt: skip
     console = make_console()
     assert found.images is not None
@@ -188,7 +205,7 @@ def verify_bundle(bundle: BundleFolder) -> None:
     """Check every file of a bundle, and run its self-test on the targets that are installed."""
     require("msgspec")
     from difa_compile.bundle.manifest import check_file, read_manifest
-    from difa_compile.bundle.runner import AGREES, load_bundle
+    from difa_compile.bundle.runner import load_bundle
     from difa_compile.errors import BundleIntegrityError, TargetError
 
     console = make_console()
@@ -198,12 +215,13 @@ def verify_bundle(bundle: BundleFolder) -> None:
     console.print(f"{len(manifest.files)} files are what was exported")
     for target in manifest.targets:
         try:
-            worst = load_bundle(bundle, target).self_test()
+            loaded = load_bundle(bundle, target)
+            worst = loaded.self_test()
         except TargetError as error:
             console.print(Text(f"{target}: not run: {visible(str(error))}"))
             continue
         console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
-        if not worst < AGREES:
+        if not worst < loaded.agrees:
             raise BundleIntegrityError(
                 f"the engines of {target} do not make what the pipeline made when they were exported; export again here"
             )
@@ -216,11 +234,14 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         + Text(", ".join(f"{shown(name)} {shown(version)}" for name, version in manifest.made_with.items()))
     )
     schedules = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("tier", "steps", "calls", "engines"):
+    several = len(manifest.sizes) > 1
+    for column in ("tier", *(["size"] if several else []), "steps", "calls", "engines"):
         schedules.add_column(column, justify="left" if column == "tier" else "right")
     for schedule in manifest.schedules:
         rows = {call.row for call in schedule.calls}
-        schedules.add_row(foreign(schedule.tier), str(schedule.steps), str(len(schedule.calls)), str(len(rows)))
+        told = [manifest.sizes[schedule.size].name] if several else []
+        told += [str(schedule.steps), str(len(schedule.calls)), str(len(rows))]
+        schedules.add_row(foreign(schedule.tier), *told)
     console.print(schedules)
     engines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"):
@@ -260,6 +281,14 @@ def _tier_of(text: str) -> tuple[str, Path]:
     """``fast=plan.json`` or ``plan.json``, whose tier is ``plan``."""
     name, sign, path = text.partition("=")
     return (name, Path(path)) if sign else (Path(text).stem, Path(text))
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``512x768``: height and width in pixels."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
+    if found is None:
+        raise typer.BadParameter(f"{quoted(text)} is no height and width such as 512x768", param_hint="--size")
+    return int(found[1]), int(found[2])
 
 
 def _numbers(text: str) -> list[int]:

@@ -117,15 +117,17 @@ def images_per_call(call: dict[str, Any]) -> int:
     return (len(given) if isinstance(given, list) else 1) * int(call.get("num_images_per_prompt", 1))
 
 
-def open_pipeline(model: str, device: str | None, call: dict[str, Any] | None = None) -> DiffusionPipeline:
-    """The pipeline called ``model`` on ``device``, by default the first GPU if there is one.
+def open_pipeline(
+    model: str, device: str | None, call: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """The pipeline called ``model`` on ``device``, by default the first GPU if there is one, in ``dtype``.
 
     ``call``: what it is going to be called with, which is checked. Raises what ``load_pipeline`` and ``check_call`` do.
     """
     from difa_compile.pipeline.loading import load_pipeline
 
     hush_diffusers()
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, dtype)
     if call is not None:
         check_call(pipe, call)
     return _move(pipe, device)

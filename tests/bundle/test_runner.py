@@ -6,11 +6,12 @@ import sys
 import threading
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
 from difa_compile.bundle.manifest import read_manifest
-from difa_compile.bundle.runner import load_bundle
+from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.errors import (
     BundleInputError,
     BundleIntegrityError,
@@ -112,6 +113,27 @@ def test_latents_of_another_size_are_not_decoded(bundle):
         bundle.decode(torch.zeros(0, *bundle(class_labels=[1]).latents.shape[1:]))
 
 
+def test_a_size_is_chosen_by_what_is_said_of_it(tmp_path):
+    """Two sizes that are told apart by name alone: latents of both have one shape, as packed ones can."""
+    folder = bundles.copy(tmp_path)
+    manifest = read_manifest(folder)
+    (own,) = manifest.sizes
+    low, wide = (msgspec.structs.replace(own, height=height, width=width) for height, width in ((32, 32), (32, 64)))
+    other = tuple(msgspec.structs.replace(schedule, size=1) for schedule in manifest.schedules)
+    manifest = msgspec.structs.replace(manifest, sizes=(low, wide), schedules=(*manifest.schedules, *other))
+    loaded = Bundle(folder, manifest=manifest)
+    assert loaded.sizes == ((32, 32), (32, 64))
+    assert loaded.steps() == (bundles.STEPS,)
+    wanted = loaded(class_labels=[1], seed=0)
+    for chosen in ({"height": 32, "width": 32}, {"height": 32, "width": 64}, {"width": 64}, {"height": 32}):
+        assert torch.equal(loaded(class_labels=[1], seed=0, **chosen).images, wanted.images)
+    assert torch.equal(loaded.decode(wanted.latents, width=64), wanted.images)
+    with pytest.raises(BundleInputError, match="are those of several sizes, 32x32, 32x64; say which"):
+        loaded.decode(wanted.latents)
+    with pytest.raises(BundleInputError, match="height 64 and width None: the bundle was exported for 32x32, 32x64"):
+        loaded(class_labels=[1], height=64)
+
+
 def test_engines_that_make_nan_fail_the_self_test(monkeypatch):
     damaged = load_bundle(bundles.kept())
     call = type(damaged).__call__
@@ -142,6 +164,7 @@ def test_a_bundle_is_found_after_the_folder_was_changed(monkeypatch, tmp_path):
         ({"class_labels": [[1]]}, r"has the shape \(1, 1\); it must be \(images, \)"),
         ({"class_labels": 1}, "has the shape"),
         ({"conditions": {"cond": {"text": torch.zeros(1)}}}, "takes no 'text'"),
+        ({"height": 8}, "height 8 and width None: the bundle was exported for the pipeline's own size"),
     ],
 )
 def test_what_was_not_exported_is_refused(bundle, options, message):

@@ -96,17 +96,23 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
         def set_progress_bar_config(self, disable):
             pass
 
-    monkeypatch.setattr("difa_compile.cli.bundles.open_pipeline", lambda model, device, call: Pipe())
+    def opened(model, device, call, dtype):
+        seen["dtype"] = dtype
+        return Pipe()
+
+    monkeypatch.setattr("difa_compile.cli.bundles.open_pipeline", opened)
     monkeypatch.setattr("difa_compile.export.write.export_bundle", export_bundle)
     pipe = bundles.pipeline()
     bundles.plan(pipe).save(tmp_path / "quick.json")
     options = ("--plan", f"fast={tmp_path / 'quick.json'}", "--plan", tmp_path / "quick.json", "--target", "onnx, aoti")
     more = ("--steps", "4,6", "--batch", 3, "--max-engines", 5, "--portable", "--labels", "1,2", "--guidance", 3)
+    more += ("--size", "64x96, 32x32", "--dtype", "bfloat16")
     result = run("export", "demo", "-o", tmp_path / "out", *options, *more)
     assert result.exit_code == 0, result.output
     assert list(seen["plans"]) == ["fast", "quick"]
     assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "aoti"], [4, 6], 3)
     assert (seen["max_engines"], seen["portable"], seen["name"]) == (5, True, "demo")
+    assert (seen["sizes"], seen["dtype"]) == ([(64, 96), (32, 32)], torch.bfloat16)
     assert seen["inputs"] == {"class_labels": [1], "guidance_scale": 3.0}, "engines for more images follow from --batch"
     assert "a line" in result.stdout
     assert "3 engines (2 files made, 1 kept)" in " ".join(result.stdout.split())

@@ -42,7 +42,7 @@ def test_a_second_export_makes_what_is_new_alone(pipe, tmp_path):
     bundle = load_bundle(tmp_path)
     program = bundle._program(bundle._schedule("forecast", bundles.STEPS))
     for tier, plan in plans.items():
-        wanted = latents_of(pipe, bundles.INPUTS, plan, bundles.STEPS, program)
+        wanted = latents_of(pipe, bundles.INPUTS, plan, bundles.STEPS, program)[-1]
         found = bundle(class_labels=[1], tier=tier, seed=module.TEST_SEED).latents
         torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
     assert not (tmp_path / PIECES).exists()
@@ -94,7 +94,9 @@ def test_aotinductor_gives_what_the_pipeline_gives(pipe, tmp_path):
     assert bundle.self_test() < bundles.AGREE
     assert bundle(class_labels=[1, 2], seed=0).images.shape[0] == 2
     program = bundle._program(bundle._schedule(None, None))
-    wanted = latents_of(pipe, {**bundles.INPUTS, "class_labels": [1, 2]}, bundles.plan(pipe), bundles.STEPS, program)
+    wanted = latents_of(pipe, {**bundles.INPUTS, "class_labels": [1, 2]}, bundles.plan(pipe), bundles.STEPS, program)[
+        -1
+    ]
     found = bundle(class_labels=[1, 2], seed=module.TEST_SEED).latents
     torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
 
@@ -109,6 +111,15 @@ def test_weights_stand_in_it_once_and_no_place_of_this_machine(pipe, tmp_path):
         if path.is_file():
             assert os.fsencode(tmp_path) not in path.read_bytes()
             assert os.fsencode(os.path.dirname(module.__file__)) not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [([(8, 8)], "makes images of one size alone"), ([(8,)], "is no height and width"), ([(0, 8)], "is no height and")],
+)
+def test_sizes_that_cannot_be(pipe, tmp_path, sizes, message):
+    with pytest.raises(BundleInputError, match=message):
+        exported(pipe, tmp_path, sizes=sizes)
 
 
 def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
@@ -130,7 +141,7 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
 
 
 def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "latents_of", lambda *_: torch.ones(1, *SHAPE))
+    monkeypatch.setattr(module, "latents_of", lambda *_: [torch.ones(1, *SHAPE)])
     folder = bundles.copy(tmp_path)
     old = read_manifest(folder)
     with pytest.raises(ExportError, match="do not make what the pipeline makes"):

@@ -4,22 +4,44 @@ By the self-test of a bundle, whose latents are the pipeline's own.
 """
 
 import pytest
+import torch
 
-from difa_compile.bundle.runner import load_bundle
+from difa_compile.bundle.runner import load_bundle, seeded
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.export.write import export_bundle
+from difa_compile.export.probing import probe
+from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
+from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
 
-STEPS = 4
+STEPS = 20
+HEIGHT, WIDTH = 16, 24
+"""Of the images of tiny pipelines, in pixels."""
+WINDOW = Decision.parse("window(band:3)")
 CLOSE = 1e-5
 """Of the largest latent."""
 
 
 def rule(step, site):
-    return FULL if step < 2 else Decision.parse("forecast:1") if step == 2 else REUSE
+    return FULL if step < 2 or step % 3 == 0 else Decision.parse("forecast:1") if step % 3 == 1 else REUSE
+
+
+def latents(bundle, conditions, **options):
+    """After each step."""
+    found = []
+    with seeded(TEST_SEED):
+        bundle(
+            seed=TEST_SEED, conditions=conditions, images=1, decode=False, **options,
+            callback=lambda step, steps, latents: found.append(latents.float().clone()),
+        )  # fmt: skip
+    return found
+
+
+def differences(found, wanted):
+    """Of each step's latents, relative to the largest."""
+    return [float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True)]
 
 
 def prompted(name):
@@ -45,13 +67,62 @@ def video(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart_sigma", "sd3", "flux", "flux_true_cfg", "wan"])
 def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
+    """At every step."""
     pipe, inputs = video(tmp_path) if name == "wan" else prompted(name)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    found = export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+    targets = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
+    folder = tmp_path / "bundle"
+    found = export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=targets, most_images=1)
     assert found.engines == 3
-    assert found.manifest.decode is not None
-    bundle = load_bundle(tmp_path / "bundle")
-    assert bundle.self_test() < CLOSE
+    assert found.manifest.sizes[0].decode is not None
+    probed = probe(pipe, inputs, STEPS)
+    wanted = latents_of(pipe, inputs, plan, STEPS, probed.program)
+    for target in targets:
+        bundle = load_bundle(folder, target)
+        assert bundle.self_test() < CLOSE
+        assert max(differences(latents(bundle, probed.conditioning), wanted)) < CLOSE
     reuse = min((engine for engine in found.manifest.engines if engine.row >= 0), key=lambda each: len(each.weights))
     left = [weight for weight in reuse.weights for site in plan.sites if weight.startswith(f"{site.path}.")]
     assert not left, "nothing of an attention is read"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart_sigma", "flux"])
+def test_several_sizes_share_weights(name, tmp_path):
+    """FLUX's packed latents of both sizes have one shape; PixArt is told the size by further conditions."""
+    pipe, inputs = prompted(name)
+    plan = plan_from_rule(
+        pipe, 4, lambda step, site: FULL if step < 2 else WINDOW if step == 2 else REUSE, inputs=inputs
+    )
+    given = {"steps": [4], "most_images": 1}
+    one = export_bundle(pipe, plan, tmp_path / "one", inputs=inputs, **given)
+    sizes = [(HEIGHT, WIDTH), (WIDTH, HEIGHT)]
+    both = export_bundle(pipe, plan, tmp_path / "both", inputs=inputs, sizes=sizes, **given)
+    assert both.engines == 2 * one.engines
+    weights = [found.manifest.files[found.manifest.weights].bytes for found in (one, both)]
+    assert weights[1] < 1.1 * weights[0]
+    bundle = load_bundle(tmp_path / "both")
+    assert bundle.sizes == tuple(sizes)
+    assert bundle.self_test() < CLOSE
+    for (height, width), size in zip(sizes, both.manifest.sizes, strict=True):
+        call = {**inputs, "height": height, "width": width}
+        probed = probe(pipe, call, 4)
+        apply(pipe, plan, inner="eager", resize="fraction")
+        generator = torch.Generator().manual_seed(TEST_SEED)
+        wanted = pipe(**call, num_inference_steps=4, generator=generator, output_type="np").images
+        remove(pipe)
+        chosen = {"height": height, "width": width}
+        found = bundle(seed=TEST_SEED, conditions=probed.conditioning, images=1, **chosen).images
+        assert tuple(found.shape) == (1, *size.decode.shape) == wanted.shape
+        assert (found.float() - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "target", "close"), [("float16", "onnx", 2e-2), ("bfloat16", "aoti", 1e-1)])
+def test_half_precision(dtype, target, close, tmp_path):
+    """Against the pipeline in the same dtype, whose scheduler rounds the latents at every step."""
+    pipe, inputs = prompted("pixart_sigma")
+    pipe.to(getattr(torch, dtype))
+    plan = plan_from_rule(pipe, 4, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
+    export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[4], targets=[target], most_images=1)
+    assert load_bundle(tmp_path).self_test() < close
