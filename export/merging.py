@@ -6,7 +6,8 @@ alone which they write share the engine that writes the caches of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, islice
@@ -16,7 +17,7 @@ from difa_compile.decision import FULL, Decision
 from difa_compile.errors import RowLimitError, ScheduleError
 from difa_compile.plan.cost import row_flops
 from difa_compile.plan.data import SiteInfo, blocks_of
-from difa_compile.plan.schedule import Blocks, Role, assign_roles
+from difa_compile.plan.schedule import COVERED_ROLE, Blocks, Role, assign_roles
 from difa_compile.planner.rows import check_most
 
 Decisions = tuple[tuple[Decision, ...], ...]
@@ -28,6 +29,10 @@ EngineKey = tuple[int, Row]
 
 _TRIED, _FAR = 10, 8
 """Changes worked out in full at each step of merging; a third of them while so many engines more must go."""
+_PASSES = 8
+"""How often every row is tried in every other group."""
+_FULL = (FULL, replace(FULL, cfg_shared=True))
+"""Without and with halves shared."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,21 @@ def merged(
             f"one; allow at least {guided.graphs}"
         )
     price = cache(cost or partial(row_flops, sites=sites))
-    assess = partial(_State.of, blocks=blocks_of(sites), guided=guided, price=price)
-    state = assess(schedules)
-    before = state.cost
+    blocks = blocks_of(sites)
+    assess = partial(_State.of, blocks=blocks, guided=guided, price=price)
+    first = assess(schedules)
+    if first.engines <= most:
+        return Merged(first.schedules, first.engines, first.cost, first.cost)
+    best = _shrunk(first, most, guided, price, assess)
+    regrouping = _Regrouping(first, blocks, guided, price)
+    for groups in regrouping.found(best, most):
+        tried = _shrunk(regrouping.state(groups, assess), most, guided, price, assess)
+        best = min(best, tried, key=lambda state: state.cost)
+    return Merged(best.schedules, best.engines, first.cost, best.cost)
+
+
+def _shrunk(state: _State, most: int, guided: Guided, price: Cost, assess: Assess) -> _State:
+    """The state after as many changes as it takes, each of which is what costs least for each engine that it saves."""
     while state.engines > most:
         changes = sorted(
             ((_estimate(groups, guided, price), i, groups) for i, groups in enumerate(_changes(state, guided))),
@@ -88,7 +105,7 @@ def merged(
         count = _TRIED if state.engines - most <= _FAR else _TRIED // 3
         tried = list(islice((each for each in every if each.schedules != state.schedules), count))
         state = _best(state, tried, most)
-    return Merged(state.schedules, state.engines, before, state.cost)
+    return state
 
 
 def _best(state: _State, tried: Sequence[_State], most: int) -> _State:
@@ -137,7 +154,7 @@ class _State:
         cost = sum(_cost_of(row, guided, price) * n for row, n in counts.items())
         return cls(tuple(map(tuple, schedules)), roles, groups, engines, cost)
 
-    def changed(self, groups: Sequence[Group], assess: Callable[[Sequence[Decisions]], _State]) -> _State:
+    def changed(self, groups: Sequence[Group], assess: Assess) -> _State:
         """The state in which the steps of two groups do the same, or those of one share nothing."""
         rows = {row for group in groups for row, _ in group}
         for lenient in (True, False):
@@ -148,6 +165,228 @@ class _State:
             ]
             try:
                 return assess(schedules)
+            except ScheduleError:
+                if not lenient:
+                    raise
+        raise AssertionError
+
+
+Assess = Callable[[Sequence[Decisions]], _State]
+
+
+# --- steps grouped anew ----------------------------------------------------------------------------------------------
+
+_Held = tuple[int, ...]
+"""Of a group of rows, by site, what all its rows do there: a place in what is known, 0 where all are covered."""
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Rows, by number, that become one; ``shares``: the halves of guidance as they do."""
+
+    rows: tuple[int, ...]
+    shares: bool = True
+
+
+class _Regrouping:
+    """The distinct rows of a state, by number, put into groups that become one row each.
+
+    What a group costs is estimated from its rows alone: a step that becomes full may spare another one what it keeps,
+    and that is seen only when roles are assigned anew.
+    """
+
+    def __init__(self, state: _State, blocks: Blocks, guided: Guided, price: Cost) -> None:
+        self._first, self._blocks, self._guided, self._price = state, blocks, guided, price
+        self._known: dict[tuple[object, ...], int] = {_core(COVERED_ROLE): 0}
+        self._decisions: list[Decision] = [FULL]
+        self._full = tuple(self._place(Role(full)) for full in _FULL)
+        self._rows: dict[_Held, int] = {}
+        self._counts: list[int] = []
+        self._costs: dict[tuple[_Held, bool], float] = {}
+        self._of: list[list[int]] = []
+        """By schedule and step the number of its row."""
+        self._when: list[float] = []
+        """By row the mean place in the schedules of the steps that have it."""
+        for rows in state.roles:
+            self._of.append([])
+            for step, row in enumerate(rows):
+                held = tuple(map(self._place, row))
+                number = self._rows.setdefault(held, len(self._rows))
+                self._of[-1].append(number)
+                if number == len(self._counts):
+                    self._counts.append(0)
+                    self._when.append(0.0)
+                self._counts[number] += 1
+                self._when[number] += step / len(rows)
+        self._when = [when / count for when, count in zip(self._when, self._counts, strict=True)]
+        self._held = tuple(self._rows)
+
+    def _place(self, role: Role) -> int:
+        core = _core(role)
+        if core not in self._known:
+            self._known[core] = len(self._decisions)
+            self._decisions.append(role.decision)
+        return self._known[core]
+
+    # --- what a group is and costs
+
+    def _join(self, one: _Held, other: _Held, lenient: bool = True) -> _Held:
+        """As :func:`_joined`. The order in which rows are joined does not matter."""
+        if one == other:
+            return one
+
+        def at(mine: int, theirs: int) -> int:
+            if mine == theirs:
+                return mine
+            if lenient and not (mine and theirs):
+                return mine or theirs
+            return self._full[self._decisions[mine].cfg_shared and self._decisions[theirs].cfg_shared]
+
+        return tuple(map(at, one, other))
+
+    def _whole(self, rows: Iterable[int], lenient: bool = True) -> _Held:
+        first, *others = [self._held[row] for row in rows]
+        for other in others:
+            first = self._join(first, other, lenient)
+        return first
+
+    def _said(self, held: _Held, shares: bool) -> tuple[Decision, ...]:
+        found = tuple(self._decisions[place] for place in held)
+        return found if shares else tuple(map(alone, found))
+
+    def _cost(self, held: _Held, shares: bool) -> float:
+        """Of one step."""
+        key = held, shares
+        if key not in self._costs:
+            said = self._said(held, shares)
+            row = [Role(decision) for decision in said]
+            for site, block in enumerate(self._blocks):
+                while block is not None:
+                    if said[block].kind.reads == "output":
+                        row[site] = COVERED_ROLE
+                    block = self._blocks[block]
+            self._costs[key] = _cost_of(tuple(row), self._guided, self._price)
+        return self._costs[key]
+
+    def _ways(self, held: _Held) -> tuple[tuple[int, bool], ...]:
+        """How many engines a group may have, and whether it shares the halves of guidance then."""
+        guided = self._guided
+        if not guided.two_call or not any(self._decisions[place].cfg_shared for place in held):
+            return ((1, True),)
+        return ((2 // guided.graphs, True), (1, False))
+
+    # --- groups
+
+    def found(self, greedy: _State, most: int) -> Iterator[tuple[_Together, ...]]:
+        """Groups that seem to cost little, of at most so many engines, none twice."""
+        limit = most // self._guided.graphs
+        seen = set()
+        by_cost = sorted(range(len(self._held)), key=lambda row: (self._cost(self._held[row], True), row))
+        by_time = sorted(range(len(self._held)), key=lambda row: (self._when[row], row))
+        for start in (self._as_in(greedy), *(self.cut(order, limit) for order in (by_cost, by_time, self._alike()))):
+            for groups in (start, self._moved(start, limit)):
+                key = frozenset(groups)
+                if key not in seen:
+                    seen.add(key)
+                    yield groups
+
+    def cut(self, order: Sequence[int], limit: int) -> tuple[_Together, ...]:
+        """Rows in an order, cut into groups so that the estimates' sum is least: by dynamic programming."""
+        count = len(order)
+        least = [[0.0] + [math.inf] * count] + [[math.inf] * (count + 1) for _ in range(limit)]
+        """By engines and rows the least that they cost: those of no row nothing."""
+        taken: dict[tuple[int, int], tuple[int, int, bool]] = {}
+        for end in range(1, count + 1):
+            held: _Held = self._held[order[end - 1]]
+            calls = 0
+            for start in range(end - 1, -1, -1):
+                held = self._join(self._held[order[start]], held)
+                calls += self._counts[order[start]]
+                for engines, shares in self._ways(held):
+                    cost = calls * self._cost(held, shares)
+                    for used in range(engines, limit + 1):
+                        total = least[used - engines][start] + cost
+                        if total < least[used][end]:
+                            least[used][end] = total
+                            taken[used, end] = start, engines, shares
+        used = min(range(limit + 1), key=lambda used: least[used][count])
+        groups = []
+        end = count
+        while end:
+            start, engines, shares = taken[used, end]
+            groups.append(_Together(tuple(sorted(order[start:end])), shares))
+            used, end = used - engines, start
+        return tuple(sorted(groups, key=lambda group: group.rows))
+
+    def _as_in(self, state: _State) -> tuple[_Together, ...]:
+        """The groups that have become one in a state."""
+        rows: dict[tuple[Decision, ...], set[int]] = {}
+        for numbers, said in zip(self._of, state.schedules, strict=True):
+            for number, row in zip(numbers, said, strict=True):
+                rows.setdefault(row, set()).add(number)
+        found = []
+        for said, numbers in rows.items():
+            held = self._whole(sorted(numbers))
+            shares = said == self._said(held, True) or said != self._said(held, False)
+            found.append(_Together(tuple(sorted(numbers)), shares))
+        return tuple(sorted(found, key=lambda group: group.rows))
+
+    def _alike(self) -> list[int]:
+        """An order in which rows stand side by side whose common row costs little more than they do."""
+        parts = [([row], held, self._counts[row]) for row, held in enumerate(self._held)]
+
+        def added(one: tuple[list[int], _Held, int], other: tuple[list[int], _Held, int]) -> float:
+            each = (n * self._cost(held, True) for _, held, n in (one, other))
+            return (one[2] + other[2]) * self._cost(self._join(one[1], other[1]), True) - sum(each)
+
+        prices = {(i, j): added(parts[i], parts[j]) for i, j in combinations(range(len(parts)), 2)}
+        left = list(range(len(parts)))
+        while len(left) > 1:
+            i, j = min(combinations(left, 2), key=lambda pair: (prices[pair], pair))
+            parts.append((parts[i][0] + parts[j][0], self._join(parts[i][1], parts[j][1]), parts[i][2] + parts[j][2]))
+            left = [each for each in left if each not in (i, j)]
+            prices |= {(each, len(parts) - 1): added(parts[each], parts[-1]) for each in left}
+            left.append(len(parts) - 1)
+        return parts[left[0]][0]
+
+    def _moved(self, groups: tuple[_Together, ...], limit: int) -> tuple[_Together, ...]:
+        """Groups between which single rows have moved, as long as the estimates' sum falls."""
+
+        def price(rows: Sequence[int], shares: bool) -> float:
+            return sum(self._counts[row] for row in rows) * self._cost(self._whole(rows), shares) if rows else 0.0
+
+        parts = [(list(group.rows), group.shares) for group in groups]
+        costs = [price(*part) for part in parts]
+        for _ in range(_PASSES):
+            again = False
+            for row in range(len(self._held)):
+                own = next(i for i, (rows, _) in enumerate(parts) if row in rows)
+                rest = [each for each in parts[own][0] if each != row]
+                spared = costs[own] - price(rest, parts[own][1])
+                tried = [
+                    (price([*rows, row], shares) - costs[i], i) for i, (rows, shares) in enumerate(parts) if i != own
+                ]
+                added, to = min(tried, default=(math.inf, own))
+                if added < spared * (1 - 1e-9):
+                    parts[own] = rest, parts[own][1]
+                    parts[to] = [*parts[to][0], row], parts[to][1]
+                    costs[own], costs[to] = costs[own] - spared, costs[to] + added
+                    again = True
+            if not again:
+                break
+        found = (_Together(tuple(sorted(rows)), shares) for rows, shares in parts if rows)
+        return tuple(sorted(found, key=lambda group: group.rows))
+
+    def state(self, groups: Sequence[_Together], assess: Assess) -> _State:
+        """The state in which each group's steps do the same."""
+        for lenient in (True, False):
+            of = {
+                row: self._said(self._whole(group.rows, lenient), group.shares)
+                for group in groups
+                for row in group.rows
+            }
+            try:
+                return assess([tuple(of[number] for number in numbers) for numbers in self._of])
             except ScheduleError:
                 if not lenient:
                     raise
@@ -184,7 +423,7 @@ def _joined(one: Row, other: Row, lenient: bool) -> tuple[Decision, ...]:
             return mine.decision
         if lenient and mine.covered != theirs.covered:
             return theirs.decision if mine.covered else mine.decision
-        return replace(FULL, cfg_shared=mine.decision.cfg_shared and theirs.decision.cfg_shared)
+        return _FULL[mine.decision.cfg_shared and theirs.decision.cfg_shared]
 
     return tuple(at(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
