@@ -301,32 +301,33 @@ def _slot(node: Any) -> Slot:
 @dataclass(frozen=True)
 class Fitted:
     """``buckets`` of at most so many engines. ``schedules``: as they are now, each plan on its own steps. ``before``
-    and ``after``: what all steps cost, without and with the limit."""
+    and ``after``: what all steps cost, without and with the limit, in ``weighed``: ``"predicted time"`` or
+    ``"operations"``."""
 
     buckets: Buckets
     schedules: tuple[Schedule, ...]
     before: float
     after: float
+    weighed: str
 
 
-def fitted(
-    calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: int | None = None, cost: Cost | None = None
-) -> Fitted:
+def fitted(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: int | None = None) -> Fitted:
     """The buckets of schedules, rows merged where there would be more than ``most`` engines.
 
-    ``cost``: of a row of roles, one per unit of the model; by default its operations. What is merged is what of the
-    plans is carried out. Raises as :func:`buckets_of` and :func:`merged`; :class:`RowLimitError` also where each graph
-    that was captured needs an engine, and there are more of them.
+    Rows are weighed by their predicted time where this machine has been measured (``difa tune``), else by their
+    operations. What is merged is what of the plans is carried out. Raises as :func:`buckets_of` and :func:`merged`;
+    :class:`RowLimitError` also where each graph that was captured needs an engine, and there are more of them.
     """
     if most is not None:
         check_most(most)
     plain = buckets_of(calls, schedules)
     model = calls[0].capture.model
     sites = [unit.info for unit in model.units]
-    price = cache(cost or partial(row_flops, sites=sites))
+    cost, weighed = _weighing(calls[0].capture, [row.roles for row in plain.rows])
+    price = cache(cost)
     before = _cost(plain, price)
     if most is None or len(plain.rows) <= most:
-        return Fitted(plain, tuple(schedules), before, before)
+        return Fitted(plain, tuple(schedules), before, before, weighed)
     rows = [_carried_out(calls[0].capture, schedule) for schedule in schedules]
     guided = Guided(model.context.two_call, len({id(call.capture) for call in calls if call.expert == calls[0].expert}))
     for limit in range(most, guided.graphs - 1, -1):
@@ -341,11 +342,26 @@ def fitted(
             made = buckets_of(calls, plans, wider)
         plain = made
         if len(made.rows) <= most:
-            return Fitted(made, plans, before, _cost(made, price))
+            return Fitted(made, plans, before, _cost(made, price), weighed)
     raise RowLimitError(
         f"{most} engines were allowed, but even if everything is full at every step {len(plain.rows)} are needed, "
         "since transformers, or the calls of guidance's branches, differ; allow as many"
     )
+
+
+def _weighing(capture: Capture, rows: Sequence[Row]) -> tuple[Cost, str]:
+    """What a row of roles costs, and in what: predicted time if that is known of all these rows and of a full one,
+    hence of all that they can become."""
+    predicted = capture.prediction.row_seconds
+
+    def seconds(row: Row) -> float:
+        found = predicted(row)
+        assert found is not None, "of the same operations as rows that are known"
+        return found
+
+    if all(predicted(row) is not None for row in (*rows, (FULL_ROLE,) * len(capture.model.units))):
+        return seconds, "predicted time"
+    return partial(row_flops, sites=[unit.info for unit in capture.model.units]), "operations"
 
 
 def _cost(buckets: Buckets, price: Cost) -> float:

@@ -320,15 +320,15 @@ class _Regrouping:
 
     def _as_in(self, state: _State) -> tuple[_Together, ...]:
         """The groups that have become one in a state."""
-        rows: dict[tuple[Decision, ...], set[int]] = {}
-        for numbers, said in zip(self._of, state.schedules, strict=True):
-            for number, row in zip(numbers, said, strict=True):
-                rows.setdefault(row, set()).add(number)
+        saying: dict[tuple[Decision, ...], set[int]] = {}
+        for numbers, decisions in zip(self._of, state.schedules, strict=True):
+            for number, said in zip(numbers, decisions, strict=True):
+                saying.setdefault(said, set()).add(number)
         found = []
-        for said, numbers in rows.items():
-            held = self._whole(sorted(numbers))
+        for said, together in saying.items():
+            held = self._whole(sorted(together))
             shares = said == self._said(held, True) or said != self._said(held, False)
-            found.append(_Together(tuple(sorted(numbers)), shares))
+            found.append(_Together(tuple(sorted(together)), shares))
         return tuple(sorted(found, key=lambda group: group.rows))
 
     def _alike(self) -> list[int]:

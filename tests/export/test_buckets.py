@@ -1,43 +1,31 @@
-"""Engines on the steps of whole pipelines, and rows merged until there are few enough of them."""
+"""Engines on the steps of whole pipelines, as many as there are or few."""
 
 from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("diffusers", reason="pipelines of diffusers are exported")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
 
 import difa_compile
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.errors import EngineError, RowLimitError, ScheduleError
+from difa_compile.errors import EngineError, RowLimitError
 from difa_compile.export.buckets import (
-    Guided,
     Schedule,
     Slot,
     buckets_of,
     engines_for,
     fitted,
-    merged,
-    packed,
-    united,
-    widened,
 )
 from difa_compile.export.captured import captured, more_images, progress_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
-from difa_compile.plan.cost import row_flops
-from difa_compile.plan.data import SiteInfo, blocks_of
-from difa_compile.plan.schedule import FULL_ROLE, HeadCache, Role, assign_roles
+from difa_compile.plan.schedule import FULL_ROLE
 from tests.support.image_cases import CASES
-from tests.support.plans import BAND, site
 from tests.support.played import Played
 from tests.support.tiny_pipelines import sample, tiny_pipeline
-
-# Whole pipelines
 
 
 def play(pipe, run, course, engines):
@@ -262,135 +250,3 @@ def test_few_engines_write_what_any_step_needs():
     for wrong in (0, -1, True, 1.5):
         with pytest.raises(RowLimitError, match="give a whole number, at least 1"):
             fitted(calls, [schedule], wrong)
-
-
-# Rows alone
-
-
-def block(path, blocks=()):
-    return SiteInfo(path, "block", 1, 384, 256, 384, None, 10**9 * max(1, len(blocks)), tuple(blocks))
-
-
-INFOS = (site(0), site(1), block("blocks.0"), block("blocks.1"), block("blocks.0..blocks.1", ("blocks.0", "blocks.1")))
-HELD = blocks_of(INFOS)
-OTHER = "window(band:4)+residual"
-OF_SITES = [
-    *("full", "full", "full+cfg", "window(band:32)", "window(band:32)+residual", OTHER, "reuse", "reuse+cfg"),
-    *("forecast:1", "heads(0-2:reuse;3-5:full)", "heads(0-3:window(band:32)+residual;4-5:reuse)"),
-]
-OF_BLOCKS = ["full", "full", "full", "reuse", "forecast:2"]
-
-
-@st.composite
-def schedules(draw):
-    """Rows of a schedule of two blocks, in which whatever can be run of what was drawn is."""
-    rows = []
-    for _ in range(draw(st.integers(1, 7))):
-        row = [FULL] * len(INFOS)
-        for i in (4, 2, 3, 0, 1):
-            tried = list(row)
-            tried[i] = Decision.parse(draw(st.sampled_from(OF_BLOCKS if i > 1 else OF_SITES)))
-            try:
-                assign_roles([*rows, tried], HELD)
-            except ScheduleError:
-                continue
-            row = tried
-        rows.append(tuple(row))
-    return tuple(rows)
-
-
-def engines_needed(rows, guided):
-    """How many engines run schedules at least, by the caches that they read and the residuals that they take."""
-    found = set()
-    for roles in (row for each in rows for row in assign_roles(each, HELD)):
-        shares = guided.two_call and any(role.decision.cfg_shared for role in roles)
-        found.add((tuple((role.decision, role.covered, role.head_reads) for role in roles), shares))
-    return len(found)
-
-
-@settings(max_examples=60)
-@given(st.lists(schedules(), min_size=1, max_size=2), st.integers(1, 6), st.booleans())
-def test_merged_rows_can_run_compute_no_less_and_need_few_engines(rows, most, two_call):
-    guided = Guided(two_call)
-    found = merged(rows, INFOS, most, guided=guided)
-    assert found.engines <= most
-    assert engines_needed(found.rows, guided) <= most
-    if found.rows == tuple(rows):
-        assert found.before == found.after
-    for before, after in zip(rows, found.rows, strict=True):
-        old, new = assign_roles(before, HELD), assign_roles(after, HELD)
-        for was, now in ((a, b) for one, two in zip(old, new, strict=True) for a, b in zip(one, two, strict=True)):
-            assert was.covered or not now.covered
-            if not was.covered and now.decision != was.decision:
-                alone = replace(was.decision, cfg_shared=False)
-                assert now.decision.is_full or (two_call and now.decision == alone)
-                assert was.decision.cfg_shared or not now.decision.cfg_shared
-    most = sum(len(set(assign_roles(each, HELD))) for each in rows)
-    assert merged(rows, INFOS, 2 * most, guided=guided).rows == tuple(rows)
-
-
-def test_what_costs_least_is_merged():
-    """Of three rows that differ, the two whose common row computes the least more."""
-    near, far = Decision.parse("window(band:32)"), Decision.parse("window(band:64)")
-    rows = [(FULL, FULL), (near, near), (near, near), (REUSE, far), (REUSE, near)]
-
-    def cost_of(full, window):
-        prices = {FULL: full, near: window, far: window, REUSE: 0.0}
-        return lambda row: sum(prices[role.decision] for role in row)
-
-    found = merged([rows], INFOS[:2], 3, cost=cost_of(10.0, 1.0))
-    assert (found.engines, found.before, found.after) == (3, 26.0, 44.0)
-    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 1.0)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
-    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.5)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
-    assert found.after - found.before == 1.0
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.8)(row[:1]) + cost_of(40.0, 10.0)(row[1:]))
-    assert found.rows[0] == (rows[0], (FULL, near), (FULL, near), rows[3], (FULL, near))
-
-
-def test_graphs_of_two_branches_need_an_engine_each():
-    rows = [(FULL, FULL), (REUSE, FULL), (FULL, REUSE)]
-    assert merged([rows], INFOS[:2], 9, guided=Guided(False, 2)).engines == 6
-    assert merged([rows], INFOS[:2], 2, guided=Guided(False, 2)).rows == (((FULL, FULL),) * 3,)
-    with pytest.raises(RowLimitError, match="have 2 graphs, each of which needs one; allow at least 2"):
-        merged([rows], INFOS[:2], 1, guided=Guided(False, 2))
-
-
-def test_calls_of_guidance_that_share_are_two_rows_and_may_stop_sharing():
-    shared = Decision.parse("window(band:32)+cfg")
-    rows = [(FULL, FULL), (shared, shared), (shared, shared)]
-    assert merged([rows], INFOS[:2], 9, guided=Guided(True)).engines == 3
-    found = merged([rows], INFOS[:2], 2, guided=Guided(True))
-    window = replace(shared, cfg_shared=False)
-    assert found.rows == (((FULL, FULL), (window, window), (window, window)),)
-    assert merged([rows], INFOS[:2], 2).rows == (tuple(rows),)
-
-
-def test_rows_that_write_other_caches_are_one():
-    plain, emitting = Role(FULL), Role(FULL, emit_output=True)
-    taking = Role(FULL, emit_residual=True, residual_window=BAND)
-    other = replace(taking, residual_window=Decision.parse(OTHER).window)
-    heads = [Role(FULL, head_writes=(HeadCache((head,)),)) for head in (0, 1)]
-    assert united((plain,), (emitting,)) == (emitting,)
-    assert united((emitting,), (taking,)) == (replace(taking, emit_output=True),)
-    assert united((taking,), (other,)) is None
-    assert united((plain,), (Role(REUSE),)) is None
-    assert united((heads[0],), (heads[1],)) == (Role(FULL, head_writes=(HeadCache((0,)), HeadCache((1,)))),)
-    assert packed([(plain,), (taking,), (Role(REUSE),), (other,), (emitting,)]) == (
-        ((plain,), (taking,), (emitting,)),
-        ((Role(REUSE),),),
-        ((other,),),
-    )
-
-
-def test_as_few_rows_are_widened_as_it_takes():
-    plain, emitting = (Role(FULL),), (Role(FULL, emit_output=True),)
-    taking = (Role(FULL, emit_residual=True, residual_window=BAND),)
-    cost = partial(row_flops, sites=[site(0)])
-    rows = {(0, plain): 5, (0, emitting): 1, (0, taking): 1, (1, plain): 1}
-    assert widened(rows, 4, cost) == {}
-    assert widened(rows, 3, cost) == {(0, plain): emitting}
-    both = united(emitting, taking)
-    assert widened(rows, 2, cost) == {(0, plain): both, (0, emitting): both, (0, taking): both}
-    assert widened(rows, 1, cost) == widened(rows, 2, cost), "the other graph keeps its engine"
