@@ -22,6 +22,7 @@ from difa_compile.export.buckets import (
 from difa_compile.export.captured import captured, more_images, progress_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.schedule import FULL_ROLE
 from tests.support.image_cases import CASES
 from tests.support.played import Played
@@ -189,6 +190,52 @@ def test_schedules_share_engines_and_slots():
     assert {call.engine for call in tiers.courses[1]} == {len(one.rows)}
     assert tiers.rows[-1].roles == (FULL_ROLE,) * len(calls[0].capture.model.units)
     assert calls[0].capture.plan == plan, "the captures follow their own plan still"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [("full", "full"), ("reuse", "window(band:3)"), ("reuse", "reuse"), ("full", "reuse"), ("full", "full")],
+        [("full", "full"), ("full+cfg", "full"), ("window(band:3)+residual+cfg", "reuse"), ("reuse+cfg", "reuse")],
+        [("full", "full"), ("full", "full"), ("forecast:1", "reuse"), ("forecast:1", "full"), ("reuse", "forecast:2")],
+        [("full", "full"), ("heads(0:reuse;1:full)", "full"), ("heads(0:full;1:window(band:3)+residual)", "reuse")],
+        [("full", "full")] * 3,
+    ],
+)
+def test_a_plan_tells_the_engines_that_it_needs(texts):
+    """Without its model: as many, each for as many steps, with as many caches."""
+    pipe, _, calls = tiny()
+    plan = plan_from_rule(
+        pipe,
+        len(texts),
+        lambda step, info: Decision.parse(texts[step][info.path.startswith("transformer_blocks.1.")]),
+        inputs=LABELS,
+    )
+    made = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, len(texts)))])
+    told = engines_of(plan)
+    assert [len(each.steps) for each in told] == [row.calls for row in made.rows]
+    assert engine_of_steps(told) == tuple(call.engine for call in made.courses[0])
+    for call in made.courses[0]:
+        each = told[call.engine]
+        assert (each.reads.caches, each.writes.caches) == (len(call.reads), len(call.writes))
+
+
+def test_a_plan_with_blocks_tells_the_engines_that_it_needs():
+    pipe, _, calls = tiny()
+    blocks = ["full", "full", "reuse", "forecast:1", "full", "reuse"]
+    plan = plan_from_rule(
+        pipe,
+        6,
+        lambda step, _: Decision.parse("window(band:3)") if step == 1 else FULL,
+        inputs=LABELS,
+        blocks=lambda step, block: Decision.parse(blocks[step]) if block.path.endswith(".1") else FULL,
+        spans=lambda step, _: REUSE if step == 5 else FULL,
+    )
+    calls = captured(pipe, LABELS, plan)
+    made = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, 6))])
+    told = engines_of(plan)
+    assert len(told) == len(made.rows) > 3
+    assert engine_of_steps(told) == tuple(call.engine for call in made.courses[0])
 
 
 def test_no_call_writes_what_it_reads_and_slots_are_used_again():
