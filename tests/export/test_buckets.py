@@ -22,6 +22,7 @@ from difa_compile.export.buckets import (
 from difa_compile.export.captured import captured, more_images, progress_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.plan.data import Cell
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.schedule import FULL_ROLE
 from tests.support.image_cases import CASES
@@ -199,19 +200,18 @@ def test_schedules_share_engines_and_slots():
         [("full", "full"), ("full+cfg", "full"), ("window(band:3)+residual+cfg", "reuse"), ("reuse+cfg", "reuse")],
         [("full", "full"), ("full", "full"), ("forecast:1", "reuse"), ("forecast:1", "full"), ("reuse", "forecast:2")],
         [("full", "full"), ("heads(0:reuse;1:full)", "full"), ("heads(0:full;1:window(band:3)+residual)", "reuse")],
-        [("full", "full")] * 3,
     ],
 )
 def test_a_plan_tells_the_engines_that_it_needs(texts):
     """Without its model: as many, each for as many steps, with as many caches."""
-    pipe, _, calls = tiny()
-    plan = plan_from_rule(
-        pipe,
-        len(texts),
-        lambda step, info: Decision.parse(texts[step][info.path.startswith("transformer_blocks.1.")]),
-        inputs=LABELS,
-    )
-    made = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, len(texts)))])
+    pipe, plan, calls = tiny()
+    progress = progress_of(pipe, LABELS, len(texts))
+    rows = [
+        tuple(Cell(Decision.parse(text[info.path.startswith("transformer_blocks.1.")])) for info in plan.sites)
+        for text in texts
+    ]
+    plan = replace(plan, rows=tuple(rows), progress=progress)
+    made = buckets_of(calls, [Schedule(plan, progress)])
     told = engines_of(plan)
     assert [len(each.steps) for each in told] == [row.calls for row in made.rows]
     assert engine_of_steps(told) == tuple(call.engine for call in made.courses[0])
@@ -297,3 +297,20 @@ def test_few_engines_write_what_any_step_needs():
     for wrong in (0, -1, True, 1.5):
         with pytest.raises(RowLimitError, match="give a whole number, at least 1"):
             fitted(calls, [schedule], wrong)
+
+
+def test_rows_are_weighed_by_predicted_time_where_the_machine_was_measured(profile_at):
+    """Where attention in full is all that takes long, other rows are merged than by operations."""
+    pipe, plan, calls = tiny()
+    schedule = Schedule(plan, progress_of(pipe, LABELS, 4))
+    assert fitted(calls, [schedule], 3).weighed == "operations"
+    profile_at(full=1.0, window=1e-9)
+    timed = captured(pipe, LABELS, plan)
+    found = fitted(timed, [schedule], 3)
+    assert found.weighed == "predicted time"
+    predicted = timed[0].capture.prediction.row_seconds
+    buckets = buckets_of(timed, [schedule])
+    assert found.before == pytest.approx(sum(row.calls * predicted(row.roles) for row in buckets.rows))
+    assert found.before < found.after
+    profile_at(dtype="bfloat16")
+    assert fitted(captured(pipe, LABELS, plan), [schedule], 3).weighed == "operations", "another dtype"
