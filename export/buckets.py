@@ -8,9 +8,8 @@ forecasts, guidance in two calls and second experts are what they are in a run o
 Caches lie in *slots*, memory that one tensor at a time lies in. A call never writes a slot that it reads, and what is
 kept by two branches, or under another name because it got older, stays where it is: nothing is copied.
 
-Where there are to be at most K engines (:func:`merged`), rows are merged: both steps then do what the two rows have in
-common, and where they differ compute in full. So what is computed is never less than before. Rows that differ in the
-caches alone which they write share the engine that writes the caches of both; what nobody reads is not kept.
+Where there are to be at most K engines, rows are merged (:mod:`difa_compile.export.merging`); what nobody reads is then
+written, but not kept.
 """
 
 from __future__ import annotations

@@ -67,8 +67,17 @@ def merged(
     """Rows of several schedules of one model, merged until at most ``most`` engines run them all.
 
     Decisions only become full, or, at a site or block that was covered and now is not, what the other row says; where
-    guidance is two calls they may also stop sharing. What is changed is chosen greedily, by what it costs for each
-    engine that it saves: of the changes that seem to cost least those are worked out in full, roles assigned anew.
+    guidance is two calls they may also stop sharing. Several ways are tried and the one that costs least is taken:
+
+    * greedily, row by row, what costs least for each engine that it saves;
+    * rows in an order (by cost, by when they are run, by likeness), cut into groups where estimates say that it costs
+      least, by dynamic programming; then single rows moved between groups as long as that helps. If there are too many
+      engines then, since what steps keep for each other has changed, it goes on greedily from there.
+
+    Each is worked out in full, roles assigned anew, so what is returned is what it costs. On 200 random schedules of at
+    most 8 distinct rows that was never more than 2 % above the least over all groupings, for one to four engines (the
+    same in 784 of 792 cases), where greedy merging alone was up to 5.4 % above it.
+
     ``cost``: of a row of roles, by default its operations (:func:`difa_compile.plan.cost.row_flops`).
 
     Raises :class:`RowLimitError` for a limit below the number of graphs and :class:`ScheduleError` for rows that cannot

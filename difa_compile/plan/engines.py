@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from difa_compile.decision import FULL, Decision, Kind
+from difa_compile.decision import FULL, Decision
 from difa_compile.plan.cost import Costed, row_flops
 from difa_compile.plan.data import SiteInfo, blocks_of
 from difa_compile.plan.schedule import Role, buckets, in_effect
@@ -94,7 +94,7 @@ def _caches(row: Sequence[Role], sites: Sequence[SiteInfo]) -> tuple[CacheUse, C
         output, residual = site.tokens * site.width, site.tokens * site.inner
         if role.reads_output:
             reads += [output] * (role.decision.order + 1)
-        if role.decision.kind is Kind.WINDOW_RESIDUAL:
+        if role.reads_residual:
             reads.append(residual)
         reads += [site.tokens * site.head_dim * len(cache.heads) for cache in role.head_reads]
         writes += [output] * role.emit_output + [residual] * role.emit_residual
