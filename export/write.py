@@ -84,8 +84,8 @@ TEST_SEED = 0
 @dataclass(frozen=True)
 class Exported:
     """What came of an export. ``engines``: how many rows of roles. ``made``: how many engines were built now, and
-    ``kept``: how many were there. ``bytes``: of the whole folder. ``cost``: what all steps cost, without and with the
-    limit on engines, as a share of the former."""
+    ``kept``: how many were there. ``bytes``: of the whole folder. ``cost``: what all steps cost with the limit on
+    engines, as a share of what they cost without, in ``weighed``: ``"predicted time"`` or ``"operations"``."""
 
     folder: Path
     manifest: Manifest
@@ -94,6 +94,7 @@ class Exported:
     kept: int
     bytes: int
     cost: float
+    weighed: str
 
 
 def export_bundle(
@@ -119,8 +120,8 @@ def export_bundle(
     in pixels that callers will be able to choose, each with engines of its own; by default that of ``inputs``. Windows
     of plans made at another size grow with the image. ``most_images``: per call; engines serve any number up to it
     where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines run them all at
-    each size, which makes them compute more. ``portable``: AOTInductor for more than this processor.
-    ``told`` is given a line for each thing that is done.
+    each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``: AOTInductor for more
+    than this processor. ``told`` is given a line for each thing that is done.
 
     Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
     :class:`SamplingLoopError` for a sampling loop that cannot be written down, :class:`TargetError` for a target that
@@ -264,6 +265,7 @@ class _Exporting:
             self.kept,
             sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
             sum(part.fitted.after for part in parts) / before if before else 1.0,
+            parts[0].fitted.weighed,
         )
 
     def _part(self, place: int, size: Size, inputs: dict[str, Any], first: int) -> _Part:

@@ -249,13 +249,70 @@ def _check(manifest: Manifest) -> None:
                 raise Unfit(f"{where} names a slot that there is not")
             if set(call.reads.values()) & set(call.writes.values()):
                 raise Unfit(f"{where} has a call that reads and writes one slot")
+        _check_course(manifest, schedule, where)
     for size in manifest.sizes:
         if min(size.height, size.width) < 0 or (size.height == 0) != (size.width == 0):
             raise Unfit(f"a size is {size.height} by {size.width}")
-        if size.decode is not None and (size.decode.row >= 0 or size.decode.row not in rows):
-            raise Unfit("there is no engine that decodes")
+        if size.decode is not None:
+            decoding = {engine.target for engine in manifest.engines if engine.row == size.decode.row < 0}
+            if decoding != set(manifest.targets):
+                raise Unfit("there is no engine that decodes" + (" for each target" if decoding else ""))
     if len({size.name for size in manifest.sizes}) < len(manifest.sizes):
         raise Unfit("a size stands there twice")
+
+
+def _check_course(manifest: Manifest, schedule: Schedule, where: str) -> None:
+    """Raise :class:`Unfit` unless each call's caches are ports of all engines that may make it, of every target, and
+    lie in slots of their form, which hold something when they are read."""
+    serving: dict[int, list[Engine]] = {}
+    for engine in manifest.engines:
+        serving.setdefault(engine.row, []).append(engine)
+    filled: set[int] = set()
+    for number, call in enumerate(schedule.calls):
+        which = f"call {number} of {where}"
+        missing = sorted(set(manifest.targets) - {engine.target for engine in serving[call.row]})
+        if missing:
+            raise Unfit(f"row {call.row} has no engine for {shown(missing[0])}, which others have")
+        for name, slot in call.reads.items():
+            if slot not in filled:
+                raise Unfit(f"{which} reads {shown(name)} from slot {slot}, which no call before it has written")
+        written = [slot for slot in call.writes.values() if slot is not None]
+        if len(set(written)) < len(written):
+            raise Unfit(f"{which} writes two caches into one slot")
+        filled.update(written)
+        for engine in serving[call.row]:
+            inputs = {port.name: port for port in engine.inputs}
+            outputs = {port.name: port for port in engine.outputs}
+            for kind, names, ports in (
+                ("reads", call.reads, inputs),
+                ("writes", call.writes, outputs),
+                ("weights", call.weights, inputs),
+            ):
+                for name in names:
+                    if name not in ports:
+                        raise Unfit(f"{which} {kind} {shown(name)}, of which {shown(engine.file)} knows nothing")
+            if not outputs.keys() - call.writes.keys():
+                raise Unfit(f"{which} leaves {shown(engine.file)} no output but caches")
+            lying = [(inputs[name], slot) for name, slot in call.reads.items()]
+            lying += [(outputs[name], slot) for name, slot in call.writes.items() if slot is not None]
+            for port, slot in lying:
+                if not _lies_in(port, manifest.slots[slot], engine):
+                    raise Unfit(f"{which}: {shown(port.name)} of {shown(engine.file)} does not fit slot {slot}")
+            for name, numbers in call.weights.items():
+                if inputs[name].shape != (len(numbers),):
+                    raise Unfit(f"{which} has {len(numbers)} weights for {shown(name)} of {shown(engine.file)}")
+
+
+def _lies_in(port: Port, slot: Slot, engine: Engine) -> bool:
+    """Whether a cache has the slot's dtype, and its shape for one image. What serves one number of images alone has
+    sizes for these."""
+    if port.dtype != slot.dtype or len(port.shape) != len(slot.shape):
+        return False
+    count = engine.images[0] if engine.images[0] == engine.images[1] else 1
+    return all(
+        wanted in ((size, size * count) if isinstance(own, int) else (size,))
+        for own, wanted, size in zip(port.shape, sizes_of(port.shape, 1), slot.shape, strict=True)
+    )
 
 
 def _check_engine(engine: Engine) -> None:

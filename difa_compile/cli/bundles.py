@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 1024
 """That one call of a bundle makes."""
+DEAR = 0.03
+"""What a limit on engines may cost before another way is told."""
 
 BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that difa export has written.", show_default=False)
@@ -124,11 +127,23 @@ def export(
             name=model,
             told=told,
         )
-    dearer = f"; at most {max_engines} cost {100 * (found.cost - 1):.0f} % more work" if found.cost > 1 else ""
-    console.print(
-        f"{found.engines} engines ({found.made} files made, {found.kept} kept), {size(found.bytes)} in all{dearer}"
-    )
+    console.print(f"{found.engines} engines ({found.made} files made, {found.kept} kept), {size(found.bytes)} in all")
+    if max_engines is not None and found.cost > 1:
+        console.print(Text(_dearer(max_engines, found.cost, found.weighed, tiers)), soft_wrap=True)
     console.print(Text.assemble("The bundle: ", (visible(str(out)), "bold")), soft_wrap=True)
+
+
+def _dearer(most: int, cost: float, weighed: str, plans: Mapping[str, Plan]) -> str:
+    """What a limit on engines costs, in words; where it is much, how the planner can do better."""
+    text = f"At most {most} engines cost {100 * (cost - 1):.1f} % more {weighed}."
+    planned = [plan for plan in plans.values() if plan.settings.method == "planned" and len(set(plan.decisions)) > most]
+    if cost <= 1 + DEAR or not planned:
+        return text
+    limits = sorted({shown(plan.settings.promise.limit) for plan in planned if plan.settings.promise is not None})
+    return (
+        f"{text} The planner can keep to {' and to '.join(limits) or 'its limit'} with few rows if it is told before: "
+        f"difa plan TABLE --max-rows {most} with the same limit, TABLE being the file of difa measure. Export that."
+    )
 
 
 def run(

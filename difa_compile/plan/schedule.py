@@ -228,12 +228,16 @@ def _site_roles(column: Sequence[Decision], site: int, covered: Sequence[bool]) 
         elif decision.is_full:
             last_full = step
     roles = []
+    made: dict[tuple[Decision, bool, Window | None], Role] = {}
     for step, decision in enumerate(column):
         if covered[step]:
             roles.append(COVERED_ROLE)
             continue
         taken = residual.get(step)
-        roles.append(Role(decision, step in kept, taken is not None, taken[0] if taken else None))
+        form = decision, step in kept, taken[0] if taken else None
+        if form not in made:
+            made[form] = Role(form[0], form[1], taken is not None, form[2])
+        roles.append(made[form])
     return _with_head_caches(column, covered, roles, site)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -10,6 +11,7 @@ from difa_compile.decision import Decision, Kind
 from difa_compile.machine.profile import Profile
 from difa_compile.plan.cost import Costed, cost_breakdown
 from difa_compile.plan.data import Cell, Difference, ModelInfo, Settings, SiteInfo, blocks_of
+from difa_compile.plan.engines import engines_of, what_is_counted
 from difa_compile.plan.schedule import Bucket, Promotion, Role, in_effect
 from difa_compile.wording import shown
 
@@ -71,6 +73,7 @@ _SHARED = {
 _PATH = 100  # characters of a site's path, and of other texts that stand in every line of a table
 _SHAPES = 8  # different shapes of sites that are told
 _GROUPINGS = 8  # different decisions by heads that are told one by one
+_ENGINES = 24  # engines that are told one by one
 _COVERED = "-"
 _LEGEND = (
     "F full  W window  R window+residual  H by heads  . reuse  P forecast; f w r h , p the same with the CFG halves "
@@ -116,6 +119,7 @@ def summary(plan: PlanView, profile: Profile | None = None) -> str:
     measured = _measured(plan.rows, plan.sites)
     if measured:
         lines.append(measured)
+    lines += ["", *_engines(plan, settings.guidance)]
     return "\n".join([*lines, "", *_map(plan.roles, plan.sites)]) + "\n"
 
 
@@ -233,7 +237,28 @@ def _counts(rows: Iterable[Sequence[Decision]]) -> list[str]:
 
 
 def _distinct(variants: int, steps: int) -> str:
-    return f"distinct rows: {variants} of {steps} (each is one variant of the graph)"
+    return f"distinct rows: {variants} of {steps} (each is one variant of the graph, one engine of an export)"
+
+
+def _engines(plan: PlanView, guidance: str) -> list[str]:
+    """A table of the engines that an export needs."""
+    engines = engines_of(plan)
+    lines = ["   engine  steps  one call  of the run   reads  writes  at its sites"]
+    for number, each in enumerate(engines[:_ENGINES]):
+        shares = f"{100 * each.call:6.1f} %  {100 * each.share:8.1f} %"
+        caches = f"{each.reads.caches:>6}  {each.writes.caches:>6}"
+        lines.append(f"{engine_letter(number)}  {number:>6}  {len(each.steps):>5}  {shares}  {caches}  {each}")
+    if len(engines) > _ENGINES:
+        rest = engines[_ENGINES:]
+        lines.append(f"   and {len(rest)} more for {sum(len(each.steps) for each in rest)} steps")
+    counted = what_is_counted(plan, guidance)
+    return [*lines, *([counted] if counted else [])]
+
+
+def engine_letter(number: int) -> str:
+    """One character for an engine in the map, by its number: a digit, then letters, then ``*`` for all others."""
+    names = string.digits + string.ascii_lowercase + string.ascii_uppercase
+    return names[number] if number < len(names) else "*"
 
 
 def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str | None:
@@ -255,14 +280,16 @@ def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str 
     return text
 
 
-def _map(roles: Sequence[Sequence[Role]], sites: Sequence[SiteInfo]) -> list[str]:
-    """One line per site, one character per step, under a ruler that marks every tenth step."""
+def _map(roles: Sequence[tuple[Role, ...]], sites: Sequence[SiteInfo]) -> list[str]:
+    """One line per site, one character per step, under a ruler that marks every tenth step; then each step's engine."""
     paths = [_path(site) for site in sites]
-    width = max(len("step"), *map(len, paths))
+    width = max(len("engine"), *map(len, paths))
     ruler = "".join(f"{step:<10}" for step in range(0, len(roles), 10)).rstrip()
     lines = [f"{'step':<{width}}  {ruler}"]
     for index, path in enumerate(paths):
         line = "".join(_COVERED if row[index].covered else letter(row[index].decision) for row in roles)
         lines.append(f"{path:<{width}}  {line}")
     covered = any(role.covered for row in roles for role in row)
+    of = {row: number for number, row in enumerate(dict.fromkeys(roles))}
+    lines.append(f"{'engine':<{width}}  {''.join(engine_letter(of[row]) for row in roles)}")
     return [*lines, _LEGEND + (f"  {_COVERED} its block is left out" if covered else "")]

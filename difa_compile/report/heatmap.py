@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from difa_compile.decision import Decision, Kind, Window, heads_text
+from difa_compile.plan.engines import CacheUse, EngineUse, engine_of_steps, engines_of, what_is_counted
 from difa_compile.plan.plan import Cell, Plan, Trial
 from difa_compile.plan.schedule import in_effect
 from difa_compile.wording import shown
@@ -82,8 +84,23 @@ class MapRow:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """An engine of an export: CSS class ``key``, its colour in light and dark mode, its number, and the cells of its
+    line in the table."""
+
+    key: str
+    light: str
+    dark: str
+    number: int
+    line: tuple[str, ...]
+
+
+_ENGINE_HEADS = ("engine", "steps", "one call", "of the run", "caches read", "written", "at its sites")
+
+
+@dataclass(frozen=True)
 class HeatMap:
-    """All that the template draws; ``tick``: every how many steps a column is numbered."""
+    """All that the template draws; ``tick``: every how many steps a column is numbered. ``run``: by step its engine."""
 
     intro: str
     colours: tuple[Colour, ...]
@@ -92,6 +109,10 @@ class HeatMap:
     rows: tuple[MapRow, ...]
     cell_height: int
     site_width: str
+    engines: tuple[Engine, ...]
+    engine_heads: tuple[str, ...]
+    engines_note: str
+    run: tuple[Engine, ...]
 
 
 def heat_map(plan: Plan) -> HeatMap:
@@ -115,6 +136,8 @@ def heat_map(plan: Plan) -> HeatMap:
         name = _span(site.blocks) if site.blocks else _short(paths[index], common)
         rows.append(MapRow(name, f"{paths[index]}: {site.shape}", tuple(cells)))
     longest = max(len(row.name) for row in rows)
+    used = engines_of(plan)
+    engines = tuple(_engine(number, each, len(used)) for number, each in enumerate(used))
     return HeatMap(
         intro=_intro(plan),
         colours=colours,
@@ -123,6 +146,49 @@ def heat_map(plan: Plan) -> HeatMap:
         rows=tuple(rows),
         cell_height=28 if len(rows) <= 12 else 18 if len(rows) <= 30 else 12,
         site_width=f"{min(28, longest) * 0.46 + 1.2:.1f}rem",
+        engines=engines,
+        engine_heads=_ENGINE_HEADS,
+        engines_note=_engines_note(plan, len(engines)),
+        run=tuple(engines[number] for number in engine_of_steps(used)),
+    )
+
+
+def _engine(number: int, use: EngineUse, count: int) -> Engine:
+    line = (
+        str(number),
+        str(len(use.steps)),
+        f"{100 * use.call:.1f}\u00a0%",
+        f"{100 * use.share:.1f}\u00a0%",
+        _caches(use.reads),
+        _caches(use.writes),
+        shown(str(use), 400),
+    )
+    hue = 360 * number / count + 210
+    return Engine(f"e{number}", _hsl(hue, 0.82, 0.62), _hsl(hue, 0.33, 0.36), number, line)
+
+
+def _hsl(hue: float, lightness: float, saturation: float) -> str:
+    parts = colorsys.hls_to_rgb(hue % 360 / 360, lightness, saturation)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
+
+
+def _caches(use: CacheUse) -> str:
+    """``3 (98k values)``, of one element of the batch."""
+    if not use.caches:
+        return "–"
+    values = use.values
+    size = f"{values / 1e6:.3g}M" if values >= 999_500 else f"{values / 1e3:.3g}k" if values >= 1000 else str(values)
+    return f"{use.caches} ({size}\u00a0values)"
+
+
+def _engines_note(plan: Plan, count: int) -> str:
+    counted = what_is_counted(plan, plan.settings.guidance)
+    return (
+        f"Exported for its own steps the plan needs {count} engine{'s' if count > 1 else ''}, one for each distinct "
+        "row; the last line of the map says which step runs which. With --max-engines there are fewer, which compute "
+        "more. "
+        "Operations of a call are a share of one in full; values of caches are those of one element of the batch."
+        + (f" {counted[0].upper()}{counted[1:]}." if counted else "")
     )
 
 

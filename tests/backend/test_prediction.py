@@ -1,9 +1,14 @@
 """Predicted seconds of a model's sites, and the windows that they leave out."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from difa_compile.decision import FULL
-from difa_compile.plan.cost import Setting, site_seconds
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.plan.cost import Setting, full_flops, site_seconds
+from difa_compile.plan.data import blocks_of
+from difa_compile.plan.schedule import COVERED_ROLE, Role
 from tests.support.profiles import made_up
 from tests.support.two_attentions import RESIDUAL, SLOW, WINDOW, D, capture, outcomes
 
@@ -49,3 +54,40 @@ def test_more_tokens_than_were_measured_are_said(profile_at):
         "on this machine, extrapolated from fewer tokens; allow_slower"
         in outcomes(capture([FULL, WINDOW]))[str(WINDOW)][1]
     )
+
+
+def test_a_row_takes_what_its_sites_and_the_rest_of_its_blocks_take(profile_at):
+    """Not linear layers of attention twice; nothing of what a block covers that is left out."""
+    profile_at(elements=1e-3)
+    model = capture([FULL]).model
+    found = capture([FULL]).prediction
+    count = len(model.sites)
+    blocks = [index for index, unit in enumerate(model.units) if unit.info.is_block]
+    assert blocks
+    full = found.row_seconds([Role(FULL)] * len(model.units))
+    sites = sum(found.seconds(index, FULL) for index in range(count))
+    single = [index for index in blocks if not model.units[index].info.blocks]
+    rest = [
+        model.units[block].info.flops
+        - sum(full_flops(site.info).total for site in model.sites if site.info.path.startswith(model.units[block].path))
+        for block in single
+    ]
+    batch = model.sites[0].query_shape[0]
+    assert full - sites == pytest.approx(sum(rest) / 2 * batch * 1e-9, rel=1e-3)  # 1e-9 s a product
+    row = [Role(FULL)] * len(model.units)
+    keeping = [replace(row[0], emit_output=True), *row[1:]]
+    assert found.row_seconds(keeping) > full
+    held = blocks_of([unit.info for unit in model.units])
+    block = single[0]
+    left = [Role(REUSE) if i == block else COVERED_ROLE if held[i] == block else each for i, each in enumerate(row)]
+    inside = sum(found.seconds(i, FULL) for i in range(count) if held[i] == block)
+    assert full - found.row_seconds(left) == pytest.approx(inside + rest[0] / 2 * batch * 1e-9, rel=1e-3)
+    forecast = [Role(Decision.parse("forecast:1")) if i == block else each for i, each in enumerate(left)]
+    assert found.row_seconds(forecast) > found.row_seconds(left)
+
+
+def test_no_row_is_predicted_without_a_profile_that_can_tell(profile_at):
+    row = [Role(FULL)] * len(capture([FULL]).model.units)
+    assert capture([FULL]).prediction.row_seconds(row) is None
+    profile_at(dtype="bfloat16")
+    assert capture([FULL]).prediction.row_seconds(row) is None

@@ -107,6 +107,109 @@ def test_a_call_must_not_write_what_it_reads(folder):
         Manifest.from_json(edited(folder, change), "here")
 
 
+CACHES = [f"cache.transformer_blocks.{block}.attn1.output.0" for block in (0, 1)]
+
+
+def call_of(content, number):
+    """Of the only schedule: full, full with caches written, and two steps that read them."""
+    return content["schedules"][0]["calls"][number]
+
+
+def rename_a_read(content):
+    reads = call_of(content, 2)["reads"]
+    reads["cache.other.output.0"] = reads.pop(CACHES[0])
+
+
+def rename_a_write(content):
+    call_of(content, 1)["writes"] = {"output.0": 0}
+
+
+def give_weights(content):
+    call_of(content, 2)["weights"] = {"cache.other.weights": [0.5, 0.5]}
+
+
+def give_weights_of_another_number(content):
+    call = call_of(content, 2)
+    call["weights"] = {CACHES[0]: [0.5, 0.5]}
+
+
+def read_before_it_is_written(content):
+    calls = content["schedules"][0]["calls"]
+    calls[1], calls[2] = calls[2], calls[1]
+
+
+def write_to_one_slot(content):
+    call_of(content, 1)["writes"] = dict.fromkeys(CACHES, 0)
+
+
+def write_every_output(content):
+    call_of(content, 1)["writes"]["output"] = None
+
+
+def another_dtype(content):
+    content["slots"][1]["dtype"] = "float16"
+
+
+def another_shape(content):
+    content["slots"][1]["shape"] = [2, 16, 32]
+
+
+def another_rank(content):
+    content["slots"][1]["shape"] = [2, 256]
+
+
+def for_one_image_alone(content):
+    """Sizes for two images, in an engine of no other number."""
+    engine = next(engine for engine in content["engines"] if engine["row"] == 1)
+    engine["images"] = [1, 1]
+    for port in engine["outputs"][1:]:
+        port["shape"] = [4, 16, 16]
+
+
+def another_target_for_some_rows(content):
+    engine = next(engine for engine in content["engines"] if engine["row"] == 0)
+    content["engines"].append({**engine, "target": "aoti"})
+
+
+def another_target_but_for_decoding(content):
+    content["engines"] += [{**engine, "target": "aoti"} for engine in content["engines"] if engine["row"] >= 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_a_read, "call 2 of schedule 'quick' of 4 steps reads cache.other.output.0, of which row-02"),
+        (rename_a_write, "call 1 of .* writes output.0, of which row-01-.* knows nothing"),
+        (give_weights, "call 2 of .* weights cache.other.weights, of which row-02"),
+        (give_weights_of_another_number, "call 2 of .* has 2 weights for cache.transformer_blocks.0"),
+        (read_before_it_is_written, "call 1 of .* reads .* from slot 0, which no call before it has written"),
+        (write_to_one_slot, "call 1 of .* writes two caches into one slot"),
+        (write_every_output, "call 1 of .* leaves row-01-.* no output but caches"),
+        (another_dtype, "call 1 of .*: cache.transformer_blocks.1.* of row-01-.* does not fit slot 1"),
+        (another_shape, "does not fit slot 1"),
+        (another_rank, "does not fit slot 1"),
+        (for_one_image_alone, "of row-01-.* does not fit slot 0"),
+        (another_target_for_some_rows, "row 1 has no engine for aoti, which others have"),
+        (another_target_but_for_decoding, "no engine that decodes for each target"),
+        (lambda content: content["engines"].pop(), "there is no engine that decodes; restore"),
+    ],
+)
+def test_calls_that_do_not_fit_their_engines_are_refused(folder, change, message):
+    with pytest.raises(BundleFormatError, match=message):
+        Manifest.from_json(edited(folder, change), "here")
+
+
+def test_an_engine_of_one_number_of_images_has_sizes_for_these(folder):
+    def change(content):
+        for engine in content["engines"]:
+            if engine["row"] >= 0:
+                engine["images"] = [2, 2]
+                for port in (*engine["inputs"], *engine["outputs"]):
+                    port["shape"] = [4 if size == "2*images" else size for size in port["shape"]]
+
+    assert Manifest.from_json(edited(folder, change), "here").slots[0].shape == (2, 16, 16)
+
+
 def test_an_edit_and_another_version_are_told_apart(folder):
     path = folder / MANIFEST
     document = json.loads(path.read_text())

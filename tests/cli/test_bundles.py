@@ -11,12 +11,16 @@ from PIL import Image
 
 from difa_compile.bundle.manifest import MANIFEST, read_manifest
 from difa_compile.bundle.runner import load_bundle
+from difa_compile.cli.bundles import _dearer
 from difa_compile.decision import FULL, Decision
 from difa_compile.pipeline.apply import apply
 from difa_compile.pipeline.loading import load_pipeline
 from difa_compile.pipeline.rules import plan_from_rule
+from difa_compile.planner.make import plan_from_table
 from tests.support import bundles
 from tests.support.commands import run
+from tests.support.plans import plan_of
+from tests.support.tables import made_table
 
 pytest.importorskip("onnxruntime")
 
@@ -85,7 +89,7 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     seen = {}
 
     class Made:
-        engines, made, kept, bytes, cost = 3, 2, 1, 1000, 1.25
+        engines, made, kept, bytes, cost, weighed = 3, 2, 1, 1000, 1.25, "operations"
 
     def export_bundle(pipe, plans, out, **options):
         seen.update(options, plans=plans, out=out)
@@ -116,7 +120,20 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     assert seen["inputs"] == {"class_labels": [1], "guidance_scale": 3.0}, "engines for more images follow from --batch"
     assert "a line" in result.stdout
     assert "3 engines (2 files made, 1 kept)" in " ".join(result.stdout.split())
-    assert "25 % more work" in " ".join(result.stdout.split())
+    assert "At most 5 engines cost 25.0 % more operations.\n" in result.stdout
+
+
+def test_export_names_the_planners_way_where_a_limit_on_engines_costs_much():
+    free, few = (plan_from_table(made_table(), budget=0.5, max_rows=rows) for rows in (None, 2))
+    rows = len(set(free.decisions))
+    assert rows > 2
+    found = _dearer(2, 1.2, "predicted time", {"free": free, "few": few})
+    assert found.startswith("At most 2 engines cost 20.0 % more predicted time. The planner can keep to budget 0.5")
+    assert "difa plan TABLE --max-rows 2 with the same limit" in found
+    for plans, cost, most in (({"few": few}, 1.2, 2), ({"free": free}, 1.02, 2), ({"free": free}, 1.2, rows)):
+        assert _dearer(most, cost, "operations", plans).endswith("% more operations.")
+    by_hand = plan_of("F.FW", "FFF.")
+    assert _dearer(2, 1.2, "operations", {"by hand": by_hand}).endswith("20.0 % more operations.")
 
 
 @pytest.mark.parametrize("steps", ["", "0", "4,", "4;6", "ten", "10001"])

@@ -1,43 +1,33 @@
-"""Engines on the steps of whole pipelines, and rows merged until there are few enough of them."""
+"""Engines on the steps of whole pipelines, as many as there are or few."""
 
 from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("diffusers", reason="pipelines of diffusers are exported")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
 
 import difa_compile
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.errors import EngineError, RowLimitError, ScheduleError
+from difa_compile.errors import EngineError, RowLimitError
 from difa_compile.export.buckets import (
-    Guided,
     Schedule,
     Slot,
     buckets_of,
     engines_for,
     fitted,
-    merged,
-    packed,
-    united,
-    widened,
 )
 from difa_compile.export.captured import captured, more_images, progress_of
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
-from difa_compile.plan.cost import row_flops
-from difa_compile.plan.data import SiteInfo, blocks_of
-from difa_compile.plan.schedule import FULL_ROLE, HeadCache, Role, assign_roles
+from difa_compile.plan.data import Cell
+from difa_compile.plan.engines import engine_of_steps, engines_of
+from difa_compile.plan.schedule import FULL_ROLE
 from tests.support.image_cases import CASES
-from tests.support.plans import BAND, site
 from tests.support.played import Played
 from tests.support.tiny_pipelines import sample, tiny_pipeline
-
-# Whole pipelines
 
 
 def play(pipe, run, course, engines):
@@ -203,6 +193,51 @@ def test_schedules_share_engines_and_slots():
     assert calls[0].capture.plan == plan, "the captures follow their own plan still"
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [("full", "full"), ("reuse", "window(band:3)"), ("reuse", "reuse"), ("full", "reuse"), ("full", "full")],
+        [("full", "full"), ("full+cfg", "full"), ("window(band:3)+residual+cfg", "reuse"), ("reuse+cfg", "reuse")],
+        [("full", "full"), ("full", "full"), ("forecast:1", "reuse"), ("forecast:1", "full"), ("reuse", "forecast:2")],
+        [("full", "full"), ("heads(0:reuse;1:full)", "full"), ("heads(0:full;1:window(band:3)+residual)", "reuse")],
+    ],
+)
+def test_a_plan_tells_the_engines_that_it_needs(texts):
+    """Without its model: as many, each for as many steps, with as many caches."""
+    pipe, plan, calls = tiny()
+    progress = progress_of(pipe, LABELS, len(texts))
+    rows = [
+        tuple(Cell(Decision.parse(text[info.path.startswith("transformer_blocks.1.")])) for info in plan.sites)
+        for text in texts
+    ]
+    plan = replace(plan, rows=tuple(rows), progress=progress)
+    made = buckets_of(calls, [Schedule(plan, progress)])
+    told = engines_of(plan)
+    assert [len(each.steps) for each in told] == [row.calls for row in made.rows]
+    assert engine_of_steps(told) == tuple(call.engine for call in made.courses[0])
+    for call in made.courses[0]:
+        each = told[call.engine]
+        assert (each.reads.caches, each.writes.caches) == (len(call.reads), len(call.writes))
+
+
+def test_a_plan_with_blocks_tells_the_engines_that_it_needs():
+    pipe, _, calls = tiny()
+    blocks = ["full", "full", "reuse", "forecast:1", "full", "reuse"]
+    plan = plan_from_rule(
+        pipe,
+        6,
+        lambda step, _: Decision.parse("window(band:3)") if step == 1 else FULL,
+        inputs=LABELS,
+        blocks=lambda step, block: Decision.parse(blocks[step]) if block.path.endswith(".1") else FULL,
+        spans=lambda step, _: REUSE if step == 5 else FULL,
+    )
+    calls = captured(pipe, LABELS, plan)
+    made = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, 6))])
+    told = engines_of(plan)
+    assert len(told) == len(made.rows) > 3
+    assert engine_of_steps(told) == tuple(call.engine for call in made.courses[0])
+
+
 def test_no_call_writes_what_it_reads_and_slots_are_used_again():
     pipe, plan, calls = tiny()
     buckets = buckets_of(calls, [Schedule(plan, progress_of(pipe, LABELS, 12))])
@@ -264,133 +299,18 @@ def test_few_engines_write_what_any_step_needs():
             fitted(calls, [schedule], wrong)
 
 
-# Rows alone
-
-
-def block(path, blocks=()):
-    return SiteInfo(path, "block", 1, 384, 256, 384, None, 10**9 * max(1, len(blocks)), tuple(blocks))
-
-
-INFOS = (site(0), site(1), block("blocks.0"), block("blocks.1"), block("blocks.0..blocks.1", ("blocks.0", "blocks.1")))
-HELD = blocks_of(INFOS)
-OTHER = "window(band:4)+residual"
-OF_SITES = [
-    *("full", "full", "full+cfg", "window(band:32)", "window(band:32)+residual", OTHER, "reuse", "reuse+cfg"),
-    *("forecast:1", "heads(0-2:reuse;3-5:full)", "heads(0-3:window(band:32)+residual;4-5:reuse)"),
-]
-OF_BLOCKS = ["full", "full", "full", "reuse", "forecast:2"]
-
-
-@st.composite
-def schedules(draw):
-    """Rows of a schedule of two blocks, in which whatever can be run of what was drawn is."""
-    rows = []
-    for _ in range(draw(st.integers(1, 7))):
-        row = [FULL] * len(INFOS)
-        for i in (4, 2, 3, 0, 1):
-            tried = list(row)
-            tried[i] = Decision.parse(draw(st.sampled_from(OF_BLOCKS if i > 1 else OF_SITES)))
-            try:
-                assign_roles([*rows, tried], HELD)
-            except ScheduleError:
-                continue
-            row = tried
-        rows.append(tuple(row))
-    return tuple(rows)
-
-
-def engines_needed(rows, guided):
-    """How many engines run schedules at least, by the caches that they read and the residuals that they take."""
-    found = set()
-    for roles in (row for each in rows for row in assign_roles(each, HELD)):
-        shares = guided.two_call and any(role.decision.cfg_shared for role in roles)
-        found.add((tuple((role.decision, role.covered, role.head_reads) for role in roles), shares))
-    return len(found)
-
-
-@settings(max_examples=60)
-@given(st.lists(schedules(), min_size=1, max_size=2), st.integers(1, 6), st.booleans())
-def test_merged_rows_can_run_compute_no_less_and_need_few_engines(rows, most, two_call):
-    guided = Guided(two_call)
-    found = merged(rows, INFOS, most, guided=guided)
-    assert found.engines <= most
-    assert engines_needed(found.rows, guided) <= most
-    if found.rows == tuple(rows):
-        assert found.before == found.after
-    for before, after in zip(rows, found.rows, strict=True):
-        old, new = assign_roles(before, HELD), assign_roles(after, HELD)
-        for was, now in ((a, b) for one, two in zip(old, new, strict=True) for a, b in zip(one, two, strict=True)):
-            assert was.covered or not now.covered
-            if not was.covered and now.decision != was.decision:
-                alone = replace(was.decision, cfg_shared=False)
-                assert now.decision.is_full or (two_call and now.decision == alone)
-                assert was.decision.cfg_shared or not now.decision.cfg_shared
-    most = sum(len(set(assign_roles(each, HELD))) for each in rows)
-    assert merged(rows, INFOS, 2 * most, guided=guided).rows == tuple(rows)
-
-
-def test_what_costs_least_is_merged():
-    """Of three rows that differ, the two whose common row computes the least more."""
-    near, far = Decision.parse("window(band:32)"), Decision.parse("window(band:64)")
-    rows = [(FULL, FULL), (near, near), (near, near), (REUSE, far), (REUSE, near)]
-
-    def cost_of(full, window):
-        prices = {FULL: full, near: window, far: window, REUSE: 0.0}
-        return lambda row: sum(prices[role.decision] for role in row)
-
-    found = merged([rows], INFOS[:2], 3, cost=cost_of(10.0, 1.0))
-    assert (found.engines, found.before, found.after) == (3, 26.0, 44.0)
-    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 1.0)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
-    assert found.rows[0] == (*rows[:3], (REUSE, FULL), (REUSE, FULL))
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.5)(row[:1]) + cost_of(40.0, 39.5)(row[1:]))
-    assert found.after - found.before == 1.0
-    found = merged([rows], INFOS[:2], 3, cost=lambda row: cost_of(10.0, 9.8)(row[:1]) + cost_of(40.0, 10.0)(row[1:]))
-    assert found.rows[0] == (rows[0], (FULL, near), (FULL, near), rows[3], (FULL, near))
-
-
-def test_graphs_of_two_branches_need_an_engine_each():
-    rows = [(FULL, FULL), (REUSE, FULL), (FULL, REUSE)]
-    assert merged([rows], INFOS[:2], 9, guided=Guided(False, 2)).engines == 6
-    assert merged([rows], INFOS[:2], 2, guided=Guided(False, 2)).rows == (((FULL, FULL),) * 3,)
-    with pytest.raises(RowLimitError, match="have 2 graphs, each of which needs one; allow at least 2"):
-        merged([rows], INFOS[:2], 1, guided=Guided(False, 2))
-
-
-def test_calls_of_guidance_that_share_are_two_rows_and_may_stop_sharing():
-    shared = Decision.parse("window(band:32)+cfg")
-    rows = [(FULL, FULL), (shared, shared), (shared, shared)]
-    assert merged([rows], INFOS[:2], 9, guided=Guided(True)).engines == 3
-    found = merged([rows], INFOS[:2], 2, guided=Guided(True))
-    window = replace(shared, cfg_shared=False)
-    assert found.rows == (((FULL, FULL), (window, window), (window, window)),)
-    assert merged([rows], INFOS[:2], 2).rows == (tuple(rows),)
-
-
-def test_rows_that_write_other_caches_are_one():
-    plain, emitting = Role(FULL), Role(FULL, emit_output=True)
-    taking = Role(FULL, emit_residual=True, residual_window=BAND)
-    other = replace(taking, residual_window=Decision.parse(OTHER).window)
-    heads = [Role(FULL, head_writes=(HeadCache((head,)),)) for head in (0, 1)]
-    assert united((plain,), (emitting,)) == (emitting,)
-    assert united((emitting,), (taking,)) == (replace(taking, emit_output=True),)
-    assert united((taking,), (other,)) is None
-    assert united((plain,), (Role(REUSE),)) is None
-    assert united((heads[0],), (heads[1],)) == (Role(FULL, head_writes=(HeadCache((0,)), HeadCache((1,)))),)
-    assert packed([(plain,), (taking,), (Role(REUSE),), (other,), (emitting,)]) == (
-        ((plain,), (taking,), (emitting,)),
-        ((Role(REUSE),),),
-        ((other,),),
-    )
-
-
-def test_as_few_rows_are_widened_as_it_takes():
-    plain, emitting = (Role(FULL),), (Role(FULL, emit_output=True),)
-    taking = (Role(FULL, emit_residual=True, residual_window=BAND),)
-    cost = partial(row_flops, sites=[site(0)])
-    rows = {(0, plain): 5, (0, emitting): 1, (0, taking): 1, (1, plain): 1}
-    assert widened(rows, 4, cost) == {}
-    assert widened(rows, 3, cost) == {(0, plain): emitting}
-    both = united(emitting, taking)
-    assert widened(rows, 2, cost) == {(0, plain): both, (0, emitting): both, (0, taking): both}
-    assert widened(rows, 1, cost) == widened(rows, 2, cost), "the other graph keeps its engine"
+def test_rows_are_weighed_by_predicted_time_where_the_machine_was_measured(profile_at):
+    """Where attention in full is all that takes long, other rows are merged than by operations."""
+    pipe, plan, calls = tiny()
+    schedule = Schedule(plan, progress_of(pipe, LABELS, 4))
+    assert fitted(calls, [schedule], 3).weighed == "operations"
+    profile_at(full=1.0, window=1e-9)
+    timed = captured(pipe, LABELS, plan)
+    found = fitted(timed, [schedule], 3)
+    assert found.weighed == "predicted time"
+    predicted = timed[0].capture.prediction.row_seconds
+    buckets = buckets_of(timed, [schedule])
+    assert found.before == pytest.approx(sum(row.calls * predicted(row.roles) for row in buckets.rows))
+    assert found.before < found.after
+    profile_at(dtype="bfloat16")
+    assert fitted(captured(pipe, LABELS, plan), [schedule], 3).weighed == "operations", "another dtype"

@@ -11,6 +11,7 @@ from difa_compile.bundle.runner import load_bundle
 from difa_compile.errors import BundleInputError, ExportError, OutputError
 from difa_compile.export import write as module
 from difa_compile.export.write import PIECES, export_bundle, latents_of
+from difa_compile.plan.engines import engines_of
 from tests.support import bundles
 
 pytest.importorskip("onnxruntime")
@@ -83,6 +84,9 @@ def test_few_engines_compute_more(pipe, tmp_path):
     few = exported(pipe, tmp_path / "few", plans, max_engines=2)
     assert few.engines <= 2 < free.engines
     assert free.cost == 1 < few.cost
+    assert few.weighed == "operations", "no profile is in force"
+    alone = exported(pipe, tmp_path / "alone", {"forecast": plans["forecast"]})
+    assert alone.engines == len(engines_of(plans["forecast"])) == 3
     assert load_bundle(tmp_path / "few").self_test() < bundles.AGREE
 
 

@@ -50,11 +50,21 @@ W  window(band:32)               1    4.2 %
 
 attention FLOPs, q k^T and p v    29.0 % of full  (699.7 MFLOP of 2.416 GFLOP, 23.94 MFLOP of it for residuals)
 attention FLOPs with projections  35.4 % of full  (3.418 GFLOP of 9.664 GFLOP, 23.94 MFLOP of it for residuals)
-distinct rows: 7 of 12 (each is one variant of the graph)
+distinct rows: 7 of 12 (each is one variant of the graph, one engine of an export)
+
+   engine  steps  one call  of the run   reads  writes  at its sites
+0       0      1   103.0 %      24.3 %       0       1  2 full
+1       1      1    90.5 %      21.3 %       0       1  1 full, 1 window(band:32)
+2       2      2    40.5 %      19.1 %       2       0  1 reuse, 1 window(band:32)+residual
+3       3      1    50.0 %      11.8 %       0       0  2 full+cfg
+4       4      1    50.0 %      11.8 %       0       2  2 full+cfg
+5       5      5     0.0 %       0.0 %       2       0  2 reuse
+6       6      1    50.0 %      11.8 %       1       1  1 full, 1 reuse
 
 step            0         10
 blocks.0.attn1  FWRRff......
 blocks.1.attn1  FF..ff.F....
+engine          012234565555
 F full  W window  R window+residual  H by heads  . reuse  P forecast; f w r h , p the same with the CFG halves shared
 """
 
@@ -71,7 +81,9 @@ def test_summary_with_forecasts() -> None:
     assert "P  forecast:1                2   28.6 %" in lines
     assert "p  forecast:2(step)+cfg      1   14.3 %" in lines
     assert "blocks.0.attn1  FFFpPP." in lines
-    assert "distinct rows: 4 of 7 (each is one variant of the graph)" in lines  # one for both gaps
+    assert (
+        "distinct rows: 4 of 7 (each is one variant of the graph, one engine of an export)" in lines
+    )  # one for both gaps
     assert any(line.startswith("attention FLOPs, q k^T and p v    42.9 % of full") for line in lines)
 
 

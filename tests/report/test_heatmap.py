@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Cell, Plan, SiteInfo, Trial
 from difa_compile.report.heatmap import heat_map
 from tests.support.pages import write
+from tests.support.plans import plan_of
 from tests.support.report_sample import make_comparison, make_plan
 
 
@@ -125,3 +128,28 @@ def test_a_span_is_named_by_its_blocks_and_the_sites_as_without_it(plan, blocks,
     rows = tuple((*row, Cell(FULL)) for row in plan.rows)
     made = heat_map(replace(plan, sites=(*plan.sites, span), rows=rows))
     assert [row.name for row in made.rows] == [*(row.name for row in heat_map(plan).rows), name]
+
+
+def test_each_step_tells_its_engine_and_each_engine_what_it_does(plan, page):
+    found = heat_map(plan)
+    used = engines_of(plan)
+    assert [engine.number for engine in found.run] == list(engine_of_steps(used))
+    assert (
+        len({engine.light for engine in found.engines}) == len({engine.dark for engine in found.engines}) == len(used)
+    )
+    for engine, use in zip(found.engines, used, strict=True):
+        assert engine.line[:2] == (str(engine.number), str(len(use.steps)))
+        assert engine.line[-1] == str(use)
+    strip = [attrs for attrs in page.all("th") if re.match(r"step \d+: engine \d+, ", attrs.get("title", ""))]
+    assert len(strip) == plan.steps
+    assert f"The engines of an export: {len(used)}" in page.text
+    assert f"the plan needs {len(used)} engine" in page.text
+
+
+def test_caches_of_engines_are_written_with_three_digits():
+    found = heat_map(plan_of("FFP."))
+    assert [engine.line[4:6] for engine in found.engines] == [
+        ("–", "1 (98.3k\u00a0values)"),
+        ("2 (197k\u00a0values)", "–"),
+        ("1 (98.3k\u00a0values)", "–"),
+    ]
