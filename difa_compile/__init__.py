@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
     from difa_compile.backend.run import Run, sampling
+    from difa_compile.bundle.adapting import adapt_bundle
     from difa_compile.bundle.runner import load_bundle
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
@@ -47,6 +48,7 @@ _HOME = {
     "Run": "backend.run",
     "Window": "decision",
     "WindowShape": "decision",
+    "adapt_bundle": "bundle.adapting",
     "apply": "pipeline.apply",
     "calibrate": "calibration.calibrate",
     "export_bundle": "export.write",
@@ -75,6 +77,7 @@ __all__ = [
     "Run",
     "Window",
     "WindowShape",
+    "adapt_bundle",
     "apply",
     "calibrate",
     "export_bundle",

@@ -46,7 +46,7 @@ from difa_compile.bundle.manifest import (
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import AGREES, Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
-from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
+from difa_compile.bundle.weights import TABLE, Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
@@ -54,7 +54,7 @@ from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import TABLE, Lowered, Piece, keep, kept_in, renumbered
+from difa_compile.export.lowered import Lowered, Piece, keep, kept_in, renumbered
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
 from difa_compile.files.writing import check_writable, write_whole

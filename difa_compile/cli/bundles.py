@@ -202,11 +202,50 @@ def verify_bundle(bundle: BundleFolder) -> None:
         except TargetError as error:
             console.print(Text(f"{target}: not run: {visible(str(error))}"))
             continue
-        console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
+        console.print(
+            f"{target}: the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
+        )
         if not worst < AGREES:
+            again = "adapt the original" if manifest.adapters else "export"
             raise BundleIntegrityError(
-                f"the engines of {target} do not make what the pipeline made when they were exported; export again here"
+                f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written; "
+                f"{again} again here"
             )
+
+
+@bundle_app.command("adapt")
+def adapt(
+    bundle: BundleFolder,
+    lora: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LORA", help="A LoRA, or whole weights: a safetensors file, or its folder.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
+    scale: Annotated[float, typer.Option(help="How much of what a LoRA adds goes in.")] = 1.0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Leave out this part of LORA, e.g. text_encoder or transformer.proj_out; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Put a LoRA or other weights into a bundle, as a new one beside it. No engine is made anew."""
+    require("msgspec", "safetensors")
+    from difa_compile.bundle.adapting import adapt_bundle
+
+    console = make_console()
+    found = adapt_bundle(
+        bundle, lora, out, scale, without=without or (), told=lambda text: console.print(Text(visible(text)))
+    )
+    whole = sum(file.bytes for file in found.manifest.files.values())
+    console.print(
+        f"{len(found.changed)} weights changed; {size(whole)} in all, the same files shared where they can be"
+    )
+    console.print(Text.assemble("The bundle: ", (visible(str(out)), "bold")), soft_wrap=True)
 
 
 def _print_manifest(console: Console, manifest: Manifest) -> None:
