@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
     from difa_compile.backend.run import Run, sampling
     from difa_compile.bundle.adapting import adapt_bundle
+    from difa_compile.bundle.difference import bundle_difference
     from difa_compile.bundle.runner import load_bundle
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
@@ -50,6 +51,7 @@ _HOME = {
     "WindowShape": "decision",
     "adapt_bundle": "bundle.adapting",
     "apply": "pipeline.apply",
+    "bundle_difference": "bundle.difference",
     "calibrate": "calibration.calibrate",
     "export_bundle": "export.write",
     "inspect_model": "pipeline.inspection",
@@ -79,6 +81,7 @@ __all__ = [
     "WindowShape",
     "adapt_bundle",
     "apply",
+    "bundle_difference",
     "calibrate",
     "export_bundle",
     "inspect_model",

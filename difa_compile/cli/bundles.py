@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +25,14 @@ from difa_compile.report.view import size
 from difa_compile.wording import quoted, shown, visible
 
 if TYPE_CHECKING:
+    from difa_compile.bundle.difference import BundleDifference
     from difa_compile.bundle.manifest import Manifest
     from difa_compile.plan.plan import Plan
 
+DIFFERENT = 3
+"""Exit code of a comparison that finds something: 1 is for what fails, 2 for wrong arguments."""
+MOST_WEIGHTS = 20
+"""Lines of a table of them."""
 MOST_IMAGES = 1024
 """That one call of a bundle makes."""
 
@@ -246,6 +254,81 @@ def adapt(
         f"{len(found.changed)} weights changed; {size(whole)} in all, the same files shared where they can be"
     )
     console.print(Text.assemble("The bundle: ", (visible(str(out)), "bold")), soft_wrap=True)
+
+
+@bundle_app.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The folder of a bundle.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What differs between two bundles: model, plans, engines, weights, sizes. The exit code is 3 if anything does."""
+    require("msgspec")
+    from difa_compile.bundle.difference import bundle_difference
+
+    found = bundle_difference(first, second)
+    if as_json:
+        print(json.dumps(_finite(asdict(found)) | {"equal": found.equal}, indent=1, allow_nan=False))
+    else:
+        _print_difference(make_console(), found)
+    if not found.equal:
+        raise typer.Exit(DIFFERENT)
+
+
+def _finite(value: Any) -> Any:
+    """A value for JSON, infinite numbers in it as none."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_difference(console: Console, found: BundleDifference) -> None:
+    for title, sides in (
+        ("source", found.source),
+        ("made with", found.versions),
+        ("settings", found.settings),
+        ("sampling loop", found.programs),
+        ("engine", found.engines),
+    ):
+        if sides:
+            table = _table(title, "A", "B")
+            for name, each in sides.items():
+                table.add_row(*(Text(visible(text)) for text in (name, each.first, each.second)))
+            console.print(table, "")
+    if found.plans:
+        table = _table("plan of", "differs in")
+        for plan in found.plans:
+            cells = visible(plan.why) if plan.cells is None else f"{plan.cells} of {plan.of} decisions"
+            table.add_row(foreign(plan.tier), Text(cells if plan.cells != 0 else "figures and settings alone"))
+        console.print(table, "")
+    if found.added or found.removed or found.changed:
+        table = _table("weight", "change")
+        names = [(name, "in A alone") for name in found.removed] + [(name, "in B alone") for name in found.added]
+        largest = sorted(found.changed, key=lambda each: -math.inf if each.amount is None else -each.amount)
+        names += [
+            (each.name, " ".join(filter(None, ["" if each.amount is None else f"{each.amount:.2g}", each.form])))
+            for each in largest
+        ]
+        for name, change in names[:MOST_WEIGHTS]:
+            table.add_row(Text(visible(name)), Text(change))
+        console.print(table)
+        if len(names) > MOST_WEIGHTS:
+            console.print(f"and {len(names) - MOST_WEIGHTS} more (--json has all)")
+        console.print()
+    same = "the same" if found.equal else f"{len(found.changed)} weights changed"
+    console.print(
+        f"{same}; {found.kept} engines in both; {size(found.bytes[0])} and {size(found.bytes[1])} on the disk"
+    )
+
+
+def _table(*columns: str) -> Table:
+    """Columns that share the terminal's width, long texts on several lines."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _print_manifest(console: Console, manifest: Manifest) -> None:
