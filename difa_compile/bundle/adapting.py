@@ -35,7 +35,7 @@ from difa_compile.bundle.manifest import (
 from difa_compile.bundle.runner import AGREES, Bundle
 from difa_compile.bundle.weights import TABLE, Place, WeightFile, write_weights
 from difa_compile.errors import AdapterError, BundleIntegrityError, MissingDependencyError, OutputError, TargetError
-from difa_compile.files.writing import link_or_copy, new_folder, write_whole
+from difa_compile.files.writing import check_new, link_or_copy, new_folder, write_whole
 from difa_compile.wording import quoted, shown
 
 Told = Callable[[str], None]
@@ -82,6 +82,7 @@ def adapt_bundle(
         raise AdapterError(f"the scale {quoted(scale)} is no finite number; give one such as 0.8")
     manifest = read_manifest(folder)
     _check_elsewhere(folder, out)
+    check_new(out, "the bundle")
     weights = WeightFile(check_file(folder, manifest.weights, manifest.files))
     file = open_adapter(lora)
     what = changes(file, _adaptable(manifest, weights), _components(manifest), tuple(without), manifest.source.pipeline)

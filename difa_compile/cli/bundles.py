@@ -332,11 +332,23 @@ def _table(*columns: str) -> Table:
 
 
 def _print_manifest(console: Console, manifest: Manifest) -> None:
+    from difa_compile.bundle.adapters import LORA
+
     source = manifest.source
     console.print(
         Text(f"{shown(source.pipeline)} {shown(source.name)} ({shown(source.model)}), made with ")
         + Text(", ".join(f"{shown(name)} {shown(version)}" for name, version in manifest.made_with.items()))
     )
+    for label, value in (
+        ("licence", source.licence),
+        ("model card and licence files", ", ".join(filter(None, [source.card, *manifest.notices]))),
+        *(
+            ("put in", f"{each.name}, scale {each.scale:g}" if each.kind == LORA else each.name)
+            for each in manifest.adapters
+        ),
+    ):
+        if value:
+            console.print(Text(f"{label}: {shown(value, 400)}"))
     schedules = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("tier", "steps", "calls", "engines"):
         schedules.add_column(column, justify="left" if column == "tier" else "right")

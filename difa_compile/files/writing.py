@@ -85,10 +85,8 @@ def new_folder(path: str | Path, what: str) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
+        check_new(path, what)
         with _explained(what, path):
-            if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-                raise ValueError("something stands there already; name a new folder")
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = _temporary(path.absolute().parent)
             temporary.mkdir()
         yield temporary
@@ -99,6 +97,19 @@ def new_folder(path: str | Path, what: str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(path: str | Path, what: str) -> None:
+    """Raise :class:`OutputError` if :func:`new_folder` could not make ``path``. No file is left behind."""
+    path = Path(path)
+    with _explained(what, path):
+        if os.path.lexists(path):
+            if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
+                raise ValueError("something stands there already; name a new folder")
+        else:
+            path.mkdir(parents=True)
+            path.rmdir()
+        _probe(path.absolute().parent)
 
 
 def link_or_copy(source: Path, path: Path, what: str) -> None:
