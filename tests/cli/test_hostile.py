@@ -89,7 +89,7 @@ def plan_file(tmp_path):
     make_plan(4, 2).save(tmp_path / "plan.json")
     made_table(4).save(tmp_path / "errors.json")
     (tmp_path / "bundle").symlink_to(bundles.kept())
-    lora = {"proj_out_1.lora_A.weight": torch.ones(1, 16), "proj_out_1.lora_B.weight": torch.ones(4, 1)}
+    lora = {"proj_out_1.lora_A.weight": torch.ones(1, 16), "proj_out_1.lora_B.weight": torch.ones(32, 1)}
     safetensors.torch.save_file(lora, tmp_path / "lora.safetensors")
     return tmp_path / "plan.json"
 
