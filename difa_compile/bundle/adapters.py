@@ -147,7 +147,8 @@ def open_adapter(place: str | Path) -> AdapterFile:
         ) from error
     if not shapes:
         raise AdapterError(f"{shown(path)} holds no tensors; give the file of a LoRA or of weights")
-    return AdapterFile(path, digest.hexdigest(), tensors, shapes, _config(path, header))
+    by_peft = any(name.startswith(PEFT_PREFIX) for name in shapes)
+    return AdapterFile(path, digest.hexdigest(), tensors, shapes, _config(path, header, by_peft))
 
 
 def _file_at(place: Path) -> Path:
@@ -172,13 +173,13 @@ def _file_at(place: Path) -> Path:
     return place
 
 
-def _config(path: Path, header: Mapping[str, str]) -> Mapping[str, object]:
-    """PEFT's configuration of a file: in its header, or beside it."""
+def _config(path: Path, header: Mapping[str, str], by_peft: bool) -> Mapping[str, object]:
+    """PEFT's configuration of a file: in its header, or beside it if PEFT itself wrote it."""
     beside = path.with_name(CONFIG)
     try:
         if METADATA in header:
             found = parse_json(header[METADATA])
-        elif beside.is_file():
+        elif by_peft and beside.is_file():
             with open_plain(beside, MOST_CONFIG) as file:
                 found = parse_json(read_at_most(file, MOST_CONFIG))
         else:
@@ -228,7 +229,7 @@ class Changes:
 
     def _finite(self, name: str) -> Tensor:
         tensor = self.tensors[name]
-        if not torch.isfinite(tensor.float()).all():
+        if not torch.isfinite(tensor if tensor.dtype is torch.float64 else tensor.float()).all():
             raise AdapterError(
                 f"{shown(name)} of the adapter holds NaN or infinity; its training diverged, or it is damaged"
             )

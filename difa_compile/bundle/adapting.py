@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from difa_compile.bundle.adapters import Changes, changes, open_adapter
+from difa_compile.bundle.adapters import LORA, Changes, changes, open_adapter
 from difa_compile.bundle.manifest import (
     MANIFEST,
     Adapter,
@@ -39,6 +39,8 @@ from difa_compile.files.writing import check_new, link_or_copy, new_folder, writ
 from difa_compile.wording import quoted, shown
 
 Told = Callable[[str], None]
+LARGEST_SCALE = 1e30
+"""Beyond it nothing is finite that is multiplied by it in single precision."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,16 @@ def adapt_bundle(
     here, :class:`MissingDependencyError` and :class:`OutputError`.
     """
     folder, out = Path(folder).absolute(), Path(out)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < LARGEST_SCALE:
         raise AdapterError(f"the scale {quoted(scale)} is no finite number; give one such as 0.8")
+    without = (without,) if isinstance(without, str) else tuple(without)
     manifest = read_manifest(folder)
     _check_elsewhere(folder, out)
     check_new(out, "the bundle")
     weights = WeightFile(check_file(folder, manifest.weights, manifest.files))
     file = open_adapter(lora)
-    what = changes(file, _adaptable(manifest, weights), _components(manifest), tuple(without), manifest.source.pipeline)
-    if what.kind != "lora" and scale != 1.0:
+    what = changes(file, _adaptable(manifest, weights), _components(manifest), without, manifest.source.pipeline)
+    if what.kind != LORA and scale != 1.0:
         raise AdapterError(f"{shown(file.path)} holds whole weights, which have no scale; leave {scale:g} out")
     _check_apart(manifest, weights, what)
     _check_targets(manifest)
@@ -95,7 +98,7 @@ def adapt_bundle(
     told(f"{len(changed)} of {len(weights.places)} tensors change, by {_largest(changed)} at most")
     with new_folder(out, "the bundle") as fresh:
         made = _written(folder, fresh, manifest, _Changed(weights, what, scale))
-        entry = Adapter(file.name, file.sha256, what.kind, float(scale), tuple(without), target)
+        entry = Adapter(file.name, file.sha256, what.kind, float(scale), without, target)
         source = msgspec.structs.replace(manifest.source, adapters=(*manifest.adapters, entry))
         made = _tried(folder, fresh, msgspec.structs.replace(made, source=source), target, told)
         made = Manifest.from_json(json.dumps(made.to_json(), allow_nan=False), "that was made")

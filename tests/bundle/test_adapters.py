@@ -313,7 +313,8 @@ def test_a_configuration_that_cannot_be_read(path):
     safetensors.torch.save_file(factors(), path, metadata={METADATA: "{"})
     with pytest.raises(AdapterError, match=r"lora_adapter_metadata in the header of .* cannot be read"):
         open_adapter(path)
-    safetensors.torch.save_file(factors(), path)
     path.with_name("adapter_config.json").write_text("x")
+    assert only(path, factors())[1].factor == 1.0, "which is of another file"
+    safetensors.torch.save_file(factors("base_model.model.blocks.0.to_q"), path)
     with pytest.raises(AdapterError, match=r"adapter_config.json cannot be read"):
         open_adapter(path)

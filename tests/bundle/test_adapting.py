@@ -192,7 +192,7 @@ def test_whole_weights(tmp_path):
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True, None])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400, "1", True, None])
 def test_scales_that_are_none(tmp_path, scale):
     with pytest.raises(AdapterError, match="is no finite number"):
         adapt_bundle(bundles.kept(), lora(tmp_path / "lora.safetensors"), tmp_path / "out", scale)
