@@ -7,6 +7,7 @@ from torch import nn
 
 from difa_compile.bundle.manifest import check_file, read_manifest
 from difa_compile.demo.checkpoint import demo_model_path
+from difa_compile.export import write
 from difa_compile.export.origin import CARD, MOST_BYTES, MOST_FILES, Origin, folder_of, origin_of
 from difa_compile.export.write import export_bundle
 from difa_compile.pipeline.loading import load_pipeline
@@ -127,6 +128,23 @@ def test_the_demo_model_has_a_card():
     assert b"CC BY 4.0" in origin_of(pipe).card
 
 
+def test_they_are_files_of_the_bundle(folder, tmp_path):
+    (folder / "LICENSE-MODEL v2.txt").write_text("you may")
+    pipe = bundles.pipeline()
+    pipe.register_to_config(_name_or_path=str(folder))
+    lines, files = [], {}
+    exporting = write._Exporting.__new__(write._Exporting)
+    exporting.pipe, exporting.models, exporting.folder = pipe, {"transformer": pipe.transformer}, tmp_path / "bundle"
+    exporting.name, exporting.told = "owner/name", lines.append
+    source = exporting._source(files)
+    assert (source.name, source.licence) == ("owner/name", "openrail++")
+    assert set(files) == {source.card, *source.notices}
+    assert check_file(tmp_path / "bundle", source.card, files).read_text() == CONTENT
+    assert lines == ["licence: openrail++, 2 files of it"]
+    assert all(write.OURS.fullmatch(name) for name in files), "a later export may delete them"
+
+
+@pytest.mark.slow
 def test_they_travel_in_the_bundle(folder, tmp_path, monkeypatch):
     """With an export in which nothing is compiled: the engines are those of a bundle that is there."""
     pytest.importorskip("onnxruntime")
