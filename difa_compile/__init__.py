@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difa_compile.backend.batch_sizes import AnyBatch
     from difa_compile.backend.run import Run, sampling
+    from difa_compile.bundle.adapting import adapt_bundle
+    from difa_compile.bundle.difference import bundle_difference
     from difa_compile.bundle.runner import load_bundle
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
@@ -47,7 +49,9 @@ _HOME = {
     "Run": "backend.run",
     "Window": "decision",
     "WindowShape": "decision",
+    "adapt_bundle": "bundle.adapting",
     "apply": "pipeline.apply",
+    "bundle_difference": "bundle.difference",
     "calibrate": "calibration.calibrate",
     "export_bundle": "export.write",
     "inspect_model": "pipeline.inspection",
@@ -75,7 +79,9 @@ __all__ = [
     "Run",
     "Window",
     "WindowShape",
+    "adapt_bundle",
     "apply",
+    "bundle_difference",
     "calibrate",
     "export_bundle",
     "inspect_model",

@@ -185,6 +185,11 @@ class BundleInputError(BundleError, ValueError):
     """A tier, steps or images that a bundle was not exported for, or conditions and scales that it cannot take."""
 
 
+class AdapterError(BundleError, ValueError):
+    """Weights to put into a bundle, a LoRA's or whole ones, that are damaged, in a form that is not read, or do not fit
+    it."""
+
+
 class TargetError(BundleError, RuntimeError):
     """A target that is not installed or cannot be compiled for, or an engine made for another processor or release."""
 

@@ -29,6 +29,8 @@ PARTS = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
+CARD = "README.md"
+"""The model card, which is written by hand and stays."""
 
 
 def package(source: Path, destination: Path) -> int:
@@ -38,6 +40,8 @@ def package(source: Path, destination: Path) -> int:
     for part in PARTS:
         (fresh / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / part, fresh / part)
+    if (destination / CARD).is_file():
+        shutil.copyfile(destination / CARD, fresh / CARD)
     labels = {str(key): name for key, name in LABELS.items()}
     edit(fresh / "model_index.json", lambda index: index | {"id2label": labels})
     edit(fresh / "vae" / "config.json", lambda config: {k: v for k, v in config.items() if k != "block_out_channels"})

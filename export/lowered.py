@@ -13,10 +13,8 @@ import msgspec
 from torch import Tensor
 
 from difa_compile.bundle.manifest import Port
-from difa_compile.bundle.weights import WeightFile, bytes_of, write_weights
+from difa_compile.bundle.weights import TABLE, WeightFile, bytes_of, write_weights
 from difa_compile.files.writing import write_whole
-
-TABLE = "table."
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import UNSET
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -48,7 +49,7 @@ from difa_compile.bundle.manifest import (
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
-from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
+from difa_compile.bundle.weights import TABLE, Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
@@ -57,7 +58,8 @@ from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import TABLE, Lowered, Piece, keep, kept_in, renumbered
+from difa_compile.export.lowered import Lowered, Piece, keep, kept_in, renumbered
+from difa_compile.export.origin import CARD, origin_of
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
 from difa_compile.export.watching import first_tensor
@@ -73,7 +75,8 @@ PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
     r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
-    r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|((plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
+    r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|about/[\w.-]+-[0-9a-f]{12}(\.\w+)?"
+    r"|((about|plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
 """Names that exports give: nothing else in their folder is theirs to delete."""
 COMPARED = (1, 2, 3)
@@ -535,7 +538,7 @@ class _Exporting:
         self_test = self._self_test(parts, files)
         manifest = Manifest(
             made_with=_made_with(),
-            source=self._source(),
+            source=self._source(files),
             files=dict(sorted(files.items())),
             weights=weights,
             engines=tuple(engines),
@@ -620,13 +623,29 @@ class _Exporting:
                     f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
                 )
 
-    def _source(self) -> Source:
+    def _source(self, files: dict[str, File]) -> Source:
+        """Where the model comes from; its card and licences are written."""
         model = next(iter(self.models.values()))
         digest = model_digest(model)
         name = self.name or str(getattr(self.pipe, "name_or_path", "") or "")
         if Path(name).is_absolute():
             name = Path(name).name  # where it lay on this machine is nobody's business
-        return Source(type(self.pipe).__name__, name, digest.class_name, digest.config_digest)
+        origin = origin_of(self.pipe, self.told)
+        card = self._about(CARD, origin.card, files) if origin.card is not None else ""
+        notices = tuple(self._about(each, content, files) for each, content in origin.notices.items())
+        self.told(f"licence: {origin.licence or 'not known'}, {len(notices) + bool(card)} files of it")
+        return Source(
+            type(self.pipe).__name__, name, digest.class_name, digest.config_digest, origin.licence, card,
+            notices or UNSET,
+        )  # fmt: skip
+
+    def _about(self, name: str, content: bytes, files: dict[str, File]) -> str:
+        """Write a card or licence, under a name by its own and its content, which it returns."""
+        path = Path(re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100])
+        ending = path.suffix if re.fullmatch(r"\.\w{1,8}", path.suffix) else ""
+        written = f"about/{path.name.removesuffix(ending)}-{_digest(content)[:12]}{ending}"
+        self._write(written, content, files)
+        return written
 
     def _clean(self, manifest: Manifest) -> None:
         """Delete what earlier exports and interrupted ones have left."""

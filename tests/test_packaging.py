@@ -187,7 +187,8 @@ def test_import_needs_torch_only(tmp_path):
                 assert "numpy" in str(error) or "msgspec" in str(error)
                 needy.add(name)
         planning = {{"ErrorTable", "Limit", "measure", "plan_from_table", "plan_within"}}
-        assert needy == planning | {{"export_bundle", "load_bundle"}}, needy
+        bundles = {{"adapt_bundle", "bundle_difference", "export_bundle", "load_bundle"}}
+        assert needy == planning | bundles, needy
         import difa_compile.backend.entry
         """,
         cwd=tmp_path,

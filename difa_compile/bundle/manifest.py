@@ -9,6 +9,7 @@ weights-<digest>.safetensors        all weights and tables, each once
 programs/<steps>-<digest>.json      sampling loops
 plans/<tier>-<digest>.json          the plans that engines were made from
 self-test-<digest>.safetensors      conditions and latents of a short run
+about/<name>-<digest>               the model's card, its licence and notices, as they lay beside it
 ```
 
 Every file's size and SHA-256 stand in the manifest, whose own digest stands in itself. Names are checked to lie in the
@@ -18,6 +19,7 @@ folder before anything is opened.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import stat
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from difa_compile.errors import BundleFormatError, BundleIntegrityError, BundleVersionError
 from difa_compile.files.documents import Format, Unfit
@@ -69,8 +72,27 @@ class File(_Part, frozen=True):
     sha256: str
 
 
+class Adapter(_Part, frozen=True):
+    """Weights that were put into the bundle after the export. ``name``: of the file; ``sha256``: of its content.
+    ``kind``: ``"lora"``, or ``"weights"`` for whole ones. ``scale``: of a LoRA. ``without``: parts of the model whose
+    weights in the file were left out. ``target``: whose engines made the self-test's latents with the new weights.
+    """
+
+    name: str
+    sha256: str
+    kind: str
+    scale: float
+    without: tuple[str, ...]
+    target: str
+
+
 class Source(_Part, frozen=True):
-    """Where the model comes from: the pipeline's class and name, licence and model card, where they are known."""
+    """Where the model comes from: the pipeline's class and name, and what is known of its licence.
+
+    ``licence``: as the model's card names it. ``card``: the file of that card in the bundle, ``notices``: of licences
+    and notices that lay beside it; none where there were none. ``adapters``: what was put into the weights since, in
+    order.
+    """
 
     pipeline: str
     name: str
@@ -78,6 +100,8 @@ class Source(_Part, frozen=True):
     config_digest: str
     licence: str = ""
     card: str = ""
+    notices: tuple[str, ...] | UnsetType = UNSET
+    adapters: tuple[Adapter, ...] | UnsetType = UNSET
 
 
 class Port(_Part, frozen=True):
@@ -213,6 +237,21 @@ class Manifest(_Part, frozen=True):
     def targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(engine.target for engine in self.engines))
 
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What was put into the weights after the export, in order."""
+        return self.source.adapters or ()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """The files of licences and notices."""
+        return self.source.notices or ()
+
+    @property
+    def tested_by(self) -> str:
+        """Who made the latents of the self-test: the pipeline, or engines of a target, in words."""
+        return f"the engines of {self.adapters[-1].target}" if self.adapters else "the pipeline"
+
 
 # --- consistency -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +264,7 @@ def _check(manifest: Manifest) -> None:
             raise Unfit(f"files.{name} has no size and digest")
     named = [manifest.weights, manifest.self_test, *(engine.file for engine in manifest.engines)]
     named += [*(schedule.program for schedule in manifest.schedules), *manifest.plans.values()]
+    named += [*manifest.notices, *filter(None, [manifest.source.card])]
     for name in named:
         if name not in manifest.files:
             raise Unfit(f"{quoted(name, 100)} is named, but not among the files")
@@ -232,6 +272,11 @@ def _check(manifest: Manifest) -> None:
         raise Unfit("a bundle has at least one engine and one schedule")
     if len({(each.tier, each.steps, each.size) for each in manifest.schedules}) < len(manifest.schedules):
         raise Unfit("a tier has two schedules for the same number of steps and size")
+    for adapter in manifest.adapters:
+        if not re.fullmatch("[0-9a-f]{64}", adapter.sha256) or not math.isfinite(adapter.scale):
+            raise Unfit(f"the adapter {quoted(adapter.name, 100)} has no digest and scale")
+        if adapter.target not in manifest.targets:
+            raise Unfit(f"the self-test was made by engines of {shown(adapter.target)}, which there are none of")
     rows = {engine.row for engine in manifest.engines}
     for engine in manifest.engines:
         _check_engine(engine)

@@ -196,17 +196,30 @@ class Bundle:
 
     def self_test(self) -> float:
         """Make the short run that lies in the bundle; the largest difference of its latents from those that the
-        pipeline made of the same noise, relative to the largest of them.
+        pipeline made of the same noise (or what :attr:`Manifest.tested_by` says), relative to the largest of them.
 
         Raises :class:`BundleIntegrityError` for a self-test that is damaged.
         """
-        data = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
+        data = self.self_test_data()
         differences = []
+        for name, found in self.short_runs(data).items():
+            wanted = data[name]
+            difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+            differences.append(difference if math.isfinite(difference) else math.inf)
+        return max(differences)
+
+    def self_test_data(self) -> WeightFile:
+        """Seed, conditions and latents of the short run. Raises :class:`BundleIntegrityError`."""
+        return WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
+
+    def short_runs(self, data: WeightFile) -> dict[str, Tensor]:
+        """What the engines make of ``data``, seed and conditions of a self-test: the latents, by the names that those
+        to compare with have in it. Raises :class:`BundleIntegrityError`."""
+        latents: dict[str, Tensor] = {}
         for schedule in self.manifest.schedules:
             name = f"latents.{schedule.size}.{schedule.tier}.{schedule.steps}"
             if name not in data:
                 continue
-            wanted = data[name]
             given: dict[str, dict[str, Tensor]] = {}
             prefix = f"condition.{schedule.size}."
             for key in data.places:
@@ -216,15 +229,13 @@ class Bundle:
             seed = int(data["seed"])
             size = self.manifest.sizes[schedule.size]
             with seeded(seed):
-                found = self(
+                latents[name] = self(
                     steps=schedule.steps, tier=schedule.tier, height=size.height or None, width=size.width or None,
-                    seed=seed, conditions=given, images=len(wanted), decode=False,
+                    seed=seed, conditions=given, images=len(data[name]), decode=False,
                 ).latents  # fmt: skip
-            difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-            differences.append(difference if math.isfinite(difference) else math.inf)
-        if not differences:
+        if not latents:
             raise BundleIntegrityError("the self-test of the bundle holds no run; export again")
-        return max(differences)
+        return latents
 
     @property
     def agrees(self) -> float:

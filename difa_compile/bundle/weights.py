@@ -41,6 +41,8 @@ ALIGNMENT = 64
 MOST_HEADER = 100_000_000
 """Bytes of a header, as safetensors limits it."""
 FILL = "__fill."
+TABLE = "table."
+"""How names of tensors begin that are no weights of the model, but belong to an engine's program."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -70,11 +72,13 @@ class Place:
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
     """Write ``tensors``, each of equal ones once, and say where they lie. The same tensors give the same file.
 
+    They are asked for twice, one after the other, and not kept: a mapping may make them as they are wanted.
+
     Raises :class:`OutputError`, and :class:`BundleError` for a dtype that the format does not have.
     """
     own: dict[tuple[str, torch.dtype, tuple[int, ...]], str] = {}
     aliases: dict[str, str] = {}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         if tensor.dtype not in DTYPES:
@@ -83,17 +87,17 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]
         if key in own:
             aliases[name] = own[key]
         else:
-            own[key], kept[name] = name, tensor
+            own[key], kept[name] = name, (tensor.dtype, tuple(tensor.shape))
     header: dict[str, object] = {"__metadata__": {"aliases": json.dumps(aliases, sort_keys=True)}}
     end = 0
     relative: dict[str, tuple[int, int]] = {}
-    for number, (name, tensor) in enumerate(kept.items()):
-        length = tensor.numel() * tensor.itemsize
+    for number, (name, (dtype, shape)) in enumerate(kept.items()):
+        length = math.prod(shape) * dtype.itemsize
         if gap := -end % ALIGNMENT:
             header[f"{FILL}{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
             end += gap
         relative[name] = (end, end + length)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + length]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + length]}
         end += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -102,11 +106,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]
         file.write(struct.pack("<Q", len(text)) + text)
         for name, (first, _) in relative.items():
             file.write(b"\0" * (start + first - file.tell()))
-            file.write(bytes_of(kept[name]))
-    places = {
-        name: Place(start + first, last - first, kept[name].dtype, tuple(kept[name].shape))
-        for name, (first, last) in relative.items()
-    }
+            file.write(bytes_of(tensors[name]))
+    places = {name: Place(start + first, last - first, *kept[name]) for name, (first, last) in relative.items()}
     return places | {name: places[stored] for name, stored in aliases.items()}
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +27,14 @@ from difa_compile.report.view import size
 from difa_compile.wording import quoted, shown, visible
 
 if TYPE_CHECKING:
+    from difa_compile.bundle.difference import BundleDifference
     from difa_compile.bundle.manifest import Manifest
     from difa_compile.plan.plan import Plan
 
+DIFFERENT = 3
+"""Exit code of a comparison that finds something: 1 is for what fails, 2 for wrong arguments."""
+MOST_WEIGHTS = 20
+"""Lines of a table of them."""
 MOST_IMAGES = 1024
 """That one call of a bundle makes."""
 DEAR = 0.03
@@ -235,19 +243,145 @@ def verify_bundle(bundle: BundleFolder) -> None:
         except TargetError as error:
             console.print(Text(f"{target}: not run: {visible(str(error))}"))
             continue
-        console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
+        console.print(
+            f"{target}: the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
+        )
         if not worst < loaded.agrees:
+            again = "adapt the original" if manifest.adapters else "export"
             raise BundleIntegrityError(
-                f"the engines of {target} do not make what the pipeline made when they were exported; export again here"
+                f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written; "
+                f"{again} again here"
             )
 
 
+@bundle_app.command("adapt")
+def adapt(
+    bundle: BundleFolder,
+    lora: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LORA", help="A LoRA, or whole weights: a safetensors file, or its folder.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
+    scale: Annotated[float, typer.Option(help="How much of what a LoRA adds goes in.")] = 1.0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Leave out this part of LORA, e.g. text_encoder or transformer.proj_out; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Put a LoRA or other weights into a bundle, as a new one beside it. No engine is made anew."""
+    require("msgspec", "safetensors")
+    from difa_compile.bundle.adapting import adapt_bundle
+
+    console = make_console()
+    found = adapt_bundle(
+        bundle, lora, out, scale, without=without or (), told=lambda text: console.print(Text(visible(text)))
+    )
+    whole = sum(file.bytes for file in found.manifest.files.values())
+    console.print(
+        f"{len(found.changed)} weights changed; {size(whole)} in all, the same files shared where they can be"
+    )
+    console.print(Text.assemble("The bundle: ", (visible(str(out)), "bold")), soft_wrap=True)
+
+
+@bundle_app.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The folder of a bundle.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What differs between two bundles: model, plans, engines, weights, sizes. The exit code is 3 if anything does."""
+    require("msgspec")
+    from difa_compile.bundle.difference import bundle_difference
+
+    found = bundle_difference(first, second)
+    if as_json:
+        print(json.dumps(_finite(asdict(found)) | {"equal": found.equal}, indent=1, allow_nan=False))
+    else:
+        _print_difference(make_console(), found)
+    if not found.equal:
+        raise typer.Exit(DIFFERENT)
+
+
+def _finite(value: Any) -> Any:
+    """A value for JSON, infinite numbers in it as none."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_difference(console: Console, found: BundleDifference) -> None:
+    for title, sides in (
+        ("source", found.source),
+        ("made with", found.versions),
+        ("settings", found.settings),
+        ("sampling loop", found.programs),
+        ("engine", found.engines),
+    ):
+        if sides:
+            table = _table(title, "A", "B")
+            for name, each in sides.items():
+                table.add_row(*(Text(visible(text)) for text in (name, each.first, each.second)))
+            console.print(table, "")
+    if found.plans:
+        table = _table("plan of", "differs in")
+        for plan in found.plans:
+            cells = visible(plan.why) if plan.cells is None else f"{plan.cells} of {plan.of} decisions"
+            table.add_row(foreign(plan.tier), Text(cells if plan.cells != 0 else "figures and settings alone"))
+        console.print(table, "")
+    if found.added or found.removed or found.changed:
+        table = _table("weight", "change")
+        names = [(name, "in A alone") for name in found.removed] + [(name, "in B alone") for name in found.added]
+        largest = sorted(found.changed, key=lambda each: -math.inf if each.amount is None else -each.amount)
+        names += [
+            (each.name, " ".join(filter(None, ["" if each.amount is None else f"{each.amount:.2g}", each.form])))
+            for each in largest
+        ]
+        for name, change in names[:MOST_WEIGHTS]:
+            table.add_row(Text(visible(name)), Text(change))
+        console.print(table)
+        if len(names) > MOST_WEIGHTS:
+            console.print(f"and {len(names) - MOST_WEIGHTS} more (--json has all)")
+        console.print()
+    same = "the same" if found.equal else f"{len(found.changed)} weights changed"
+    console.print(
+        f"{same}; {found.kept} engines in both; {size(found.bytes[0])} and {size(found.bytes[1])} on the disk"
+    )
+
+
+def _table(*columns: str) -> Table:
+    """Columns that share the terminal's width, long texts on several lines."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def _print_manifest(console: Console, manifest: Manifest) -> None:
+    from difa_compile.bundle.adapters import LORA
+
     source = manifest.source
     console.print(
         Text(f"{shown(source.pipeline)} {shown(source.name)} ({shown(source.model)}), made with ")
         + Text(", ".join(f"{shown(name)} {shown(version)}" for name, version in manifest.made_with.items()))
     )
+    for label, value in (
+        ("licence", source.licence),
+        ("model card and licence files", ", ".join(filter(None, [source.card, *manifest.notices]))),
+        *(
+            ("put in", f"{each.name}, scale {each.scale:g}" if each.kind == LORA else each.name)
+            for each in manifest.adapters
+        ),
+    ):
+        if value:
+            console.print(Text(f"{label}: {shown(value, 400)}"))
     schedules = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     several = len(manifest.sizes) > 1
     for column in ("tier", *(["size"] if several else []), "steps", "calls", "engines"):

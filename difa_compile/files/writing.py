@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,61 @@ def open_whole(path: Path, what: str) -> Iterator[BinaryIO]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, what: str) -> Iterator[Path]:
+    """An empty folder to fill that takes the name ``path`` when the block is left, whole or not at all.
+
+    It lies beside ``path``, where nothing may stand yet but an empty folder. Raises :class:`OutputError`.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        check_new(path, what)
+        with _explained(what, path):
+            temporary = _temporary(path.absolute().parent)
+            temporary.mkdir()
+        yield temporary
+        with _explained(what, path):
+            _flush_folder(temporary)
+            os.replace(temporary, path)
+            _flush_folder(path.absolute().parent)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(path: str | Path, what: str) -> None:
+    """Raise :class:`OutputError` if :func:`new_folder` could not make ``path``. No file is left behind."""
+    path = Path(path)
+    with _explained(what, path):
+        if os.path.lexists(path):
+            if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
+                raise ValueError("something stands there already; name a new folder")
+        else:
+            path.mkdir(parents=True)
+            path.rmdir()
+        _probe(path.absolute().parent)
+
+
+def link_or_copy(source: Path, path: Path, what: str) -> None:
+    """Let ``path`` be the same file as ``source``, or a copy where the file system has no second names for a file.
+
+    For files that are never written into. Raises :class:`OutputError`.
+    """
+    with _explained(what, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, path, follow_symlinks=False)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+                raise
+        with source.open("rb") as given, path.open("xb") as file:
+            shutil.copyfileobj(given, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def check_writable(folder: str | Path) -> Path:

@@ -8,6 +8,7 @@ import pytest
 from difa_compile.bundle import manifest as module
 from difa_compile.bundle.manifest import (
     MANIFEST,
+    Adapter,
     Manifest,
     check_file,
     checked_bytes,
@@ -58,6 +59,9 @@ def test_names_that_could_leave_the_folder(folder, name):
         Manifest.from_json(edited(folder, change), "here")
 
 
+ADAPTER = {"name": "a", "sha256": "0" * 64, "kind": "lora", "scale": 1.0, "without": [], "target": "onnx"}
+
+
 def at(*path):
     def set_to(content, value):
         for key in path[:-1]:
@@ -91,6 +95,11 @@ def at(*path):
         (at("schedules", 0, "surprise"), 1, "unknown field"),
         (at("files", "surprise"), {"bytes": -1, "sha256": "0" * 64}, "no size and digest"),
         (at("files", "surprise"), {"bytes": 1, "sha256": "g" * 64}, "no size and digest"),
+        (at("source", "card"), "about/none.md", "not among the files"),
+        (at("source", "notices"), ["about/none.md"], "not among the files"),
+        (at("source", "adapters"), [ADAPTER | {"sha256": "0"}], "has no digest and scale"),
+        (at("source", "adapters"), [ADAPTER | {"target": "aoti"}], "by engines of aoti, which there are none of"),
+        (at("source", "adapters"), [ADAPTER | {"surprise": 1}], "unknown field"),
     ],
 )
 def test_contradictions_are_refused(folder, place, value, message):
@@ -208,6 +217,16 @@ def test_an_engine_of_one_number_of_images_has_sizes_for_these(folder):
                     port["shape"] = [4 if size == "2*images" else size for size in port["shape"]]
 
     assert Manifest.from_json(edited(folder, change), "here").slots[0].shape == (2, 16, 16)
+
+
+def test_what_was_put_in_since_the_export_stands_in_it_only_then(folder):
+    """So that manifests without it keep their digest."""
+    document = json.loads((folder / MANIFEST).read_text())
+    assert not {"adapters", "notices"} & set(document["source"])
+    assert read_manifest(folder).adapters == read_manifest(folder).notices == ()
+    found = Manifest.from_json(edited(folder, lambda content: at("source", "adapters")(content, [ADAPTER])), "here")
+    assert found.adapters == (Adapter("a", "0" * 64, "lora", 1.0, (), "onnx"),)
+    assert found.tested_by == "the engines of onnx"
 
 
 def test_an_edit_and_another_version_are_told_apart(folder):

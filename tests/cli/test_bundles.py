@@ -1,6 +1,7 @@
 """difa export, run, bundle show and verify."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from difa_compile.bundle.difference import BundleDifference, PlanChange, Sides, WeightChange
 from difa_compile.bundle.manifest import MANIFEST, read_manifest
 from difa_compile.bundle.runner import load_bundle
 from difa_compile.cli.bundles import _dearer
@@ -83,6 +85,74 @@ def test_verify_tells_of_a_damaged_file(tmp_path):
     result = run("bundle", "show", tmp_path)
     assert result.exit_code == 1
     assert "manifest.json" in result.stderr
+
+
+def lora(folder):
+    rows = len(bundles.pipeline().transformer.proj_out_1.weight)
+    factors = {"proj_out_1.lora_A.weight": torch.ones(1, 16), "proj_out_1.lora_B.weight": torch.ones(rows, 1)}
+    more = {"text_encoder.q.lora_A.weight": torch.ones(1, 2), "text_encoder.q.lora_B.weight": torch.ones(2, 1)}
+    safetensors.torch.save_file(factors | more, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def test_adapt_and_diff(tmp_path, monkeypatch):
+    result = run("bundle", "adapt", bundles.kept(), lora(tmp_path), "--out", tmp_path / "out", "--scale", 0.5)
+    assert result.exit_code == 1
+    assert "leave them out, if that is meant" in " ".join(result.stderr.split())
+    options = ("--out", tmp_path / "out", "--scale", 0.5, "--without", "text_encoder")
+    result = run("bundle", "adapt", bundles.kept(), lora(tmp_path), *options)
+    assert result.exit_code == 0, result.output
+    assert "1 weights changed" in result.stdout
+    (adapter,) = read_manifest(tmp_path / "out").adapters
+    assert (adapter.scale, adapter.without) == (0.5, ("text_encoder",))
+    result = run("bundle", "show", tmp_path / "out")
+    assert "lora.safetensors" in result.stdout
+    result = run("bundle", "verify", tmp_path / "out")
+    assert "of the largest from those of the engines of onnx" in result.stdout
+
+    result = run("bundle", "diff", bundles.kept(), tmp_path / "out", COLUMNS="80")
+    assert result.exit_code == 3, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "transformer.proj_out_1.weight" in result.stdout
+    result = run("bundle", "diff", bundles.kept(), tmp_path / "out", "--json")
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert found["equal"] is False
+    assert [change["name"] for change in found["changed"]] == ["transformer.proj_out_1.weight"]
+    result = run("bundle", "diff", bundles.kept(), bundles.kept())
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("the same; ")
+    assert run("bundle", "diff", bundles.kept(), tmp_path).exit_code == 1
+
+
+def test_diff_tells_of_everything(monkeypatch):
+    """A table for each part; what has no number is null in JSON."""
+    made = BundleDifference(
+        source={"name": Sides("one", "other")},
+        versions={"torch": Sides("1", "2")},
+        settings={"images": Sides("1-2", "1-8")},
+        plans=(PlanChange("fast", 3, 8, ""), PlanChange("slow", None, 8, "other sites"), PlanChange("best", 0, 8, "")),
+        programs={"fast, 4 steps": Sides("DDIM", "Euler")},
+        engines={"onnx row-00": Sides("121 weights", "")},
+        kept=2,
+        added=("new",),
+        removed=("old",),
+        changed=(*(WeightChange(f"w{i}", i / 10, "") for i in range(30)), WeightChange("inf", math.inf, "a -> b")),
+        bytes=(1000, 2000),
+    )
+    monkeypatch.setattr("difa_compile.bundle.difference.bundle_difference", lambda first, second: made)
+    result = run("bundle", "diff", "a", "b")
+    assert result.exit_code == 3
+    lines = " ".join(result.stdout.split())
+    for text in (
+        "name one other", "torch 1 2", "images 1-2 1-8", "fast 3 of 8 decisions", "slow other sites",
+        "best figures and settings alone", "fast, 4 steps DDIM Euler", "onnx row-00 121 weights", "old in A alone",
+        "new in B alone", "inf inf a -> b", "w29 2.9", "and 13 more (--json has all)",
+        "31 weights changed; 2 engines in both; 0.977 KiB and 1.95 KiB on the disk",
+    ):  # fmt: skip
+        assert text in lines.replace("\N{NO-BREAK SPACE}", " "), (text, lines)
+    found = json.loads(run("bundle", "diff", "a", "b", "--json").stdout)
+    assert found["changed"][-1] == {"name": "inf", "amount": None, "form": "a -> b"}
 
 
 def test_export_passes_options_on(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from typer.main import get_command
 
@@ -88,6 +89,8 @@ def plan_file(tmp_path):
     make_plan(4, 2).save(tmp_path / "plan.json")
     made_table(4).save(tmp_path / "errors.json")
     (tmp_path / "bundle").symlink_to(bundles.kept())
+    lora = {"proj_out_1.lora_A.weight": torch.ones(1, 16), "proj_out_1.lora_B.weight": torch.ones(32, 1)}
+    safetensors.torch.save_file(lora, tmp_path / "lora.safetensors")
     return tmp_path / "plan.json"
 
 
@@ -218,6 +221,9 @@ HOSTILE = {
     ("run", "--seed"): WHOLE_NUMBERS,
     ("run", "--target"): ["aoti", *NAMES],
     ("report", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
+    ("bundle adapt", "--out"): [".", "/", "/dev/null", "/proc/difa", "a" * 300, "\0", "bundle", "bundle/plans/x"],
+    ("bundle adapt", "--scale"): NUMBERS,
+    ("bundle adapt", "--without"): ["proj_out", "proj_out_", "proj_out_1.", *NAMES],
 }
 """Values that must be refused. None of them may reach a search, a measurement or, but for names of places and what only
 the pipeline's signature tells, a model."""
@@ -232,6 +238,7 @@ ONE_IS_ENOUGH = {
     "plan": ("errors.json",),
     "export": ("demo", "--plan=plan.json"),
     "run": ("bundle", "--labels=1"),
+    "bundle adapt": ("bundle", "lora.safetensors", "--out=out"),
 }
 BESIDE = {
     "--max-rows": ("--budget", "0.9"),
@@ -248,7 +255,7 @@ NEEDS_PIPELINE = {"--inputs", "--output", "--state"}
 def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_file, kept):
     for value in HOSTILE[command, option]:
         beside = BESIDE.get((command, option), BESIDE.get(option, ()))
-        message = refused(command, *ONE_IS_ENOUGH[command], *beside, f"{option}={value}")
+        message = refused(*command.split(), *ONE_IS_ENOUGH[command], *beside, f"{option}={value}")
         assert set(reached) <= ({"loaded"} if option in NEEDS_PIPELINE else set()), (value, reached)
         reached.clear()
         assert message
@@ -260,9 +267,14 @@ def test_every_option_with_a_value_is_in_the_table():
     anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt"), ("measure", "--prompt")}
     anything |= {("export", "--prompt")}
     group = get_command(app)
+    commands = {name: command for name, command in group.commands.items() if not hasattr(command, "commands")} | {
+        f"{name} {inner}": command
+        for name, inside in group.commands.items()
+        for inner, command in getattr(inside, "commands", {}).items()
+    }
     found = {
         (name, parameter.opts[0])
-        for name, command in group.commands.items()
+        for name, command in commands.items()
         for parameter in command.params
         if parameter.param_type_name == "option" and not parameter.is_flag and parameter.opts[0] != "--help"
     }

@@ -6,10 +6,14 @@ By the self-test of a bundle, whose latents are the pipeline's own.
 import pytest
 import torch
 
+from difa_compile.bundle.adapting import adapt_bundle
+from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import load_bundle, seeded
+from difa_compile.bundle.weights import WeightFile
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.export.probing import probe
 from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
+from difa_compile.files.documents import parse_json
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
 
@@ -126,3 +130,49 @@ def test_half_precision(dtype, target, close, tmp_path):
     plan = plan_from_rule(pipe, 4, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
     export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[4], targets=[target], most_images=1)
     assert load_bundle(tmp_path).self_test() < close
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, tmp_path):
+    """The LoRA is made by peft and saved by diffusers, with and without the component's name; the pipeline takes it
+    through its own loaders."""
+    peft = pytest.importorskip("peft")
+    pipe, inputs = prompted(name)
+    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
+    found = export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+
+    trained, _ = prompted(name)
+    torch.manual_seed(7)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "proj_out", "proj"], rank_pattern={"to_k": 2},
+        alpha_pattern={"proj_out": 3}, init_lora_weights=False,
+    )  # fmt: skip
+    trained.transformer.add_adapter(config)
+    if name == "sd3":
+        layers = peft.utils.get_peft_model_state_dict(trained.transformer)
+        described = config.to_dict()
+        type(pipe).save_lora_weights(tmp_path / "lora", layers, transformer_lora_adapter_metadata=described)
+        pipe.load_lora_weights(str(tmp_path / "lora"))
+    else:
+        trained.transformer.save_lora_adapter(tmp_path / "lora")
+        pipe.transformer.load_lora_adapter(str(tmp_path / "lora"), prefix=None, use_safetensors=True)
+    made = adapt_bundle(tmp_path / "bundle", tmp_path / "lora", tmp_path / "adapted", 0.25)
+    assert len(made.changed) > 8
+    assert min(made.changed.values()) > 1e-3
+    if name == "sd3":  # the patches' convolution
+        weight = WeightFile(tmp_path / "bundle" / found.manifest.weights)["transformer.pos_embed.proj.weight"]
+        assert weight.ndim == 4
+        assert "transformer.pos_embed.proj.weight" in made.changed
+
+    pipe.fuse_lora(lora_scale=0.25)
+    pipe.unload_lora_weights()
+    (schedule,) = found.manifest.schedules
+    program = Program.from_json(parse_json((tmp_path / "bundle" / schedule.program).read_bytes()), "here")
+    wanted = latents_of(pipe, inputs, plan, STEPS, program)[-1]
+    latents, old = (
+        load_bundle(tmp_path / folder).self_test_data()[f"latents.0.planned.{STEPS}"]
+        for folder in ("adapted", "bundle")
+    )
+    assert (latents - wanted).abs().max() < CLOSE * wanted.abs().max()
+    assert (old - wanted).abs().max() > 1000 * CLOSE * wanted.abs().max()

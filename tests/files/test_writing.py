@@ -11,7 +11,15 @@ import pytest
 
 from difa_compile.errors import OutputError
 from difa_compile.files import writing
-from difa_compile.files.writing import check_target, check_writable, write_together, write_whole
+from difa_compile.files.writing import (
+    check_new,
+    check_target,
+    check_writable,
+    link_or_copy,
+    new_folder,
+    write_together,
+    write_whole,
+)
 
 
 def test_bytes_and_text_are_written_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -139,3 +147,51 @@ def test_a_full_disk_is_found_when_a_place_is_tried(tmp_path: Path, monkeypatch:
     with pytest.raises(OutputError, match="the disk is full"):
         check_target(tmp_path / "file", "it")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_its_name_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "a" / "new", tmp_path / "empty"):
+        with new_folder(place, "it") as fresh:
+            assert fresh.parent == place.parent
+            (fresh / "inside").mkdir()
+            (fresh / "inside" / "file").write_text("text")
+            assert not place.exists() or not any(place.iterdir())
+        assert (place / "inside" / "file").read_text() == "text"
+        assert list(place.parent.glob(".difa-*")) == []
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "broken", "it") as fresh:
+        fresh.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+
+def test_a_folder_is_not_made_over_anything(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "full", "link"):
+        for attempt in (check_new, lambda path, what: new_folder(path, what).__enter__()):
+            with pytest.raises(OutputError, match="something stands there already; name a new folder"):
+                attempt(tmp_path / name, "it")
+    for place in (tmp_path / "file" / "new", Path("/proc/difa"), tmp_path / ("n" * 256), tmp_path / "\0"):
+        with pytest.raises(OutputError, match="it cannot be written to"):
+            check_new(place, "it")
+    check_new(tmp_path / "new", "it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link"]
+
+
+@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.EPERM])
+def test_a_second_name_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    (tmp_path / "one").write_bytes(b"\xff" * 5000)
+
+    def link(*arguments: object, **options: object) -> None:
+        assert code is not None
+        raise OSError(code, "no")
+
+    if code is not None:
+        monkeypatch.setattr(os, "link", link)
+    link_or_copy(tmp_path / "one", tmp_path / "a" / "two", "it")
+    assert (tmp_path / "a" / "two").read_bytes() == b"\xff" * 5000
+    assert os.path.samefile(tmp_path / "one", tmp_path / "a" / "two") == (code is None)
+    with pytest.raises(OutputError, match="File exists"):
+        link_or_copy(tmp_path / "one", tmp_path / "a" / "two", "it")

@@ -1,0 +1,325 @@
+"""A bundle with other weights: a LoRA, or a distilled model's, put into a bundle's weights, and no engine made anew.
+
+    adapt_bundle("digits/", "style.safetensors", "digits-style/", scale=0.8)
+
+Engines hold no weights, so they stay as they are: AOTInductor packages are the same files, in ONNX models the places of
+the tensors are entered anew. The sampling loops and plans are the same files, too. What a plan leaves out was measured
+with the old weights, and may do more or less with others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from difa_compile.bundle.adapters import LORA, Changes, changes, open_adapter
+from difa_compile.bundle.manifest import (
+    MANIFEST,
+    Adapter,
+    Engine,
+    File,
+    Manifest,
+    check_file,
+    checked_bytes,
+    read_manifest,
+)
+from difa_compile.bundle.runner import Bundle
+from difa_compile.bundle.weights import TABLE, Place, WeightFile, write_weights
+from difa_compile.errors import AdapterError, BundleIntegrityError, MissingDependencyError, OutputError, TargetError
+from difa_compile.files.writing import check_new, link_or_copy, new_folder, write_whole
+from difa_compile.wording import quoted, shown
+
+Told = Callable[[str], None]
+LARGEST_SCALE = 1e30
+"""Beyond it nothing is finite that is multiplied by it in single precision."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of it. ``changed``: by the name of a weight by how much it changed, the norm of the difference as a
+    share of its own (infinite for one that was 0). ``target``: whose engines made the latents of the new self-test.
+    """
+
+    folder: Path
+    manifest: Manifest
+    changed: Mapping[str, float]
+    target: str
+
+
+def adapt_bundle(
+    folder: str | Path,
+    lora: str | Path,
+    out: str | Path,
+    scale: float = 1.0,
+    *,
+    without: Collection[str] = (),
+    told: Told = lambda text: None,
+) -> Adapted:
+    """Write the bundle in ``folder`` with other weights into the new folder ``out``.
+
+    ``lora``: a safetensors file, or a folder with one: a LoRA, of which ``scale`` times what it adds goes into the
+    weights, or whole weights under the model's own names (:mod:`difa_compile.bundle.adapters`). Sums are made in
+    float32 and rounded to the bundle's dtype once. ``without``: parts whose tensors are left out (``text_encoder``,
+    ``transformer.proj_out``); all others must fit. ``told`` is given a line for each thing that is done.
+
+    The bundle makes its self-test before, and the new one's latents are those of the same target's engines, as the
+    manifest then says; the engines of other targets that are installed are compared with them. Files that are the same
+    are further names of the bundle's own where the file system has such, else copies.
+
+    Raises :class:`AdapterError` for a file that is damaged, in a form that is not read, or does not fit,
+    :class:`BundleFormatError` and its subclasses for the bundle, :class:`TargetError` where none of its engines run
+    here, :class:`MissingDependencyError` and :class:`OutputError`.
+    """
+    folder, out = Path(folder).absolute(), Path(out)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < LARGEST_SCALE:
+        raise AdapterError(f"the scale {quoted(scale)} is no finite number; give one such as 0.8")
+    without = (without,) if isinstance(without, str) else tuple(without)
+    manifest = read_manifest(folder)
+    _check_elsewhere(folder, out)
+    check_new(out, "the bundle")
+    weights = WeightFile(check_file(folder, manifest.weights, manifest.files))
+    file = open_adapter(lora)
+    what = changes(file, _adaptable(manifest, weights), _components(manifest), without, manifest.source.pipeline)
+    if what.kind != LORA and scale != 1.0:
+        raise AdapterError(f"{shown(file.path)} holds whole weights, which have no scale; leave {scale:g} out")
+    _check_apart(manifest, weights, what)
+    _check_targets(manifest)
+    target = _tested(folder, manifest, told)
+    changed = _amounts(weights, what, scale)
+    told(f"{len(changed)} of {len(weights.places)} tensors change, by {_largest(changed)} at most")
+    with new_folder(out, "the bundle") as fresh:
+        made = _written(folder, fresh, manifest, _Changed(weights, what, scale))
+        entry = Adapter(file.name, file.sha256, what.kind, float(scale), without, target)
+        source = msgspec.structs.replace(manifest.source, adapters=(*manifest.adapters, entry))
+        made = _tried(folder, fresh, msgspec.structs.replace(made, source=source), target, told)
+        made = Manifest.from_json(json.dumps(made.to_json(), allow_nan=False), "that was made")
+        write_whole(fresh / MANIFEST, json.dumps(made.to_json(), indent=1) + "\n", "the manifest")
+    return Adapted(out, made, changed, target)
+
+
+# --- what is refused before anything is written ----------------------------------------------------------------------
+
+
+def _check_elsewhere(folder: Path, out: Path) -> None:
+    here, there = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
+    if there == here or here in there.parents:
+        raise OutputError(
+            f"the bundle with other weights cannot be written to {shown(out)}, the bundle itself or a part of it; name "
+            "another folder"
+        )
+
+
+def _adaptable(manifest: Manifest, weights: WeightFile) -> dict[str, Place]:
+    """The weights that engines read, without what is none: tables of an engine's own."""
+    names = {name for engine in manifest.engines for name in engine.weights.values() if not name.startswith(TABLE)}
+    return {name: weights.places[name] for name in sorted(names) if name in weights}
+
+
+def _components(manifest: Manifest) -> list[str]:
+    """The components whose weights engines of the sampling loop read."""
+    read = {name for engine in manifest.engines if engine.row >= 0 for name in engine.weights.values()}
+    return sorted({name.split(".")[0] for name in read if not name.startswith(TABLE)})
+
+
+def _check_apart(manifest: Manifest, weights: WeightFile, what: Changes) -> None:
+    """Tables belong to engines' programs, and an exporter could have made one of a weight, turned or reshaped: one that
+    has a weight's numbers in any order would not follow it. Raises :class:`AdapterError`."""
+    tables = [name for name in weights.places if name.startswith(TABLE)]
+    held: dict[int, list[str]] = {}
+    for table in tables:
+        if weights.places[table].dtype.is_floating_point:
+            held.setdefault(math.prod(weights.places[table].shape), []).append(table)
+    for name in what.by_weight:
+        weight = weights[name]
+        for table in held.get(weight.numel(), ()):
+            if weight.any() and torch.equal(_in_order(weight), _in_order(weights[table])):
+                reading = next(engine.file for engine in manifest.engines if table in engine.weights.values())
+                raise AdapterError(
+                    f"{shown(reading)} reads the numbers of {shown(name)} as a constant of its own, which would not "
+                    "change with the weight; put the adapter into the pipeline and export it"
+                )
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.flatten().double().sort().values
+
+
+def _check_targets(manifest: Manifest) -> None:
+    for engine in manifest.engines:
+        if engine.target not in MOVED:
+            raise AdapterError(
+                f"{shown(engine.file)} is of the target {shown(engine.target)}, and other weights go into bundles of "
+                f"{', '.join(MOVED)}; put the adapter into the pipeline and export it"
+            )
+
+
+def _tested(folder: Path, manifest: Manifest, told: Told) -> str:
+    """The first target that runs here, once its self-test has gone well. Raises :class:`TargetError` and
+    :class:`BundleIntegrityError`."""
+    reasons = []
+    for target in manifest.targets:
+        try:
+            bundle = Bundle(folder, target, manifest=manifest)
+            worst = bundle.self_test()
+        except TargetError as error:
+            reasons.append(f"{target}: {error}")
+            continue
+        if not worst < bundle.agrees:
+            raise BundleIntegrityError(
+                f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written: its "
+                f"latents differ by {worst:.1e} of the largest; export again before other weights go into it"
+            )
+        told(f"{target}: the bundle's own self-test differs by {worst:.1e} of the largest latent")
+        return target
+    raise TargetError(f"no engines of {shown(folder)} run here, so that other weights cannot be tried: "
+                      f"{'; '.join(reasons)}")  # fmt: skip
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+class _Changed(Mapping[str, Tensor]):
+    """The tensors of a file of weights, some of them changed; each made when it is asked for, and not kept."""
+
+    def __init__(self, weights: WeightFile, what: Changes, scale: float) -> None:
+        self._weights, self._what, self._scale = weights, what, scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name]
+        return self._what.of(name, tensor, self._scale) if name in self._what.by_weight else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.places)
+
+    def __len__(self) -> int:
+        return len(self._weights.places)
+
+
+def _amounts(weights: WeightFile, what: Changes, scale: float) -> dict[str, float]:
+    """By how much each weight changes. Raises :class:`AdapterError` for numbers that are not finite."""
+    return {name: relative_change(weights[name], what.of(name, weights[name], scale)) for name in what.by_weight}
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """The norm of the difference of two tensors of one shape as a share of the first's; infinite if that is 0."""
+    difference = float((after.double() - before.double()).norm())
+    norm = float(before.double().norm())
+    return difference / norm if norm else 0.0 if not difference else math.inf
+
+
+def _largest(changed: Mapping[str, float]) -> str:
+    return f"{max(changed.values()):.2g} of their norm"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _written(folder: Path, fresh: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Manifest:
+    """Everything but manifest and self-test, in the folder ``fresh``."""
+    files: dict[str, File] = {}
+    weights, places = _stored(fresh, "weights", tensors, files)
+    engines = []
+    moved = {manifest.weights, manifest.self_test}
+    for engine in manifest.engines:
+        move = MOVED[engine.target]
+        if move is not None:
+            content = move(checked_bytes(folder, engine.file, manifest.files), engine, weights, places)
+            moved.add(engine.file)
+            digest = hashlib.sha256(content).hexdigest()
+            name = f"{engine.file.rpartition('-')[0]}-{digest[:12]}{Path(engine.file).suffix}"
+            write_whole(fresh / name, content, f"{name} of the bundle")
+            files[name] = File(len(content), digest)
+            engine = msgspec.structs.replace(engine, file=name)
+        engines.append(engine)
+    for name, entry in manifest.files.items():
+        if name not in moved:
+            link_or_copy(check_file(folder, name, manifest.files), fresh / name, f"{name} of the bundle")
+            files[name] = entry
+    return msgspec.structs.replace(manifest, files=dict(sorted(files.items())), weights=weights, engines=tuple(engines))
+
+
+def _stored(
+    fresh: Path, label: str, tensors: Mapping[str, Tensor], files: dict[str, File]
+) -> tuple[str, dict[str, Place]]:
+    """Write a file of tensors, named by its content; its name, and where they lie."""
+    path = fresh / f".{label}.tmp"
+    places = write_weights(path, tensors)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    name = f"{label}-{digest[:12]}.safetensors"
+    files[name] = File(path.stat().st_size, digest)
+    path.replace(fresh / name)
+    return name, places
+
+
+def _tried(folder: Path, fresh: Path, manifest: Manifest, target: str, told: Told) -> Manifest:
+    """The manifest with a self-test whose latents the engines of ``target`` make; what others make is compared.
+
+    ``folder``: of the bundle as it was, whose self-test has seed and conditions. Raises :class:`AdapterError` where
+    latents are not finite, or targets make something else.
+    """
+    data = Bundle(folder, target).self_test_data()
+    latents = Bundle(fresh, target, manifest=manifest).short_runs(data)
+    for name, found in latents.items():
+        if not torch.isfinite(found).all():
+            raise AdapterError(
+                f"with these weights the engines make latents that are not finite ({shown(name)}); give a smaller "
+                "scale, or an adapter of this model"
+            )
+    kept = {name: data[name] for name in data.places if not name.startswith("latents.")}
+    files = dict(manifest.files)
+    name, _ = _stored(fresh, "self-test", kept | latents, files)
+    made = msgspec.structs.replace(manifest, files=dict(sorted(files.items())), self_test=name)
+    for other in manifest.targets:
+        if other == target:
+            continue
+        try:
+            bundle = Bundle(fresh, other, manifest=made)
+            worst = bundle.self_test()
+        except TargetError as error:
+            told(f"{other}: not compared: {shown(error)}")
+            continue
+        told(f"{other}: the latents of a short run differ by {worst:.1e} of the largest from those of {target}")
+        if not worst < bundle.agrees:
+            raise AdapterError(
+                f"with these weights the engines of {other} make other latents than those of {target}: they differ by "
+                f"{worst:.1e} of the largest; give a smaller scale, or put the adapter into the pipeline and export it"
+            )
+    return made
+
+
+def _moved_onnx(content: bytes, engine: Engine, file: str, places: Mapping[str, Place]) -> bytes:
+    """An ONNX model whose tensors lie in another file, or elsewhere in it; nothing else of it changes."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ONNX engines are told of other weights with onnx, which is not installed; pip install onnx, or "
+            "difa-compile[export]"
+        ) from error
+    model = onnx.load_model_from_string(content)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = places[engine.weights[tensor.name]]
+            entries = {"location": file, "offset": str(place.offset), "length": str(place.length)}
+            for entry in tensor.external_data:
+                if entry.key in entries:
+                    entry.value = entries[entry.key]
+    moved: bytes = model.SerializeToString(deterministic=True)
+    return moved
+
+
+MOVED: dict[str, Callable[[bytes, Engine, str, Mapping[str, Place]], bytes] | None] = {
+    "onnx": _moved_onnx,
+    "aoti": None,
+}
+"""By target how an engine learns of another file of weights; None if it is handed them by name."""
