@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import (
+    ENCODES,
     MANIFEST,
     Decode,
     Engine,
@@ -37,6 +39,7 @@ from difa_compile.bundle.manifest import (
     File,
     Manifest,
     Port,
+    Prompts,
     Schedule,
     Slot,
     Source,
@@ -47,9 +50,17 @@ from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import AGREES, Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
-from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
+from difa_compile.errors import (
+    AfterLoopError,
+    BeforeLoopError,
+    BundleFormatError,
+    BundleInputError,
+    ExportError,
+    OutputError,
+)
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
+from difa_compile.export.before_loop import before_loop
 from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
@@ -68,8 +79,9 @@ Told = Callable[[str], None]
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
-    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
-    r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|((plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|encode(-uncond)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
+    r"|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
+    r"|((plans|programs|tokenizers)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
 """Names that exports give: nothing else in their folder is theirs to delete."""
 COMPARED = (1, 2, 3)
@@ -212,8 +224,10 @@ class _Exporting:
         self.told(f"{len(rows)} engines for {', '.join(f'{tier} at {steps} steps' for tier, steps in keys)}")
         pieces = [piece for i, row in enumerate(rows) for piece in self._row(i, row, calls)]
         decode, decoding = self._decode(probed[self.steps[0]])
-        pieces += decoding
-        manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
+        prompts, tokenizers, encoding = self._prompts(probed[self.steps[0]], calls)
+        pieces += [*decoding, *encoding]
+        scheduled = dict(zip(keys, found.schedules, strict=True))
+        manifest = self._written(pieces, decode, prompts, tokenizers, found.buckets, scheduled, probed)
         self._compare(manifest)
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
@@ -353,6 +367,50 @@ class _Exporting:
         }
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
 
+    def _prompts(
+        self, probed: Probed, calls: Mapping[int, Sequence[CapturedCall]]
+    ) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
+        """The engines of what comes before the loop: of text encoders."""
+        if "prompt" not in inspect.signature(type(self.pipe).__call__).parameters:
+            return None, {}, []
+        try:
+            if asking := [each for each in calls[1] if each.capture.model.questions.program is not None]:
+                raise BeforeLoopError(
+                    f"the sizes of {type(asking[0].model).__name__}'s graph depend on values of its inputs (how many "
+                    "tokens a mask shows), and its engines are for those of the export's prompt"
+                )
+            before = before_loop(self.pipe, self.inputs, probed.program)
+        except BeforeLoopError as error:
+            self.told(f"the bundle is given embeddings, not prompts: {error}")
+            return None, {}, []
+        found: list[Piece] = []
+        for each in before.encodings:
+            row = ENCODES[each.half]
+            label = "encode" if row == ENCODES["cond"] else f"encode-{each.half}"
+            inputs, outputs = (
+                tuple(Port(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in ports)
+                for ports in (each.inputs.items(), each.outputs.items())
+            )
+            constants = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+            described = {
+                "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
+                "ports": [[port.name, port.dtype, list(port.shape)] for port in (*inputs, *outputs)],
+                "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
+                "values": _digest_of(constants),
+            }
+            for target in self.targets:
+                key = self._key(target, described)
+                known = self._known(key, row, target)
+                if known:
+                    self.kept += len(known)
+                    found += known
+                    continue
+                self.told(f"{target}: {label}, {len(each.program.state_dict)} weights, one prompt at a time")
+                self._lower(key, 0, row, target, label, "", each.program, (), inputs, outputs, (1, 1),
+                            "a prompt is encoded by itself, once for all its images")  # fmt: skip
+                found += self._finished(key, row)
+        return before.prompts, before.tokenizers, found
+
     def _lower(
         self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,
         constants: Sequence[str],
@@ -431,6 +489,8 @@ class _Exporting:
         self,
         pieces: Sequence[Piece],
         decode: Decode | None,
+        prompts: Prompts | None,
+        tokenizers: Mapping[str, bytes],
         buckets: Buckets,
         schedules: Mapping[tuple[str, int], PlannedSchedule],
         probed: Mapping[int, Probed],
@@ -463,6 +523,8 @@ class _Exporting:
             content = json.dumps(each.program.to_json()).encode()
             programs[steps] = f"programs/{steps}-{_digest(content)[:12]}.json"
             self._write(programs[steps], content, files)
+        for name, content in tokenizers.items():
+            self._write(name, content, files)
         self_test = self._self_test(schedules, probed, files)
         manifest = Manifest(
             made_with=_made_with(),
@@ -487,6 +549,7 @@ class _Exporting:
             conditions=conditions,
             self_test=self_test,
             decode=decode,
+            prompts=prompts,
         )  # fmt: skip
         return Manifest.from_json(json.dumps(manifest.to_json(), allow_nan=False), "that was made")
 
@@ -498,7 +561,8 @@ class _Exporting:
         own: dict[str, Tensor] = {}
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module):
-                for fqn, tensor in (*component.named_parameters(), *component.named_buffers()):
+                named = (component.named_parameters, component.named_buffers)
+                for fqn, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
                     own[f"{name}.{fqn}"] = tensor
         tables = {name: tensor for piece in pieces for name, tensor in piece.lowered.tables.items()}
         read = {stored for piece in pieces for stored in piece.lowered.weights.values()}

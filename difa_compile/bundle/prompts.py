@@ -1,4 +1,4 @@
-"""Prompts made into numbers: texts prepared as the pipeline prepares them, and tokenizers that need their library alone.
+"""Prompts made into numbers: texts prepared as the pipeline prepares them, and tokenizers without transformers.
 
 A tokenizer is a ``tokenizer.json`` of the library ``tokenizers`` that pads and cuts to the length which the pipeline
 asked for, so that every text becomes as many numbers.
@@ -137,10 +137,10 @@ def texts_for(
     found = {}
     for name in names:
         base = prompts.texts[name].follows or name
-        default = prompts.texts[base].default
+        defaults = [prompts.texts[each].default for each in (name, base)]
         if name in given or base in given:
             found[name] = given.get(name, given.get(base, ()))
-        elif default is not None:
+        elif (default := next((each for each in defaults if each is not None), None)) is not None:
             found[name] = (default,)
         else:
             raise BundleInputError(f"{base} is missing: a call with {', '.join(given)} needs it, too")

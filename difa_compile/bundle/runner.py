@@ -125,11 +125,12 @@ class Bundle:
         ``prompt``, ``negative_prompt``: texts, one an image, or one for all, where the bundle has the text encoders;
         without a negative prompt it is that of the export. ``named``: what the model is conditioned on, by the name
         that it has for it, one entry an image: ``class_labels=[3, 8]``; also further prompts that the pipeline takes,
-        ``prompt_2=...``, which are the prompt where they are not given. ``conditions``: the same by half, ``{"cond": {...}, "uncond": {...}}``, where the
-        unconditional half needs something, too (a negative prompt's embedding). ``images``: how many, where nothing
-        tells it. ``steps``, ``tier``: the first that were exported by default. ``seed`` or ``generator``: the noise is
-        torch's, number by number what the pipeline would draw. ``guidance``: the scale; that of the export by default.
-        ``callback(step, steps, latents)`` after each step; sampling ends if it returns ``False``.
+        ``prompt_2=...``, which are the prompt where they are not given. ``conditions``: the same by half, ``{"cond":
+        {...}, "uncond": {...}}``, where the unconditional half needs something, too, or prompts are embedded elsewhere.
+        ``images``: how many, where nothing tells it. ``steps``, ``tier``: the first that were exported by default.
+        ``seed`` or ``generator``: the noise is torch's, number by number what the pipeline would draw. ``guidance``:
+        the scale; that of the export by default. ``callback(step, steps, latents)`` after each step; sampling ends if
+        it returns ``False``.
 
         Raises :class:`BundleInputError` for what was not exported or does not fit, :class:`ReplayError` for conditions
         and scales that the program cannot take, :class:`SamplingCancelledError`, and for prompts
