@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -180,13 +180,20 @@ def _exported(tail: _Tail, latents: Tensor, dynamic: bool) -> torch.export.Expor
         return exported(tail, (latents,), shapes)
 
 
-def exported(module: nn.Module, arguments: tuple[Any, ...], shapes: Any = None) -> torch.export.ExportedProgram:
+def exported(
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    shapes: Any = None,
+    tidy: Callable[[torch.fx.Graph], None] = lambda graph: None,
+) -> torch.export.ExportedProgram:
     """Exported, and once more without the parameters that nothing reads: those of other models of the pipeline.
 
-    ``arguments``, ``shapes``: as ``torch.export.export`` takes them, and what it raises is raised.
+    ``arguments``, ``shapes``: as ``torch.export.export`` takes them, and what it raises is raised. ``tidy`` may take
+    out of the graph what keeps something from being dead.
     """
     graph = torch.export.export(module, arguments, dynamic_shapes=shapes).module(check_guards=False)
     assert isinstance(graph, torch.fx.GraphModule)
+    tidy(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}

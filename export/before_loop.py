@@ -17,6 +17,7 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -285,6 +286,54 @@ def _is_traced(value: object) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+# --- one half of a graph ---------------------------------------------------------------------------------------------
+
+_ALIKE = {
+    torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout, torch.ops.aten._to_copy.default,
+    torch.ops.aten.clone.default, torch.ops.aten.contiguous.default, torch.ops.aten.detach.default,
+}  # fmt: skip
+"""What does the same to every row."""
+
+
+def _one_half(graph: torch.fx.Graph) -> None:
+    """Let results that are rows of a batch of both halves be made of their own half, so that the other one is dead.
+
+    The other half's text is a constant here; without this its encoder would be part of the engine. Checks of dtypes go:
+    what they look at is never dead.
+    """
+    (output,) = graph.find_nodes(op="output")
+    for node in [*graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)]:
+        graph.erase_node(node)
+    for node in list(output.all_input_nodes):
+        if node.target is not operator.getitem or node.args[0].target is not torch.ops.aten.split.Tensor:
+            continue
+        split, place = node.args
+        whole, rows, *rest = split.args
+        if rest not in ([], [0]) or split.kwargs or not isinstance(rows, int):
+            continue
+        path = []
+        while whole.target in _ALIKE:
+            path.append(whole)
+            whole = whole.args[0]
+        if whole.target is not torch.ops.aten.cat.default or whole.args[1:] not in ((), (0,)) or whole.kwargs:
+            continue
+        sizes = [part.meta["val"].shape[0] for part in whole.args[0]]
+        if any(size != rows for size in sizes):
+            continue
+        found = whole.args[0][place]
+        with graph.inserting_before(node):
+            for each in reversed(path):
+                found = graph.call_function(each.target, (found, *each.args[1:]), dict(each.kwargs))
+        node.replace_all_uses_with(found)
+    graph.eliminate_dead_code(is_impure_node=_is_impure)
+
+
+def _is_impure(node: torch.fx.Node) -> bool:
+    """Whether a node does more than to give a value; random numbers, as attention and dropout may draw, are no more."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and (schema.is_mutable or not schema.returns))
+
+
 # --- what is found ---------------------------------------------------------------------------------------------------
 
 
@@ -501,7 +550,7 @@ class _Finding:
         self.calls.places, self.calls.wanted = places, (half, wanted)
         arguments = tuple(inputs.values())
         try:
-            program = exported(self.calls, arguments)
+            program = exported(self.calls, arguments, tidy=_one_half)
             results = program.module()(*arguments)
         except Exception as error:  # whatever a tracer has against a pipeline's Python
             if is_out_of_memory(error):

@@ -422,14 +422,15 @@ class _Exporting:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         lower, _ = LOWERINGS[target]
-        made = lower(
-            program,
-            [port.name for port in inputs],
-            [port.name for port in outputs],
-            constants,
-            folder / str(place),
-            self.portable,
-        )
+        with torch.no_grad():  # what attention is decomposed to depends on it
+            made = lower(
+                program,
+                [port.name for port in inputs],
+                [port.name for port in outputs],
+                constants,
+                folder / str(place),
+                self.portable,
+            )
         prefix = f"{component}." if component else ""
         made = replace(
             made,
