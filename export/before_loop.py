@@ -369,12 +369,15 @@ class _Finding:
 
     def found(self) -> BeforeLoop:
         own = self._seen({})
-        uses, texts = self._uses(own)
-        if not uses["cond"]:
+        self.calls.free = frozenset(number for number, use in enumerate(own.uses) if not _is_fixed(use))
+        if len(self.calls.free) == len(own.uses):
             raise BeforeLoopError(
                 f"no tokenizer of {self.name} makes as many numbers of any prompt; only prompts that are padded to a "
                 "fixed length can be encoded by an engine"
             )
+        uses, texts = self._uses(own)
+        if not uses["cond"]:
+            raise self._unknown("prompt")
         seen = [own, *self._tried(texts)]
         for each in seen:
             self._check_same(own, each)
@@ -446,7 +449,6 @@ class _Finding:
         marked = self._seen(marks)
         for each in (alone, marked):
             self._check_same(own, each)
-        self.calls.free = frozenset(number for number, use in enumerate(marked.uses) if not _is_fixed(use))
         found: dict[str, list[_Given]] = {half: [] for half in self.arguments}
         texts: dict[str, Text] = {}
         for number, use in enumerate(marked.uses):
@@ -500,10 +502,7 @@ class _Finding:
         tried = [(each.texts[given.argument], each.uses[given.number]) for each in seen if given.argument in each.texts]
         rule = _rule([(text, each.text) for text, each in tried])
         if rule is None:
-            raise BeforeLoopError(
-                f"what {self.name} does to {given.argument} before it is tokenized is none of the simple ways that are "
-                f"known ({', '.join(STEPS)}); switch it off, if it is an argument of the call (clean_caption=False)"
-            )
+            raise self._unknown(given.argument)
         if not use.content:
             raise BeforeLoopError(
                 f"{use.component} of {self.name} is not backed by the library tokenizers; load it in its fast form"
@@ -525,6 +524,12 @@ class _Finding:
                     )
         contents[file] = content
         return tokens
+
+    def _unknown(self, argument: str) -> BeforeLoopError:
+        return BeforeLoopError(
+            f"what {self.name} does to {argument} before it is tokenized is none of the simple ways that are known "
+            f"({', '.join(STEPS)}); switch it off, if it is an argument of the call (clean_caption=False)"
+        )
 
     # Graphs
 

@@ -141,7 +141,7 @@ class Bundle:
         schedule = self._schedule(tier, steps)
         program = self._program(schedule)
         texts, named = self._texts({"prompt": prompt, "negative_prompt": negative_prompt, **named}, program)
-        encoded, images = self._encoded(texts, conditions or {}, images)
+        encoded, images = self._encoded(program, texts, conditions or {}, named, images)
         given, count = self._conditions(program, encoded, named, images)
         if generator is None:
             generator = torch.Generator()
@@ -267,7 +267,12 @@ class Bundle:
         return given, {name: value for name, value in named.items() if name not in known}
 
     def _encoded(
-        self, texts: Texts, conditions: Mapping[str, Mapping[str, Tensor]], images: int | None
+        self,
+        program: Program,
+        texts: Texts,
+        conditions: Mapping[str, Mapping[str, Tensor]],
+        named: Mapping[str, Any],
+        images: int | None,
     ) -> tuple[dict[str, dict[str, Tensor]], int | None]:
         """``conditions`` with what the texts are encoded to, and for how many images the texts are."""
         found = {half: dict(values) for half, values in conditions.items()}
@@ -282,22 +287,23 @@ class Bundle:
                 )
         for encoder in prompts.encoders:
             names = list(dict.fromkeys(tokens.text for tokens in encoder.tokens))
-            # Where nothing is said of a half, and nothing is stored for it, it is as in the call that was exported.
-            needed = not found.get(encoder.half) and not self.manifest.conditions.get(encoder.half)
+            # What the program needs and nobody gives is as in the call that was exported.
+            stored = {*self.manifest.conditions.get(encoder.half, ()), *found.get(encoder.half, ())}
+            outputs = {port.name for port in self._encoding(encoder).outputs}
+            needed = bool((_needed(program, encoder.half) & outputs) - stored)
             own = texts_for(prompts, names, texts, needed=needed)
             if own is None:
                 continue
             half = found.setdefault(encoder.half, {})
             made = self._encode(encoder, own, count)
-            if twice := sorted(set(made) & set(half)):
+            if twice := sorted(set(made) & {*half, *(named if encoder.half == HALVES[0] else ())}):
                 raise BundleInputError(f"{twice[0]} of the {encoder.half} half is given, and {names[0]}, too; give one")
             half |= made
         return found, count
 
     def _encode(self, encoder: Encoder, texts: Texts, images: int) -> dict[str, Tensor]:
         """The conditions that texts are encoded to, one row an image; the same texts are encoded once."""
-        engine = self._serving(encoder.row, 1)
-        assert engine is not None  # the manifest was checked
+        engine = self._encoding(encoder)
         session = self._session(engine)
         made: dict[tuple[str, ...], list[Tensor]] = {}
         rows = []
@@ -318,6 +324,11 @@ class Bundle:
                 made[key] = session.run(inputs, [None] * len(engine.outputs), 1)
             rows.append(made[key])
         return {port.name: torch.cat([row[i] for row in rows]) for i, port in enumerate(engine.outputs)}
+
+    def _encoding(self, encoder: Encoder) -> Engine:
+        found = self._serving(encoder.row, 1)
+        assert found is not None  # the manifest was checked
+        return found
 
     def _tokenizer(self, name: str) -> Any:
         with self._lock:
@@ -474,6 +485,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _needed(program: Program, half: str) -> set[str]:
+    """The conditions of a half that stand in no program by themselves."""
+    rows = ((each.argument.name, row) for form in program.forms for each in form.conditions for row in each.rows)
+    return {name for name, row in rows if row.half == half and row.numbers is None}
 
 
 def _scales(program: Program, guidance: float | Mapping[str, float] | None) -> dict[str, float]:
