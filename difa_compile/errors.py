@@ -206,6 +206,10 @@ class AfterLoopError(UnsupportedPipelineError):
     """A pipeline whose decoding, what it does from final latents to images, cannot be exported as one graph."""
 
 
+class BeforeLoopError(UnsupportedPipelineError):
+    """A pipeline whose way from prompts to what its model is given cannot be followed, or exported as one graph."""
+
+
 class ProgramFormatError(DifaError, ValueError):
     """A sampling program that is damaged, of another version, or contradicts itself."""
 

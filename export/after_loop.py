@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn, overrides
+from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic
-from torch.utils._python_dispatch import _disable_current_modes
 
 from difa_compile.bundle.program import Form, Program
 from difa_compile.errors import AfterLoopError, NotAppliedError
-from difa_compile.export.watching import put, quiet
+from difa_compile.export.watching import Outputs, put, quiet, untraced
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
 from difa_compile.wording import shown
@@ -78,16 +77,16 @@ def after_loop(
         reason = ""
         for dynamic in (True, False) if images > 1 else (False,):
             try:
-                exported = _exported(tail, latents, dynamic)
-                found = exported.module()(latents)
+                graph = _exported(tail, latents, dynamic)
+                found = graph.module()(latents)
             except Exception as error:  # whatever a tracer has against a pipeline's Python
                 reason = f"{type(error).__name__}: {error}"
                 continue
             difference = float((found.double() - wanted.double()).abs().max())
             allowed = 1.0 if as_bytes else ROUNDINGS * torch.finfo(wanted.dtype).eps / 2
             if found.shape == wanted.shape and difference <= allowed:
-                least, most = _range(exported, latents) if dynamic else (images, images)
-                return AfterLoop(exported, least, most, tuple(wanted.shape[1:]), wanted.dtype)
+                least, most = _range(graph, latents) if dynamic else (images, images)
+                return AfterLoop(graph, least, most, tuple(wanted.shape[1:]), wanted.dtype)
             reason = f"the graph differs from the pipeline by {difference:.1e}"
     raise AfterLoopError(
         f"what {name} does after its loop cannot be exported as one graph: {shown(reason, 300)}; decode its latents "
@@ -140,7 +139,7 @@ class _Tail(nn.Module):
         pipe, scheduler = self.pipe, self.pipe.scheduler
         original = scheduler.step
         with ExitStack() as stack, ExitStack() as before:
-            before.enter_context(_untraced())
+            before.enter_context(untraced())
 
             def step(*arguments: Any, **options: Any) -> Any:
                 before.close()  # from here on all that is done is traced
@@ -148,7 +147,7 @@ class _Tail(nn.Module):
                 groups = given["sample"].shape[0] // self.images
                 own = latents.to(given["sample"].device, given["sample"].dtype)
                 sample = own if groups == 1 else torch.cat([own] * groups)
-                return _Outputs((sample, sample))
+                return Outputs((sample, sample))
 
             put(stack, scheduler, "step", step, original)
             for model, form in self.models.items():
@@ -165,33 +164,10 @@ class _Tail(nn.Module):
         return _bytes(found) if self.as_bytes else found
 
 
-class _Outputs(tuple[Any, ...]):
-    """What models and schedulers return, as a tuple or with names: every name is the first."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self[0]
-
-
-def _zeros(original: Any, form: Form, *arguments: Any, **options: Any) -> _Outputs:
+def _zeros(original: Any, form: Form, *arguments: Any, **options: Any) -> Outputs:
     """In a model's place: nothing of it is left when its scheduler returns other latents."""
     given = inspect.signature(original).bind(*arguments, **options).arguments[form.sample.name]
-    return _Outputs((given.new_zeros(given.shape[0], *form.output),))
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Within this block a tracer sees nothing, and tensors are real."""
-    modes = []
-    while torch._C._len_torch_function_stack():
-        modes.append(overrides._pop_mode())
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        for mode in reversed(modes):
-            overrides._push_mode(mode)
+    return Outputs((given.new_zeros(given.shape[0], *form.output),))
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -199,19 +175,34 @@ def _bytes(images: Tensor) -> Tensor:
 
 
 def _exported(tail: _Tail, latents: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    """Exported, and once more without the parameters that nothing reads: those of encoders."""
     shapes = {"latents": {0: torch.export.Dim.AUTO}} if dynamic else None
     with symbolic.patch(backed_size_oblivious=dynamic):  # type: ignore[attr-defined]
-        module = torch.export.export(tail, (latents,), dynamic_shapes=shapes).module(check_guards=False)
-        assert isinstance(module, torch.fx.GraphModule)
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-        for name, _ in [*module.named_parameters(), *module.named_buffers()]:
-            if name not in read:
-                owner, _, attribute = name.rpartition(".")
-                delattr(module.get_submodule(owner), attribute)
-        return torch.export.export(module, (latents,), dynamic_shapes=shapes)
+        return exported(tail, (latents,), shapes)
+
+
+def exported(
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    shapes: Any = None,
+    tidy: Callable[[torch.fx.Graph], None] = lambda graph: None,
+) -> torch.export.ExportedProgram:
+    """Exported, and once more without the parameters that nothing reads: those of other models of the pipeline.
+
+    ``arguments``, ``shapes``: as ``torch.export.export`` takes them, and what it raises is raised. ``tidy`` may take
+    out of the graph what keeps something from being dead.
+    """
+    graph = torch.export.export(module, arguments, dynamic_shapes=shapes).module(check_guards=False)
+    assert isinstance(graph, torch.fx.GraphModule)
+    tidy(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    for name, _ in held:
+        if name not in read:
+            owner, _, attribute = name.rpartition(".")
+            delattr(graph.get_submodule(owner), attribute)
+    return torch.export.export(graph, arguments, dynamic_shapes=shapes)
 
 
 def _range(exported: torch.export.ExportedProgram, latents: Tensor) -> tuple[int, int | None]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from difa_compile.errors import NotLinearError, SamplingLoopError
 from difa_compile.pipeline.schedule_follower import BRANCHES
@@ -45,8 +46,8 @@ class Event:
     form: tuple[str, str | None] = ("", None)
 
 
-class _Stop(BaseException):
-    """Ends a call of the pipeline where decoding begins."""
+class Stop(BaseException):
+    """Ends a call of the pipeline that is watched: where decoding begins, or where all is seen that was looked for."""
 
 
 class Watch(TorchFunctionMode):
@@ -192,7 +193,7 @@ class Watch(TorchFunctionMode):
 
     def _decoded(self, latents: Tensor, *_: Any, **__: Any) -> NoReturn:
         self.result, self.decoded = latents, True
-        raise _Stop
+        raise Stop
 
     def run(self, arguments: Mapping[str, Any]) -> None:
         """Call the pipeline with what is watched in place; it is taken off again whatever happens."""
@@ -212,7 +213,7 @@ class Watch(TorchFunctionMode):
             stack.enter_context(quiet(self.pipe))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
-            with suppress(_Stop):
+            with suppress(Stop):
                 self.result = _result(self.pipe(**arguments))
 
 
@@ -233,6 +234,29 @@ def put(stack: ExitStack, owner: Any, name: str, new: Callable[..., Any], origin
             owner.__dict__[name] = before
 
     stack.callback(take_off)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within this block a tracer sees nothing, and tensors are real."""
+    modes = []
+    while torch._C._len_torch_function_stack():
+        modes.append(overrides._pop_mode())
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(modes):
+            overrides._push_mode(mode)
+
+
+class Outputs(tuple[Any, ...]):
+    """What models and schedulers return, as a tuple or with names: every name is the first."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0]
 
 
 def _remembered(memory: dict[Any, Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

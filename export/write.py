@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import (
+    DECODES,
+    ENCODES,
     MANIFEST,
     Decode,
     Engine,
@@ -39,6 +41,7 @@ from difa_compile.bundle.manifest import (
     File,
     Manifest,
     Port,
+    Prompts,
     Schedule,
     Size,
     Slot,
@@ -50,9 +53,17 @@ from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import Bundle, seeded
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.weights import TABLE, Place, WeightFile, bytes_of, write_weights
-from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
+from difa_compile.errors import (
+    AfterLoopError,
+    BeforeLoopError,
+    BundleFormatError,
+    BundleInputError,
+    ExportError,
+    OutputError,
+)
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
+from difa_compile.export.before_loop import before_loop
 from difa_compile.export.buckets import EngineCall as PlannedCall
 from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
@@ -74,9 +85,10 @@ Told = Callable[[str], None]
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
-    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
-    r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|about/[\w.-]+-[0-9a-f]{12}(\.\w+)?"
-    r"|((about|plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|encode(-uncond)?|weights|self-test)-[0-9a-f]{12}"
+    r"\.(onnx|pt2|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
+    r"|about/[\w.-]+-[0-9a-f]{12}(\.\w+)?"
+    r"|((about|plans|programs|tokenizers)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
 """Names that exports give: nothing else in their folder is theirs to delete."""
 COMPARED = (1, 2, 3)
@@ -204,6 +216,7 @@ class _Part:
     fitted: Fitted
     schedules: Mapping[tuple[str, int], PlannedSchedule]
     probed: Mapping[int, Probed]
+    calls: Sequence[CapturedCall]
     pieces: Sequence[Piece]
     fixed: Mapping[str, Tensor]
 
@@ -255,7 +268,8 @@ class _Exporting:
             if len(self.sizes) > 1:
                 self.told(f"images of {height}x{width}")
             parts.append(self._part(place, Size(height, width), inputs, sum(len(part.rows) for part in parts)))
-        manifest = self._written(parts)
+        prompts, tokenizers, encoding = self._prompts(parts[0])
+        manifest = self._written(parts, prompts, tokenizers, encoding)
         self._compare(manifest)
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
@@ -286,12 +300,12 @@ class _Exporting:
         rows = found.buckets.rows
         self.told(f"{len(rows)} engines for {', '.join(f'{tier} at {steps} steps' for tier, steps in keys)}")
         pieces = [piece for i, row in enumerate(rows) for piece in self._row(first + i, row, calls)]
-        shape, decoding = self._decode(inputs, probed[self.steps[0]], -1 - place, size.name)
+        shape, decoding = self._decode(inputs, probed[self.steps[0]], DECODES - place, size.name)
         conditions, fixed = _fixed(next(iter(probed.values())), place)
-        decode = None if shape is None else Decode(-1 - place, shape)
+        decode = None if shape is None else Decode(DECODES - place, shape)
         return _Part(
             Size(size.height, size.width, conditions, decode), inputs, first, found,
-            dict(zip(keys, found.schedules, strict=True)), probed, [*pieces, *decoding], fixed,
+            dict(zip(keys, found.schedules, strict=True)), probed, calls[1], [*pieces, *decoding], fixed,
         )  # fmt: skip
 
     def _captured(self, inputs: Mapping[str, Any]) -> dict[int, tuple[CapturedCall, ...]]:
@@ -422,6 +436,48 @@ class _Exporting:
         }
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
 
+    def _prompts(self, part: _Part) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
+        """The engines of what comes before the loop, the same for all sizes: of text encoders."""
+        if "prompt" not in inspect.signature(type(self.pipe).__call__).parameters:
+            return None, {}, []
+        try:
+            if asking := [each for each in part.calls if each.capture.model.questions.program is not None]:
+                raise BeforeLoopError(
+                    f"the sizes of {type(asking[0].model).__name__}'s graph depend on values of its inputs (how many "
+                    "tokens a mask shows), and its engines are for those of the export's prompt"
+                )
+            before = before_loop(self.pipe, part.inputs, part.probed[self.steps[0]].program)
+        except BeforeLoopError as error:
+            self.told(f"the bundle is given embeddings, not prompts: {error}")
+            return None, {}, []
+        found: list[Piece] = []
+        for each in before.encodings:
+            row = ENCODES[each.half]
+            label = "encode" if row == ENCODES["cond"] else f"encode-{each.half}"
+            inputs, outputs = (
+                tuple(Port(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in ports)
+                for ports in (each.inputs.items(), each.outputs.items())
+            )
+            constants = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+            described = {
+                "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
+                "ports": [[port.name, port.dtype, list(port.shape)] for port in (*inputs, *outputs)],
+                "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
+                "values": _digest_of(constants),
+            }
+            for target in self.targets:
+                key = self._key(target, described)
+                known = self._known(key, row, target)
+                if known:
+                    self.kept += len(known)
+                    found += known
+                    continue
+                self.told(f"{target}: {label}, {len(each.program.state_dict)} weights, one prompt at a time")
+                self._lower(key, 0, row, target, label, "", each.program, (), inputs, outputs, (1, 1),
+                            "a prompt is encoded by itself, once for all its images")  # fmt: skip
+                found += self._finished(key, row)
+        return before.prompts, before.tokenizers, found
+
     def _lower(
         self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,
         constants: Sequence[str],
@@ -433,14 +489,15 @@ class _Exporting:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         lower, _ = LOWERINGS[target]
-        made = lower(
-            program,
-            [port.name for port in inputs],
-            [port.name for port in outputs],
-            constants,
-            folder / str(place),
-            self.portable,
-        )
+        with torch.no_grad():  # what attention is decomposed to depends on it
+            made = lower(
+                program,
+                [port.name for port in inputs],
+                [port.name for port in outputs],
+                constants,
+                folder / str(place),
+                self.portable,
+            )
         prefix = f"{component}." if component else ""
         made = replace(
             made,
@@ -496,10 +553,16 @@ class _Exporting:
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def _written(self, parts: Sequence[_Part]) -> Manifest:
+    def _written(
+        self,
+        parts: Sequence[_Part],
+        prompts: Prompts | None,
+        tokenizers: Mapping[str, bytes],
+        encoding: Sequence[Piece],
+    ) -> Manifest:
         """Write everything but the manifest, which makes a bundle of it."""
         files: dict[str, File] = {}
-        pieces = [piece for part in parts for piece in part.pieces]
+        pieces = [piece for part in parts for piece in part.pieces] + [*encoding]
         fixed = {name: tensor for part in parts for name, tensor in part.fixed.items()}
         weights, places = self._weights(pieces, fixed, files)
         engines = []
@@ -535,6 +598,8 @@ class _Exporting:
             slots += [
                 Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in part.fitted.buckets.slots
             ]
+        for name, content in tokenizers.items():
+            self._write(name, content, files)
         self_test = self._self_test(parts, files)
         manifest = Manifest(
             made_with=_made_with(),
@@ -547,6 +612,7 @@ class _Exporting:
             sizes=tuple(part.size for part in parts),
             plans=plans,
             self_test=self_test,
+            prompts=prompts,
         )
         return Manifest.from_json(json.dumps(manifest.to_json(), allow_nan=False), "that was made")
 
@@ -558,7 +624,8 @@ class _Exporting:
         own: dict[str, Tensor] = {}
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module):
-                for fqn, tensor in (*component.named_parameters(), *component.named_buffers()):
+                named = (component.named_parameters, component.named_buffers)
+                for fqn, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
                     own[f"{name}.{fqn}"] = tensor
         tables = {name: tensor for piece in pieces for name, tensor in piece.lowered.tables.items()}
         read = {stored for piece in pieces for stored in piece.lowered.weights.values()}

@@ -267,17 +267,20 @@ def _tried(folder: Path, fresh: Path, manifest: Manifest, target: str, told: Tol
     ``folder``: of the bundle as it was, whose self-test has seed and conditions. Raises :class:`AdapterError` where
     latents are not finite, or targets make something else.
     """
+    adapted = Bundle(fresh, target, manifest=manifest)
     data = Bundle(folder, target).self_test_data()
-    latents = Bundle(fresh, target, manifest=manifest).short_runs(data)
+    for name, encoded in adapted.encoded_texts().items():  # text encoders may have been adapted, too
+        for place in range(len(manifest.sizes)):
+            data[f"condition.{place}.{name.removeprefix('condition.0.')}"] = encoded
+    latents = adapted.short_runs(data)
     for name, found in latents.items():
         if not torch.isfinite(found).all():
             raise AdapterError(
                 f"with these weights the engines make latents that are not finite ({shown(name)}); give a smaller "
                 "scale, or an adapter of this model"
             )
-    kept = {name: data[name] for name in data.places if not name.startswith("latents.")}
     files = dict(manifest.files)
-    name, _ = _stored(fresh, "self-test", kept | latents, files)
+    name, _ = _stored(fresh, "self-test", data | latents, files)
     made = msgspec.structs.replace(manifest, files=dict(sorted(files.items())), self_test=name)
     for other in manifest.targets:
         if other == target:

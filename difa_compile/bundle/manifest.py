@@ -8,6 +8,7 @@ weights-<digest>.safetensors        all weights and tables, each once
 <engine>-<digest>.onnx, .pt2        engines, without weights
 programs/<steps>-<digest>.json      sampling loops
 plans/<tier>-<digest>.json          the plans that engines were made from
+tokenizers/<name>-<digest>.json     tokenizers of prompts
 self-test-<digest>.safetensors      conditions and latents of a short run
 about/<name>-<digest>               the model's card, its licence and notices, as they lay beside it
 ```
@@ -51,6 +52,7 @@ FORMAT = Format(
         "sizes",
         "plans",
         "self_test",
+        "prompts",
     ),
     most_bytes=2**28,
     damaged=BundleFormatError,
@@ -115,7 +117,8 @@ class Port(_Part, frozen=True):
 class Engine(_Part, frozen=True):
     """One file of one target.
 
-    ``row``: the row of roles that it carries out, a number from 0; below 0 for what is no call of the loop.
+    ``row``: the row of roles that it carries out, a number from 0; -1 for what encodes prompts, -2 for what encodes
+    negative prompts where that is another engine, -3 and below for what decodes.
     ``images``: the least and the largest number of images. ``inputs``, ``outputs``: in the order in which it takes and
     gives them. ``weights``: by its own name for a tensor the name in the file of weights. ``instruction_set``: what the
     processor must have, "" for nothing in particular. ``kernel``: whether local attention in it is a call of our CPU
@@ -192,6 +195,51 @@ class Size(_Part, frozen=True):
         return f"{self.height}x{self.width}" if self.height else ""
 
 
+class Text(_Part, frozen=True):
+    """An argument that is a text: ``prompt``, ``negative_prompt_2``.
+
+    ``follows``: the argument whose text it has where it is not given itself. ``default``: what it was in the call that
+    was exported, or what the pipeline takes for it; null where it must be given. ``tested``: in the short run.
+    """
+
+    follows: str = ""
+    default: str | None = None
+    tested: str | None = None
+
+
+class Tokens(_Part, frozen=True):
+    """A text made into numbers for an engine.
+
+    ``file``: the tokenizer. ``text``: the argument. ``steps``: what is done to it first, by the names of
+    ``difa_compile.bundle.prompts.PREPARATIONS``; ``before`` and ``after``: what is then put around it. ``inputs``: by
+    the engine's input ``ids``, ``mask`` or ``types``. ``special``: whether the tokenizer adds its special tokens.
+    """
+
+    file: str
+    text: str
+    inputs: dict[str, str]
+    steps: tuple[str, ...] = ()
+    before: str = ""
+    after: str = ""
+    special: bool = True
+
+
+class Encoder(_Part, frozen=True):
+    """What makes the conditions of one half from texts: the engines of a row, whose outputs have the conditions' names,
+    for one prompt at a time."""
+
+    half: str
+    row: int
+    tokens: tuple[Tokens, ...]
+
+
+class Prompts(_Part, frozen=True):
+    """``texts``: by argument. ``encoders``: of the halves."""
+
+    texts: dict[str, Text]
+    encoders: tuple[Encoder, ...]
+
+
 class Manifest(_Part, frozen=True):
     """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan.
     ``self_test``: the file of the short run.
@@ -207,6 +255,7 @@ class Manifest(_Part, frozen=True):
     sizes: tuple[Size, ...]
     plans: dict[str, str]
     self_test: str
+    prompts: Prompts | None = None
 
     def content(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -299,11 +348,13 @@ def _check(manifest: Manifest) -> None:
         if min(size.height, size.width) < 0 or (size.height == 0) != (size.width == 0):
             raise Unfit(f"a size is {size.height} by {size.width}")
         if size.decode is not None:
-            decoding = {engine.target for engine in manifest.engines if engine.row == size.decode.row < 0}
+            decoding = {engine.target for engine in manifest.engines if engine.row == size.decode.row <= DECODES}
             if decoding != set(manifest.targets):
                 raise Unfit("there is no engine that decodes" + (" for each target" if decoding else ""))
     if len({size.name for size in manifest.sizes}) < len(manifest.sizes):
         raise Unfit("a size stands there twice")
+    if manifest.prompts is not None:
+        _check_prompts(manifest, manifest.prompts)
 
 
 def _check_course(manifest: Manifest, schedule: Schedule, where: str) -> None:
@@ -360,6 +411,34 @@ def _lies_in(port: Port, slot: Slot, engine: Engine) -> bool:
     )
 
 
+def _check_prompts(manifest: Manifest, prompts: Prompts) -> None:
+    texts = prompts.texts
+    for name, text in texts.items():
+        if text.follows and (text.follows not in texts or texts[text.follows].follows):
+            raise Unfit(f"the text {shown(name)} follows {shown(text.follows)}, which is none of its own")
+    halves = [encoder.half for encoder in prompts.encoders]
+    if "cond" not in halves or len(set(halves)) < len(halves) or not set(halves) <= set(ENCODES):
+        raise Unfit(f"prompts are encoded for {', '.join(map(shown, halves)) or 'no half'}")
+    for encoder in prompts.encoders:
+        where = f"the encoder of the {encoder.half} half"
+        engines = [engine for engine in manifest.engines if engine.row == encoder.row]
+        if encoder.row not in ENCODES.values() or {engine.target for engine in engines} != set(manifest.targets):
+            raise Unfit(f"{where} has no engine for each target")
+        given = [name for tokens in encoder.tokens for name in tokens.inputs]
+        for engine in engines:
+            ports = (*engine.inputs, *engine.outputs)
+            if engine.images != (1, 1) or any(isinstance(size, str) for port in ports for size in port.shape):
+                raise Unfit(f"{where} is not for one prompt at a time")
+            if sorted(given) != sorted(port.name for port in engine.inputs):
+                raise Unfit(f"{where} does not give {shown(engine.file)} what it takes")
+        for tokens in encoder.tokens:
+            if tokens.file not in manifest.files or tokens.text not in texts:
+                raise Unfit(f"{where} has the tokenizer {shown(tokens.file)} for {shown(tokens.text)}, one of which "
+                            "there is not")  # fmt: skip
+            if not set(tokens.steps) <= set(STEPS) or not set(tokens.inputs.values()) <= set(KINDS):
+                raise Unfit(f"{where} asks for something of a text that is not known")
+
+
 def _check_engine(engine: Engine) -> None:
     where = f"engine {shown(engine.file)}"
     if not 1 <= engine.images[0] <= engine.images[1]:
@@ -379,6 +458,14 @@ def _check_engine(engine: Engine) -> None:
             raise Unfit(f"{where}: {shown(port.name)} is of {shown(port.dtype)}; known are {', '.join(DTYPES)}")
 
 
+DECODES = -3
+"""The row of engines that decode at the first size; those of the others follow below."""
+ENCODES = {"cond": -1, "uncond": -2}
+"""By half the row of engines that encode its prompts."""
+STEPS = ("fix", "unescape", "spaces", "lower", "strip")
+"""What can be done to a text before it is tokenized, in order."""
+KINDS = ("ids", "mask", "types")
+"""What can be told of a text to an engine."""
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from difa_compile.bundle.manifest import (
+    Encoder,
     Engine,
     EngineCall,
     Manifest,
@@ -29,6 +30,7 @@ from difa_compile.bundle.manifest import (
     sizes_of,
 )
 from difa_compile.bundle.program import Call, Condition, Form, Program, replay
+from difa_compile.bundle.prompts import Texts, texts_for, texts_of, tokenizer_from, tokens_of
 from difa_compile.bundle.sessions import SESSIONS, Session, open_session
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.errors import BundleInputError, BundleIntegrityError, ReplayError
@@ -89,6 +91,7 @@ class Bundle:
         self._weights = WeightFile(check_file(folder, self.manifest.weights, self.manifest.files))
         self._sessions: dict[str, Session] = {}
         self._programs: dict[str, Program] = {}
+        self._tokenizers: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     @property
@@ -111,6 +114,8 @@ class Bundle:
     def __call__(
         self,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         steps: int | None = None,
         tier: str | None = None,
         seed: int | None = None,
@@ -126,24 +131,29 @@ class Bundle:
     ) -> Sampled:
         """Sample images.
 
-        ``named``: what the model is conditioned on, by the name that it has for it, one entry an image:
-        ``class_labels=[3, 8]``. ``conditions``: the same by half, ``{"cond": {...}, "uncond": {...}}``, where the
-        unconditional half needs something, too (a negative prompt's embedding). ``images``: how many, where nothing
-        tells it. ``steps``, ``tier``, ``height`` and ``width`` in pixels: the first that were exported by default.
-        ``seed`` or ``generator``: the noise is torch's, number by number what the pipeline would draw. ``guidance``:
-        the scale; that of the export by default. ``callback(step, steps, latents)`` after each step, where
-        :meth:`decode` makes previews of latents; sampling ends if it returns ``False``.
+        ``prompt``, ``negative_prompt``: texts, one an image, or one for all, where the bundle has the text encoders;
+        without a negative prompt it is that of the export. ``named``: what the model is conditioned on, by the name
+        that it has for it, one entry an image: ``class_labels=[3, 8]``; also further prompts that the pipeline takes,
+        ``prompt_2=...``, which are the prompt where they are not given. ``conditions``: the same by half, ``{"cond":
+        {...}, "uncond": {...}}``, where the unconditional half needs something, too, or prompts are embedded elsewhere.
+        ``images``: how many, where nothing tells it. ``steps``, ``tier``, ``height`` and ``width`` in pixels: the first
+        that were exported by default. ``seed`` or ``generator``: the noise is torch's, number by number what the
+        pipeline would draw. ``guidance``: the scale; that of the export by default. ``callback(step, steps, latents)``
+        after each step, where :meth:`decode` makes previews of latents; sampling ends if it returns ``False``.
 
         Raises :class:`BundleInputError` for what was not exported or does not fit, :class:`ReplayError` for conditions
-        and scales that the program cannot take, :class:`SamplingCancelledError`.
+        and scales that the program cannot take, :class:`SamplingCancelledError`, and for prompts
+        :class:`MissingDependencyError` without the library ``tokenizers``.
         """
         if seed is not None and generator is not None:
             raise BundleInputError("a seed and a generator were given; give one of them")
         size = self._size(height, width)
         schedule = self._schedule(tier, steps, size)
         program = self._program(schedule)
+        texts, named = self._texts({"prompt": prompt, "negative_prompt": negative_prompt, **named}, program)
         fixed = self.manifest.sizes[size].conditions
-        given, count = self._conditions(program, fixed, conditions or {}, named, images)
+        encoded, images = self._encoded(program, fixed, texts, conditions or {}, named, images)
+        given, count = self._conditions(program, fixed, encoded, named, images)
         if generator is None:
             generator = torch.Generator()
             if seed is None:
@@ -196,23 +206,27 @@ class Bundle:
 
     def self_test(self) -> float:
         """Make the short run that lies in the bundle; the largest difference of its latents from those that the
-        pipeline made of the same noise (or what :attr:`Manifest.tested_by` says), relative to the largest of them.
+        pipeline made of the same noise (or what :attr:`Manifest.tested_by` says), relative to the largest of them, and
+        of what its prompts are encoded to from what the pipeline's model was given.
 
         Raises :class:`BundleIntegrityError` for a self-test that is damaged.
         """
         data = self.self_test_data()
         differences = []
-        for name, found in self.short_runs(data).items():
-            wanted = data[name]
-            difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        for name, found in {**self.short_runs(data), **self.encoded_texts()}.items():
+            if name not in data or data[name].shape != found.shape:
+                raise BundleIntegrityError(f"the self-test of the bundle lacks {shown(name)}; export again")
+            wanted = data[name].double()
+            difference = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
             differences.append(difference if math.isfinite(difference) else math.inf)
         return max(differences)
 
-    def self_test_data(self) -> WeightFile:
+    def self_test_data(self) -> dict[str, Tensor]:
         """Seed, conditions and latents of the short run. Raises :class:`BundleIntegrityError`."""
-        return WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
+        file = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
+        return {name: file[name] for name in file.places}
 
-    def short_runs(self, data: WeightFile) -> dict[str, Tensor]:
+    def short_runs(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the engines make of ``data``, seed and conditions of a self-test: the latents, by the names that those
         to compare with have in it. Raises :class:`BundleIntegrityError`."""
         latents: dict[str, Tensor] = {}
@@ -222,7 +236,7 @@ class Bundle:
                 continue
             given: dict[str, dict[str, Tensor]] = {}
             prefix = f"condition.{schedule.size}."
-            for key in data.places:
+            for key in data:
                 if key.startswith(prefix):
                     half, argument = key.removeprefix(prefix).split(".", 1)
                     given.setdefault(half, {})[argument] = data[key]
@@ -305,6 +319,110 @@ class Bundle:
                     engine, self.folder, self.manifest.files, self._weights, self._prepack
                 )
             return self._sessions[engine.file]
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def _texts(self, named: Mapping[str, Any], program: Program) -> tuple[Texts, dict[str, Any]]:
+        """The texts of a call, and what else it is given by name."""
+        prompts = self.manifest.prompts
+        known = {"prompt", "negative_prompt"} if prompts is None else {"prompt", "negative_prompt", *prompts.texts}
+        if prompts is None and (name := next((each for each in known if named.get(each) is not None), "")):
+            model = {each.argument.name for form in program.forms for each in form.conditions}
+            raise BundleInputError(
+                f"the bundle takes no {quoted(name)}; it is conditioned on {', '.join(sorted(model)) or 'nothing'}, "
+                "and has no text encoder: give conditions, or export again"
+            )
+        given = texts_of(prompts, {name: value for name, value in named.items() if name in known})
+        return given, {name: value for name, value in named.items() if name not in known}
+
+    def _encoded(
+        self,
+        program: Program,
+        fixed: Mapping[str, Mapping[str, str]],
+        texts: Texts,
+        conditions: Mapping[str, Mapping[str, Tensor]],
+        named: Mapping[str, Any],
+        images: int | None,
+    ) -> tuple[dict[str, dict[str, Tensor]], int | None]:
+        """``conditions`` with what the texts are encoded to, and for how many images the texts are."""
+        found = {half: dict(values) for half, values in conditions.items()}
+        prompts = self.manifest.prompts
+        if prompts is None or not texts:
+            return found, images
+        count = max(len(each) for each in texts.values()) if images is None else images
+        for name, each in texts.items():
+            if len(each) not in (1, count):
+                raise BundleInputError(
+                    f"{len(each)} texts were given as {name} for {count} images; give one for all, or one an image"
+                )
+        for encoder in prompts.encoders:
+            names = list(dict.fromkeys(tokens.text for tokens in encoder.tokens))
+            # What the program needs and nobody gives is as in the call that was exported.
+            stored = {*fixed.get(encoder.half, ()), *found.get(encoder.half, ())}
+            outputs = {port.name for port in self._encoding(encoder).outputs}
+            needed = bool((_needed(program, encoder.half) & outputs) - stored)
+            own = texts_for(prompts, names, texts, needed=needed)
+            if own is None:
+                continue
+            half = found.setdefault(encoder.half, {})
+            made = self._encode(encoder, own, count)
+            if twice := sorted(set(made) & {*half, *(named if encoder.half == HALVES[0] else ())}):
+                raise BundleInputError(f"{twice[0]} of the {encoder.half} half is given, and {names[0]}, too; give one")
+            half |= made
+        return found, count
+
+    def _encode(self, encoder: Encoder, texts: Texts, images: int) -> dict[str, Tensor]:
+        """The conditions that texts are encoded to, one row an image; the same texts are encoded once."""
+        engine = self._encoding(encoder)
+        session = self._session(engine)
+        made: dict[tuple[str, ...], list[Tensor]] = {}
+        rows = []
+        for image in range(images):
+            own = {name: each[image % len(each)] for name, each in texts.items()}
+            key = tuple(own.values())
+            if key not in made:
+                given: dict[str, Tensor] = {}
+                for tokens in encoder.tokens:
+                    given |= tokens_of(self._tokenizer(tokens.file), own[tokens.text], tokens)
+                for port in engine.inputs:
+                    if tuple(given[port.name].shape) != port.shape:
+                        raise BundleIntegrityError(
+                            f"{shown(engine.file)} takes {shown(port.name)} of {port.shape}, and its tokenizer gives "
+                            f"{tuple(given[port.name].shape)}; export again"
+                        )
+                inputs = [given[port.name].to(getattr(torch, port.dtype)).contiguous() for port in engine.inputs]
+                made[key] = session.run(inputs, [None] * len(engine.outputs), 1)
+            rows.append(made[key])
+        return {port.name: torch.cat([row[i] for row in rows]) for i, port in enumerate(engine.outputs)}
+
+    def _encoding(self, encoder: Encoder) -> Engine:
+        found = self._serving(encoder.row, 1)
+        assert found is not None  # the manifest was checked
+        return found
+
+    def _tokenizer(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._tokenizers:
+                content = checked_bytes(self.folder, name, self.manifest.files)
+                self._tokenizers[name] = tokenizer_from(content, name)
+            return self._tokenizers[name]
+
+    def encoded_texts(self) -> dict[str, Tensor]:
+        """What the self-test's texts are encoded to, by the names that this has in it; nothing where the bundle takes
+        none."""
+        prompts = self.manifest.prompts
+        if prompts is None:
+            return {}
+        tested = {name: (text.tested,) for name, text in prompts.texts.items() if text.tested is not None}
+        found = {}
+        for encoder in prompts.encoders:
+            names = list(dict.fromkeys(tokens.text for tokens in encoder.tokens))
+            texts = texts_for(prompts, names, tested)
+            for name, made in ({} if texts is None else self._encode(encoder, texts, 1)).items():
+                found[f"condition.0.{encoder.half}.{name}"] = made
+        return found
+
+    # --- what is known -----------------------------------------------------------------------------------------------
 
     def images_served(self) -> str:
         """How many images a call can make, in words."""
@@ -434,6 +552,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _needed(program: Program, half: str) -> set[str]:
+    """The conditions of a half that stand in no program by themselves."""
+    rows = ((each.argument.name, row) for form in program.forms for each in form.conditions for row in each.rows)
+    return {name for name, row in rows if row.half == half and row.numbers is None}
 
 
 def _scales(program: Program, guidance: float | Mapping[str, float] | None) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from difa_compile.cli.demo import require
 from difa_compile.cli.failures import make_console
 from difa_compile.cli.inputs import DTYPES, MOST_STEPS, call_inputs, dtype_named, labels_of, open_pipeline
-from difa_compile.cli.options import Guidance, Inputs, Labels, Model, Prompt, Seed
+from difa_compile.cli.options import Guidance, Inputs, Labels, Model, NegativePrompt, Prompt, Seed
 from difa_compile.cli.tables import foreign
 from difa_compile.files.writing import check_writable, write_whole
 from difa_compile.report.view import size
@@ -158,12 +158,15 @@ def run(
     bundle: BundleFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the images.")] = Path("difa-run"),
     labels: Labels = None,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
     conditions: Annotated[
         Path | None,
         typer.Option(help="A safetensors file of what the model is conditioned on: cond.NAME, uncond.NAME."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="How many.", min=1, max=MOST_IMAGES, show_default="one for each label")
+        int | None,
+        typer.Option(help="How many.", min=1, max=MOST_IMAGES, show_default="one for each label or prompt"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="the first exported")
@@ -184,6 +187,9 @@ def run(
     from difa_compile.bundle.weights import WeightFile
 
     given: dict[str, Any] = {} if labels is None else {"class_labels": labels_of(labels)}
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if texts:
+            given[name] = texts[0] if len(texts) == 1 else list(texts)
     by_half: dict[str, dict[str, torch.Tensor]] = {}
     if conditions is not None:
         file = WeightFile(conditions)
@@ -419,6 +425,13 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         )
     console.print(engines)
     caches = sum(torch.Size(slot.shape).numel() * getattr(torch, slot.dtype).itemsize for slot in manifest.slots)
+    if manifest.prompts is not None:
+        told = []
+        for encoder in manifest.prompts.encoders:
+            files = [f"{shown(tokens.text)} by {shown(tokens.file)}" for tokens in encoder.tokens]
+            label = next(shown(each.file.rsplit("-", 1)[0]) for each in manifest.engines if each.row == encoder.row)
+            told.append(f"{shown(encoder.half)}: {', '.join(files)}, encoded by {label}")
+        console.print(Text("prompts, " + "; ".join(told)))
     whole = sum(file.bytes for file in manifest.files.values())
     console.print(
         f"{size(manifest.files[manifest.weights].bytes)} of weights, {size(whole)} in all; caches take {size(caches)} "

@@ -19,6 +19,10 @@ Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1, max=MOST_STEP
 Seed = Annotated[int, typer.Option(help="First seed.", min=0, max=LARGEST_SEED)]
 Labels = Annotated[str | None, typer.Option(help="Classes to sample, e.g. 1,2,3.", show_default=False)]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt to sample; may be repeated.", show_default=False)]
+NegativePrompt = Annotated[
+    list[str] | None,
+    typer.Option(help="What is not to be seen; may be repeated, once an image.", show_default="that of the export"),
+]
 Inputs = Annotated[
     str | None, typer.Option(help="Arguments of the pipeline's call: JSON, or a JSON file.", show_default=False)
 ]

@@ -82,6 +82,7 @@ def at(*path):
         (at("engines", 0, "images"), [2, 1], "is for row 0 and 2 to 1 images"),
         (at("sizes", 0, "height"), 8, "a size is 8 by 0"),
         (at("sizes", 0, "decode", "row"), -2, "no engine that decodes"),
+        (at("sizes", 0, "decode", "row"), -4, "no engine that decodes"),
         (at("sizes", 0, "decode", "row"), 0, "no engine that decodes"),
         (at("sizes"), [{}, {}], "a size stands there twice"),
         (at("sizes"), [], "is of size 0, and there are 0"),
@@ -103,6 +104,34 @@ def at(*path):
     ],
 )
 def test_contradictions_are_refused(folder, place, value, message):
+    with pytest.raises(BundleFormatError, match=message):
+        Manifest.from_json(edited(folder, lambda content: place(content, value)), "here")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (at("prompts", "encoders"), [], "prompts are encoded for no half"),
+        (at("prompts", "encoders", 0, "half"), "uncond", "prompts are encoded for uncond, uncond"),
+        (at("prompts", "encoders", 0, "half"), "both", "prompts are encoded for both, uncond"),
+        (at("prompts", "encoders", 0, "row"), -3, "has no engine for each target"),
+        (at("prompts", "encoders", 0, "row"), 0, "has no engine for each target"),
+        (at("prompts", "encoders", 0, "tokens"), [], "what it takes"),
+        (at("prompts", "encoders", 0, "tokens", 0, "inputs"), {"t.ids": "ids"}, "what it takes"),
+        (at("prompts", "encoders", 0, "tokens", 0, "inputs", "t.ids"), "__class__", "that is not known"),
+        (at("prompts", "encoders", 0, "tokens", 0, "steps"), ["eval"], "that is not known"),
+        (at("prompts", "encoders", 0, "tokens", 0, "file"), "none.json", "one of which there is not"),
+        (at("prompts", "encoders", 0, "tokens", 0, "text"), "prompt_2", "one of which there is not"),
+        (at("prompts", "texts", "prompt", "follows"), "prompt", "which is none of its own"),
+        (at("prompts", "texts", "prompt", "follows"), "other", "which is none of its own"),
+        (at("prompts", "texts", "prompt", "tested"), 3, "Expected `str"),
+        (at("engines", -1, "images"), [1, 2], "one prompt at a time"),
+        (at("engines", -1, "inputs", 0, "shape"), ["images", 3], "one prompt at a time"),
+        (at("engines", -1, "row"), -3, "has no engine for each target"),
+    ],
+)
+def test_contradictions_about_prompts(tmp_path, place, value, message):
+    folder = bundles.prompted(tmp_path)
     with pytest.raises(BundleFormatError, match=message):
         Manifest.from_json(edited(folder, lambda content: place(content, value)), "here")
 
@@ -278,9 +307,9 @@ def test_sizes_for_images():
     assert sizes_of((3, "images", "2*images"), 5) == (3, 5, 10)
 
 
-def fuzzed(times, seed):
+def fuzzed(times, seed, folder):
     """A manifest with bytes changed, taken out or put in, ``times`` over: refused, or the same."""
-    text = (bundles.kept() / MANIFEST).read_bytes()
+    text = (folder / MANIFEST).read_bytes()
     whole = Manifest.from_json(text, "here")
     chance = random.Random(seed)
     for _ in range(times):
@@ -302,9 +331,13 @@ def fuzzed(times, seed):
 
 
 def test_fuzzed_manifests():
-    fuzzed(300, 0)
+    fuzzed(300, 0, bundles.kept())
+
+
+def test_fuzzed_manifests_with_prompts(tmp_path):
+    fuzzed(300, 2, bundles.prompted(tmp_path))
 
 
 @pytest.mark.slow
 def test_ten_thousand_fuzzed_manifests():
-    fuzzed(10_000, 1)
+    fuzzed(10_000, 1, bundles.kept())

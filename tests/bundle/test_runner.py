@@ -10,11 +10,12 @@ import msgspec
 import pytest
 import torch
 
-from difa_compile.bundle.manifest import read_manifest
+from difa_compile.bundle.manifest import Prompts, Text, read_manifest
 from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.errors import (
     BundleInputError,
     BundleIntegrityError,
+    MissingDependencyError,
     ReplayError,
     SamplingCancelledError,
     TargetError,
@@ -158,6 +159,7 @@ def test_a_bundle_is_found_after_the_folder_was_changed(monkeypatch, tmp_path):
         ({"class_labels": [1, 2, 3]}, "3 images at once were asked for; the bundle's engines serve"),
         ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
         ({"prompt": "a cat"}, "takes no 'prompt'; it is conditioned on class_labels"),
+        ({"negative_prompt": ["a cat"]}, "takes no 'negative_prompt'; .* has no text encoder"),
         ({"class_labels": "one"}, "which is no tensor"),
         ({"class_labels": [1.5]}, "whole numbers are wanted"),
         ({"guidance": "much"}, "is no number"),
@@ -213,6 +215,97 @@ def test_without_onnxruntime(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(TargetError, match="pip install onnxruntime"):
         load_bundle(bundles.kept())(class_labels=[1])
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return load_bundle(bundles.prompted(tmp_path_factory.mktemp("prompted")))
+
+
+def test_prompts(texts, bundle):
+    """One an image, or one for all; of a half that nobody speaks of nothing changes."""
+    wanted = bundle(class_labels=[2, 3], seed=0).latents
+    assert torch.equal(texts(prompt=["two", " THREE "], seed=0).latents, wanted)
+    assert torch.equal(texts(class_labels=[2, 3], seed=0).latents, wanted)
+    assert texts(prompt="two").latents.shape[0] == 1
+    one = texts(prompt="two", images=2, seed=0).latents
+    assert torch.equal(one, bundle(class_labels=[2, 2], seed=0).latents)
+    both = {"cond": {"class_labels": torch.tensor([2])}, "uncond": {"class_labels": torch.tensor([1])}}
+    wanted = bundle(conditions=both, seed=0).latents
+    assert torch.equal(texts(prompt="two", negative_prompt="one", seed=0).latents, wanted)
+    assert torch.equal(texts(class_labels=[2], negative_prompt="one", seed=0).latents, wanted)
+    assert torch.equal(texts(prompt="two", conditions={"uncond": both["uncond"]}, seed=0).latents, wanted)
+
+
+def test_a_prompt_is_encoded_once(texts, monkeypatch):
+    engine = texts._serving(-2, 1)
+    session, seen = texts._session(engine), []
+    run = type(session).run
+
+    def counted(self, inputs, into, images):
+        seen.append(self is session)
+        return run(self, inputs, into, images)
+
+    monkeypatch.setattr(type(session), "run", counted)
+    texts(prompt="two", images=2, decode=False)
+    assert sum(seen) == 1
+    texts(prompt=["two", "one"], decode=False)
+    assert sum(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ["one", "two"], "images": 1}, "2 texts were given as prompt for 1 images"),
+        ({"prompt": ["one", "two"], "negative_prompt": ["one", "two", "two"]}, "2 texts were given as prompt for 3"),
+        ({"prompt": 3}, "must be a text, or a list of texts"),
+        ({"prompt": "one", "class_labels": [1]}, "class_labels of the cond half is given, and prompt, too"),
+        ({"prompt": "one", "conditions": {"cond": {"class_labels": [1]}}}, "is given, and prompt, too"),
+        ({"prompt": "one", "prompt_2": "two"}, "takes no 'prompt_2'"),
+        ({"prompt": ["one", "two", "three"]}, "3 images at once were asked for"),
+    ],
+)
+def test_prompts_that_do_not_fit(texts, options, message):
+    with pytest.raises(BundleInputError, match=message):
+        texts(**options)
+
+
+def test_the_self_test_reads_prompts(tmp_path, texts):
+    assert texts.self_test() < bundles.AGREE
+    folder = bundles.prompted(tmp_path)
+    manifest = read_manifest(folder)
+    told = {**manifest.prompts.texts, "prompt": Text(tested="three")}
+    wrong = msgspec.structs.replace(manifest, prompts=Prompts(told, manifest.prompts.encoders))
+    assert type(texts)(folder, manifest=wrong).self_test() == 2.0
+
+
+def test_a_damaged_tokenizer_is_not_read(tmp_path):
+    folder = bundles.prompted(tmp_path)
+    name = next(name for name in read_manifest(folder).files if name.startswith("tokenizers/"))
+    (folder / name).write_bytes(b"{}")
+    with pytest.raises(BundleIntegrityError, match="cut off or exchanged"):
+        load_bundle(folder)(prompt="one")
+
+
+def test_prompts_without_the_library(tmp_path, monkeypatch):
+    folder = bundles.prompted(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_bundle(folder)(class_labels=[1], decode=False).latents.shape[0] == 1
+    with pytest.raises(MissingDependencyError, match="pip install tokenizers"):
+        load_bundle(folder)(prompt="one")
+
+
+def test_prompts_need_neither_diffusers_nor_transformers(texts):
+    code = f"""
+import sys
+for name in ("diffusers", "transformers"):
+    sys.modules[name] = None
+import difa_compile
+bundle = difa_compile.load_bundle({str(texts.folder)!r})
+assert bundle(prompt=["one"], seed=0).images.shape[0] == 1
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_it_needs_neither_diffusers_nor_transformers():

@@ -49,6 +49,25 @@ def test_run_takes_conditions_from_a_file(tmp_path):
     assert "name tensors cond.NAME or uncond.NAME" in " ".join(result.stderr.split())
 
 
+def test_run_takes_prompts(tmp_path):
+    folder = bundles.prompted(tmp_path)
+    result = run(
+        "run", folder, "-o", tmp_path / "out", "--prompt", "two", "--prompt", "One", "--negative-prompt", "zero"
+    )
+    assert result.exit_code == 0, result.output
+    wanted = load_bundle(folder)(prompt=["two", "one"], negative_prompt="zero", seed=0).images
+    for path, image in zip(sorted((tmp_path / "out").iterdir()), wanted, strict=True):
+        with Image.open(path) as picture:
+            assert list(picture.getdata()) == image.flatten().tolist()
+    shown = " ".join(run("bundle", "show", folder).output.split())
+    assert "prompts, cond: prompt by tokenizers/tokenizer-" in shown
+    assert "uncond: negative_prompt by" in shown
+    assert "encoded by encode" in shown
+    result = run("run", bundles.kept(), "-o", tmp_path / "out", "--prompt", "two")
+    assert result.exit_code == 1
+    assert "has no text encoder" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -265,7 +265,7 @@ def test_what_makes_no_sense_is_refused_at_once(command, option, reached, plan_f
 def test_every_option_with_a_value_is_in_the_table():
     """An option that somebody adds must be thought of here, or be among those that take anything."""
     anything = {("report", "--title"), ("calibrate", "--prompt"), ("compare", "--prompt"), ("measure", "--prompt")}
-    anything |= {("export", "--prompt")}
+    anything |= {("export", "--prompt"), ("run", "--prompt"), ("run", "--negative-prompt")}
     group = get_command(app)
     commands = {name: command for name, command in group.commands.items() if not hasattr(command, "commands")} | {
         f"{name} {inner}": command

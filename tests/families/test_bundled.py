@@ -3,6 +3,9 @@
 By the self-test of a bundle, whose latents are the pipeline's own.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import load_bundle, seeded
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.errors import BundleInputError
 from difa_compile.export.probing import probe
 from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
 from difa_compile.files.documents import parse_json
@@ -85,6 +89,7 @@ def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
         bundle = load_bundle(folder, target)
         assert bundle.self_test() < CLOSE
         assert max(differences(latents(bundle, probed.conditioning), wanted)) < CLOSE
+    check_prompts(pipe, inputs, plan, load_bundle(folder))
     reuse = min((engine for engine in found.manifest.engines if engine.row >= 0), key=lambda each: len(each.weights))
     left = [weight for weight in reuse.weights for site in plan.sites if weight.startswith(f"{site.path}.")]
     assert not left, "nothing of an attention is read"
@@ -176,3 +181,74 @@ def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, 
     )
     assert (latents - wanted).abs().max() < CLOSE * wanted.abs().max()
     assert (old - wanted).abs().max() > 1000 * CLOSE * wanted.abs().max()
+
+
+PROMPTS = (
+    ("", "grey"),
+    ("  A RED\tcat &amp; two small boats  ", ""),
+    ("a red house walks on grass, a small cat sleeps in a red house, and so on, na\u00efve \U0001f98a", "A  Dog"),
+)
+"""Other prompts than that of the export: empty, with capitals and spaces, too long."""
+
+
+def check_prompts(pipe, inputs, plan, bundle):
+    """Latents of prompts are those of the pipeline with the plan; negative prompts where there is guidance."""
+    assert bundle.manifest.prompts is not None
+    guided = "negative_prompt" in inputs
+    program = bundle._program(bundle._schedule(None, None))
+    found = {}
+    for prompt, negative in PROMPTS:
+        texts = {"prompt": prompt, **({"negative_prompt": negative} if guided else {})}
+        given = {name: [text] if isinstance(inputs["prompt"], list) else text for name, text in texts.items()}
+        wanted = latents_of(pipe, {**inputs, **given}, plan, STEPS, program)[-1]
+        latents = found[prompt] = bundle(**texts, seed=TEST_SEED, decode=False).latents
+        assert float((latents - wanted).abs().max() / wanted.abs().max()) < CLOSE, texts
+    assert len({float(latents.flatten()[0]) for latents in found.values()}) == len(found), "prompts matter"
+    # Without a negative prompt it is that of the export.
+    own = {name: text if isinstance(text, str) else text[0] for name, text in inputs.items() if name == "prompt"}
+    wanted = latents_of(pipe, inputs, plan, STEPS, program)[-1]
+    latents = bundle(**own, seed=TEST_SEED, decode=False).latents
+    assert float((latents - wanted).abs().max() / wanted.abs().max()) < CLOSE
+    if not guided:
+        with pytest.raises(BundleInputError, match="no unconditional half"):
+            bundle(prompt="a", negative_prompt="b")
+
+
+@pytest.mark.slow
+def test_further_prompts(tmp_path):
+    """A text of its own for the second tokenizer, else it follows the prompt; several images, another target."""
+    pipe, inputs = prompted("flux")
+    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
+    export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2, targets=["onnx", "aoti"])
+    for target in ("onnx", "aoti"):
+        bundle = load_bundle(tmp_path, target)
+        assert bundle.self_test() < CLOSE
+        program = bundle._program(bundle._schedule(None, None))
+        further = {"prompt": ["two boats"], "prompt_2": ["a grey house"]}
+        wanted = latents_of(pipe, {**inputs, **further}, plan, STEPS, program)[-1]
+        for given in ({"images": 1}, {}):
+            found = bundle(prompt="two boats", prompt_2=further["prompt_2"], seed=TEST_SEED, decode=False, **given)
+            assert float((found.latents - wanted).abs().max() / wanted.abs().max()) < CLOSE
+        two = {"prompt": ["two boats", "a red house"]}
+        wanted = latents_of(pipe, {**inputs, **two}, plan, STEPS, program)[-1]
+        found = bundle(**two, seed=TEST_SEED, decode=False).latents
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < CLOSE
+        same = bundle(prompt="a red house", images=2, seed=TEST_SEED, decode=False).latents
+        assert torch.equal(same[1], found[1])
+
+
+@pytest.mark.slow
+def test_prompts_need_neither_diffusers_nor_transformers(tmp_path):
+    pipe, inputs = video(tmp_path / "parts")
+    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
+    export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+    code = f"""
+import sys
+for name in ("diffusers", "transformers"):
+    sys.modules[name] = None
+import difa_compile
+bundle = difa_compile.load_bundle({str(tmp_path / "bundle")!r})
+assert bundle(prompt="a red cat", seed=0).images.shape[0] == 1
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
