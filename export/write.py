@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -45,16 +46,24 @@ from difa_compile.bundle.manifest import (
 )
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import AGREES, Bundle, seeded
-from difa_compile.bundle.sessions import processor_flags
+from difa_compile.bundle.sessions import ELSEWHERE, processor_flags
+from difa_compile.bundle.tensorrt import library
 from difa_compile.bundle.weights import Place, WeightFile, bytes_of, write_weights
-from difa_compile.errors import AfterLoopError, BundleFormatError, BundleInputError, ExportError, OutputError
+from difa_compile.errors import (
+    AfterLoopError,
+    BundleFormatError,
+    BundleInputError,
+    ExportError,
+    OutputError,
+    TargetError,
+)
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
 from difa_compile.export.buckets import Buckets, EngineRow, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import TABLE, Lowered, Piece, keep, kept_in, renumbered
+from difa_compile.export.lowered import TABLE, Lowered, Piece, Wanted, keep, kept_in, renumbered
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
 from difa_compile.files.writing import check_writable, write_whole
@@ -68,7 +77,7 @@ Told = Callable[[str], None]
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
-    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|safetensors)"
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+)?|weights|self-test)-[0-9a-f]{12}\.(onnx|pt2|plan|safetensors)"
     r"|(plans|programs)/[\w.-]+-[0-9a-f]{12}\.json|((plans|programs)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
 """Names that exports give: nothing else in their folder is theirs to delete."""
@@ -103,6 +112,7 @@ def export_bundle(
     most_images: int = 8,
     max_engines: int | None = None,
     portable: bool = False,
+    gpus: Sequence[str] = (),
     name: str = "",
     told: Told = lambda text: None,
 ) -> Exported:
@@ -110,10 +120,11 @@ def export_bundle(
 
     ``plans``: by tier (``"fast"``, ``"balanced"``); one alone is the tier ``"planned"``. ``inputs``: arguments of a
     call of the pipeline that makes one image, its size and guidance among them. ``steps``: the numbers of steps that
-    callers will be able to choose. ``targets``: of ``"onnx"`` and ``"aoti"``. ``most_images``: per call; engines serve
-    any number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many
-    engines run them all, which makes them compute more. ``portable``: AOTInductor for more than this processor.
-    ``told`` is given a line for each thing that is done.
+    callers will be able to choose. ``targets``: of ``"onnx"``, ``"aoti"`` and ``"tensorrt"``. ``most_images``: per
+    call; engines serve any number up to it where the model's graph allows. ``max_engines``: rows of the plans are
+    merged until so many engines run them all, which makes them compute more. ``portable``: AOTInductor for more than
+    this processor. ``gpus``: for tensorrt the compute capabilities to build for, ``["8.9"]``; by default all that
+    TensorRT-RTX serves, and with TensorRT the GPU that is here. ``told`` is given a line for each thing that is done.
 
     Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
     :class:`SamplingLoopError` for a sampling loop that cannot be written down, :class:`TargetError` for a target that
@@ -125,7 +136,8 @@ def export_bundle(
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(pipe, given, folder, dict(inputs), tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)),
-                          most_images, max_engines, portable, name, told).exported()  # fmt: skip
+                          most_images, max_engines, portable, tuple(dict.fromkeys(gpus)), name,
+                          told).exported()  # fmt: skip
 
 
 def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
@@ -176,6 +188,7 @@ class _Exporting:
     most_images: int
     max_engines: int | None
     portable: bool
+    gpus: tuple[str, ...]
     name: str
     told: Told
 
@@ -214,7 +227,7 @@ class _Exporting:
         decode, decoding = self._decode(probed[self.steps[0]])
         pieces += decoding
         manifest = self._written(pieces, decode, found.buckets, dict(zip(keys, found.schedules, strict=True)), probed)
-        self._compare(manifest)
+        manifest = msgspec.structs.replace(manifest, compared=self._compare(manifest))
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
         return Exported(
@@ -347,10 +360,14 @@ class _Exporting:
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
             "difa-compile": metadata.version("difa-compile"),
-            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target == "onnx" else [],
+            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target != "aoti" else [],
             "processor": "" if self.portable or target != "aoti" else " ".join(sorted(processor_flags())),
             "machine": platform.machine(),
         }
+        if target == "tensorrt":
+            builder = library()
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and builder.name == "tensorrt" else ""
+            versions |= {"builder": f"{builder.name} {builder.version}", "gpus": [*self.gpus, gpu]}
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
 
     def _lower(
@@ -371,7 +388,10 @@ class _Exporting:
             constants,
             folder / str(place),
             self.portable,
+            Wanted(inputs, outputs, images, self.gpus),
         )
+        if made.unchecked:
+            self.told(f"{target}: {label}: its model was not compared with the program: {made.unchecked}")
         prefix = f"{component}." if component else ""
         made = replace(
             made,
@@ -412,7 +432,7 @@ class _Exporting:
                 Lowered(
                     file, dict(engine.weights),
                     {name: weights[name] for name in engine.weights.values() if name.startswith(TABLE)},
-                    dict(engine.versions), engine.instruction_set, engine.kernel,
+                    dict(engine.versions), engine.instruction_set, engine.kernel, dict(engine.memory), engine.unchecked,
                 ),
                 engine.inputs, engine.outputs, engine.images, engine.why_static,
             )
@@ -450,7 +470,7 @@ class _Exporting:
                 Engine(
                     piece.target, name, piece.row, piece.images, piece.inputs, piece.outputs, piece.lowered.weights,
                     piece.lowered.instruction_set, piece.lowered.kernel, piece.lowered.versions, piece.why_static,
-                    piece.key,
+                    piece.key, piece.lowered.memory, piece.lowered.unchecked,
                 )
             )  # fmt: skip
         plans = {}
@@ -554,17 +574,26 @@ class _Exporting:
         name, _ = self._tensors("self-test", tensors, files)
         return name
 
-    def _compare(self, manifest: Manifest) -> None:
-        """Make the short run on each target: what is exported is compared with the pipeline. Raises
-        :class:`ExportError`."""
+    def _compare(self, manifest: Manifest) -> dict[str, float]:
+        """Make the short run on each target: what is exported is compared with the pipeline. By target how far it is
+        off; those that cannot run here are not among them, which is told. Raises :class:`ExportError`."""
+        found = {}
         for target in manifest.targets:
-            worst = Bundle(self.folder.absolute(), target, manifest=manifest).self_test()
+            try:
+                worst = Bundle(self.folder.absolute(), target, manifest=manifest).self_test()
+            except TargetError as error:
+                if target not in ELSEWHERE:
+                    raise
+                self.told(f"{target}: not compared with the pipeline: {error}")
+                continue
             self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
             if not worst < AGREES:
                 raise ExportError(
                     f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
                     f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
                 )
+            found[target] = worst
+        return found
 
     def _source(self) -> Source:
         model = next(iter(self.models.values()))

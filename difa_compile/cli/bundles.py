@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,8 @@ BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that difa export has written.", show_default=False)
 ]
 Target = Annotated[
-    str | None, typer.Option(help="Whose engines to run: onnx or aoti.", show_default="the first in the bundle")
+    str | None,
+    typer.Option(help="Whose engines to run: onnx, aoti or tensorrt.", show_default="the first in the bundle"),
 ]
 
 bundle_app = typer.Typer(help="Look at exported bundles.", no_args_is_help=True)
@@ -45,7 +47,9 @@ def export(
         typer.Option("--plan", metavar="[TIER=]PLAN", help="A plan file; may be repeated, each a tier to choose from."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle.")] = Path("difa-bundle"),
-    targets: Annotated[str, typer.Option("--target", help="onnx, aoti, or both with a comma.")] = "onnx",
+    targets: Annotated[
+        str, typer.Option("--target", help="onnx, aoti, tensorrt (or TensorRT-RTX), or several with commas.")
+    ] = "onnx",
     steps: Annotated[str, typer.Option(help="Numbers of steps to choose from, e.g. 20,50.")] = "50",
     batch: Annotated[int, typer.Option(help="Most images of a call.", min=1, max=MOST_IMAGES)] = 8,
     max_engines: Annotated[
@@ -60,6 +64,14 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="AOTInductor for any processor of this kind, not for this one.")
     ] = False,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            "--gpus",
+            help="Compute capabilities that tensorrt builds for, e.g. 8.9,12.0.",
+            show_default="all that TensorRT-RTX knows; the one here",
+        ),
+    ] = "",
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -107,6 +119,7 @@ def export(
             most_images=batch,
             max_engines=max_engines,
             portable=portable,
+            gpus=_capabilities(gpus),
             name=model,
             told=told,
         )
@@ -200,7 +213,8 @@ def verify_bundle(bundle: BundleFolder) -> None:
         try:
             worst = load_bundle(bundle, target).self_test()
         except TargetError as error:
-            console.print(Text(f"{target}: not run: {visible(str(error))}"))
+            before = "" if target in manifest.compared else "; nor was it run when it was exported"
+            console.print(Text(f"{target}: not run: {visible(str(error))}{before}"))
             continue
         console.print(f"{target}: the self-test's latents differ by {worst:.1e} of the largest from the pipeline's")
         if not worst < AGREES:
@@ -267,6 +281,14 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 6 and 1 <= int(part) <= MOST_STEPS for part in parts):
         raise typer.BadParameter(f"{quoted(text)} is no list of numbers such as 20,50", param_hint="--steps")
     return [int(part) for part in parts]
+
+
+def _capabilities(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(re.fullmatch(r"[0-9]{1,2}\.[0-9]", part, re.ASCII) for part in parts):
+        raise typer.BadParameter(f"{quoted(text)} is no list of compute capabilities such as 8.9,12.0",
+                                 param_hint="--gpus")  # fmt: skip
+    return parts
 
 
 def _png(picture: Any) -> bytes:
