@@ -48,7 +48,8 @@ def difa(
     """Compile a Dynamo graph according to a plan.
 
     ``options``: what :class:`~difa_compile.backend.options.Options` names. Without a ``plan`` among them, inductor
-    compiles the graph as it is, or what ``inner`` names. ``mode``: what the option of that name is if it is not among them.
+    compiles the graph as it is, or what ``inner`` names. ``mode``: what the option of that name is if it is not among
+    them.
 
     Errors of this package that show at compile time are raised by the call that triggered it, as themselves; those that
     are no fault of the call (:class:`PassError`, a trace that cannot be written) within what Dynamo raises.

@@ -11,8 +11,8 @@
 * *Numbers of images* are one optimisation profile, from the least over half the most to the most.
 * *Precision* is that of the model's dtypes (strongly typed).
 
-TensorRT-RTX measures nothing while it builds, and the same model gives the same engine. TensorRT times kernels, and
-keeps what it measured for the engines that follow.
+TensorRT-RTX measures nothing while it builds; two engines of the same model have the same size and memory, but may list
+their tensors in another order. TensorRT times kernels, and keeps what it measured for the engines that follow.
 """
 
 from __future__ import annotations

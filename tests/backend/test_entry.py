@@ -197,7 +197,10 @@ def compiled_by_tensorrt(monkeypatch):
         return module.forward
 
     monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", {"torch_tensorrt": backend}.__getitem__)
+    known = torch._dynamo.lookup_backend
+    monkeypatch.setattr(
+        torch._dynamo, "lookup_backend", lambda name: backend if name == "torch_tensorrt" else known(name)
+    )
     return graphs
 
 
