@@ -66,8 +66,8 @@ def torch_tensorrt() -> GraphCompiler:
             f"inner='tensorrt' needs torch-tensorrt in the release for torch {torch.__version__.split('+')[0]}: pip "
             f"install torch-tensorrt ({error})"
         ) from error
-    found: GraphCompiler = torch._dynamo.lookup_backend("torch_tensorrt")
-    return found
+    found: Any = torch._dynamo.lookup_backend("torch_tensorrt")
+    return found  # type: ignore[no-any-return]
 
 
 def inductor_config(mode: object = None, options: object = None) -> Config:

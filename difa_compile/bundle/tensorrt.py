@@ -79,14 +79,16 @@ def _loaded(name: str) -> Library:
     module = _module(name)
     log = Log()
 
-    class Logger(module.ILogger):  # type: ignore[misc]
+    base: Any = module.ILogger
+
+    class Logger(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            module.ILogger.__init__(self)
+            base.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+            if severity in (base.INTERNAL_ERROR, base.ERROR):
                 log.errors.append(message)
-            elif severity == module.ILogger.INFO:
+            elif severity == base.INFO:
                 log.lines.append(message)
 
     log.logger = Logger()

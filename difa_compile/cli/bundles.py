@@ -237,7 +237,9 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         schedules.add_row(foreign(schedule.tier), str(schedule.steps), str(len(schedule.calls)), str(len(rows)))
     console.print(schedules)
     engines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"):
+    told = any("activations" in engine.memory for engine in manifest.engines)
+    columns = ["engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"]
+    for column in [*columns[:-1], *(["activations"] if told else []), columns[-1]]:
         engines.add_column(
             column,
             justify="left" if column in ("engine", "target", "needs") else "right",
@@ -259,6 +261,7 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
             str(reads),
             str(writes),
             size(manifest.files[engine.file].bytes),
+            *([size(engine.memory["activations"]) if "activations" in engine.memory else ""] if told else []),
             foreign(engine.instruction_set),
         )
     console.print(engines)

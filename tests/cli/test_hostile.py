@@ -199,6 +199,7 @@ HOSTILE = {
     ("export", "--plan"): [".", "/dev/null", "fast=", "=plan.json", "a/b=plan.json", *NAMES],
     ("export", "--out"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("export", "--target"): ["tensorflow", "onnx;aoti", ",", *NAMES],
+    ("export", "--gpus"): ["sm_89", "8.9;12.0", "8.", ",", *NAMES],
     ("export", "--steps"): ["0", "10001", "4,", "4;6", *WHOLE_NUMBERS],
     ("export", "--batch"): ["0", "1025", *WHOLE_NUMBERS],
     ("export", "--max-engines"): ["0", *WHOLE_NUMBERS],

@@ -45,10 +45,17 @@ def video(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart_sigma", "sd3", "flux", "flux_true_cfg", "wan"])
 def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
+    """TensorRT's engines are built, from models that make what the programs make; they do not run here."""
+    pytest.importorskip("tensorrt_rtx")
     pipe, inputs = video(tmp_path) if name == "wan" else prompted(name)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    found = export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+    found = export_bundle(
+        pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1, targets=["onnx", "tensorrt"]
+    )
     assert found.engines == 3
+    built = [engine for engine in found.manifest.engines if engine.target == "tensorrt"]
+    assert len(built) == 4, "with the one that decodes"
+    assert all(engine.memory["activations"] and not engine.unchecked for engine in built)
     assert found.manifest.decode is not None
     bundle = load_bundle(tmp_path / "bundle")
     assert bundle.self_test() < CLOSE
