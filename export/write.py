@@ -132,6 +132,12 @@ def export_bundle(
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
     check_request(given, steps, targets, most_images)
+    if gpus and "tensorrt" not in targets:
+        raise BundleInputError(
+            f"gpus are {quoted(tuple(gpus))}, which engines of the target tensorrt alone are built for"
+        )
+    if "tensorrt" in targets:
+        library()  # that it is missing is said before the work, not after
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself

@@ -10,6 +10,7 @@ memory it binds, with a library in TensorRT's place that computes on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Sequence
@@ -152,6 +153,11 @@ def stream_of(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it the device is the thread's own, which a library asks for."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def check_capability(engine: Engine, device: torch.device) -> None:
     """Raise :class:`TargetError` for an engine that was built for other GPUs; one without a list is for all that its
     library knows."""
@@ -165,7 +171,7 @@ def check_capability(engine: Engine, device: torch.device) -> None:
 
 
 class TensorRtSession:
-    """An engine on a GPU. It never ran on one (see the module).
+    """An engine on a GPU. *This never ran on a GPU*: tested is what it binds, with another library in TensorRT's place.
 
     Its weights are inputs, bound once to the device's copies that all engines of a bundle share
     (:meth:`difa_compile.bundle.weights.WeightFile.on`). Memory for activations is torch's, taken for the time of a run,
@@ -201,7 +207,7 @@ class TensorRtSession:
     def run(self, inputs: Sequence[Tensor], into: Sequence[Tensor | None], images: int) -> list[Tensor]:
         """As :meth:`difa_compile.bundle.sessions.Session.run`; outputs without a place are on the CPU."""
         device = self._device
-        with self._lock:
+        with self._lock, _current(device):
             given = [value.to(device) for value in inputs]
             for port, value in zip(self._engine.inputs, given, strict=True):
                 if not self._context.set_input_shape(port.name, tuple(value.shape)):

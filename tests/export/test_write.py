@@ -200,6 +200,7 @@ def test_targets_that_cannot_run_here_are_not_compared(monkeypatch):
         ({"steps": [True]}, "is no number of steps or images"),
         ({"targets": []}, "at least one plan"),
         ({"targets": ["tensorflow"]}, "the target 'tensorflow' is unknown; known are onnx, aoti, tensorrt"),
+        ({"gpus": ["8.9"]}, "which engines of the target tensorrt alone are built for"),
         ({"most_images": 0}, "is no number of steps or images"),
         ({"plans": {}}, "at least one plan"),
         ({"inputs": {"class_labels": [1, 2]}}, "the inputs make 2 images; give those of a call that makes one"),
