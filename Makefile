@@ -58,7 +58,7 @@ $(DEMO_DONE): pyproject.toml $(TORCH_DONE)
 	@touch $@
 
 $(DEV_DONE): pyproject.toml $(TORCH_DONE)
-	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,export,train,dev]"
+	$(PIP) install --constraint $(HELD) --editable ".[diffusers,report,export,tensorrt,train,dev]"
 	@touch $@ $(DEMO_DONE)
 
 clean:

@@ -18,6 +18,18 @@ from difa_compile.files.writing import write_whole
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What an engine is to be, for targets that want to know more than names. ``inputs``, ``outputs``, ``images``: as
+    in :class:`difa_compile.bundle.manifest.Engine`. ``gpus``: the compute capabilities that it is to run on, ``8.9``;
+    none leaves them to the target."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    images: tuple[int, int]
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lowered:
     """A piece. ``file``: where it lies. ``weights``: by the engine's own name for a tensor that in the file of weights.
     ``tables``: of these the ones that are no weights of the model, whose numbers go with the piece. ``versions``: what
@@ -29,6 +41,8 @@ class Lowered:
     versions: dict[str, str]
     instruction_set: str = ""
     kernel: bool = False
+    memory: dict[str, int] = field(default_factory=dict)
+    unchecked: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ def keep(piece: Piece, path: Path) -> None:
         "versions": piece.lowered.versions,
         "instruction_set": piece.lowered.instruction_set,
         "kernel": piece.lowered.kernel,
+        "memory": piece.lowered.memory,
+        "unchecked": piece.lowered.unchecked,
         "inputs": msgspec.to_builtins(piece.inputs),
         "outputs": msgspec.to_builtins(piece.outputs),
         "images": piece.images,
@@ -89,7 +105,7 @@ def _kept(path: Path, row: int) -> Piece:
     tables = WeightFile(path.with_suffix(".tables"))
     lowered = Lowered(
         path.parent / fields["file"], fields["weights"], {name: tables[name] for name in tables.places},
-        fields["versions"], fields["instruction_set"], fields["kernel"],
+        fields["versions"], fields["instruction_set"], fields["kernel"], fields["memory"], fields["unchecked"],
     )  # fmt: skip
     inputs, outputs = (msgspec.convert(fields[each], tuple[Port, ...]) for each in ("inputs", "outputs"))
     low, high = fields["images"]

@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from msgspec import UNSET
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ from difa_compile.bundle.manifest import (
 )
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import Bundle, seeded
-from difa_compile.bundle.sessions import processor_flags
+from difa_compile.bundle.sessions import ELSEWHERE, processor_flags
+from difa_compile.bundle.tensorrt import library
 from difa_compile.bundle.weights import TABLE, Place, WeightFile, bytes_of, write_weights
 from difa_compile.errors import (
     AfterLoopError,
@@ -60,6 +62,7 @@ from difa_compile.errors import (
     BundleInputError,
     ExportError,
     OutputError,
+    TargetError,
 )
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
@@ -69,7 +72,7 @@ from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import Lowered, Piece, keep, kept_in, renumbered
+from difa_compile.export.lowered import Lowered, Piece, Wanted, keep, kept_in, renumbered
 from difa_compile.export.origin import CARD, origin_of
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
@@ -86,7 +89,7 @@ PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
 OURS = re.compile(
     r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|encode(-uncond)?|weights|self-test)-[0-9a-f]{12}"
-    r"\.(onnx|pt2|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
+    r"\.(onnx|pt2|plan|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
     r"|about/[\w.-]+-[0-9a-f]{12}(\.\w+)?"
     r"|((about|plans|programs|tokenizers)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
@@ -124,6 +127,7 @@ def export_bundle(
     most_images: int = 8,
     max_engines: int | None = None,
     portable: bool = False,
+    gpus: Sequence[str] = (),
     name: str = "",
     told: Told = lambda text: None,
 ) -> Exported:
@@ -131,12 +135,13 @@ def export_bundle(
 
     ``plans``: by tier (``"fast"``, ``"balanced"``); one alone is the tier ``"planned"``. ``inputs``: arguments of a
     call of the pipeline that makes one image, its size and guidance among them. ``steps``: the numbers of steps that
-    callers will be able to choose. ``targets``: of ``"onnx"`` and ``"aoti"``. ``sizes``: heights and widths of images
-    in pixels that callers will be able to choose, each with engines of its own; by default that of ``inputs``. Windows
-    of plans made at another size grow with the image. ``most_images``: per call; engines serve any number up to it
-    where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines run them all at
-    each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``: AOTInductor for more
-    than this processor. ``told`` is given a line for each thing that is done.
+    callers will be able to choose. ``targets``: of ``"onnx"``, ``"aoti"``, ``"tensorrt"``. ``sizes``: heights and
+    widths of images in pixels that callers will be able to choose, each with engines of its own; by default that of
+    ``inputs``. Windows of plans made at another size grow with the image. ``most_images``: per call; engines serve any
+    number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines
+    run them all at each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``: AOTInductor for more
+    than this processor. ``gpus``: for tensorrt the compute capabilities to build for, ``["8.9"]``; by default all that
+    TensorRT-RTX serves, and with TensorRT the GPU that is here. ``told`` is given a line for each thing that is done.
 
     Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
     :class:`SamplingLoopError` for a sampling loop that cannot be written down, :class:`TargetError` for a target that
@@ -144,12 +149,19 @@ def export_bundle(
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
     check_request(given, steps, targets, most_images)
+    if gpus and "tensorrt" not in targets:
+        raise BundleInputError(
+            f"gpus are {quoted(tuple(gpus))}, which engines of the target tensorrt alone are built for"
+        )
+    if "tensorrt" in targets:
+        library()  # that it is missing is said before the work, not after
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(
             pipe, given, folder, _sized(pipe, inputs, sizes), "fraction" if sizes else None,
-            tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)), most_images, max_engines, portable, name, told,
+            tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)), most_images, max_engines, portable,
+            tuple(dict.fromkeys(gpus)), name, told,
         ).exported()  # fmt: skip
 
 
@@ -239,6 +251,7 @@ class _Exporting:
     most_images: int
     max_engines: int | None
     portable: bool
+    gpus: tuple[str, ...]
     name: str
     told: Told
 
@@ -270,7 +283,7 @@ class _Exporting:
             parts.append(self._part(place, Size(height, width), inputs, sum(len(part.rows) for part in parts)))
         prompts, tokenizers, encoding = self._prompts(parts[0])
         manifest = self._written(parts, prompts, tokenizers, encoding)
-        self._compare(manifest)
+        manifest = msgspec.structs.replace(manifest, compared=self._compare(manifest))
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
         before = sum(part.fitted.before for part in parts)
@@ -430,10 +443,14 @@ class _Exporting:
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
             "difa-compile": metadata.version("difa-compile"),
-            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target == "onnx" else [],
+            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target != "aoti" else [],
             "processor": "" if self.portable or target != "aoti" else " ".join(sorted(processor_flags())),
             "machine": platform.machine(),
         }
+        if target == "tensorrt":
+            builder = library()
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and builder.name == "tensorrt" else ""
+            versions |= {"builder": f"{builder.name} {builder.version}", "gpus": [*self.gpus, gpu]}
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
 
     def _prompts(self, part: _Part) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
@@ -497,7 +514,10 @@ class _Exporting:
                 constants,
                 folder / str(place),
                 self.portable,
+                Wanted(inputs, outputs, images, self.gpus),
             )
+        if made.unchecked:
+            self.told(f"{target}: {label}: its model was not compared with the program: {made.unchecked}")
         prefix = f"{component}." if component else ""
         made = replace(
             made,
@@ -538,7 +558,7 @@ class _Exporting:
                 Lowered(
                     file, dict(engine.weights),
                     {name: weights[name] for name in engine.weights.values() if name.startswith(TABLE)},
-                    dict(engine.versions), engine.instruction_set, engine.kernel,
+                    dict(engine.versions), engine.instruction_set, engine.kernel, dict(engine.memory), engine.unchecked,
                 ),
                 engine.inputs, engine.outputs, engine.images, engine.why_static,
             )
@@ -576,7 +596,7 @@ class _Exporting:
                 Engine(
                     piece.target, name, piece.row, piece.images, piece.inputs, piece.outputs, piece.lowered.weights,
                     piece.lowered.instruction_set, piece.lowered.kernel, piece.lowered.versions, piece.why_static,
-                    piece.key,
+                    piece.key, piece.lowered.memory, piece.lowered.unchecked,
                 )
             )  # fmt: skip
         plans = {}
@@ -677,18 +697,27 @@ class _Exporting:
         name, _ = self._tensors("self-test", tensors, files)
         return name
 
-    def _compare(self, manifest: Manifest) -> None:
-        """Make the short run on each target: what is exported is compared with the pipeline. Raises
-        :class:`ExportError`."""
+    def _compare(self, manifest: Manifest) -> dict[str, float]:
+        """Make the short run on each target: what is exported is compared with the pipeline. By target how far it is
+        off; those that cannot run here are not among them, which is told. Raises :class:`ExportError`."""
+        found = {}
         for target in manifest.targets:
-            bundle = Bundle(self.folder.absolute(), target, manifest=manifest)
-            worst = bundle.self_test()
+            try:
+                bundle = Bundle(self.folder.absolute(), target, manifest=manifest)
+                worst = bundle.self_test()
+            except TargetError as error:
+                if target not in ELSEWHERE:
+                    raise
+                self.told(f"{target}: not compared with the pipeline: {error}")
+                continue
             self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
             if not worst < bundle.agrees:
                 raise ExportError(
                     f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
                     f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
                 )
+            found[target] = worst
+        return found
 
     def _source(self, files: dict[str, File]) -> Source:
         """Where the model comes from; its card and licences are written."""

@@ -34,6 +34,7 @@ OPTIONAL = (
     "safetensors",
     "sklearn",
     "tensorrt",
+    "tensorrt_rtx",
     "torchmetrics",
     "tqdm",
     "transformers",

@@ -18,7 +18,7 @@ from torch import fx
 
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.graph_breaks import why_piece
-from difa_compile.backend.inductor import GraphCompiler, inductor, uses_cuda_graphs
+from difa_compile.backend.inductor import GraphCompiler, inductor, torch_tensorrt, uses_cuda_graphs
 from difa_compile.backend.options import Options
 from difa_compile.backend.run import active_run, call_without_run
 from difa_compile.errors import (
@@ -48,7 +48,8 @@ def difa(
     """Compile a Dynamo graph according to a plan.
 
     ``options``: what :class:`~difa_compile.backend.options.Options` names. Without a ``plan`` among them, inductor
-    compiles the graph as it is. ``mode``: what the option of that name is if it is not among them.
+    compiles the graph as it is, or what ``inner`` names. ``mode``: what the option of that name is if it is not among
+    them.
 
     Errors of this package that show at compile time are raised by the call that triggered it, as themselves; those that
     are no fault of the call (:class:`PassError`, a trace that cannot be written) within what Dynamo raises.
@@ -56,8 +57,10 @@ def difa(
     given = {"mode": mode, **(options or {})}
     try:
         chosen = Options.of(given)
-        if "plan" not in given:
+        if "plan" not in given and chosen.inner == "inductor":
             return inductor(module, example_inputs, chosen.config)
+        if "plan" not in given:
+            return compiler_of(chosen)(module, example_inputs)
         return planned(module, example_inputs, chosen)
     except (PassError, OutputError):
         raise  # nothing that Dynamo should keep: the next call tries again
@@ -144,7 +147,9 @@ class PlanFile:
 
 def compiler_of(options: Options) -> GraphCompiler:
     """What compiles the graphs of a model with these options."""
-    compiler: GraphCompiler = eager if options.inner == "eager" else functools.partial(inductor, config=options.config)
+    compiler: GraphCompiler = functools.partial(inductor, config=options.config)
+    if options.inner != "inductor":
+        compiler = eager if options.inner == "eager" else torch_tensorrt()
     return compiler if options.dynamic is None else functools.partial(options.dynamic.compile, compiler)
 
 

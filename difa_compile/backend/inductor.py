@@ -1,4 +1,4 @@
-"""Compiling a graph with inductor, and what may be asked of it."""
+"""Compiling a graph with inductor, and what may be asked of it; or with torch-tensorrt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from difa_compile.errors import DecisionError
+from difa_compile.errors import DecisionError, MissingDependencyError
 from difa_compile.passes.graph import copy_module
 from difa_compile.passes.prepare.questions import BINDINGS, brings_in_sizes
 
@@ -51,6 +51,23 @@ def inductor(module: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
         with torch.no_grad(), tracing(TracingContext(mode)):
             compiled = compile_fx(copied, inputs, ignore_shape_env=not open_sizes, **patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def torch_tensorrt() -> GraphCompiler:
+    """What torch-tensorrt compiles graphs with, as a backend of Dynamo; operations that TensorRT does not have stay
+    torch's. It needs an NVIDIA GPU, and never ran in our tests.
+
+    Raises :class:`MissingDependencyError` where it is not installed.
+    """
+    try:
+        import torch_tensorrt  # noqa: F401  # it registers its backends
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f"inner='tensorrt' needs torch-tensorrt in the release for torch {torch.__version__.split('+')[0]}: pip "
+            f"install torch-tensorrt ({error})"
+        ) from error
+    found: Any = torch._dynamo.lookup_backend("torch_tensorrt")
+    return found  # type: ignore[no-any-return]
 
 
 def inductor_config(mode: object = None, options: object = None) -> Config:

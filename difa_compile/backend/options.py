@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from difa_compile.backend.batch_sizes import AnyBatch
-from difa_compile.backend.inductor import Config, inductor_config
+from difa_compile.backend.inductor import Config, inductor_config, torch_tensorrt
 from difa_compile.errors import DecisionError, LayoutError
 from difa_compile.layout import Layout
 from difa_compile.plan.guidance import StatedGuidance
 from difa_compile.plan.plan import RESIZES, Plan
 
-INNER = ("inductor", "eager")
+INNER = ("inductor", "eager", "tensorrt")
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of the backend, checked. Equal options compile equal graphs to the same functions.
 
-    Raises :class:`DecisionError` and :class:`LayoutError` for values that an option does not take.
+    Raises :class:`DecisionError` and :class:`LayoutError` for values that an option does not take, and
+    :class:`MissingDependencyError` for an inner compiler that is not installed.
     """
 
     plan: Plan | Path | None = None
@@ -41,7 +42,8 @@ class Options:
     """How guidance is done: ``{"conditional_half": 0 | 1}``, which half of the batch is the conditional one, or
     ``{"two_call": True}``, the halves are two calls per step. What is not said is as the plan says."""
     inner: str = "inductor"
-    """What compiles the rewritten graphs: ``"inductor"``, or ``"eager"``, for debugging and exact comparisons."""
+    """What compiles the rewritten graphs: ``"inductor"``, ``"eager"``, for debugging and exact comparisons, or
+    ``"tensorrt"``: torch-tensorrt, where it is installed (it never ran in our tests)."""
     resize: str | None = None
     """Carry the plan onto other image sizes than its own, by ``"fraction"`` or by ``"tokens"`` (:meth:`Plan.resized`).
     Without it other sizes are errors."""
@@ -70,20 +72,22 @@ class Options:
             raise DecisionError(f"option trace is a {type(self.trace).__name__}; give the path of a folder, or None")
         StatedGuidance.of_option(self.cfg)
         if self.inner not in INNER:
-            raise DecisionError(f"inner compiler {self.inner!r} is unknown; choose {' or '.join(INNER)}")
+            raise DecisionError(f"inner compiler {self.inner!r} is unknown; choose one of {', '.join(INNER)}")
         if self.resize not in (None, *RESIZES):
             raise DecisionError(f"resize is {self.resize!r}; choose one of {', '.join(RESIZES)}, or leave it out")
         config = self.config
-        if config and self.inner == "eager":
+        if config and self.inner != "inductor":
+            why = "compiles nothing" if self.inner == "eager" else "is not inductor"
             raise DecisionError(
-                f"inner='eager' compiles nothing, so it takes no {', '.join(config)}; leave mode and inductor_options "
-                "out"
+                f"inner={self.inner!r} {why}, so it takes no {', '.join(config)}; leave mode and inductor_options out"
             )
         if self.dynamic is not None and not isinstance(self.dynamic, AnyBatch):
             raise DecisionError(
                 f"option dynamic is {self.dynamic!r}; give a difa_compile.AnyBatch(), in which the captures of one "
                 "compiled model find what is compiled already"
             )
+        if self.inner == "tensorrt":
+            torch_tensorrt()
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:

@@ -282,6 +282,7 @@ def _tried(folder: Path, fresh: Path, manifest: Manifest, target: str, told: Tol
     files = dict(manifest.files)
     name, _ = _stored(fresh, "self-test", data | latents, files)
     made = msgspec.structs.replace(manifest, files=dict(sorted(files.items())), self_test=name)
+    compared = {target: 0.0}
     for other in manifest.targets:
         if other == target:
             continue
@@ -291,13 +292,14 @@ def _tried(folder: Path, fresh: Path, manifest: Manifest, target: str, told: Tol
         except TargetError as error:
             told(f"{other}: not compared: {shown(error)}")
             continue
+        compared[other] = worst
         told(f"{other}: the latents of a short run differ by {worst:.1e} of the largest from those of {target}")
         if not worst < bundle.agrees:
             raise AdapterError(
                 f"with these weights the engines of {other} make other latents than those of {target}: they differ by "
                 f"{worst:.1e} of the largest; give a smaller scale, or put the adapter into the pipeline and export it"
             )
-    return made
+    return msgspec.structs.replace(made, compared=compared)
 
 
 def _moved_onnx(content: bytes, engine: Engine, file: str, places: Mapping[str, Place]) -> bytes:

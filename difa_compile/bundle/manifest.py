@@ -5,7 +5,7 @@ A bundle is a folder of plain files, none of which is code of Python:
 ```
 manifest.json                       this
 weights-<digest>.safetensors        all weights and tables, each once
-<engine>-<digest>.onnx, .pt2        engines, without weights
+<engine>-<digest>.onnx, .pt2, .plan engines, without weights
 programs/<steps>-<digest>.json      sampling loops
 plans/<tier>-<digest>.json          the plans that engines were made from
 tokenizers/<name>-<digest>.json     tokenizers of prompts
@@ -54,6 +54,7 @@ FORMAT = Format(
         "self_test",
         "prompts",
     ),
+    optional=("compared",),
     most_bytes=2**28,
     damaged=BundleFormatError,
     other_version=BundleVersionError,
@@ -121,9 +122,12 @@ class Engine(_Part, frozen=True):
     negative prompts where that is another engine, -3 and below for what decodes.
     ``images``: the least and the largest number of images. ``inputs``, ``outputs``: in the order in which it takes and
     gives them. ``weights``: by its own name for a tensor the name in the file of weights. ``instruction_set``: what the
-    processor must have, "" for nothing in particular. ``kernel``: whether local attention in it is a call of our CPU
-    kernel. ``versions``: what reads it. ``why_static``: why it serves one number of images alone. ``key``: digest of
-    what it was made from, by which a later export into the same folder knows it again.
+    processor must have, "" for nothing in particular; of engines for GPUs their compute capabilities, "" for all that
+    the library serves. ``kernel``: whether local attention in it is a call of our CPU kernel. ``versions``: what reads
+    it. ``why_static``: why it serves one number of images alone. ``key``: digest of what it was made from, by which a
+    later export into the same folder knows it again. ``memory``: of a GPU, in bytes, as the build told it:
+    ``activations`` at the most images, ``constants``. ``unchecked``: why the model that it was built from was not run
+    beside the program, "" where it was, or there is none.
     """
 
     target: str
@@ -138,6 +142,8 @@ class Engine(_Part, frozen=True):
     versions: dict[str, str] = {}
     why_static: str = ""
     key: str = ""
+    memory: dict[str, int] = {}
+    unchecked: str = ""
 
 
 class Slot(_Part, frozen=True):
@@ -242,7 +248,8 @@ class Prompts(_Part, frozen=True):
 
 class Manifest(_Part, frozen=True):
     """All of it. ``slots``: of caches, for whichever schedule runs. ``plans``: by tier the file of its plan.
-    ``self_test``: the file of the short run.
+    ``self_test``: the file of the short run. ``compared``: by target how far the self-test was off at the export,
+    relative to the largest latent; of a target that is not named, no engine was run.
     """
 
     made_with: dict[str, str]
@@ -256,6 +263,7 @@ class Manifest(_Part, frozen=True):
     plans: dict[str, str]
     self_test: str
     prompts: Prompts | None = None
+    compared: dict[str, float] = {}
 
     def content(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -272,9 +280,10 @@ class Manifest(_Part, frozen=True):
         :class:`BundleIntegrityError`."""
         fields = FORMAT.parse(data, where)
         with FORMAT.reading(where, also=(msgspec.ValidationError,)):
-            found = msgspec.convert({name: fields[name] for name in FORMAT.keys}, cls)
+            content = {name: fields[name] for name in (*FORMAT.keys, *FORMAT.optional) if name in fields}
+            found = msgspec.convert(content, cls)
             _check(found)
-        FORMAT.check_digest(fields, found.content(), where)
+        FORMAT.check_digest(fields, content, where)  # as it stands there: what is optional has joined in time
         return found
 
     @property

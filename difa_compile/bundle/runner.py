@@ -31,7 +31,7 @@ from difa_compile.bundle.manifest import (
 )
 from difa_compile.bundle.program import Call, Condition, Form, Program, replay
 from difa_compile.bundle.prompts import Texts, texts_for, texts_of, tokenizer_from, tokens_of
-from difa_compile.bundle.sessions import SESSIONS, Session, open_session
+from difa_compile.bundle.sessions import SESSIONS, Session, device_of, open_session
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.errors import BundleInputError, BundleIntegrityError, ReplayError
 from difa_compile.files.documents import parse_json
@@ -55,8 +55,9 @@ class Sampled:
 def load_bundle(folder: str | Path, target: str | None = None, *, prepack: bool = False) -> Bundle:
     """Open a bundle. The manifest is checked now, and each file before it is used for the first time.
 
-    ``target``: which engines to run, ``"onnx"`` or ``"aoti"``; by default the first that the bundle has. ``prepack``:
-    let ONNX Runtime copy weights into its favoured form; quicker, and each engine then has weights of its own.
+    ``target``: which engines to run, ``"onnx"``, ``"aoti"`` or ``"tensorrt"``; by default the first that the bundle
+    has. ``prepack``: let ONNX Runtime copy weights into its favoured form; quicker, and each engine then has weights of
+    its own.
 
     Raises :class:`BundleFormatError` and its subclasses for what is no bundle, a damaged one, or one of another
     release, and :class:`TargetError`.
@@ -87,6 +88,7 @@ class Bundle:
                 f"the bundle {shown(folder)} has no engines for {quoted(target)}; it has them for {', '.join(targets)}"
             )
         self.target = target
+        self._device = device_of(target)
         self._prepack = prepack
         self._weights = WeightFile(check_file(folder, self.manifest.weights, self.manifest.files))
         self._sessions: dict[str, Session] = {}
@@ -521,7 +523,8 @@ class _Course:
         if number is None:
             return None
         if number not in self._slots:
-            self._slots[number] = torch.empty(sizes_of(port.shape, self._images), dtype=getattr(torch, port.dtype))
+            dtype, device = getattr(torch, port.dtype), self._bundle._device
+            self._slots[number] = torch.empty(sizes_of(port.shape, self._images), dtype=dtype, device=device)
         return self._slots[number]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from difa_compile.bundle import tensorrt
 from difa_compile.bundle.manifest import Engine, File, check_file, checked_bytes, sizes_of
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.errors import TargetError
@@ -191,8 +192,23 @@ def _open_aoti(engine: Engine, folder: Path, files: Mapping[str, File], weights:
     return AotiSession(engine, check_file(folder, engine.file, files), weights)
 
 
+def _open_tensorrt(
+    engine: Engine, folder: Path, files: Mapping[str, File], weights: WeightFile, prepack: bool
+) -> Session:
+    del prepack
+    return tensorrt.TensorRtSession(engine, checked_bytes(folder, engine.file, files), weights)
+
+
 SESSIONS: dict[str, Callable[[Engine, Path, Mapping[str, File], WeightFile, bool], Session]] = {
     "onnx": _open_onnx,
     "aoti": _open_aoti,
+    "tensorrt": _open_tensorrt,
 }
 """By target what loads an engine."""
+ELSEWHERE = frozenset({"tensorrt"})
+"""Targets whose engines can be made on machines that cannot run them."""
+
+
+def device_of(target: str) -> torch.device:
+    """Where a target's sessions like their caches to lie. Raises :class:`TargetError` where it is not there."""
+    return tensorrt.device() if target == "tensorrt" else torch.device("cpu")

@@ -126,6 +126,7 @@ class WeightFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._tensors: dict[str, Tensor] = {}
+        self._copies: dict[tuple[Place, torch.device], Tensor] = {}
         try:
             with open_plain(path, 2**62) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -148,6 +149,13 @@ class WeightFile:
             else:
                 self._tensors[name] = torch.empty(place.shape, dtype=place.dtype)
         return self._tensors[name]
+
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """A tensor's copy on a device, made once: all who ask share it, under whichever of its names."""
+        key = (self.places[name], device)
+        if key not in self._copies:
+            self._copies[key] = self[name].to(device)
+        return self._copies[key]
 
     def __contains__(self, name: object) -> bool:
         return name in self.places

@@ -44,7 +44,8 @@ BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that difa export has written.", show_default=False)
 ]
 Target = Annotated[
-    str | None, typer.Option(help="Whose engines to run: onnx or aoti.", show_default="the first in the bundle")
+    str | None,
+    typer.Option(help="Whose engines to run: onnx, aoti or tensorrt.", show_default="the first in the bundle"),
 ]
 
 bundle_app = typer.Typer(help="Look at exported bundles.", no_args_is_help=True)
@@ -57,7 +58,9 @@ def export(
         typer.Option("--plan", metavar="[TIER=]PLAN", help="A plan file; may be repeated, each a tier to choose from."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle.")] = Path("difa-bundle"),
-    targets: Annotated[str, typer.Option("--target", help="onnx, aoti, or both with a comma.")] = "onnx",
+    targets: Annotated[
+        str, typer.Option("--target", help="onnx, aoti, tensorrt (or TensorRT-RTX), or several with commas.")
+    ] = "onnx",
     steps: Annotated[str, typer.Option(help="Numbers of steps to choose from, e.g. 20,50.")] = "50",
     sizes: Annotated[
         str | None,
@@ -82,6 +85,14 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="AOTInductor for any processor of this kind, not for this one.")
     ] = False,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            "--gpus",
+            help="Compute capabilities that tensorrt builds for, e.g. 8.9,12.0.",
+            show_default="all that TensorRT-RTX knows; the one here",
+        ),
+    ] = "",
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -132,6 +143,7 @@ def export(
             most_images=batch,
             max_engines=max_engines,
             portable=portable,
+            gpus=_capabilities(gpus),
             name=model,
             told=told,
         )
@@ -247,7 +259,8 @@ def verify_bundle(bundle: BundleFolder) -> None:
             loaded = load_bundle(bundle, target)
             worst = loaded.self_test()
         except TargetError as error:
-            console.print(Text(f"{target}: not run: {visible(str(error))}"))
+            before = "" if target in manifest.compared else "; nor was it run when it was exported"
+            console.print(Text(f"{target}: not run: {visible(str(error))}{before}"))
             continue
         console.print(
             f"{target}: the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
@@ -394,12 +407,14 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         schedules.add_column(column, justify="left" if column == "tier" else "right")
     for schedule in manifest.schedules:
         rows = {call.row for call in schedule.calls}
-        told = [manifest.sizes[schedule.size].name] if several else []
-        told += [str(schedule.steps), str(len(schedule.calls)), str(len(rows))]
-        schedules.add_row(foreign(schedule.tier), *told)
+        cells = [manifest.sizes[schedule.size].name] if several else []
+        cells += [str(schedule.steps), str(len(schedule.calls)), str(len(rows))]
+        schedules.add_row(foreign(schedule.tier), *cells)
     console.print(schedules)
     engines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"):
+    built = any("activations" in engine.memory for engine in manifest.engines)
+    columns = ["engine", "target", "images", "calls", "weights", "caches in", "out", "size", "needs"]
+    for column in [*columns[:-1], *(["activations"] if built else []), columns[-1]]:
         engines.add_column(
             column,
             justify="left" if column in ("engine", "target", "needs") else "right",
@@ -421,6 +436,7 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
             str(reads),
             str(writes),
             size(manifest.files[engine.file].bytes),
+            *([size(engine.memory["activations"]) if "activations" in engine.memory else ""] if built else []),
             foreign(engine.instruction_set),
         )
     console.print(engines)
@@ -458,6 +474,14 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 6 and 1 <= int(part) <= MOST_STEPS for part in parts):
         raise typer.BadParameter(f"{quoted(text)} is no list of numbers such as 20,50", param_hint="--steps")
     return [int(part) for part in parts]
+
+
+def _capabilities(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(re.fullmatch(r"[0-9]{1,2}\.[0-9]", part, re.ASCII) for part in parts):
+        raise typer.BadParameter(f"{quoted(text)} is no list of compute capabilities such as 8.9,12.0",
+                                 param_hint="--gpus")  # fmt: skip
+    return parts
 
 
 def _png(picture: Any) -> bytes:

@@ -70,6 +70,8 @@ class Format:
     """How to make another one."""
     edit: str = ""
     """How to change what it holds, where that can be wanted."""
+    optional: tuple[str, ...] = ()
+    """Further keys of the outermost object, which files from before them do not have."""
 
     @property
     def remedy(self) -> str:
@@ -127,7 +129,7 @@ class Format:
     def parse(self, data: bytes | str, where: object) -> dict[str, Any]:
         """The outermost object of a document; ``where`` names it in messages.
 
-        Checked here: that it is JSON, of this version, with exactly the keys of this format. The digest is not: see
+        Checked here: that it is JSON, of this version, with the keys of this format. The digest is not: see
         :meth:`check_digest`.
         """
         with self.reading(where):
@@ -140,7 +142,7 @@ class Format:
                     f"this release reads version {self.version}; use the release that wrote it, or {self.again}"
                 )
         with self.reading(where):
-            fields = as_object(document, "", (self.version_key, "digest", *self.keys))
+            fields = as_object(document, "", (self.version_key, "digest", *self.keys), self.optional)
             as_text(fields["digest"], "digest")
         return fields
 

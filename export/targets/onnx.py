@@ -133,10 +133,11 @@ def _strip(graph: ir.Graph) -> None:
 def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
     """A tensor of a graph by name, put there if it is not."""
     import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
 
     if name not in graph.initializers:
         value = ir.Value(name=name, type=ir.TensorType(_dtype(tensor.dtype)), shape=ir.Shape(tuple(tensor.shape)))
-        value.const_value = ir.Tensor(tensor.numpy(), name=name)
+        value.const_value = TorchTensor(tensor, name=name)
         graph.initializers[name] = value
     return graph.initializers[name]
 

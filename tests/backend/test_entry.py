@@ -1,6 +1,8 @@
 """The torch.compile backend: its options, its errors, and that plans survive inductor."""
 
 import copy
+import sys
+import types
 import warnings
 
 import pytest
@@ -14,6 +16,7 @@ from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
     DecisionError,
     LayoutError,
+    MissingDependencyError,
     NoAttentionError,
     OutputError,
     PassError,
@@ -174,6 +177,7 @@ def test_a_plan_file_that_changed_is_said(tmp_path):
         ),
         ({"plan": None, "inductor_options": "max_autotune"}, DecisionError, "inductor_options is a str; give a dict"),
         ({"plan": None, "inner": "eager", "mode": "reduce-overhead"}, DecisionError, "inner='eager' compiles nothing"),
+        ({"inner": "tensorrt", "mode": "reduce-overhead"}, DecisionError, "inner='tensorrt' is not inductor"),
         ({"plan": "/nowhere/plan.json"}, PlanFormatError, "/nowhere/plan.json"),
     ],
 )
@@ -181,6 +185,44 @@ def test_wrong_options_are_refused_as_themselves(options, error, message):
     """Not wrapped in Dynamo's BackendCompilerFailed."""
     with torch.no_grad(), pytest.raises(error, match=message):
         torch.compile(torch.nn.Linear(2, 2), backend=difa, options=options)(torch.ones(1, 2))
+
+
+@pytest.fixture
+def compiled_by_tensorrt(monkeypatch):
+    """The graphs that are handed to torch-tensorrt, in whose place they run as they are."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
+    known = torch._dynamo.lookup_backend
+    monkeypatch.setattr(
+        torch._dynamo, "lookup_backend", lambda name: backend if name == "torch_tensorrt" else known(name)
+    )
+    return graphs
+
+
+def test_torch_tensorrt_is_handed_what_inductor_would_be(compiled_by_tensorrt):
+    model, inputs = plain()
+    with torch.no_grad():
+        wanted = model(**inputs)
+        alone = torch.compile(model, backend=difa, options={"inner": "tensorrt"})(**inputs)
+        torch._dynamo.reset()
+        assert len(compiled_by_tensorrt) == 1
+        followed = torch.compile(model, backend=difa, options={"plan": plain_plan([FULL]), "inner": "tensorrt"})
+        again = followed(**inputs)
+    assert torch.equal(alone, wanted)
+    assert torch.equal(again, wanted)
+    assert len(compiled_by_tensorrt) > 1, "the segments of the planned model"
+
+
+def test_without_torch_tensorrt(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)  # as if it were not installed
+    model, inputs = plain()
+    with torch.no_grad(), pytest.raises(MissingDependencyError, match="pip install torch-tensorrt"):
+        torch.compile(model, backend=difa, options={"plan": plain_plan([FULL]), "inner": "tensorrt"})(**inputs)
 
 
 def test_a_misspelt_resize_is_refused_at_once():

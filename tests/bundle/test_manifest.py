@@ -47,6 +47,19 @@ def test_what_is_written_is_read():
     }
 
 
+def test_what_has_joined_the_format_may_be_missing(folder):
+    """A bundle from before ``compared`` and an engine's ``memory``, with the digest that it has."""
+
+    def change(content):
+        content.pop("compared", None)
+        for engine in content["engines"]:
+            del engine["memory"], engine["unchecked"]
+
+    found = Manifest.from_json(edited(folder, change), "here")
+    assert found.compared == {}
+    assert all(engine.memory == {} for engine in found.engines)
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../b", "a/b/c", "", ".", "..", "a\\b", "~x", ".x", "a/.b", "ä"]
 )

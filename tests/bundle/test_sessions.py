@@ -59,7 +59,7 @@ def test_a_model_that_onnxruntime_refuses(engine):
 
 
 def test_a_target_of_another_release(engine, manifest, weights):
-    with pytest.raises(TargetError, match=r"is of the target abacus; this release runs onnx, aoti"):
+    with pytest.raises(TargetError, match=r"is of the target abacus; this release runs onnx, aoti, tensorrt"):
         open_session(msgspec.structs.replace(engine, target="abacus"), bundles.kept(), manifest.files, weights)
 
 

@@ -157,3 +157,12 @@ def test_a_changed_header_is_refused_or_reads_what_is_there(tmp_path_factory, da
         return
     for name, place in found.places.items():
         assert bytes(bytes_of(found[name])) == bytes(content[place.offset : place.offset + place.length])
+
+
+def test_a_tensor_is_copied_to_a_device_once(path):
+    write_weights(path, {"a": torch.ones(3), "b": torch.ones(3), "c": torch.zeros(3)})
+    found, there = WeightFile(path), torch.device("meta")
+    assert found.on("a", there).device == there
+    assert found.on("a", there) is found.on("b", there), "equal tensors are one"
+    assert found.on("a", there) is not found.on("c", there)
+    assert found.on("a", torch.device("cpu")).data_ptr() == found["a"].data_ptr()

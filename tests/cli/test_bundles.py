@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
@@ -92,6 +93,28 @@ def test_show_and_verify(tmp_path):
     files = read_manifest(bundles.kept()).files
     assert f"{len(files)} files are what was exported" in result.stdout
     assert "onnx: the self-test's latents differ by" in " ".join(result.stdout.split())
+
+
+def test_what_was_not_run_is_said(tmp_path, monkeypatch):
+    """Engines of another machine: what the export says of them, and their memory."""
+    folder = bundles.copy(tmp_path)
+    manifest = read_manifest(folder)
+    engines = tuple(
+        msgspec.structs.replace(engine, target="tensorrt", memory={"activations": 3 * 2**20})
+        for engine in manifest.engines
+    )
+    elsewhere = msgspec.structs.replace(manifest, engines=engines, compared={})
+    (folder / MANIFEST).write_text(json.dumps(elsewhere.to_json()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("bundle", "verify", folder)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "tensorrt: not run: engines of the target tensorrt run on an NVIDIA GPU" in said
+    assert "nor was it run when it was exported" in said
+    shown = run("bundle", "show", folder)
+    assert "activations" in shown.stdout
+    assert "3 MiB" in " ".join(shown.stdout.split())
+    assert "activations" not in run("bundle", "show", bundles.kept()).stdout
 
 
 def test_verify_tells_of_a_damaged_file(tmp_path):
@@ -197,7 +220,16 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     monkeypatch.setattr("difa_compile.export.write.export_bundle", export_bundle)
     pipe = bundles.pipeline()
     bundles.plan(pipe).save(tmp_path / "quick.json")
-    options = ("--plan", f"fast={tmp_path / 'quick.json'}", "--plan", tmp_path / "quick.json", "--target", "onnx, aoti")
+    options = (
+        "--plan",
+        f"fast={tmp_path / 'quick.json'}",
+        "--plan",
+        tmp_path / "quick.json",
+        "--target",
+        "onnx, aoti",
+        "--gpus",
+        "8.9, 12.0",
+    )
     more = ("--steps", "4,6", "--batch", 3, "--max-engines", 5, "--portable", "--labels", "1,2", "--guidance", 3)
     more += ("--size", "64x96, 32x32", "--dtype", "bfloat16")
     result = run("export", "demo", "-o", tmp_path / "out", *options, *more)
@@ -206,6 +238,7 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "aoti"], [4, 6], 3)
     assert (seen["max_engines"], seen["portable"], seen["name"]) == (5, True, "demo")
     assert (seen["sizes"], seen["dtype"]) == ([(64, 96), (32, 32)], torch.bfloat16)
+    assert seen["gpus"] == ["8.9", "12.0"]
     assert seen["inputs"] == {"class_labels": [1], "guidance_scale": 3.0}, "engines for more images follow from --batch"
     assert "a line" in result.stdout
     assert "3 engines (2 files made, 1 kept)" in " ".join(result.stdout.split())

@@ -202,6 +202,7 @@ HOSTILE = {
     ("export", "--plan"): [".", "/dev/null", "fast=", "=plan.json", "a/b=plan.json", *NAMES],
     ("export", "--out"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("export", "--target"): ["tensorflow", "onnx;aoti", ",", *NAMES],
+    ("export", "--gpus"): ["sm_89", "8.9;12.0", "8.", ",", *NAMES],
     ("export", "--steps"): ["0", "10001", "4,", "4;6", *WHOLE_NUMBERS],
     ("export", "--size"): ["0x8", "8", "8x8x8", "8x8;9x9", ",", "-8x8", LONG],
     ("export", "--dtype"): ["float8_e4m3fn", "int8", "float33", *NAMES],

@@ -6,11 +6,14 @@ import os
 import pytest
 import torch
 
+import difa_compile
 from difa_compile.bundle.manifest import MANIFEST, read_manifest
 from difa_compile.bundle.runner import load_bundle
-from difa_compile.errors import BundleInputError, ExportError, OutputError
+from difa_compile.decision import FULL, Decision
+from difa_compile.errors import BundleInputError, ExportError, OutputError, TargetError
 from difa_compile.export import write as module
 from difa_compile.export.write import PIECES, export_bundle, latents_of
+from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engines_of
 from tests.support import bundles
 
@@ -106,6 +109,36 @@ def test_aotinductor_gives_what_the_pipeline_gives(pipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_tensorrt_engines_of_the_demo_model(tmp_path):
+    """All kinds of decision. Without a GPU they are built, and it is said that they were not run."""
+    pytest.importorskip("tensorrt_rtx")
+    demo = difa_compile.load_pipeline("demo")
+    kinds = ["window(box:3)+residual", "window(band:32)", "reuse", "forecast:1", "full+cfg"]
+
+    def rule(step, site):
+        return FULL if step < 3 else Decision.parse(kinds[step % 5])
+
+    plan = plan_from_rule(demo, steps=8, rule=rule, inputs={"class_labels": [1]})
+    told = []
+    options = {"inputs": {"class_labels": [1]}, "steps": [8], "most_images": 4, "targets": ["tensorrt"]}
+    made = export_bundle(demo, plan, tmp_path, told=told.append, **options)
+    manifest = read_manifest(tmp_path)
+    assert manifest == made.manifest
+    for engine in manifest.engines:
+        assert engine.images == (1, 4)
+        assert (engine.target, engine.unchecked) == ("tensorrt", "")
+        assert set(engine.memory) == {"activations", "constants"}
+        assert any(name.startswith("tensorrt") for name in engine.versions)
+    model = sum(value.nbytes for value in demo.transformer.parameters())
+    assert max(manifest.files[engine.file].bytes for engine in manifest.engines) < 0.9 * model
+    if not torch.cuda.is_available():
+        assert any(line.startswith("tensorrt: not compared with the pipeline: ") for line in told)
+        assert manifest.compared == {}
+    again = export_bundle(demo, plan, tmp_path, **options)
+    assert (again.made, again.kept) == (0, made.made)
+
+
+@pytest.mark.slow
 def test_weights_stand_in_it_once_and_no_place_of_this_machine(pipe, tmp_path):
     found = exported(pipe, tmp_path)
     model = sum(value.nbytes for value in pipe.transformer.parameters())
@@ -154,6 +187,26 @@ def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
     assert load_bundle(folder).self_test() < bundles.AGREE
 
 
+def test_targets_that_cannot_run_here_are_not_compared(monkeypatch):
+    """Those of other machines are said not to be; of a target that runs anywhere that is an error."""
+    exporting, told = module._Exporting.__new__(module._Exporting), []
+    exporting.folder, exporting.told = bundles.kept(), told.append
+    manifest = read_manifest(bundles.kept())
+    assert set(exporting._compare(manifest)) == {"onnx"}
+    assert set(manifest.compared) == {"onnx"}
+    assert manifest.compared["onnx"] < bundles.AGREE
+
+    def self_test(bundle):
+        raise TargetError("it is not here")
+
+    monkeypatch.setattr(module.Bundle, "self_test", self_test)
+    with pytest.raises(TargetError, match="it is not here"):
+        exporting._compare(manifest)
+    monkeypatch.setattr(module, "ELSEWHERE", {"onnx"})
+    assert exporting._compare(manifest) == {}
+    assert told[-1] == "onnx: not compared with the pipeline: it is not here"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,7 +214,8 @@ def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
         ({"steps": [0]}, "is no number of steps or images"),
         ({"steps": [True]}, "is no number of steps or images"),
         ({"targets": []}, "at least one plan"),
-        ({"targets": ["tensorflow"]}, "the target 'tensorflow' is unknown; known are onnx, aoti"),
+        ({"targets": ["tensorflow"]}, "the target 'tensorflow' is unknown; known are onnx, aoti, tensorrt"),
+        ({"gpus": ["8.9"]}, "which engines of the target tensorrt alone are built for"),
         ({"most_images": 0}, "is no number of steps or images"),
         ({"plans": {}}, "at least one plan"),
         ({"inputs": {"class_labels": [1, 2]}}, "the inputs make 2 images; give those of a call that makes one"),

@@ -75,17 +75,22 @@ def video(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart_sigma", "sd3", "flux", "flux_true_cfg", "wan"])
 def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
-    """At every step."""
+    """At every step; TensorRT's engines are built, from models that make what the programs make, and not run."""
+    pytest.importorskip("tensorrt_rtx")
     pipe, inputs = video(tmp_path) if name == "wan" else prompted(name)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    targets = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
+    runs = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
     folder = tmp_path / "bundle"
-    found = export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=targets, most_images=1)
+    found = export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[*runs, "tensorrt"], most_images=1)
     assert found.engines == 3
+    built = [engine for engine in found.manifest.engines if engine.target == "tensorrt"]
+    assert {engine.row for engine in built} == {engine.row for engine in found.manifest.engines}
+    assert all(engine.memory["activations"] and not engine.unchecked for engine in built)
     assert found.manifest.sizes[0].decode is not None
+    assert found.manifest.compared.keys() == set(runs)
     probed = probe(pipe, inputs, STEPS)
     wanted = latents_of(pipe, inputs, plan, STEPS, probed.program)
-    for target in targets:
+    for target in runs:
         bundle = load_bundle(folder, target)
         assert bundle.self_test() < CLOSE
         assert max(differences(latents(bundle, probed.conditioning), wanted)) < CLOSE
