@@ -139,9 +139,10 @@ def export_bundle(
     widths of images in pixels that callers will be able to choose, each with engines of its own; by default that of
     ``inputs``. Windows of plans made at another size grow with the image. ``most_images``: per call; engines serve any
     number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines
-    run them all at each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``: AOTInductor for more
-    than this processor. ``gpus``: for tensorrt the compute capabilities to build for, ``["8.9"]``; by default all that
-    TensorRT-RTX serves, and with TensorRT the GPU that is here. ``told`` is given a line for each thing that is done.
+    run them all at each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``:
+    AOTInductor for more than this processor. ``gpus``: for tensorrt the compute capabilities to build for,
+    ``["8.9"]``; by default all that TensorRT-RTX serves, and with TensorRT the GPU that is here. ``told`` is given a
+    line for each thing that is done.
 
     Raises :class:`BundleInputError` for arguments that make no sense, :class:`ExportError` and its subclasses,
     :class:`SamplingLoopError` for a sampling loop that cannot be written down, :class:`TargetError` for a target that
