@@ -36,6 +36,8 @@ CONFIG = "adapter_config.json"
 MOST_CONFIG = 2**20
 """Bytes of such a file."""
 PEFT_PREFIX = "base_model.model."
+ENCODER = "text_encoder"
+"""How the names of components begin that make embeddings of prompts."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 OTHER_METHODS = {
@@ -318,7 +320,7 @@ class _Found:
             return
         parts = sorted({name.removeprefix(PEFT_PREFIX).split(".")[0] for name in self.unknown})
         held = sorted({name.split(".")[0] for name in self.stored})
-        encoders = [part for part in parts if part.startswith("text_encoder") and part not in held]
+        encoders = [part for part in parts if part.startswith(ENCODER) and part not in held]
         if encoders:
             remedy = (
                 f"the bundle has no {encoders[0]}, its callers give it embeddings: make them with that LoRA in the "
@@ -359,6 +361,8 @@ def _low_rank(found: _Found) -> dict[str, LowRank | Whole]:
             factors.setdefault(match["module"], {})[match["factor"]] = name
         elif match := ALPHA.fullmatch(name):
             alphas[match["module"]] = name
+        elif name.startswith(ENCODER):  # diffusers' converters have names of their own for these
+            found.unknown.append(name)
         else:
             mixed.append(name)
     if mixed:
@@ -545,13 +549,13 @@ def _converted(file: AdapterFile, pipeline: str) -> AdapterFile:
     if convert is None:
         raise AdapterError(f"{refusal}, and diffusers, which converts it, is not here or not for {shown(pipeline)}; "
                            f"{remedy}")  # fmt: skip
-    given = {name: file.tensors[name].clone() for name in file.shapes}
+    given = {name: file.tensors[name] for name in file.shapes}
     for tensor in given.values():
         if tensor.is_floating_point():
             tensor.requires_grad_(True)
     try:
         with torch.enable_grad():
-            made, alphas = convert(dict(given))
+            made, alphas = convert({name: tensor.clone() for name, tensor in given.items()})
             total = torch.stack([tensor.float().sum() for tensor in made.values() if tensor.requires_grad]).sum()
             total.backward()
     except Exception as error:  # converters share no class of errors

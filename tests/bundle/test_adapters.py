@@ -252,6 +252,29 @@ def test_another_programs_form_is_converted_by_diffusers(path):
     assert torch.allclose(added, alpha / RANK * up @ down, rtol=0, atol=1e-6)
 
 
+def test_projections_that_another_program_has_in_one(path):
+    """And its names for a text encoder, which is left out by the name that diffusers has for it."""
+    pytest.importorskip("diffusers")
+    block = "transformer.transformer_blocks.0.attn"
+    stored = {f"{block}.to_{part}.weight": Place(0, 0, torch.float32, (OUT, IN)) for part in "qkv"}
+    name, text = "lora_unet_double_blocks_0_img_attn_qkv", "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    given = {}
+    for module, rows in ((name, 3 * OUT), (text, OUT)):
+        given |= {
+            f"{module}.lora_down.weight": torch.randn(RANK, IN),
+            f"{module}.lora_up.weight": torch.randn(rows, RANK),
+            f"{module}.alpha": torch.tensor(4.0),
+        }
+    safetensors.torch.save_file(given, path)
+    with pytest.raises(AdapterError, match=r"has no text_encoder, .* \(--without text_encoder\)"):
+        changes(open_adapter(path), stored, ("transformer",), (), "FluxPipeline")
+    found = changes(open_adapter(path), stored, ("transformer",), ("text_encoder",), "FluxPipeline")
+    assert set(found.by_weight) == set(stored)
+    added = torch.cat([found.of(weight, torch.zeros(OUT, IN), 0.5) for weight in stored])
+    wanted = 0.5 * 4.0 / RANK * given[f"{name}.lora_up.weight"] @ given[f"{name}.lora_down.weight"]
+    assert torch.allclose(added, wanted, rtol=0, atol=1e-5)
+
+
 def test_another_programs_form_that_diffusers_does_not_take(path):
     pytest.importorskip("diffusers")
     with pytest.raises(
