@@ -14,7 +14,8 @@ from difa_compile.errors import BundleInputError, ExportError, OutputError, Targ
 from difa_compile.export import write as module
 from difa_compile.export.write import PIECES, export_bundle, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
-from difa_compile.plan.engines import engines_of
+from difa_compile.plan.engines import engine_of_steps, engines_of
+from difa_compile.plan.plan import Plan
 from tests.support import bundles
 
 pytest.importorskip("onnxruntime")
@@ -80,6 +81,14 @@ def test_an_export_that_is_stopped_goes_on_and_the_old_bundle_stays_whole(pipe, 
     assert found.manifest.tiers == ("other",)
 
 
+def test_a_plan_alone_tells_how_many_engines_are_exported():
+    manifest = read_manifest(bundles.kept())
+    plan = Plan.load(bundles.kept() / manifest.plans["quick"])
+    told = engines_of(plan)
+    assert {engine.row for engine in manifest.engines} == {*range(len(told)), -1}
+    assert [call.row for call in manifest.schedules[0].calls] == list(engine_of_steps(told)) == [0, 1, 2, 2]
+
+
 @pytest.mark.slow
 def test_few_engines_compute_more(pipe, tmp_path):
     plans = {"reuse": bundles.plan(pipe), "forecast": bundles.plan(pipe, bundles.FORECAST)}
@@ -89,7 +98,7 @@ def test_few_engines_compute_more(pipe, tmp_path):
     assert free.cost == 1 < few.cost
     assert few.weighed == "operations", "no profile is in force"
     alone = exported(pipe, tmp_path / "alone", {"forecast": plans["forecast"]})
-    assert alone.engines == len(engines_of(plans["forecast"])) == 3
+    assert alone.engines == len(engines_of(plans["forecast"])) == 2
     assert load_bundle(tmp_path / "few").self_test() < bundles.AGREE
 
 
