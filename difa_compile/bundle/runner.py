@@ -351,27 +351,33 @@ class Bundle:
         prompts = self.manifest.prompts
         if prompts is None or not texts:
             return found, images
-        count = max(len(each) for each in texts.values()) if images is None else images
+        if images is None:
+            batched = {each.argument.name for form in program.forms for each in form.conditions
+                       if each.argument.batched}  # fmt: skip
+            given = [*named.items(), *(item for values in found.values() for item in values.items())]
+            sizes = [len(value) for name, value in given if name in batched and hasattr(value, "__len__")]
+            images = max(*(len(each) for each in texts.values()), *sizes, 1)
         for name, each in texts.items():
-            if len(each) not in (1, count):
+            if len(each) not in (1, images):
                 raise BundleInputError(
-                    f"{len(each)} texts were given as {name} for {count} images; give one for all, or one an image"
+                    f"{len(each)} texts were given as {name} for {images} images; give one for all, or one an image"
                 )
         for encoder in prompts.encoders:
             names = list(dict.fromkeys(tokens.text for tokens in encoder.tokens))
             # What the program needs and nobody gives is as in the call that was exported.
             stored = {*fixed.get(encoder.half, ()), *found.get(encoder.half, ())}
+            stored |= set(named) if encoder.half == HALVES[0] else set()
             outputs = {port.name for port in self._encoding(encoder).outputs}
             needed = bool((_needed(program, encoder.half) & outputs) - stored)
             own = texts_for(prompts, names, texts, needed=needed)
             if own is None:
                 continue
             half = found.setdefault(encoder.half, {})
-            made = self._encode(encoder, own, count)
+            made = self._encode(encoder, own, images)
             if twice := sorted(set(made) & {*half, *(named if encoder.half == HALVES[0] else ())}):
                 raise BundleInputError(f"{twice[0]} of the {encoder.half} half is given, and {names[0]}, too; give one")
             half |= made
-        return found, count
+        return found, images
 
     def _encode(self, encoder: Encoder, texts: Texts, images: int) -> dict[str, Tensor]:
         """The conditions that texts are encoded to, one row an image; the same texts are encoded once."""

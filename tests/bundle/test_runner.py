@@ -234,6 +234,7 @@ def test_prompts(texts, bundle):
     wanted = bundle(conditions=both, seed=0).latents
     assert torch.equal(texts(prompt="two", negative_prompt="one", seed=0).latents, wanted)
     assert torch.equal(texts(class_labels=[2], negative_prompt="one", seed=0).latents, wanted)
+    assert texts(class_labels=[2, 1], negative_prompt="one").latents.shape[0] == 2
     assert torch.equal(texts(prompt="two", conditions={"uncond": both["uncond"]}, seed=0).latents, wanted)
 
 
