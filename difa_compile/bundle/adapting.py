@@ -94,6 +94,7 @@ def adapt_bundle(
     _check_apart(manifest, weights, what)
     _check_targets(manifest)
     target = _tested(folder, manifest, told)
+    manifest = _encoded_anew(manifest, what)
     changed = _amounts(weights, what, scale)
     told(f"{len(changed)} of {len(weights.places)} tensors change, by {_largest(changed)} at most")
     with new_folder(out, "the bundle") as fresh:
@@ -122,6 +123,26 @@ def _adaptable(manifest: Manifest, weights: WeightFile) -> dict[str, Place]:
     """The weights that engines read, without what is none: tables of an engine's own."""
     names = {name for engine in manifest.engines for name in engine.weights.values() if not name.startswith(TABLE)}
     return {name: weights.places[name] for name in sorted(names) if name in weights}
+
+
+def _encoded_anew(manifest: Manifest, what: Changes) -> Manifest:
+    """The manifest without the conditions in the file of weights (an empty negative prompt's) that encoders made whose
+    weights change: from now on they are encoded at each call, from the text of the export."""
+    if manifest.prompts is None:
+        return manifest
+    stale: dict[str, set[str]] = {}
+    for encoder in manifest.prompts.encoders:
+        engines = [engine for engine in manifest.engines if engine.row == encoder.row]
+        if any(name in what.by_weight for engine in engines for name in engine.weights.values()):
+            stale[encoder.half] = {port.name for engine in engines for port in engine.outputs}
+    sizes = []
+    for size in manifest.sizes:
+        kept = {
+            half: {name: stored for name, stored in given.items() if name not in stale.get(half, ())}
+            for half, given in size.conditions.items()
+        }
+        sizes.append(msgspec.structs.replace(size, conditions={half: given for half, given in kept.items() if given}))
+    return msgspec.structs.replace(manifest, sizes=tuple(sizes))
 
 
 def _components(manifest: Manifest) -> list[str]:
@@ -326,5 +347,6 @@ def _moved_onnx(content: bytes, engine: Engine, file: str, places: Mapping[str, 
 MOVED: dict[str, Callable[[bytes, Engine, str, Mapping[str, Place]], bytes] | None] = {
     "onnx": _moved_onnx,
     "aoti": None,
+    "tensorrt": None,
 }
 """By target how an engine learns of another file of weights; None if it is handed them by name."""

@@ -68,7 +68,10 @@ def test_texts_become_what_the_pipeline_gives_its_model(pixart, encoded):
     check(*pixart, encoded, TEXTS[:2])
     (encoding,) = encoded.encodings  # one for both halves
     assert set(encoding.outputs) == {"encoder_hidden_states", "encoder_attention_mask"}
-    assert [(each.half, each.row) for each in encoded.prompts.encoders] == [("cond", -2), ("uncond", -2)]
+    assert [(each.half, each.row) for each in encoded.prompts.encoders] == [
+        ("cond", module.ENCODES["cond"]),
+        ("uncond", module.ENCODES["cond"]),
+    ]
     assert {name: text.default for name, text in encoded.prompts.texts.items()} == {
         "prompt": None,
         "negative_prompt": "blurred",

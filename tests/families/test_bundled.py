@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from difa_compile.bundle.adapting import adapt_bundle
@@ -257,3 +258,28 @@ assert bundle(prompt="a red cat", seed=0).images.shape[0] == 1
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow
+def test_other_weights_of_a_text_encoder(tmp_path):
+    """Prompts are encoded with them, and the negative prompt of the export, whose encoding lies in the bundle, too."""
+    pipe, inputs = prompted("pixart_sigma")
+    plan = plan_from_rule(pipe, 4, rule, inputs=inputs)
+    export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[4], most_images=1)
+    old = load_bundle(tmp_path / "bundle")
+    assert old.manifest.sizes[0].conditions.get("uncond"), "a negative prompt is stored"
+    weights = {}
+    with torch.no_grad():
+        for name, value in pipe.text_encoder.named_parameters():
+            if value.ndim == 2:
+                weights[f"text_encoder.{name}"] = value.mul_(1.5).clone()
+    safetensors.torch.save_file(weights, tmp_path / "text.safetensors")
+    adapt_bundle(tmp_path / "bundle", tmp_path / "text.safetensors", tmp_path / "adapted")
+    bundle = load_bundle(tmp_path / "adapted")
+    assert bundle.self_test() < CLOSE
+    program = bundle._program(bundle._schedule(None, None))
+    for texts in ({"prompt": ["two small boats"]}, {"prompt": ["a red house"], "negative_prompt": ["grey"]}):
+        wanted = latents_of(pipe, {**inputs, **texts}, plan, 4, program)[-1]
+        found, before = (each(**texts, seed=TEST_SEED, decode=False).latents for each in (bundle, old))
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < CLOSE
+        assert float((before - wanted).abs().max() / wanted.abs().max()) > 100 * CLOSE
