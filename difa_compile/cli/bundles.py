@@ -86,13 +86,13 @@ def export(
         bool, typer.Option("--portable", help="AOTInductor for any processor of this kind, not for this one.")
     ] = False,
     gpus: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--gpus",
             help="Compute capabilities that tensorrt builds for, e.g. 8.9,12.0.",
             show_default="all that TensorRT-RTX knows; the one here",
         ),
-    ] = "",
+    ] = None,
     labels: Labels = None,
     prompt: Prompt = None,
     inputs: Inputs = None,
@@ -116,6 +116,7 @@ def export(
             raise typer.BadParameter(f"the tier {quoted(name)} is given twice", param_hint="--plan")
         tiers[name] = Plan.load(path)
     wanted = [part.strip() for part in targets.split(",")]
+    capabilities = _capabilities(gpus)
     check_request(tiers, numbers, wanted, batch)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     if isinstance(call.get("class_labels"), list):
@@ -143,7 +144,7 @@ def export(
             most_images=batch,
             max_engines=max_engines,
             portable=portable,
-            gpus=_capabilities(gpus),
+            gpus=capabilities,
             name=model,
             told=told,
         )
@@ -476,8 +477,8 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _capabilities(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")] if text else []
+def _capabilities(text: str | None) -> list[str]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,2}\.[0-9]", part, re.ASCII) for part in parts):
         raise typer.BadParameter(f"{quoted(text)} is no list of compute capabilities such as 8.9,12.0",
                                  param_hint="--gpus")  # fmt: skip
