@@ -28,7 +28,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from difa_compile.bundle.manifest import ENCODES, KINDS, STEPS, Encoder, Prompts, Text, Tokens
 from difa_compile.bundle.program import Program
@@ -275,9 +275,18 @@ class _OnlyWhatFollows(TorchFunctionMode):
     ) -> Any:
         options = options or {}
         if any(map(_is_traced, tree_leaves((arguments, options)))):
+            arguments, options = tree_map(_row_by_row, (arguments, options))
             return function(*arguments, **options)
         with untraced():
             return function(*arguments, **options)
+
+
+def _row_by_row(value: object) -> object:
+    """A tensor that becomes a constant of the graph laid out as the file of weights has it; all else as it is."""
+    if type(value) is not Tensor or value.is_contiguous():
+        return value
+    with untraced():
+        return value.contiguous()
 
 
 def _is_traced(value: object) -> bool:
