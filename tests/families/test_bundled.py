@@ -100,6 +100,8 @@ def test_further_prompts(tmp_path):
     pipe, inputs = prompted("flux")
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
     export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2, targets=["onnx", "aoti"])
+    again = export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2, targets=["onnx", "aoti"])
+    assert again.made == 0
     for target in ("onnx", "aoti"):
         bundle = load_bundle(tmp_path, target)
         assert bundle.self_test() < CLOSE
