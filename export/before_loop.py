@@ -57,6 +57,8 @@ CLOSE = 1e-5
 """What the graph makes of a text may differ by so much of the largest value from what the pipeline makes of it; or by
 so many roundings of its dtype, where that is more."""
 ROUNDINGS = 16
+CONSTANT = "constant_"
+"""How the names of buffers begin that are no weights of the pipeline."""
 KEYS = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
 """Of what a tokenizer gives: what an engine can be given."""
 assert set(KEYS.values()) == set(KINDS)
@@ -75,6 +77,11 @@ class Encoding:
     half: str
     inputs: Mapping[str, Tensor] = field(repr=False)
     outputs: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of what is no weight of the pipeline among the program's parameters and buffers: masks, positions."""
+        return tuple(name for name in self.program.state_dict if name.startswith(CONSTANT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +333,24 @@ def _one_half(graph: torch.fx.Graph) -> None:
                 found = graph.call_function(each.target, (found, *each.args[1:]), dict(each.kwargs))
         node.replace_all_uses_with(found)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
+    _name_constants(graph)
+
+
+def _name_constants(graph: torch.fx.Graph) -> None:
+    """Make every constant a buffer with a name of its own, by which targets are told that it is no weight."""
+    module = graph.owning_module
+    assert module is not None
+    own = set(module.state_dict(keep_vars=True))
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        value = operator.attrgetter(path)(module)
+        if path in own or not isinstance(value, Tensor):
+            continue
+        if path not in names:
+            names[path] = f"{CONSTANT}{len(names)}"
+            module.register_buffer(names[path], value.detach().clone(memory_format=torch.contiguous_format))
+        node.target = names[path]
 
 
 def _is_impure(node: torch.fx.Node) -> bool:

@@ -476,12 +476,13 @@ class _Exporting:
                 tuple(Port(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in ports)
                 for ports in (each.inputs.items(), each.outputs.items())
             )
-            constants = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+            held = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+            held += [each.program.state_dict[name] for name in each.constants]
             described = {
                 "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
                 "ports": [[port.name, port.dtype, list(port.shape)] for port in (*inputs, *outputs)],
                 "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
-                "values": _digest_of(constants),
+                "values": _digest_of(held),
             }
             for target in self.targets:
                 key = self._key(target, described)
@@ -491,7 +492,7 @@ class _Exporting:
                     found += known
                     continue
                 self.told(f"{target}: {label}, {len(each.program.state_dict)} weights, one prompt at a time")
-                self._lower(key, 0, row, target, label, "", each.program, (), inputs, outputs, (1, 1),
+                self._lower(key, 0, row, target, label, "", each.program, each.constants, inputs, outputs, (1, 1),
                             "a prompt is encoded by itself, once for all its images")  # fmt: skip
                 found += self._finished(key, row)
         return before.prompts, before.tokenizers, found

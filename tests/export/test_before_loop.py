@@ -88,8 +88,10 @@ def test_an_engine_is_of_one_half_alone(pixart, encoded):
     embedded = [n for n in graph.nodes if n.target is torch.ops.aten.embedding.default]
     assert len(embedded) == 2  # words and distances, once
     own = dict(pipe.text_encoder.named_parameters(prefix="text_encoder", remove_duplicate=False))
-    assert set(encoding.program.state_dict) <= set(own)
-    assert all(value.numel() <= 64 for value in encoding.program.constants.values())
+    assert set(encoding.program.state_dict) - set(encoding.constants) <= set(own)
+    assert all(encoding.program.state_dict[name].numel() <= 64 for name in encoding.constants)
+    assert encoding.constants
+    assert not encoding.program.constants
 
 
 def test_the_pipeline_is_left_as_it_was(pixart, encoded):

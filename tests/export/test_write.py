@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import difa_compile
 from difa_compile.bundle.manifest import MANIFEST, read_manifest
 from difa_compile.bundle.runner import load_bundle
 from difa_compile.decision import Decision
-from difa_compile.errors import BundleInputError, ExportError, OutputError, TargetError
+from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
 from difa_compile.export import write as module
 from difa_compile.export.write import PIECES, export_bundle, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
@@ -173,8 +174,10 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
     for name in mine:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
-    theirs = ("row-07-0123456789ab.onnx", ".weights.tmp", ".difa-0123456789ab.tmp", "plans/old-0123456789ab.json")
+    theirs = ("encode-0123456789ab.pt2", "tokenizers/tokenizer-0123456789ab.json", "encode-uncond-0123456789ab.onnx")
+    theirs += ("row-07-0123456789ab.onnx", ".weights.tmp", ".difa-0123456789ab.tmp", "plans/old-0123456789ab.json")
     for name in theirs:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("left by an export that was killed")
     exporting = module._Exporting.__new__(module._Exporting)
     exporting.folder, exporting.pieces_folder = folder, folder / PIECES
@@ -238,6 +241,41 @@ def test_what_makes_no_sense_is_refused(pipe, tmp_path, options, message):
 def test_tiers_are_names(pipe, tmp_path, tier):
     with pytest.raises(BundleInputError, match="is no name"):
         exported(pipe, tmp_path, {tier: bundles.plan(pipe)})
+
+
+class Prompted:
+    """A pipeline whose call takes a prompt."""
+
+    def __call__(self, prompt):
+        raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("asks", "message"),
+    [(None, "embeddings, not prompts: its tokenizer is none"), (object(), "depend on values of its inputs")],
+)
+def test_why_a_bundle_takes_no_prompts_is_told(monkeypatch, asks, message):
+    def refused(*_):
+        raise BeforeLoopError("its tokenizer is none")
+
+    monkeypatch.setattr(module, "before_loop", refused)
+    told = []
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.pipe, exporting.inputs, exporting.told = Prompted(), {}, told.append
+    call = SimpleNamespace(
+        model=None, capture=SimpleNamespace(model=SimpleNamespace(questions=SimpleNamespace(program=asks)))
+    )
+    assert exporting._prompts(SimpleNamespace(program=None), {1: [call]}) == (None, {}, [])
+    assert len(told) == 1
+    assert message in told[0]
+
+
+def test_of_models_without_prompts_nothing_is_told(pipe):
+    told = []
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.pipe, exporting.told = pipe, told.append
+    assert exporting._prompts(None, {}) == (None, {}, [])
+    assert not told
 
 
 def test_two_exports_into_one_folder(pipe, tmp_path):
