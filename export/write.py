@@ -259,6 +259,16 @@ class _Exporting:
     def __post_init__(self) -> None:
         self.made = self.kept = 0
         self.opened: WeightFile | None = None
+        self.own: dict[str, Tensor] = {}
+        self.first: dict[str, str] = {}
+        """Of a tied weight's further names the first, under which checkpoints have it."""
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module):
+                first = owned_names(component)
+                named = (component.named_parameters, component.named_buffers)
+                for fqn, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
+                    self.own[f"{name}.{fqn}"] = tensor
+                    self.first[f"{name}.{fqn}"] = f"{name}.{first[id(tensor)]}"
         self.models = {self._component(model): model for model in find_transformers(self.pipe)}
         self.old = self._old()
         self.pieces_folder = self.folder / PIECES
@@ -523,7 +533,10 @@ class _Exporting:
         prefix = f"{component}." if component else ""
         made = replace(
             made,
-            weights={own: name if name in made.tables else prefix + name for own, name in made.weights.items()},
+            weights={
+                own: name if name in made.tables else self.first.get(prefix + name, prefix + name)
+                for own, name in made.weights.items()
+            },
         )
         piece = Piece(key, row, target, label, made, inputs, outputs, images, why_static)
         keep(piece, folder / f"{place}.json")
@@ -643,21 +656,15 @@ class _Exporting:
     ) -> tuple[str, Mapping[str, Place]]:
         """Write the file of weights: what any engine reads, each once, and conditions that are always the same. Its
         name, and where tensors lie in it."""
-        own: dict[str, Tensor] = {}
-        for name, component in self.pipe.components.items():
-            if isinstance(component, nn.Module):
-                named = (component.named_parameters, component.named_buffers)
-                for fqn, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
-                    own[f"{name}.{fqn}"] = tensor
         tables = {name: tensor for piece in pieces for name, tensor in piece.lowered.tables.items()}
         read = {stored for piece in pieces for stored in piece.lowered.weights.values()}
-        missing = sorted(name for name in read if name not in own and name not in tables)
+        missing = sorted(name for name in read if name not in self.own and name not in tables)
         if missing:
             raise ExportError(
                 f"engines read {quoted(missing[0])}, which is no parameter of the pipeline's components "
                 f"({', '.join(self.models)}); this is a fault of difa-compile: please report the model"
             )
-        tensors = {name: tables[name] if name in tables else own[name] for name in read} | dict(fixed)
+        tensors = {name: tables[name] if name in tables else self.own[name] for name in read} | dict(fixed)
         name, places = self._tensors("weights", tensors, files)
         self.told(f"weights: {len(tensors)} tensors, {files[name].bytes / 2**20:.1f} MiB")
         return name, places
