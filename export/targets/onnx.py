@@ -57,8 +57,13 @@ class OnnxEngine:
     weights: tuple[str, ...]
 
 
-def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxEngine:
+def to_onnx(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], constants: Sequence[str] = ()
+) -> OnnxEngine:
     """``program`` as an ONNX model whose inputs and outputs have these names, in order.
+
+    ``constants``: which of its parameters and buffers are no weights. Small ones stand in the model itself: axes and
+    shapes may be among them, which runtimes want to see.
 
     Raises what torch's exporter raises, for operations that ONNX does not have.
     """
@@ -81,7 +86,8 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
     model = exported.model
     values = {name: _tensor_of(value) for name, value in model.graph.initializers.items()}
     named = _weight_names(program)
-    weights = {name: values[name] for name in named if name in values}
+    small = {name for name in constants if name in values and values[name].numel() <= SMALL}
+    weights = {name: values[name] for name in named if name in values and name not in small}
     held = {name: model.graph.initializers.pop(name) for name in weights}
     for value in held.values():
         value.const_value = None
@@ -158,7 +164,7 @@ def lowered(
         ) from error
     import onnx_ir as ir
 
-    made = to_onnx(program, inputs, outputs)
+    made = to_onnx(program, inputs, outputs, constants)
     for name, tensor in made.tensors.items():
         _placed(
             made.model.graph.initializers[name],

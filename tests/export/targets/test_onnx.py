@@ -6,7 +6,7 @@ from torch import nn
 
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
-from difa_compile.export.targets.onnx import DOMAIN, NAME, finished, join_heads, lowered, to_onnx
+from difa_compile.export.targets.onnx import DOMAIN, NAME, SMALL, finished, join_heads, lowered, to_onnx
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention
@@ -158,3 +158,22 @@ def test_half_precision(tmp_path):
     with torch.no_grad():
         wanted = module.float()(*(each.float() for each in args))[0]
     torch.testing.assert_close(torch.from_numpy(found).float(), wanted, atol=2e-2, rtol=0)
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("small", torch.ones(2))
+        self.register_buffer("large", torch.ones(SMALL + 1))
+
+    def forward(self, x):
+        return (x + self.weight + self.small).sum() + self.large
+
+
+def test_small_constants_stand_in_the_model():
+    program = torch.export.export(Adds(), (torch.zeros(2),))
+    assert set(to_onnx(program, ["x"], ["y"]).weights) == {"weight", "small", "large"}
+    found = to_onnx(program, ["x"], ["y"], ["small", "large"])
+    assert set(found.weights) == {"weight", "large"}
+    assert "small" not in found.tensors
