@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from difa_compile.wording import shown
 
 STEPS = (1, 2, 4)
 """To ask the pipeline for: the fewest that its scheduler can do."""
+CONSTANT = "constant_"
+"""How the names of buffers begin that are no weights of the pipeline."""
 ROUNDINGS = 16
 """The graph may differ from the pipeline by so many roundings of 1, the largest value of an image."""
 
@@ -37,8 +40,8 @@ class AfterLoop:
     pipeline returns for ``output_type="pt"``, or as bytes.
 
     Parameters and buffers have their names in the pipeline (``vae.decoder.conv_in.weight``), and only what is read is
-    there. It serves ``least`` to ``most`` images at once (None: any number). ``shape``, ``dtype``: of what comes out
-    for one image.
+    there, beside :attr:`constants`. It serves ``least`` to ``most`` images at once (None: any number). ``shape``,
+    ``dtype``: of what comes out for one image.
     """
 
     program: torch.export.ExportedProgram
@@ -50,7 +53,12 @@ class AfterLoop:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of what is read."""
-        return tuple(self.program.state_dict)
+        return tuple(name for name in self.program.state_dict if not name.startswith(CONSTANT))
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of what is no weight of the pipeline among the program's parameters and buffers."""
+        return tuple(name for name in self.program.state_dict if name.startswith(CONSTANT))
 
 
 def after_loop(
@@ -195,6 +203,7 @@ def exported(
     assert isinstance(graph, torch.fx.GraphModule)
     tidy(graph.graph)
     graph.graph.eliminate_dead_code()
+    _name_constants(graph.graph)
     graph.recompile()
     read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
@@ -203,6 +212,23 @@ def exported(
             owner, _, attribute = name.rpartition(".")
             delattr(graph.get_submodule(owner), attribute)
     return torch.export.export(graph, arguments, dynamic_shapes=shapes)
+
+
+def _name_constants(graph: torch.fx.Graph) -> None:
+    """Make every constant a buffer with a name of its own, by which targets are told that it is no weight."""
+    module = graph.owning_module
+    assert module is not None
+    own = set(module.state_dict(keep_vars=True))
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        value = operator.attrgetter(path)(module)
+        if path in own or not isinstance(value, Tensor):
+            continue
+        if path not in names:
+            names[path] = f"{CONSTANT}{len(names)}"
+            module.register_buffer(names[path], value.detach().clone(memory_format=torch.contiguous_format))
+        node.target = names[path]
 
 
 def _range(exported: torch.export.ExportedProgram, latents: Tensor) -> tuple[int, int | None]:

@@ -34,7 +34,7 @@ from difa_compile.bundle.manifest import ENCODES, KINDS, STEPS, Encoder, Prompts
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.prompts import prepared, tokenizer_from, tokens_of
 from difa_compile.errors import BeforeLoopError, MissingDependencyError, NotAppliedError, is_out_of_memory
-from difa_compile.export.after_loop import exported
+from difa_compile.export.after_loop import CONSTANT, exported
 from difa_compile.export.watching import Event, Outputs, Stop, Watch, put, untraced
 from difa_compile.pipeline.transformers import check_scheduler, find_transformers
 from difa_compile.pipeline.wiring import wiring_of
@@ -57,8 +57,6 @@ CLOSE = 1e-5
 """What the graph makes of a text may differ by so much of the largest value from what the pipeline makes of it; or by
 so many roundings of its dtype, where that is more."""
 ROUNDINGS = 16
-CONSTANT = "constant_"
-"""How the names of buffers begin that are no weights of the pipeline."""
 KEYS = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
 """Of what a tokenizer gives: what an engine can be given."""
 assert set(KEYS.values()) == set(KINDS)
@@ -332,25 +330,37 @@ def _one_half(graph: torch.fx.Graph) -> None:
             for each in reversed(path):
                 found = graph.call_function(each.target, (found, *each.args[1:]), dict(each.kwargs))
         node.replace_all_uses_with(found)
+    _cut_by_a_mask(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
-    _name_constants(graph)
 
 
-def _name_constants(graph: torch.fx.Graph) -> None:
-    """Make every constant a buffer with a name of its own, by which targets are told that it is no weight."""
-    module = graph.owning_module
-    assert module is not None
-    own = set(module.state_dict(keep_vars=True))
-    names: dict[str, str] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        value = operator.attrgetter(path)(module)
-        if path in own or not isinstance(value, Tensor):
+def _cut_by_a_mask(graph: torch.fx.Graph) -> None:
+    """Let what is cut to a length that is known when it runs, and filled up to its size with zeros, be zeros from there
+    on: no size in the graph depends on a text then, which not every target could compile."""
+    for cat in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = cat.args[0]
+        if len(parts) != 2 or parts[0].target is not torch.ops.aten.slice.Tensor:
             continue
-        if path not in names:
-            names[path] = f"{CONSTANT}{len(names)}"
-            module.register_buffer(names[path], value.detach().clone(memory_format=torch.contiguous_format))
-        node.target = names[path]
+        (cut, zeros), dim = parts, cat.args[1] if len(cat.args) > 1 else 0
+        whole, along, first, length, *step = cut.args
+        sizes = whole.meta["val"].shape
+        zero = zeros.target in (torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default)
+        counted = isinstance(length, torch.fx.Node) and length.target is torch.ops.aten.item.default
+        if not zero or not counted or first not in (None, 0) or step or along % len(sizes) != dim % len(sizes):
+            continue
+        if cat.meta["val"].shape != sizes or not all(isinstance(size, int) for size in sizes):
+            continue
+        with graph.inserting_before(cat):
+            place = [sizes[dim] if axis == dim % len(sizes) else 1 for axis in range(len(sizes))]
+            numbers = graph.call_function(torch.ops.aten.arange.default, (sizes[dim],))
+            numbers = graph.call_function(torch.ops.aten.view.default, (numbers, place))
+            kept = graph.call_function(torch.ops.aten.lt.Tensor, (numbers, length.args[0]))
+            nothing = graph.call_function(torch.ops.aten.zeros_like.default, (whole,))
+            found = graph.call_function(torch.ops.aten.where.self, (kept, whole, nothing))
+        cat.replace_all_uses_with(found)
+    # Checks of such lengths go with them.
+    for node in [*graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default)]:
+        graph.erase_node(node)
 
 
 def _is_impure(node: torch.fx.Node) -> bool:

@@ -60,13 +60,15 @@ from difa_compile.errors import (
     BeforeLoopError,
     BundleFormatError,
     BundleInputError,
+    DifaError,
     ExportError,
     OutputError,
     TargetError,
+    is_out_of_memory,
 )
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
-from difa_compile.export.before_loop import before_loop
+from difa_compile.export.before_loop import BeforeLoop, before_loop
 from difa_compile.export.buckets import EngineCall as PlannedCall
 from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
@@ -424,12 +426,13 @@ class _Exporting:
             for place, each in enumerate(ranges):
                 serves = (each.least, min(each.most or self.most_images, self.most_images))
                 images: int | str = IMAGES if serves[0] < serves[1] or each.most is None else serves[0]
-                constants = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+                held = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
+                held += [each.program.state_dict[name] for name in each.constants]
                 described = {
                     "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
                     "shapes": [list(program.shape), list(each.shape), *serves],
                     "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
-                    "values": _digest_of(constants),
+                    "values": _digest_of(held),
                 }
                 key = self._key(target, described)
                 known = self._known(key, row, target)
@@ -442,7 +445,8 @@ class _Exporting:
                 self.told(f"{target}: {label}")
                 latents = Port("latents", "float32", (images, *program.shape))
                 pictures = Port("images", str(each.dtype).removeprefix("torch."), (images, *each.shape))
-                self._lower(key, place, row, target, label, "", each.program, (), (latents,), (pictures,), serves, "")
+                self._lower(key, place, row, target, label, "", each.program, each.constants, (latents,), (pictures,),
+                            serves, "")  # fmt: skip
                 found += self._finished(key, row)
         return tuple(ranges[0].shape), found
 
@@ -475,9 +479,15 @@ class _Exporting:
                     "tokens a mask shows), and its engines are for those of the export's prompt"
                 )
             before = before_loop(self.pipe, part.inputs, part.probed[self.steps[0]].program)
-        except BeforeLoopError as error:
-            self.told(f"the bundle is given embeddings, not prompts: {error}")
+            return before.prompts, before.tokenizers, self._encoders(before)
+        except Exception as error:  # of a tracer or a target: embeddings can be given all the same
+            if is_out_of_memory(error) or isinstance(error, OutputError):
+                raise
+            what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
+            self.told(f"the bundle is given embeddings, not prompts: {shown(what, 600)}")
             return None, {}, []
+
+    def _encoders(self, before: BeforeLoop) -> list[Piece]:
         found: list[Piece] = []
         for each in before.encodings:
             row = ENCODES[each.half]
@@ -505,7 +515,7 @@ class _Exporting:
                 self._lower(key, 0, row, target, label, "", each.program, each.constants, inputs, outputs, (1, 1),
                             "a prompt is encoded by itself, once for all its images")  # fmt: skip
                 found += self._finished(key, row)
-        return before.prompts, before.tokenizers, found
+        return found
 
     def _lower(
         self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,

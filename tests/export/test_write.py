@@ -251,12 +251,16 @@ class Prompted:
 
 
 @pytest.mark.parametrize(
-    ("asks", "message"),
-    [(None, "embeddings, not prompts: its tokenizer is none"), (object(), "depend on values of its inputs")],
+    ("asks", "error", "message"),
+    [
+        (None, BeforeLoopError("its tokenizer is none"), "embeddings, not prompts: its tokenizer is none"),
+        (None, NotImplementedError("no slice"), "not prompts: NotImplementedError: no slice"),
+        (object(), None, "depend on values of its inputs"),
+    ],
 )
-def test_why_a_bundle_takes_no_prompts_is_told(monkeypatch, asks, message):
+def test_why_a_bundle_takes_no_prompts_is_told(monkeypatch, asks, error, message):
     def refused(*_):
-        raise BeforeLoopError("its tokenizer is none")
+        raise error
 
     monkeypatch.setattr(module, "before_loop", refused)
     told = []
@@ -268,6 +272,17 @@ def test_why_a_bundle_takes_no_prompts_is_told(monkeypatch, asks, message):
     assert exporting._prompts(SimpleNamespace(program=None), {1: [call]}) == (None, {}, [])
     assert len(told) == 1
     assert message in told[0]
+
+
+def test_a_full_disk_is_no_reason_to_leave_prompts_out(monkeypatch):
+    def full(*_):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(module, "before_loop", full)
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.pipe, exporting.inputs = Prompted(), {}
+    with pytest.raises(OutputError, match="disk is full"):
+        exporting._prompts(SimpleNamespace(program=None), {1: []})
 
 
 def test_of_models_without_prompts_nothing_is_told(pipe):
