@@ -78,6 +78,7 @@ from difa_compile.export.lowered import Lowered, Piece, Wanted, keep, kept_in, r
 from difa_compile.export.origin import CARD, origin_of
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import LOWERINGS
+from difa_compile.export.targets.tensorrt import capabilities
 from difa_compile.export.watching import first_tensor
 from difa_compile.files.writing import check_writable, write_whole
 from difa_compile.pipeline.apply import apply, remove
@@ -105,7 +106,8 @@ TEST_SEED = 0
 class Exported:
     """What came of an export. ``engines``: how many rows of roles. ``made``: how many engines were built now, and
     ``kept``: how many were there. ``bytes``: of the whole folder. ``cost``: what all steps cost with the limit on
-    engines, as a share of what they cost without, in ``weighed``: ``"predicted time"`` or ``"operations"``."""
+    engines, as a share of what they cost without, at the size where that is most, in ``weighed``: ``"predicted time"``
+    or ``"operations"``."""
 
     folder: Path
     manifest: Manifest
@@ -151,13 +153,7 @@ def export_bundle(
     is not installed, :class:`OutputError`, and what :func:`difa_compile.apply` raises.
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
-    check_request(given, steps, targets, most_images)
-    if gpus and "tensorrt" not in targets:
-        raise BundleInputError(
-            f"gpus are {quoted(tuple(gpus))}, which engines of the target tensorrt alone are built for"
-        )
-    if "tensorrt" in targets:
-        library()  # that it is missing is said before the work, not after
+    check_request(given, steps, targets, most_images, gpus)
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
@@ -168,8 +164,11 @@ def export_bundle(
         ).exported()  # fmt: skip
 
 
-def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int) -> None:
-    """Raise :class:`BundleInputError` for arguments of :func:`export_bundle` that make no sense."""
+def check_request(
+    plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int, gpus: Sequence[str] = ()
+) -> None:
+    """Raise :class:`BundleInputError` for arguments of :func:`export_bundle` that make no sense, and
+    :class:`TargetError` for engines of TensorRT that cannot be built here: before the work, not after."""
     for tier in plans:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", tier, re.ASCII):
             raise BundleInputError(f"the tier {quoted(tier)} is no name; use letters, digits, points and dashes")
@@ -181,6 +180,12 @@ def check_request(plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequ
     for count in (*steps, most_images):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise BundleInputError(f"{quoted(count)} is no number of steps or images; give whole numbers from 1 on")
+    if "tensorrt" in targets:
+        capabilities(library(), gpus)
+    elif gpus:
+        raise BundleInputError(
+            f"gpus are {quoted(tuple(gpus))}, which engines of the target tensorrt alone are built for"
+        )
 
 
 def _sized(
@@ -294,12 +299,12 @@ class _Exporting:
             if len(self.sizes) > 1:
                 self.told(f"images of {height}x{width}")
             parts.append(self._part(place, Size(height, width), inputs, sum(len(part.rows) for part in parts)))
-        prompts, tokenizers, encoding = self._prompts(parts[0])
+        prompts, tokenizers, encoding = self._prompts(parts)
         manifest = self._written(parts, prompts, tokenizers, encoding)
         manifest = msgspec.structs.replace(manifest, compared=self._compare(manifest))
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
-        before = sum(part.fitted.before for part in parts)
+        dearest = max((part.fitted for part in parts), key=lambda each: each.after / each.before if each.before else 1)
         return Exported(
             self.folder,
             manifest,
@@ -307,8 +312,8 @@ class _Exporting:
             self.made,
             self.kept,
             sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
-            sum(part.fitted.after for part in parts) / before if before else 1.0,
-            parts[0].fitted.weighed,
+            dearest.after / dearest.before if dearest.before else 1.0,
+            dearest.weighed,
         )
 
     def _part(self, place: int, size: Size, inputs: dict[str, Any], first: int) -> _Part:
@@ -468,17 +473,21 @@ class _Exporting:
             versions |= {"builder": f"{builder.name} {builder.version}", "gpus": [*self.gpus, gpu]}
         return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
 
-    def _prompts(self, part: _Part) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
+    def _prompts(self, parts: Sequence[_Part]) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
         """The engines of what comes before the loop, the same for all sizes: of text encoders."""
         if "prompt" not in inspect.signature(type(self.pipe).__call__).parameters:
             return None, {}, []
         try:
-            if asking := [each for each in part.calls if each.capture.model.questions.program is not None]:
+            part = parts[0]
+            if asking := [
+                each for part in parts for each in part.calls if each.capture.model.questions.program is not None
+            ]:
                 raise BeforeLoopError(
                     f"the sizes of {type(asking[0].model).__name__}'s graph depend on values of its inputs (how many "
                     "tokens a mask shows), and its engines are for those of the export's prompt"
                 )
             before = before_loop(self.pipe, part.inputs, part.probed[self.steps[0]].program)
+            self._check_at_all_sizes(before, parts)
             return before.prompts, before.tokenizers, self._encoders(before)
         except Exception as error:  # of a tracer or a target: embeddings can be given all the same
             if is_out_of_memory(error) or isinstance(error, OutputError):
@@ -486,6 +495,16 @@ class _Exporting:
             what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
             self.told(f"the bundle is given embeddings, not prompts: {shown(what, 600)}")
             return None, {}, []
+
+    def _check_at_all_sizes(self, before: BeforeLoop, parts: Sequence[_Part]) -> None:
+        """Raise :class:`BeforeLoopError` if what prompts are encoded to depends on the size of the images."""
+        first, *others = (part.probed[self.steps[0]].conditioning for part in parts)
+        for encoder in before.prompts.encoders:
+            encoding = next(each for each in before.encodings if ENCODES[each.half] == encoder.row)
+            for name in encoding.outputs:
+                given = [each[encoder.half][name] for each in (first, *others)]
+                if not all(torch.equal(given[0], each) for each in given):
+                    raise BeforeLoopError(f"{name}, which follows the prompt, depends on the size of the images, too")
 
     def _encoders(self, before: BeforeLoop) -> list[Piece]:
         found: list[Piece] = []
@@ -572,6 +591,7 @@ class _Exporting:
         engines = [engine for engine in self.old.engines if (engine.key, engine.target) == (key, target)]
         if not engines:
             return []
+        engines = [engine for engine in engines if engine.row == engines[0].row]  # rows of two sizes may be equal
         try:
             files = [check_file(self.folder, engine.file, self.old.files) for engine in engines]
             weights = self._old_weights(self.old)

@@ -577,9 +577,10 @@ def _converter(pipeline: str) -> Callable[[dict[str, Tensor]], tuple[dict[str, T
     None without diffusers, or for a class that loads no LoRAs."""
     try:
         import diffusers
-    except ImportError:
+
+        read = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
+    except (ImportError, RuntimeError):  # its stand-ins for pipelines without transformers raise on any attribute
         return None
-    read = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
     if read is None:
         return None
 

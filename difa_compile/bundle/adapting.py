@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from difa_compile.bundle.adapters import LORA, Changes, changes, open_adapter
+from difa_compile.bundle.adapters import ENCODER, LORA, Changes, changes, open_adapter
 from difa_compile.bundle.manifest import (
     MANIFEST,
     Adapter,
@@ -32,9 +32,11 @@ from difa_compile.bundle.manifest import (
     checked_bytes,
     read_manifest,
 )
+from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import Bundle
 from difa_compile.bundle.weights import TABLE, Place, WeightFile, write_weights
 from difa_compile.errors import AdapterError, BundleIntegrityError, MissingDependencyError, OutputError, TargetError
+from difa_compile.files.documents import parse_json
 from difa_compile.files.writing import check_new, link_or_copy, new_folder, write_whole
 from difa_compile.wording import quoted, shown
 
@@ -94,7 +96,12 @@ def adapt_bundle(
     _check_apart(manifest, weights, what)
     _check_targets(manifest)
     target = _tested(folder, manifest, told)
-    manifest = _encoded_anew(manifest, what)
+    manifest = _encoded_anew(folder, manifest, what)
+    if any(part.startswith(ENCODER) for part in without):
+        held = sorted({f"{half}.{name}" for size in manifest.sizes for half in size.conditions
+                       for name in size.conditions[half]})  # fmt: skip
+        if held:
+            told(f"left as the old text encoder made it, if it did: {', '.join(held)}; give it in calls, too")
     changed = _amounts(weights, what, scale)
     told(f"{len(changed)} of {len(weights.places)} tensors change, by {_largest(changed)} at most")
     with new_folder(out, "the bundle") as fresh:
@@ -125,9 +132,10 @@ def _adaptable(manifest: Manifest, weights: WeightFile) -> dict[str, Place]:
     return {name: weights.places[name] for name in sorted(names) if name in weights}
 
 
-def _encoded_anew(manifest: Manifest, what: Changes) -> Manifest:
+def _encoded_anew(folder: Path, manifest: Manifest, what: Changes) -> Manifest:
     """The manifest without the conditions in the file of weights (an empty negative prompt's) that encoders made whose
-    weights change: from now on they are encoded at each call, from the text of the export."""
+    weights change: from now on they are encoded at each call, from the text of the export. Raises
+    :class:`AdapterError` where such conditions stand in a program."""
     if manifest.prompts is None:
         return manifest
     stale: dict[str, set[str]] = {}
@@ -135,6 +143,15 @@ def _encoded_anew(manifest: Manifest, what: Changes) -> Manifest:
         engines = [engine for engine in manifest.engines if engine.row == encoder.row]
         if any(name in what.by_weight for engine in engines for name in engine.weights.values()):
             stale[encoder.half] = {port.name for engine in engines for port in engine.outputs}
+    for name in sorted({schedule.program for schedule in manifest.schedules}) if stale else ():
+        program = Program.from_json(parse_json(checked_bytes(folder, name, manifest.files)), name)
+        for each in (each for form in program.forms for each in form.conditions):
+            for row in each.rows:
+                if row.numbers is not None and each.argument.name in stale.get(row.half, ()):
+                    raise AdapterError(
+                        f"{shown(name)} holds {shown(each.argument.name)} of the {row.half} half, which the old text "
+                        "encoder made; put the adapter into the pipeline and export it"
+                    )
     sizes = []
     for size in manifest.sizes:
         kept = {

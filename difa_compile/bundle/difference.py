@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from difa_compile.bundle.adapters import LORA
 from difa_compile.bundle.adapting import relative_change
@@ -157,7 +154,6 @@ class _Side:
     def settings(self) -> dict[str, str]:
         manifest = self.manifest
         images = sorted({engine.images for engine in manifest.engines if engine.row >= 0})
-        caches = sum(math.prod(slot.shape) * getattr(torch, slot.dtype).itemsize for slot in manifest.slots)
         steps = {
             tier: ",".join(str(each.steps) for each in manifest.schedules if (each.tier, each.size) == (tier, 0))
             for tier in manifest.tiers
@@ -167,7 +163,7 @@ class _Side:
             "tiers and steps": "; ".join(f"{tier}: {each}" for tier, each in steps.items()),
             "targets": ", ".join(manifest.targets),
             "images": ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in images),
-            "caches": f"{len(manifest.slots)}, of {caches} bytes an image",
+            "caches": f"{len(manifest.slots)}, of {manifest.cache_bytes()} bytes an image",
             "sizes": ", ".join(filter(None, sizes)),
             "fixed conditions": ", ".join(
                 " ".join(filter(None, (size, f"{half}.{name}")))
@@ -175,8 +171,30 @@ class _Side:
                 for half, given in sorted(each.conditions.items())
                 for name in sorted(given)
             ),
+            **self.prompts(),
             "decoding": ", ".join("x".join(map(str, each.decode.shape)) for each in sizes.values() if each.decode),
         }
+
+    def prompts(self) -> dict[str, str]:
+        """The texts that it takes, and by half how numbers are made of them."""
+        prompts = self.manifest.prompts
+        if prompts is None:
+            return {"texts": ""}
+        texts = [
+            name
+            + (f" after {text.follows}" if text.follows else "")
+            + (f", else {json.dumps(text.default)}" if text.default is not None else "")
+            for name, text in sorted(prompts.texts.items())
+        ]
+        found = {"texts": "; ".join(texts)}
+        for encoder in prompts.encoders:
+            found[f"tokens of {encoder.half}"] = "; ".join(
+                f"{each.text}: {self.digest(each.file)}, {' '.join([*each.steps, *sorted(each.inputs)])}"
+                + (f", {json.dumps([each.before, each.after])}" if each.before or each.after else "")
+                + ("" if each.special else ", no special tokens")
+                for each in encoder.tokens
+            )
+        return found
 
     def programs(self) -> dict[str, str]:
         """By tier and steps: the scheduler, the calls, the guidance scales, and digests of what else there is."""

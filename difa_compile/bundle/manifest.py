@@ -305,6 +305,15 @@ class Manifest(_Part, frozen=True):
         """The files of licences and notices."""
         return self.source.notices or ()
 
+    def cache_bytes(self) -> int:
+        """Memory of caches for one image: of the schedule that takes most."""
+        held = [
+            {slot for call in schedule.calls for slot in (*call.reads.values(), *call.writes.values())} - {None}
+            for schedule in self.schedules
+        ]
+        size = [math.prod(slot.shape) * BYTES[slot.dtype] for slot in self.slots]
+        return max(sum(size[slot] for slot in slots if slot is not None) for slots in held)
+
     @property
     def tested_by(self) -> str:
         """Who made the latents of the self-test: the pipeline, or engines of a target, in words."""
@@ -338,6 +347,9 @@ def _check(manifest: Manifest) -> None:
     rows = {engine.row for engine in manifest.engines}
     for engine in manifest.engines:
         _check_engine(engine)
+    for number, slot in enumerate(manifest.slots):
+        if slot.dtype not in DTYPES or min(slot.shape, default=0) < 0 or math.prod(slot.shape) > MOST_ELEMENTS:
+            raise Unfit(f"slot {number} is of {shown(slot.dtype)} and {shown(slot.shape, 100)}")
     for schedule in manifest.schedules:
         where = f"schedule {schedule.tier!r} of {schedule.steps} steps"
         if schedule.tier not in manifest.plans:
@@ -360,6 +372,9 @@ def _check(manifest: Manifest) -> None:
             decoding = {engine.target for engine in manifest.engines if engine.row == size.decode.row <= DECODES}
             if decoding != set(manifest.targets):
                 raise Unfit("there is no engine that decodes" + (" for each target" if decoding else ""))
+            ports = [(len(each.inputs), len(each.outputs)) for each in manifest.engines if each.row == size.decode.row]
+            if set(ports) != {(1, 1)}:
+                raise Unfit("what decodes takes latents and gives pictures, and nothing else")
     if len({size.name for size in manifest.sizes}) < len(manifest.sizes):
         raise Unfit("a size stands there twice")
     if manifest.prompts is not None:
@@ -423,6 +438,9 @@ def _lies_in(port: Port, slot: Slot, engine: Engine) -> bool:
 def _check_prompts(manifest: Manifest, prompts: Prompts) -> None:
     texts = prompts.texts
     for name, text in texts.items():
+        for told in (text.default, text.tested):
+            if told is not None and (len(told) > LONGEST or not is_text(told)):
+                raise Unfit(f"the text {shown(name)} is none that could be given")
         if text.follows and (text.follows not in texts or texts[text.follows].follows):
             raise Unfit(f"the text {shown(name)} follows {shown(text.follows)}, which is none of its own")
     halves = [encoder.half for encoder in prompts.encoders]
@@ -438,18 +456,22 @@ def _check_prompts(manifest: Manifest, prompts: Prompts) -> None:
             ports = (*engine.inputs, *engine.outputs)
             if engine.images != (1, 1) or any(isinstance(size, str) for port in ports for size in port.shape):
                 raise Unfit(f"{where} is not for one prompt at a time")
-            if sorted(given) != sorted(port.name for port in engine.inputs):
+            if not engine.outputs or sorted(given) != sorted(port.name for port in engine.inputs):
                 raise Unfit(f"{where} does not give {shown(engine.file)} what it takes")
         for tokens in encoder.tokens:
             if tokens.file not in manifest.files or tokens.text not in texts:
                 raise Unfit(f"{where} has the tokenizer {shown(tokens.file)} for {shown(tokens.text)}, one of which "
                             "there is not")  # fmt: skip
+            if not is_text(tokens.before + tokens.after):
+                raise Unfit(f"{where} puts something around {shown(tokens.text)} that is no text")
             if not set(tokens.steps) <= set(STEPS) or not set(tokens.inputs.values()) <= set(KINDS):
                 raise Unfit(f"{where} asks for something of a text that is not known")
 
 
 def _check_engine(engine: Engine) -> None:
     where = f"engine {shown(engine.file)}"
+    if not re.fullmatch("[a-z0-9-]{1,30}", engine.target):
+        raise Unfit(f"{where} is of the target {shown(engine.target)}, which is no name")
     if not 1 <= engine.images[0] <= engine.images[1]:
         raise Unfit(f"{where} is for row {engine.row} and {engine.images[0]} to {engine.images[1]} images")
     ports = [*engine.inputs, *engine.outputs]
@@ -471,11 +493,29 @@ DECODES = -3
 """The row of engines that decode at the first size; those of the others follow below."""
 ENCODES = {"cond": -1, "uncond": -2}
 """By half the row of engines that encode its prompts."""
+LONGEST = 2**16
+"""Characters of a prompt: tokenizers take time for each, though all but the first few hundred are cut off."""
+MOST_ELEMENTS = 2**40
+"""Of a cache for one image: more is damage."""
 STEPS = ("fix", "unescape", "spaces", "lower", "strip")
 """What can be done to a text before it is tokenized, in order."""
 KINDS = ("ids", "mask", "types")
 """What can be told of a text to an engine."""
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "bool": 1,
+}  # fmt: skip
+"""Of one number, by dtype."""
+DTYPES = tuple(BYTES)
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8: halves of a pair of surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sizes_of(shape: tuple[int | str, ...], images: int) -> tuple[int, ...]:

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difa_compile.bundle.manifest import Prompts, Tokens
+from difa_compile.bundle.manifest import LONGEST, Prompts, Tokens, is_text
 from difa_compile.errors import BundleInputError, BundleIntegrityError, MissingDependencyError
 from difa_compile.wording import quoted, shown
-
-LONGEST = 2**16
-"""Characters of a prompt: tokenizers take time for each, though all but the first few hundred are cut off."""
 
 
 def _fixed(text: str) -> str:
@@ -75,8 +72,16 @@ def tokenizer_from(content: bytes, name: str) -> Any:
 
 
 def tokens_of(tokenizer: Any, text: str, tokens: Tokens) -> dict[str, Tensor]:
-    """By the engine's names what it is given of a prompt: int64, ``(1, tokens)``."""
-    encoding = tokenizer.encode(prepared(text, tokens), add_special_tokens=tokens.special)
+    """By the engine's names what it is given of a prompt: int64, ``(1, tokens)``. Raises :class:`BundleIntegrityError`
+    for a tokenizer that refuses it."""
+    try:
+        encoding = tokenizer.encode(prepared(text, tokens), add_special_tokens=tokens.special)
+    except MissingDependencyError:
+        raise
+    except Exception as error:  # the library's errors share no class but this one
+        raise BundleIntegrityError(
+            f"{shown(tokens.file)} makes no numbers of {quoted(text, 40)}: {shown(error, 300)}; export again"
+        ) from error
     return {name: torch.tensor([getattr(encoding, KINDS[kind])]) for name, kind in tokens.inputs.items()}
 
 
@@ -96,21 +101,13 @@ def texts_of(prompts: Prompts | None, given: Mapping[str, Any]) -> dict[str, tup
         if not texts or not all(isinstance(text, str) for text in texts):
             raise BundleInputError(f"{name} is {quoted(value)}; it must be a text, or a list of texts, one an image")
         for text in texts:
-            if len(text) > LONGEST or not _is_text(text):
+            if len(text) > LONGEST or not is_text(text):
                 what = f"is {len(text)} characters long" if len(text) > LONGEST else "is no text that UTF-8 can hold"
                 raise BundleInputError(
                     f"{name} {what}: {quoted(text, 60)}; give a text of at most {LONGEST} characters"
                 )
         found[name] = texts
     return found
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates
-        return False
-    return True
 
 
 def _why_not(prompts: Prompts | None, name: str) -> str:
@@ -137,11 +134,16 @@ def texts_for(
     found = {}
     for name in names:
         base = prompts.texts[name].follows or name
-        defaults = [prompts.texts[each].default for each in (name, base)]
         if name in given or base in given:
             found[name] = given.get(name, given.get(base, ()))
-        elif (default := next((each for each in defaults if each is not None), None)) is not None:
+        elif (default := default_of(prompts, name)) is not None:
             found[name] = (default,)
         else:
             raise BundleInputError(f"{base} is missing: a call with {', '.join(given)} needs it, too")
     return found
+
+
+def default_of(prompts: Prompts, name: str) -> str | None:
+    """What a text is where neither it nor the one that it follows is given; None if it must be."""
+    defaults = (prompts.texts[each].default for each in (name, prompts.texts[name].follows or name))
+    return next((each for each in defaults if each is not None), None)

@@ -30,8 +30,9 @@ from difa_compile.bundle.manifest import (
     sizes_of,
 )
 from difa_compile.bundle.program import Call, Condition, Form, Program, replay
-from difa_compile.bundle.prompts import Texts, texts_for, texts_of, tokenizer_from, tokens_of
-from difa_compile.bundle.sessions import SESSIONS, Session, device_of, open_session
+from difa_compile.bundle.prompts import Texts, default_of, texts_for, texts_of, tokenizer_from, tokens_of
+from difa_compile.bundle.sessions import ELSEWHERE, SESSIONS, Session, device_of, open_session
+from difa_compile.bundle.tensorrt import on_device
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.errors import BundleInputError, BundleIntegrityError, ReplayError
 from difa_compile.files.documents import parse_json
@@ -56,8 +57,8 @@ def load_bundle(folder: str | Path, target: str | None = None, *, prepack: bool 
     """Open a bundle. The manifest is checked now, and each file before it is used for the first time.
 
     ``target``: which engines to run, ``"onnx"``, ``"aoti"`` or ``"tensorrt"``; by default the first that the bundle
-    has. ``prepack``: let ONNX Runtime copy weights into its favoured form; quicker, and each engine then has weights of
-    its own.
+    has, TensorRT's only where there is a GPU. ``prepack``: let ONNX Runtime copy weights into its favoured form;
+    quicker, and each engine then has weights of its own.
 
     Raises :class:`BundleFormatError` and its subclasses for what is no bundle, a damaged one, or one of another
     release, and :class:`TargetError`.
@@ -82,7 +83,9 @@ class Bundle:
         self.manifest = read_manifest(folder) if manifest is None else manifest
         targets = self.manifest.targets
         if target is None:
-            target = next((each for each in targets if each in SESSIONS), targets[0])
+            known = [each for each in targets if each in SESSIONS]
+            elsewhere = () if torch.cuda.is_available() else ELSEWHERE
+            target = next((each for each in known if each not in elsewhere), (known or targets)[0])
         if target not in targets:
             raise BundleInputError(
                 f"the bundle {shown(folder)} has no engines for {quoted(target)}; it has them for {', '.join(targets)}"
@@ -91,6 +94,7 @@ class Bundle:
         self._device = device_of(target)
         self._prepack = prepack
         self._weights = WeightFile(check_file(folder, self.manifest.weights, self.manifest.files))
+        check_names(self.manifest, self._weights)
         self._sessions: dict[str, Session] = {}
         self._programs: dict[str, Program] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -149,12 +153,14 @@ class Bundle:
         """
         if seed is not None and generator is not None:
             raise BundleInputError("a seed and a generator were given; give one of them")
-        size = self._size(height, width)
+        size = self.size(height, width)
         schedule = self._schedule(tier, steps, size)
         program = self._program(schedule)
         texts, named = self._texts({"prompt": prompt, "negative_prompt": negative_prompt, **named}, program)
         fixed = self.manifest.sizes[size].conditions
-        encoded, images = self._encoded(program, fixed, texts, conditions or {}, named, images)
+        if images is not None:
+            self._check_images(schedule, images)
+        encoded, images = self._encoded(program, schedule, fixed, texts, conditions or {}, named, images)
         given, count = self._conditions(program, fixed, encoded, named, images)
         if generator is None:
             generator = torch.Generator()
@@ -179,7 +185,7 @@ class Bundle:
         if not decoding:
             raise BundleInputError("the bundle has no engine that decodes; decode its latents with the pipeline's VAE")
         if height is not None or width is not None:
-            return self._decoded(latents, self._size(height, width))
+            return self._decoded(latents, self.size(height, width))
         fitting = [place for place in decoding if self._decoder(latents, place) is not None]
         if len(fitting) > 1:
             names = ", ".join(self.manifest.sizes[place].name for place in fitting)
@@ -226,7 +232,17 @@ class Bundle:
     def self_test_data(self) -> dict[str, Tensor]:
         """Seed, conditions and latents of the short run. Raises :class:`BundleIntegrityError`."""
         file = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
-        return {name: file[name] for name in file.places}
+        found = {name: file[name] for name in file.places}
+        for name, tensor in found.items():
+            kind, *parts = name.split(".", 3)
+            if not {"seed": not parts and tensor.numel() == 1, "condition": len(parts) == 3,
+                    "latents": len(parts) == 3 and bool(tensor.ndim)}.get(kind, False):  # fmt: skip
+                raise BundleIntegrityError(
+                    f"the self-test of the bundle holds {shown(name)}, which it cannot; export again"
+                )
+        if "seed" not in found:
+            raise BundleIntegrityError("the self-test of the bundle holds no seed; export again")
+        return found
 
     def short_runs(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the engines make of ``data``, seed and conditions of a self-test: the latents, by the names that those
@@ -261,8 +277,9 @@ class Bundle:
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def _size(self, height: int | None, width: int | None) -> int:
-        """Its place among the sizes."""
+    def size(self, height: int | None, width: int | None) -> int:
+        """The place of a size among those of the manifest; the first, if none is said. Raises
+        :class:`BundleInputError` for one that was not exported."""
         if height is None and width is None:
             return 0
         for place, size in enumerate(self.manifest.sizes):
@@ -317,9 +334,10 @@ class Bundle:
     def _session(self, engine: Engine) -> Session:
         with self._lock:
             if engine.file not in self._sessions:
-                self._sessions[engine.file] = open_session(
-                    engine, self.folder, self.manifest.files, self._weights, self._prepack
-                )
+                with on_device(self._device):  # of the thread that loaded the bundle, not of this one
+                    self._sessions[engine.file] = open_session(
+                        engine, self.folder, self.manifest.files, self._weights, self._prepack
+                    )
             return self._sessions[engine.file]
 
     # --- prompts -----------------------------------------------------------------------------------------------------
@@ -340,6 +358,7 @@ class Bundle:
     def _encoded(
         self,
         program: Program,
+        schedule: Schedule,
         fixed: Mapping[str, Mapping[str, str]],
         texts: Texts,
         conditions: Mapping[str, Mapping[str, Tensor]],
@@ -349,14 +368,16 @@ class Bundle:
         """``conditions`` with what the texts are encoded to, and for how many images the texts are."""
         found = {half: dict(values) for half, values in conditions.items()}
         prompts = self.manifest.prompts
-        if prompts is None or not texts:
+        if prompts is None:
             return found, images
         if images is None:
             batched = {each.argument.name for form in program.forms for each in form.conditions
                        if each.argument.batched}  # fmt: skip
             given = [*named.items(), *(item for values in found.values() for item in values.items())]
-            sizes = [len(value) for name, value in given if name in batched and hasattr(value, "__len__")]
-            images = max(*(len(each) for each in texts.values()), *sizes, 1)
+            batches = [value for name, value in given if name in batched]
+            sizes = [len(each) for each in batches if isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) > 0]
+            images = max([*map(len, texts.values()), *sizes, 1])
+            self._check_images(schedule, images)
         for name, each in texts.items():
             if len(each) not in (1, images):
                 raise BundleInputError(
@@ -369,6 +390,8 @@ class Bundle:
             stored |= set(named) if encoder.half == HALVES[0] else set()
             outputs = {port.name for port in self._encoding(encoder).outputs}
             needed = bool((_needed(program, encoder.half) & outputs) - stored)
+            if not texts and not all(default_of(prompts, name) is not None for name in names):
+                continue  # what is missing is told when all conditions are known
             own = texts_for(prompts, names, texts, needed=needed)
             if own is None:
                 continue
@@ -432,10 +455,18 @@ class Bundle:
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
-    def images_served(self) -> str:
-        """How many images a call can make, in words."""
-        ranges = {engine.images for engine in self.manifest.engines if engine.target == self.target and engine.row >= 0}
-        return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in sorted(ranges))
+    def _check_images(self, schedule: Schedule, images: int) -> None:
+        """Raise :class:`BundleInputError` for a number of images that the engines of a schedule do not serve."""
+        rows = {call.row for call in schedule.calls}
+        if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+            raise BundleInputError(f"{quoted(images)} is no number of images; give a whole number from 1 on")
+        if any(self._serving(row, images) is None for row in rows):
+            ranges = {each.images for each in self.manifest.engines if each.target == self.target and each.row in rows}
+            served = ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in sorted(ranges))
+            raise BundleInputError(
+                f"{images} images at once were asked for; the bundle's engines serve {served}: export again with "
+                "--batch, or make them in several calls"
+            )
 
     def _conditions(
         self,
@@ -476,8 +507,10 @@ class Bundle:
             for name, stored in names.items():
                 if name not in given.setdefault(half, {}) and (half, name) in by_half:
                     value = self._weights[stored]
-                    batched = by_half[half, name].argument.batched
-                    given[half][name] = value.expand(count, *value.shape[1:]) if batched else value
+                    argument = by_half[half, name].argument
+                    if tuple(value.shape) != ((1, *argument.shape) if argument.batched else argument.shape):
+                        raise BundleIntegrityError(f"{shown(stored)} of the bundle has another shape; export again")
+                    given[half][name] = value.expand(count, *value.shape[1:]) if argument.batched else value
         return given, count
 
 
@@ -488,13 +521,7 @@ class _Course:
         self._bundle, self._images = bundle, images
         self._calls = iter(schedule.calls)
         self._slots: dict[int, Tensor] = {}
-        rows = {call.row for call in schedule.calls}
-        missing = [row for row in rows if bundle._serving(row, images) is None]
-        if missing:
-            raise BundleInputError(
-                f"{images} images at once were asked for; the bundle's engines serve {bundle.images_served()}: export "
-                "again with --batch, or make them in several calls"
-            )
+        bundle._check_images(schedule, images)
 
     def call(self, form: Form, call: Call, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the engine of the next call."""
@@ -532,6 +559,18 @@ class _Course:
             dtype, device = getattr(torch, port.dtype), self._bundle._device
             self._slots[number] = torch.empty(sizes_of(port.shape, self._images), dtype=dtype, device=device)
         return self._slots[number]
+
+
+def check_names(manifest: Manifest, weights: WeightFile) -> None:
+    """Raise :class:`BundleIntegrityError` for a tensor that a manifest speaks of, and the file of weights lacks."""
+    named = [stored for engine in manifest.engines for stored in engine.weights.values()]
+    named += [stored for size in manifest.sizes for given in size.conditions.values() for stored in given.values()]
+    missing = sorted({name for name in named if name not in weights})
+    if missing:
+        raise BundleIntegrityError(
+            f"the manifest speaks of {shown(missing[0])} and {len(missing) - 1} more tensors that are not in "
+            f"{shown(manifest.weights)}; copy the whole folder again, or export again"
+        )
 
 
 def _tensor(value: Any, condition: Condition) -> Tensor:

@@ -153,7 +153,7 @@ def stream_of(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Within it the device is the thread's own, which a library asks for."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -207,7 +207,7 @@ class TensorRtSession:
     def run(self, inputs: Sequence[Tensor], into: Sequence[Tensor | None], images: int) -> list[Tensor]:
         """As :meth:`difa_compile.bundle.sessions.Session.run`; outputs without a place are on the CPU."""
         device = self._device
-        with self._lock, _current(device):
+        with self._lock, on_device(device):
             given = [value.to(device) for value in inputs]
             for port, value in zip(self._engine.inputs, given, strict=True):
                 if not self._context.set_input_shape(port.name, tuple(value.shape)):

@@ -1,4 +1,4 @@
-"""``difa export``, ``difa run``, ``difa bundle show`` and ``verify``."""
+"""``difa export``, ``difa run``, ``difa bundle`` with ``show``, ``verify``, ``adapt`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Target = Annotated[
     typer.Option(help="Whose engines to run: onnx, aoti or tensorrt.", show_default="the first in the bundle"),
 ]
 
-bundle_app = typer.Typer(help="Look at exported bundles.", no_args_is_help=True)
+bundle_app = typer.Typer(help="Look at exported bundles, put other weights in.", no_args_is_help=True)
 
 
 def export(
@@ -76,7 +76,7 @@ def export(
     max_engines: Annotated[
         int | None,
         typer.Option(
-            help="At most so many engines: rows are merged, which computes more.",
+            help="At most so many engines for each size: rows are merged, which computes more.",
             min=1,
             max=MOST_STEPS,
             show_default="all",
@@ -117,7 +117,7 @@ def export(
         tiers[name] = Plan.load(path)
     wanted = [part.strip() for part in targets.split(",")]
     capabilities = _capabilities(gpus)
-    check_request(tiers, numbers, wanted, batch)
+    check_request(tiers, numbers, wanted, batch, capabilities)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     if isinstance(call.get("class_labels"), list):
         call["class_labels"] = call["class_labels"][:1]
@@ -216,7 +216,8 @@ def run(
     height, width = (None, None) if size is None else _size(size)
     check_writable(output)
     loaded = load_bundle(bundle, target)
-    if any(each.decode is None or len(each.decode.shape) != 3 for each in loaded.manifest.sizes):
+    decode = loaded.manifest.sizes[loaded.size(height, width)].decode
+    if decode is None or len(decode.shape) != 3:
         raise typer.BadParameter(
             "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
         )
@@ -260,12 +261,11 @@ def verify_bundle(bundle: BundleFolder) -> None:
             loaded = load_bundle(bundle, target)
             worst = loaded.self_test()
         except TargetError as error:
-            before = "" if target in manifest.compared else "; nor was it run when it was exported"
+            before = "" if target in manifest.compared else "; nor was it run when the bundle was written"
             console.print(Text(f"{target}: not run: {visible(str(error))}{before}"))
             continue
-        console.print(
-            f"{target}: the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
-        )
+        found = f"the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
+        console.print(Text(f"{target}: {found}"))
         if not worst < loaded.agrees:
             again = "adapt the original" if manifest.adapters else "export"
             raise BundleIntegrityError(
@@ -441,7 +441,11 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
             foreign(engine.instruction_set),
         )
     console.print(engines)
-    caches = sum(torch.Size(slot.shape).numel() * getattr(torch, slot.dtype).itemsize for slot in manifest.slots)
+    for engine in manifest.engines:
+        if engine.unchecked:
+            label = shown(engine.file.rsplit("-", 1)[0])
+            console.print(Text(f"{label} was not run beside its program: {shown(engine.unchecked, 200)}"))
+    caches = manifest.cache_bytes()
     if manifest.prompts is not None:
         told = []
         for encoder in manifest.prompts.encoders:

@@ -59,14 +59,14 @@ def lowered(
     does.
     """
     builder = library()
-    capabilities = _capabilities(builder, wanted.gpus)
+    gpus = capabilities(builder, wanted.gpus)
     try:
         import onnx.inliner
     except ImportError as error:
         raise TargetError(
             f"engines of the target tensorrt are made with onnx and onnxscript: pip install onnx onnxscript ({error})"
         ) from error
-    made = to_onnx(program, inputs, outputs)
+    made = to_onnx(program, inputs, outputs, constants)
     weights = set(made.weights) - set(constants)
     given = {
         name: tensor
@@ -75,13 +75,13 @@ def lowered(
     }
     model = inlined(made, given)
     unchecked = check_model(model, given, program, wanted)
-    content, memory = build(builder, model, given, wanted, capabilities)
+    content, memory = build(builder, model, given, wanted, gpus)
     file = path.with_suffix(".plan")
     file.write_bytes(content)
     stored = {name: name if name in weights else table_name(tensor) for name, tensor in given.items()}
     tables = {stored[name]: tensor for name, tensor in given.items() if name not in weights}
     versions = {builder.name: builder.version, "onnx": onnx.__version__}
-    return Lowered(file, stored, tables, versions, " ".join(capabilities.values()), False, memory, unchecked)
+    return Lowered(file, stored, tables, versions, " ".join(gpus.values()), False, memory, unchecked)
 
 
 def inlined(made: OnnxEngine, given: Mapping[str, Tensor]) -> onnx.ModelProto:
@@ -246,7 +246,7 @@ def _fits(found: int, size: int) -> bool:
     return found == size or found == -1
 
 
-def _capabilities(builder: Library, gpus: Sequence[str]) -> dict[Any, str]:
+def capabilities(builder: Library, gpus: Sequence[str]) -> dict[Any, str]:
     """The compute capabilities to build for, as the library has them and in words; none is TensorRT-RTX's own list,
     which takes in all that it serves. TensorRT builds for the GPU that is here. Raises :class:`TargetError`."""
     if builder.name == "tensorrt":

@@ -12,7 +12,7 @@ import torch
 from difa_compile.bundle import manifest as manifests
 from difa_compile.bundle.adapting import adapt_bundle
 from difa_compile.bundle.difference import PlanChange, Sides, WeightChange, bundle_difference
-from difa_compile.bundle.manifest import MANIFEST, File, read_manifest
+from difa_compile.bundle.manifest import MANIFEST, File, Text, read_manifest
 from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import FULL
 from difa_compile.errors import BundleFormatError, BundleIntegrityError
@@ -156,3 +156,23 @@ def test_two_exports(tmp_path):
     assert differing(found) == {"settings", "programs"}
     assert list(found.programs) == ["quick, 6 steps"]
     assert replace(found, settings={}, programs={}).equal
+
+
+def test_how_prompts_become_numbers_is_compared(tmp_path):
+    """Another text where none is given, another preparation: other images of one prompt."""
+    first, second = (bundles.prompted(tmp_path / name) for name in ("one", "two"))
+    assert bundle_difference(first, second).equal
+    replaced = manifests.msgspec.structs.replace
+    prompts = read_manifest(second).prompts
+    cond, *rest = prompts.encoders
+    (tokens,) = cond.tokens
+    texts = replaced(prompts, texts={**prompts.texts, "negative_prompt": Text(default="two")})
+    plainly, unmarked = (
+        replaced(prompts, encoders=(replaced(cond, tokens=(replaced(tokens, **change),)), *rest))
+        for change in ({"steps": ()}, {"special": False})
+    )
+    for changed, name in ((texts, "texts"), (plainly, "tokens of cond"), (unmarked, "tokens of cond")):
+        rewritten(second, prompts=changed)
+        found = bundle_difference(first, second)
+        assert not found.equal
+        assert list(found.settings) == [name]

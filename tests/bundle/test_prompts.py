@@ -10,10 +10,9 @@ pytest.importorskip("tokenizers")
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from difa_compile.bundle.manifest import KINDS, STEPS, Encoder, Prompts, Text, Tokens
+from difa_compile.bundle.manifest import KINDS, LONGEST, STEPS, Encoder, Prompts, Text, Tokens, is_text
 from difa_compile.bundle.prompts import KINDS as ATTRIBUTES
 from difa_compile.bundle.prompts import (
-    LONGEST,
     PREPARATIONS,
     prepared,
     texts_for,
@@ -146,3 +145,14 @@ def test_a_prompt_has_to_be_given():
     for given, needed in (({"prompt_2": ("a",)}, False), ({"negative_prompt": ("a",)}, True)):
         with pytest.raises(BundleInputError, match="prompt is missing"):
             texts_for(PROMPTS, COND, given, needed=needed)
+
+
+def test_a_tokenizer_that_refuses_a_text():
+    tokenizer = Tokenizer(models.WordLevel({"a": 1}, unk_token="?"))
+    with pytest.raises(BundleIntegrityError, match="makes no numbers of 'b'"):
+        tokens_of(tokenizer, "b", tokens())
+
+
+def test_what_is_told_of_a_text_that_is_none():
+    assert is_text("na\u00efve \U0001f98a")
+    assert not is_text("\ud800")

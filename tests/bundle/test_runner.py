@@ -1,5 +1,6 @@
 """Bundles that are run: what the pipeline with the plan makes, without diffusers, and what is refused."""
 
+import hashlib
 import math
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import msgspec
 import pytest
 import torch
 
-from difa_compile.bundle.manifest import Prompts, Text, read_manifest
+from difa_compile.bundle.manifest import File, Prompts, Text, read_manifest
 from difa_compile.bundle.runner import Bundle, load_bundle
+from difa_compile.bundle.weights import write_weights
 from difa_compile.errors import (
     BundleInputError,
     BundleIntegrityError,
@@ -135,6 +137,35 @@ def test_a_size_is_chosen_by_what_is_said_of_it(tmp_path):
         loaded(class_labels=[1], height=64)
 
 
+def test_weights_that_are_not_in_the_file(tmp_path):
+    folder = bundles.copy(tmp_path)
+    manifest = read_manifest(folder)
+    (size,) = manifest.sizes
+    size = msgspec.structs.replace(size, conditions={"uncond": {"class_labels": "condition.none"}})
+    with pytest.raises(BundleIntegrityError, match=r"the manifest speaks of condition\.none and 0 more tensors"):
+        Bundle(folder, manifest=msgspec.structs.replace(manifest, sizes=(size,)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no seed"),
+        ({"seed": torch.tensor(0)}, "holds no run"),
+        ({"seed": torch.tensor(0), "condition.0.x": torch.zeros(1)}, "holds condition.0.x, which it cannot"),
+        ({"seed": torch.tensor(0), f"latents.0.quick.{bundles.STEPS}": torch.tensor(1.0)}, "which it cannot"),
+    ],
+)
+def test_a_self_test_that_is_none(tmp_path, tensors, message):
+    folder = bundles.copy(tmp_path)
+    manifest = read_manifest(folder)
+    write_weights(folder / manifest.self_test, tensors)
+    content = (folder / manifest.self_test).read_bytes()
+    entry = File(len(content), hashlib.sha256(content).hexdigest())
+    manifest = msgspec.structs.replace(manifest, files={**manifest.files, manifest.self_test: entry})
+    with pytest.raises(BundleIntegrityError, match=message):
+        Bundle(folder, manifest=manifest).self_test()
+
+
 def test_engines_that_make_nan_fail_the_self_test(monkeypatch):
     damaged = load_bundle(bundles.kept())
     call = type(damaged).__call__
@@ -166,6 +197,8 @@ def test_a_bundle_is_found_after_the_folder_was_changed(monkeypatch, tmp_path):
         ({"class_labels": [[1]]}, r"has the shape \(1, 1\); it must be \(images, \)"),
         ({"class_labels": 1}, "has the shape"),
         ({"conditions": {"cond": {"text": torch.zeros(1)}}}, "takes no 'text'"),
+        ({"images": 0}, "0 is no number of images"),
+        ({"images": 1.5}, "1.5 is no number of images"),
         ({"height": 8}, "height 8 and width None: the bundle was exported for the pipeline's own size"),
     ],
 )
@@ -259,6 +292,8 @@ def test_a_prompt_is_encoded_once(texts, monkeypatch):
     [
         ({"prompt": ["one", "two"], "images": 1}, "2 texts were given as prompt for 1 images"),
         ({"prompt": ["one", "two"], "negative_prompt": ["one", "two", "two"]}, "2 texts were given as prompt for 3"),
+        ({"prompt": "one", "images": 0}, "0 is no number of images"),
+        ({"prompt": "one", "images": 10**8}, "100000000 images at once were asked for"),
         ({"prompt": 3}, "must be a text, or a list of texts"),
         ({"prompt": "one", "class_labels": [1]}, "class_labels of the cond half is given, and prompt, too"),
         ({"prompt": "one", "conditions": {"cond": {"class_labels": [1]}}}, "is given, and prompt, too"),

@@ -41,7 +41,7 @@ def search(monkeypatch, plan):
             raise seen["raises"]
         return plan
 
-    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.calibration.calibrate.calibrate", calibrate)
     return seen
 
@@ -75,7 +75,7 @@ def planning(monkeypatch, plan):
         seen["others"] = dict(others)
         return POINTS
 
-    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.calibration.measure.measure", measured)
     monkeypatch.setattr("difa_compile.comparison.planned.trials", trials)
     monkeypatch.setattr("difa_compile.comparison.planned.held_to", held_to)
@@ -96,7 +96,7 @@ def measure(monkeypatch, plan):
 
     import difa_compile.comparison.compare
 
-    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr(difa_compile.comparison.compare, "compare", compare)
     return seen
 

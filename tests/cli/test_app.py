@@ -209,7 +209,7 @@ def test_measure_passes_options_on_and_shows_what_budgets_buy(tmp_path, monkeypa
         seen.update(options, inputs=inputs, steps=steps)
         return made_table(5)
 
-    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.calibration.measure.measure", measure)
     output = tmp_path / "errors.json"
     tried = ("--window", "band:2", "--window", "disc:3", "--try", "full+cfg", "--no-attention")
@@ -255,7 +255,7 @@ def test_calibrate_within_a_budget(plan, tmp_path, monkeypatch):
         options["told"]("one [try]")
         return plan
 
-    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name: Loaded())
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.comparison.planned.plan_within", plan_within)
     output = tmp_path / "plan.json"
     result = run("calibrate", "demo", "-o", output, "--budget", 0.5, "--max-rows", 4, "--seed", 6, "--steps", 7)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import difa_compile
-from difa_compile.bundle.manifest import MANIFEST, read_manifest
+from difa_compile.bundle.manifest import DECODES, ENCODES, MANIFEST, Encoder, read_manifest
 from difa_compile.bundle.runner import load_bundle
 from difa_compile.decision import Decision
 from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
@@ -86,7 +86,7 @@ def test_a_plan_alone_tells_how_many_engines_are_exported():
     manifest = read_manifest(bundles.kept())
     plan = Plan.load(bundles.kept() / manifest.plans["quick"])
     told = engines_of(plan)
-    assert {engine.row for engine in manifest.engines} == {*range(len(told)), -1}
+    assert {engine.row for engine in manifest.engines} == {*range(len(told)), DECODES}
     assert [call.row for call in manifest.schedules[0].calls] == list(engine_of_steps(told)) == [0, 1, 2, 2]
 
 
@@ -265,13 +265,34 @@ def test_why_a_bundle_takes_no_prompts_is_told(monkeypatch, asks, error, message
     monkeypatch.setattr(module, "before_loop", refused)
     told = []
     exporting = module._Exporting.__new__(module._Exporting)
-    exporting.pipe, exporting.inputs, exporting.told = Prompted(), {}, told.append
+    exporting.pipe, exporting.steps, exporting.told = Prompted(), (4,), told.append
     call = SimpleNamespace(
         model=None, capture=SimpleNamespace(model=SimpleNamespace(questions=SimpleNamespace(program=asks)))
     )
-    assert exporting._prompts(SimpleNamespace(program=None), {1: [call]}) == (None, {}, [])
+    assert exporting._prompts([part_of(call)]) == (None, {}, [])
     assert len(told) == 1
     assert message in told[0]
+
+
+def part_of(*calls, given=None):
+    """Of one size of images: its calls, and what the call that was probed gave the model."""
+    conditioning = {"cond": {"text": torch.ones(1, 3) if given is None else given}}
+    return SimpleNamespace(calls=calls, inputs={}, probed={4: SimpleNamespace(program=None, conditioning=conditioning)})
+
+
+def test_prompts_whose_encoding_follows_the_size_of_images_are_left_out(monkeypatch):
+    encoding = SimpleNamespace(half="cond", outputs={"text": None})
+    before = SimpleNamespace(
+        prompts=SimpleNamespace(encoders=[Encoder("cond", ENCODES["cond"], ())]), tokenizers={}, encodings=[encoding]
+    )
+    monkeypatch.setattr(module, "before_loop", lambda *_: before)
+    monkeypatch.setattr(module._Exporting, "_encoders", lambda *_: ["an engine"])
+    exporting = module._Exporting.__new__(module._Exporting)
+    told = []
+    exporting.pipe, exporting.steps, exporting.told = Prompted(), (4,), told.append
+    assert exporting._prompts([part_of(), part_of()])[2] == ["an engine"]
+    assert exporting._prompts([part_of(), part_of(given=torch.zeros(1, 3))]) == (None, {}, [])
+    assert "text, which follows the prompt, depends on the size of the images" in told[0]
 
 
 def test_a_full_disk_is_no_reason_to_leave_prompts_out(monkeypatch):
@@ -280,16 +301,16 @@ def test_a_full_disk_is_no_reason_to_leave_prompts_out(monkeypatch):
 
     monkeypatch.setattr(module, "before_loop", full)
     exporting = module._Exporting.__new__(module._Exporting)
-    exporting.pipe, exporting.inputs = Prompted(), {}
+    exporting.pipe, exporting.steps = Prompted(), (4,)
     with pytest.raises(OutputError, match="disk is full"):
-        exporting._prompts(SimpleNamespace(program=None), {1: []})
+        exporting._prompts([part_of()])
 
 
 def test_of_models_without_prompts_nothing_is_told(pipe):
     told = []
     exporting = module._Exporting.__new__(module._Exporting)
     exporting.pipe, exporting.told = pipe, told.append
-    assert exporting._prompts(None, {}) == (None, {}, [])
+    assert exporting._prompts([]) == (None, {}, [])
     assert not told
 
 

@@ -130,6 +130,8 @@ def test_several_sizes_share_weights(name, tmp_path):
         found = bundle(seed=TEST_SEED, conditions=probed.conditioning, images=1, **chosen).images
         assert tuple(found.shape) == (1, *size.decode.shape) == wanted.shape
         assert (found.float() - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
+        texts = {text: inputs[text] for text in ("prompt", "negative_prompt") if text in inputs}
+        assert torch.equal(bundle(seed=TEST_SEED, **texts, **chosen).images, found)
 
 
 @pytest.mark.slow
@@ -285,3 +287,6 @@ def test_other_weights_of_a_text_encoder(tmp_path):
         wanted = latents_of(pipe, {**inputs, **texts}, plan, 4, program)[-1]
         found, before = (each(**texts, seed=TEST_SEED, decode=False).latents for each in (bundle, old))
         assert far(found, wanted) < CLOSE < 0.01 * far(before, wanted)
+    own = probe(pipe, inputs, 4).conditioning["cond"]
+    wanted = latents_of(pipe, inputs, plan, 4, program)[-1]
+    assert far(bundle(conditions={"cond": own}, seed=TEST_SEED, decode=False).latents, wanted) < CLOSE

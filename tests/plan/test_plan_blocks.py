@@ -280,6 +280,7 @@ blocks.1.attn1      FF-F-
 blocks.0            FF-FP
 blocks.1            FF-F.
 blocks.0..blocks.1  FF.FF
+engine              01234
 LEGEND  - its block is left out
 """
 LEGEND = (

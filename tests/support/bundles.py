@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from difa_compile.bundle.manifest import (
+    ENCODES,
     MANIFEST,
     Encoder,
     Engine,
@@ -99,11 +100,11 @@ def prompted(folder):
     changed = msgspec.structs.replace(
         manifest,
         files=files,
-        engines=(*manifest.engines, Engine("onnx", engine, -2, (1, 1), ports, outputs, {})),
+        engines=(*manifest.engines, Engine("onnx", engine, ENCODES["cond"], (1, 1), ports, outputs, {})),
         prompts=Prompts(
             {"prompt": Text(tested="one"), "negative_prompt": Text()},
             tuple(
-                Encoder(half, -2, (Tokens(tokens, text, inputs, ("lower", "strip")),))
+                Encoder(half, ENCODES["cond"], (Tokens(tokens, text, inputs, ("lower", "strip")),))
                 for half, text in (("cond", "prompt"), ("uncond", "negative_prompt"))
             ),
         ),
