@@ -377,12 +377,12 @@ class Bundle:
             batches = [value for name, value in given if name in batched]
             sizes = [len(each) for each in batches if isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) > 0]
             images = max([*map(len, texts.values()), *sizes, 1])
-            self._check_images(schedule, images)
         for name, each in texts.items():
             if len(each) not in (1, images):
                 raise BundleInputError(
                     f"{len(each)} texts were given as {name} for {images} images; give one for all, or one an image"
                 )
+        self._check_images(schedule, images)
         for encoder in prompts.encoders:
             names = list(dict.fromkeys(tokens.text for tokens in encoder.tokens))
             # What the program needs and nobody gives is as in the call that was exported.

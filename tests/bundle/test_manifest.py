@@ -142,10 +142,13 @@ def test_contradictions_are_refused(folder, place, value, message):
         (at("prompts", "encoders", 0, "tokens", 0, "text"), "prompt_2", "one of which there is not"),
         (at("prompts", "texts", "prompt", "follows"), "prompt", "which is none of its own"),
         (at("prompts", "texts", "prompt", "follows"), "other", "which is none of its own"),
+        (at("prompts", "texts", "prompt", "tested"), "\ud800", "is none that could be given"),
+        (at("prompts", "texts", "prompt", "default"), "a" * 2**17, "is none that could be given"),
+        (at("prompts", "encoders", 0, "tokens", 0, "before"), "\udc00", "that is no text"),
         (at("prompts", "texts", "prompt", "tested"), 3, "Expected `str"),
         (at("engines", -1, "images"), [1, 2], "one prompt at a time"),
         (at("engines", -1, "inputs", 0, "shape"), ["images", 3], "one prompt at a time"),
-        (at("engines", -1, "row"), -3, "has no engine for each target"),
+        (at("engines", -1, "row"), -9, "has no engine for each target"),
     ],
 )
 def test_contradictions_about_prompts(tmp_path, place, value, message):

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from difa_compile.bundle.manifest import File, Prompts, Text, read_manifest
+from difa_compile.bundle.manifest import ENCODES, File, Prompts, Text, read_manifest
 from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.bundle.weights import write_weights
 from difa_compile.errors import (
@@ -272,7 +272,7 @@ def test_prompts(texts, bundle):
 
 
 def test_a_prompt_is_encoded_once(texts, monkeypatch):
-    engine = texts._serving(-2, 1)
+    engine = texts._serving(ENCODES["cond"], 1)
     session, seen = texts._session(engine), []
     run = type(session).run
 

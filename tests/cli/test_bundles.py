@@ -110,7 +110,7 @@ def test_what_was_not_run_is_said(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.split())
     assert "tensorrt: not run: engines of the target tensorrt run on an NVIDIA GPU" in said
-    assert "nor was it run when it was exported" in said
+    assert "nor was it run when the bundle was written" in said
     shown = run("bundle", "show", folder)
     assert "activations" in shown.stdout
     assert "3 MiB" in " ".join(shown.stdout.split())
@@ -218,6 +218,8 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr("difa_compile.cli.bundles.open_pipeline", opened)
     monkeypatch.setattr("difa_compile.export.write.export_bundle", export_bundle)
+    monkeypatch.setattr("difa_compile.export.write.library", lambda: "it")
+    monkeypatch.setattr("difa_compile.export.write.capabilities", lambda *given: seen.update(built_for=given))
     pipe = bundles.pipeline()
     bundles.plan(pipe).save(tmp_path / "quick.json")
     options = (
@@ -226,7 +228,7 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
         "--plan",
         tmp_path / "quick.json",
         "--target",
-        "onnx, aoti",
+        "onnx, tensorrt",
         "--gpus",
         "8.9, 12.0",
     )
@@ -235,10 +237,11 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     result = run("export", "demo", "-o", tmp_path / "out", *options, *more)
     assert result.exit_code == 0, result.output
     assert list(seen["plans"]) == ["fast", "quick"]
-    assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "aoti"], [4, 6], 3)
+    assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "tensorrt"], [4, 6], 3)
     assert (seen["max_engines"], seen["portable"], seen["name"]) == (5, True, "demo")
     assert (seen["sizes"], seen["dtype"]) == ([(64, 96), (32, 32)], torch.bfloat16)
     assert seen["gpus"] == ["8.9", "12.0"]
+    assert seen["built_for"] == ("it", ["8.9", "12.0"]), "refused before the model is loaded"
     assert seen["inputs"] == {"class_labels": [1], "guidance_scale": 3.0}, "engines for more images follow from --batch"
     assert "a line" in result.stdout
     assert "3 engines (2 files made, 1 kept)" in " ".join(result.stdout.split())
