@@ -146,8 +146,9 @@ def _encoded_anew(folder: Path, manifest: Manifest, what: Changes) -> Manifest:
     for name in sorted({schedule.program for schedule in manifest.schedules}) if stale else ():
         program = Program.from_json(parse_json(checked_bytes(folder, name, manifest.files)), name)
         for each in (each for form in program.forms for each in form.conditions):
+            whole = not getattr(torch, each.argument.dtype).is_floating_point  # of a mask: it follows tokens alone
             for row in each.rows:
-                if row.numbers is not None and each.argument.name in stale.get(row.half, ()):
+                if row.numbers is not None and not whole and each.argument.name in stale.get(row.half, ()):
                     raise AdapterError(
                         f"{shown(name)} holds {shown(each.argument.name)} of the {row.half} half, which the old text "
                         "encoder made; put the adapter into the pipeline and export it"

@@ -47,8 +47,8 @@ def _aoti(
 ) -> Lowered:
     from difa_compile.export.targets.aoti import lowered
 
-    del inputs, outputs, wanted  # packages know places, not names
-    return lowered(program, path, portable, constants)
+    del inputs, outputs  # packages know places, not names
+    return lowered(program, path, portable, constants, wanted)
 
 
 def _tensorrt(

@@ -15,45 +15,63 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental import _config as symbolic
 
-from difa_compile.bundle.sessions import load_package
+from difa_compile.bundle.manifest import sizes_of
+from difa_compile.bundle.runner import AGREES, AGREES_COARSE
+from difa_compile.bundle.sessions import hand_over, load_package
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import TargetError
-from difa_compile.export.lowered import Lowered, table_name
+from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import joined_plainly
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.ops.reference import default_scale
 from difa_compile.plugins.cpu import DTYPES, KERNEL, build
 
+SEED = 5
 PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
 
 
-def lowered(program: ExportedProgram, path: Path, portable: bool = False, constants: Sequence[str] = ()) -> Lowered:
+def lowered(
+    program: ExportedProgram,
+    path: Path,
+    portable: bool = False,
+    constants: Sequence[str] = (),
+    wanted: Wanted | None = None,
+) -> Lowered:
     """A piece: the package ``path`` with the ending ``.pt2``. Compiling it takes some ten seconds or more.
 
     ``constants``: which of its parameters and buffers are no weights. ``portable``: for any processor of this kind from
-    the last ten years, rather than for this one.
-    Raises :class:`TargetError` where a compiler or what ``portable`` asks for is missing, and where local attention is
-    none that the CPU kernel serves; what inductor raises passes.
+    the last ten years, rather than for this one. ``wanted``: the package is run beside the program for the two least
+    numbers of images that it is to serve, for code can be special to the number that it was compiled with.
+    Raises :class:`TargetError` where a compiler or what ``portable`` asks for is missing, where local attention is
+    none that the CPU kernel serves, and for a package that gives something else than the program; what inductor raises
+    passes.
     """
     from torch._inductor import aoti_compile_and_package
 
     kernel = any(node.target is LOCAL_ATTENTION for node in program.graph.nodes)
     if kernel and (reason := build.why_not_built()) is not None:
         raise TargetError(f"AOTInductor engines with windows need our kernel for local attention: {reason}")
-    program = joined_plainly(program)
+    given, program = program, joined_plainly(program)
     if kernel:
         program = program.run_decompositions({LOCAL_ATTENTION: _on_cpu})
     program = _contiguous(program)
     configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if portable else {})}
     file = path.with_suffix(".pt2")
-    with torch.no_grad():
+    # A size of 1 among those that are open is no special case, or code would be compiled for all others alone.
+    with torch.no_grad(), symbolic.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
     names: dict[str, str] = {}
     tables: dict[str, Tensor] = {}
-    for own in load_package(file).get_constant_fqns():
+    model = load_package(file)
+    held = {**program.state_dict, **program.constants}
+    hand_over(model, {own: held[own] for own in model.get_constant_fqns()})
+    if wanted is not None:
+        check_package(model, given, wanted)
+    for own in model.get_constant_fqns():
         if own in program.state_dict and own not in constants:
             names[own] = own
             continue
@@ -61,6 +79,39 @@ def lowered(program: ExportedProgram, path: Path, portable: bool = False, consta
         names[own] = table_name(tensor)
         tables[names[own]] = tensor
     return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)
+
+
+def check_package(model: Any, program: ExportedProgram, wanted: Wanted) -> None:
+    """Run a package beside its program on random numbers, for the two least numbers of images. Raises
+    :class:`TargetError` where it gives something else."""
+    least, most = wanted.images
+    coarse = any(port.dtype == "bfloat16" for port in (*wanted.inputs, *wanted.outputs))
+    for count in sorted({least, min(least + 1, most)}):
+        generator = torch.Generator().manual_seed(SEED)
+        inputs = [
+            torch.randn(sizes_of(port.shape, count), generator=generator).to(getattr(torch, port.dtype))
+            if getattr(torch, port.dtype).is_floating_point
+            else torch.zeros(sizes_of(port.shape, count), dtype=getattr(torch, port.dtype))
+            for port in wanted.inputs
+        ]
+        with torch.no_grad():
+            found, right = model(*inputs), program.module()(*inputs)
+        found = [*found] if isinstance(found, (tuple, list)) else [found]
+        right = [*right] if isinstance(right, (tuple, list)) else [right]
+        for port, one, other in zip(wanted.outputs, found, right, strict=True):
+            if one.shape != other.shape or not _alike(one, other, coarse):
+                raise TargetError(
+                    f"AOTInductor of torch {torch.__version__} compiles code that makes another {port.name} of {count} "
+                    "images than the model; export for one image a call (--batch 1), or for another target"
+                )
+
+
+def _alike(one: Tensor, other: Tensor, coarse: bool) -> bool:
+    """Whether they are equal but for rounding; what is compiled for another number of images is far from it."""
+    one, other = one.double(), other.double()
+    largest = float(other.nan_to_num().abs().max()) if other.numel() else 0.0
+    close = (AGREES_COARSE if coarse else AGREES) * largest + 1e-6
+    return torch.allclose(one, other, rtol=0.0, atol=close, equal_nan=True)
 
 
 def _contiguous(program: ExportedProgram) -> ExportedProgram:

@@ -5,10 +5,12 @@ import platform
 import pytest
 import torch
 
+from difa_compile.bundle.manifest import Port
 from difa_compile.bundle.sessions import hand_over, load_kernel, load_package
 from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
+from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets import aoti
 from difa_compile.export.targets.aoti import instruction_set_of, lowered
 from difa_compile.layout import Layout
@@ -85,3 +87,21 @@ def test_windows_that_the_kernel_does_not_serve(tmp_path):
     _, program = program_of(lambda q, k, v: local_attention(q, k, v, layout, Window("box", 1)), dtype=torch.float64)
     with pytest.raises(TargetError, match=r"not for torch\.float64"):
         lowered(program, tmp_path / "engine")
+
+
+def test_code_for_another_number_of_images_is_refused():
+    """As a package computes that was compiled for two images, and is then given one."""
+    module, program = program_of(full)
+    sizes = ("images", TOKENS, WIDTH)
+    inputs = tuple(Port(name, "float32", sizes) for name in ("sample", "cache"))
+    outputs = (Port("output.0", "float32", sizes), Port("cache.0", "float32", ("images", 4, TOKENS, WIDTH // 4)))
+    wanted = Wanted(inputs, outputs, (1, 8))
+    aoti.check_package(module, program, wanted)
+
+    def repeated(*args):
+        return [value.expand(2, *value.shape[1:]) if len(value) == 1 else value for value in module(*args)]
+
+    with pytest.raises(TargetError, match=r"another output\.0 of 1 images than the model.*--batch 1"):
+        aoti.check_package(repeated, program, wanted)
+    with pytest.raises(TargetError, match=r"another cache\.0 of 2 images"):
+        aoti.check_package(lambda *args: [module(*args)[0], module(*args)[1] * len(args[0])], program, wanted)
