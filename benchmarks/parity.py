@@ -27,8 +27,7 @@ from difa_compile.decision import Decision
 from difa_compile.export.probing import probe
 from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
-from tests.support.image_cases import CASES
-from tests.support.video_components import wan
+from tests.support.one_image import one_image
 
 from . import _demo
 from ._common import RESULTS, Row, write_result
@@ -53,17 +52,8 @@ def opened(name: str, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, 
     """A pipeline, and the arguments of a call that makes one image."""
     if name == "demo":
         return _demo.load("demo").to(dtype), {"class_labels": [3], "guidance_scale": _demo.GUIDANCE}
-    if name == "wan":
-        tiny = wan(folder)
-        own = {"generator", "output_type", "num_inference_steps"}
-        return tiny.pipe.to(dtype), {key: value for key, value in tiny.arguments.items() if key not in own}
-    case = CASES[name]
-    inputs = case.inputs()
-    inputs.pop("output_type", None)
-    for text in ("prompt", "negative_prompt"):
-        if isinstance(inputs.get(text), list):
-            inputs[text] = inputs[text][:1]
-    return case.make().to(dtype), inputs
+    pipe, inputs = one_image(name, folder)
+    return pipe.to(dtype), inputs
 
 
 def plan_of(pipe: Any, inputs: dict[str, Any]) -> Plan:

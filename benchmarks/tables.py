@@ -259,6 +259,15 @@ DETAILS: dict[str, Table] = {
         Column("rss_bytes", "resident", ",d"),
         Column("anonymous_bytes", "anonymous", ",d"),
     ),
+    "plain_attention": (
+        Column("tokens", "tokens"),
+        Column("window", "window"),
+        Column("share", "share", ".2f"),
+        Column("dense_seconds", "dense, s", ".4f"),
+        Column("masked_seconds", "masked, s", ".4f"),
+        Column("tiled_seconds", "tiles, s", ".4f"),
+        Column("tiled_to_masked", "tiles / masked", ".2f"),
+    ),
     "travel": (
         CASE,
         Column("budget", "budget", ".1f"),

@@ -25,10 +25,11 @@ from difa_compile.decision import Window, WindowShape
 from difa_compile.layout import Layout
 from difa_compile.ops.reference import visible_pairs
 
-FEW_TOKENS = 1024
-"""Up to so many tokens all pairs are computed. Chosen, not measured."""
-WORTH = 0.5
-"""Tiles are taken where they have at most this share of all pairs. Chosen, not measured."""
+FEW_TOKENS = 255
+"""Up to so many tokens all pairs are computed: fewer than 256 were not measured."""
+WORTH = 0.6
+"""Tiles are taken where they have at most this share of all pairs: in ONNX Runtime they take less time than a mask then
+(``benchmarks/results/plain_attention.json``)."""
 TILE = 8
 """Tokens along a side of a tile on a grid of two or three dimensions; a line has tiles of its square."""
 _HIDDEN = -1e4
