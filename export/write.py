@@ -489,11 +489,8 @@ class _Exporting:
             before = before_loop(self.pipe, part.inputs, part.probed[self.steps[0]].program)
             self._check_at_all_sizes(before, parts)
             return before.prompts, before.tokenizers, self._encoders(before)
-        except Exception as error:  # of a tracer or a target: embeddings can be given all the same
-            if is_out_of_memory(error) or isinstance(error, OutputError):
-                raise
-            what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
-            self.told(f"the bundle is given embeddings, not prompts: {shown(what, 600)}")
+        except BeforeLoopError as error:  # embeddings can be given all the same
+            self.told(f"the bundle is given embeddings, not prompts: {shown(error, 600)}")
             return None, {}, []
 
     def _check_at_all_sizes(self, before: BeforeLoop, parts: Sequence[_Part]) -> None:
@@ -531,8 +528,14 @@ class _Exporting:
                     found += known
                     continue
                 self.told(f"{target}: {label}, {len(each.program.state_dict)} weights, one prompt at a time")
-                self._lower(key, 0, row, target, label, "", each.program, each.constants, inputs, outputs, (1, 1),
-                            "a prompt is encoded by itself, once for all its images")  # fmt: skip
+                try:
+                    self._lower(key, 0, row, target, label, "", each.program, each.constants, inputs, outputs, (1, 1),
+                                "a prompt is encoded by itself, once for all its images")  # fmt: skip
+                except Exception as error:  # whatever an exporter has against a text encoder's operations
+                    if is_out_of_memory(error) or isinstance(error, OutputError):
+                        raise
+                    what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
+                    raise BeforeLoopError(f"{target} does not take its text encoder: {shown(what, 500)}") from error
                 found += self._finished(key, row)
         return found
 

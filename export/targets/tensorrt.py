@@ -4,10 +4,8 @@
   TensorRT takes the first function of a name for all of them. Before it is built from, ONNX Runtime runs the very model
   beside the program.
 * *Weights* of the model are inputs of the network, all of them, biases and scales too: engines have none of their own,
-  share one copy on the device, and a LoRA needs no other engine. On the demo model that takes engines from 13-19 MB to
-  3-8 MB, and no more memory for activations than with weights inside; were small ones left inside, 40 % more. Weight
-  streaming has nothing to stream then. Constants up to :data:`INSIDE` bytes stay in each engine: where the mask is
-  known, local attention with residuals takes half the memory.
+  share one copy on the device, and a LoRA needs no other engine. Weight streaming has nothing to stream then. Constants
+  up to :data:`INSIDE` bytes stay in each engine, which can make use of a mask that it knows.
 * *Numbers of images* are one optimisation profile, from the least over half the most to the most.
 * *Precision* is that of the model's dtypes (strongly typed).
 

@@ -254,7 +254,6 @@ class Prompted:
     ("asks", "error", "message"),
     [
         (None, BeforeLoopError("its tokenizer is none"), "embeddings, not prompts: its tokenizer is none"),
-        (None, NotImplementedError("no slice"), "not prompts: NotImplementedError: no slice"),
         (object(), None, "depend on values of its inputs"),
     ],
 )
@@ -278,6 +277,28 @@ def part_of(*calls, given=None):
     """Of one size of images: its calls, and what the call that was probed gave the model."""
     conditioning = {"cond": {"text": torch.ones(1, 3) if given is None else given}}
     return SimpleNamespace(calls=calls, inputs={}, probed={4: SimpleNamespace(program=None, conditioning=conditioning)})
+
+
+def test_a_text_encoder_that_a_target_refuses_is_told_and_a_mistake_of_ours_is_not(monkeypatch):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    encoding = SimpleNamespace(half="cond", program=program, constants=(), inputs={}, outputs={})
+    before = SimpleNamespace(prompts=SimpleNamespace(encoders=[]), tokenizers={}, encodings=[encoding])
+    monkeypatch.setattr(module, "before_loop", lambda *_: before)
+    exporting = module._Exporting.__new__(module._Exporting)
+    told = []
+    exporting.pipe, exporting.steps, exporting.told, exporting.targets = Prompted(), (4,), told.append, ("onnx",)
+    monkeypatch.setattr(module._Exporting, "_key", lambda *_: "key")
+    monkeypatch.setattr(module._Exporting, "_known", lambda *_: [])
+
+    def refused(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(module._Exporting, "_lower", refused)
+    assert exporting._prompts([part_of()]) == (None, {}, [])
+    assert told[-1].endswith("onnx does not take its text encoder: RuntimeError: no such operation")
+    monkeypatch.setattr(module._Exporting, "_key", refused)
+    with pytest.raises(RuntimeError):
+        exporting._prompts([part_of()])
 
 
 def test_prompts_whose_encoding_follows_the_size_of_images_are_left_out(monkeypatch):

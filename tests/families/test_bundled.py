@@ -25,6 +25,8 @@ from difa_compile.pipeline.rules import plan_from_rule
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers", reason="text encoders of whole pipelines")
 
+from tests.support.one_image import one_image
+
 STEPS = 20
 HEIGHT, WIDTH = 16, 24
 """Of the images of tiny pipelines, in pixels."""
@@ -53,32 +55,12 @@ def differences(found, wanted):
     return [float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True)]
 
 
-def prompted(name):
-    from tests.support.image_cases import CASES
-
-    case = CASES[name]
-    inputs = case.inputs()
-    inputs.pop("output_type", None)
-    for text in ("prompt", "negative_prompt"):
-        if isinstance(inputs.get(text), list):
-            inputs[text] = inputs[text][:1]
-    return case.make(), inputs
-
-
-def video(folder):
-    from tests.support.video_components import wan
-
-    tiny = wan(folder)
-    given = {"generator", "output_type", "num_inference_steps"}
-    return tiny.pipe, {name: value for name, value in tiny.arguments.items() if name not in given}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart_sigma", "sd3", "flux", "flux_true_cfg", "wan"])
 def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
     """At every step; TensorRT's engines are built, from models that make what the programs make, and not run."""
     pytest.importorskip("tensorrt_rtx")
-    pipe, inputs = video(tmp_path) if name == "wan" else prompted(name)
+    pipe, inputs = one_image(name, tmp_path)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
     runs = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
     folder = tmp_path / "bundle"
@@ -105,7 +87,7 @@ def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
 @pytest.mark.parametrize("name", ["pixart_sigma", "flux"])
 def test_several_sizes_share_weights(name, tmp_path):
     """FLUX's packed latents of both sizes have one shape; PixArt is told the size by further conditions."""
-    pipe, inputs = prompted(name)
+    pipe, inputs = one_image(name, tmp_path)
     plan = plan_from_rule(
         pipe, 4, lambda step, site: FULL if step < 2 else WINDOW if step == 2 else REUSE, inputs=inputs
     )
@@ -138,7 +120,7 @@ def test_several_sizes_share_weights(name, tmp_path):
 @pytest.mark.parametrize(("dtype", "target", "close"), [("float16", "onnx", 2e-2), ("bfloat16", "aoti", 1e-1)])
 def test_half_precision(dtype, target, close, tmp_path):
     """Against the pipeline in the same dtype, whose scheduler rounds the latents at every step."""
-    pipe, inputs = prompted("pixart_sigma")
+    pipe, inputs = one_image("pixart_sigma", tmp_path)
     pipe.to(getattr(torch, dtype))
     plan = plan_from_rule(pipe, 4, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
     export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[4], targets=[target], most_images=1)
@@ -151,11 +133,11 @@ def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, 
     """The LoRA is made by peft and saved by diffusers, with and without the component's name; the pipeline takes it
     through its own loaders."""
     peft = pytest.importorskip("peft")
-    pipe, inputs = prompted(name)
+    pipe, inputs = one_image(name, tmp_path)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
     found = export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
 
-    trained, _ = prompted(name)
+    trained, _ = one_image(name, tmp_path)
     torch.manual_seed(7)
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "proj_out", "proj"], rank_pattern={"to_k": 2},
@@ -229,7 +211,7 @@ def far(found, wanted):
 @pytest.mark.slow
 def test_further_prompts(tmp_path):
     """A text of its own for the second tokenizer, else it follows the prompt; several images."""
-    pipe, inputs = prompted("flux")
+    pipe, inputs = one_image("flux", tmp_path)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
     export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2)
     assert export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2).made == 0
@@ -249,7 +231,7 @@ def test_further_prompts(tmp_path):
 
 @pytest.mark.slow
 def test_prompts_need_neither_diffusers_nor_transformers(tmp_path):
-    pipe, inputs = video(tmp_path / "parts")
+    pipe, inputs = one_image("wan", tmp_path / "parts")
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
     export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
     code = f"""
@@ -267,7 +249,7 @@ assert bundle(prompt="a red cat", seed=0).images.shape[0] == 1
 @pytest.mark.slow
 def test_other_weights_of_a_text_encoder(tmp_path):
     """Prompts are encoded with them, and the negative prompt of the export, whose encoding lies in the bundle, too."""
-    pipe, inputs = prompted("pixart_sigma")
+    pipe, inputs = one_image("pixart_sigma", tmp_path)
     del inputs["negative_prompt"]
     plan = plan_from_rule(pipe, 4, rule, inputs=inputs)
     export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[4], most_images=1)
