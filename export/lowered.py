@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import Port
 from difa_compile.bundle.weights import TABLE, WeightFile, bytes_of, write_weights
@@ -19,14 +20,25 @@ from difa_compile.files.writing import write_whole
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an engine is to be, for targets that want to know more than names. ``inputs``, ``outputs``, ``images``: as
-    in :class:`difa_compile.bundle.manifest.Engine`. ``gpus``: the compute capabilities that it is to run on, ``8.9``;
-    none leaves them to the target."""
+    """What an engine is to be, and for which machines. ``inputs``, ``outputs``, ``images``: as in
+    :class:`difa_compile.bundle.manifest.Engine`. ``constants``: which of the program's parameters and buffers are no
+    weights. ``usual``: the number of images that it is to be quickest for, where a target asks. ``portable``: for more
+    processors than this one. ``gpus``: the compute capabilities that it is to run on, ``8.9``; none leaves them to the
+    target."""
 
+    program: ExportedProgram
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     images: tuple[int, int]
+    constants: tuple[str, ...] = ()
+    usual: int | None = None
+    portable: bool = False
     gpus: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """Of inputs and of outputs."""
+        return [port.name for port in self.inputs], [port.name for port in self.outputs]
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,25 @@
 
     export_bundle(pipe, {"fast": plan}, "digits/", inputs={"class_labels": [3]}, steps=[20, 50])
 
-What is long is kept: every engine is stored under a digest of what it is made from as soon as it is done, in the
-bundle's own folder, so that an export which was interrupted, or is repeated with more tiers, makes only what is
-missing. Files are named by their content and the manifest is written last, so that the folder holds a whole bundle at
-any time: the old one, then the new one.
+What is long is kept (:mod:`difa_compile.export.pieces`): an export which was interrupted, or is repeated with more
+tiers, makes only the engines that are missing. Files are named by their content and the manifest is written last, so
+that the folder holds a whole bundle at any time: the old one, then the new one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
 import os
 import platform
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ import msgspec
 import torch
 from msgspec import UNSET
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import (
     DECODES,
@@ -47,18 +45,15 @@ from difa_compile.bundle.manifest import (
     Size,
     Slot,
     Source,
-    check_file,
-    read_manifest,
 )
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import Bundle, seeded
-from difa_compile.bundle.sessions import ELSEWHERE, processor_flags
+from difa_compile.bundle.sessions import ELSEWHERE
 from difa_compile.bundle.tensorrt import library
-from difa_compile.bundle.weights import TABLE, Place, WeightFile, bytes_of, write_weights
+from difa_compile.bundle.weights import Place, write_weights
 from difa_compile.errors import (
     AfterLoopError,
     BeforeLoopError,
-    BundleFormatError,
     BundleInputError,
     DifaError,
     ExportError,
@@ -74,10 +69,11 @@ from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.export.engines import IMAGES
-from difa_compile.export.lowered import Lowered, Piece, Wanted, keep, kept_in, renumbered
+from difa_compile.export.lowered import Piece
 from difa_compile.export.origin import CARD, origin_of
+from difa_compile.export.pieces import Draft, Made, Pieces, Told, digest_of, form_of
 from difa_compile.export.probing import Probed, probe
-from difa_compile.export.targets import LOWERINGS
+from difa_compile.export.targets import TARGETS, target_of
 from difa_compile.export.targets.tensorrt import capabilities
 from difa_compile.export.watching import first_tensor
 from difa_compile.files.writing import check_writable, write_whole
@@ -87,9 +83,6 @@ from difa_compile.plan.data import model_digest
 from difa_compile.plan.plan import Plan
 from difa_compile.wording import quoted, shown
 
-Told = Callable[[str], None]
-PIECES = ".pieces"
-"""Folder of what is finished before the bundle is."""
 OURS = re.compile(
     r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|encode(-uncond)?|weights|self-test)-[0-9a-f]{12}"
     r"\.(onnx|pt2|plan|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
@@ -129,6 +122,7 @@ def export_bundle(
     targets: Sequence[str] = ("onnx",),
     sizes: Sequence[tuple[int, int]] = (),
     most_images: int = 8,
+    usual_images: int | None = None,
     max_engines: int | None = None,
     portable: bool = False,
     gpus: Sequence[str] = (),
@@ -142,7 +136,8 @@ def export_bundle(
     callers will be able to choose. ``targets``: of ``"onnx"``, ``"aoti"``, ``"tensorrt"``. ``sizes``: heights and
     widths of images in pixels that callers will be able to choose, each with engines of its own; by default that of
     ``inputs``. Windows of plans made at another size grow with the image. ``most_images``: per call; engines serve any
-    number up to it where the model's graph allows. ``max_engines``: rows of the plans are merged until so many engines
+    number up to it where the model's graph allows. ``usual_images``: the number that TensorRT's engines are to be
+    quickest for, by default half the most. ``max_engines``: rows of the plans are merged until so many engines
     run them all at each size, which makes them compute more (:mod:`difa_compile.export.merging`). ``portable``:
     AOTInductor for more than this processor. ``gpus``: for tensorrt the compute capabilities to build for,
     ``["8.9"]``; by default all that TensorRT-RTX serves, and with TensorRT the GPU that is here. ``told`` is given a
@@ -153,19 +148,24 @@ def export_bundle(
     is not installed, :class:`OutputError`, and what :func:`difa_compile.apply` raises.
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
-    check_request(given, steps, targets, most_images, gpus)
+    check_request(given, steps, targets, most_images, usual_images, gpus)
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(
             pipe, given, folder, _sized(pipe, inputs, sizes), "fraction" if sizes else None,
-            tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)), most_images, max_engines, portable,
-            tuple(dict.fromkeys(gpus)), name, told,
+            tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(targets)), most_images, max_engines,
+            Made(usual_images, portable, tuple(dict.fromkeys(gpus))), name, told,
         ).exported()  # fmt: skip
 
 
 def check_request(
-    plans: Mapping[str, Plan], steps: Sequence[int], targets: Sequence[str], most_images: int, gpus: Sequence[str] = ()
+    plans: Mapping[str, Plan],
+    steps: Sequence[int],
+    targets: Sequence[str],
+    most_images: int,
+    usual_images: int | None = None,
+    gpus: Sequence[str] = (),
 ) -> None:
     """Raise :class:`BundleInputError` for arguments of :func:`export_bundle` that make no sense, and
     :class:`TargetError` for engines of TensorRT that cannot be built here: before the work, not after."""
@@ -175,11 +175,13 @@ def check_request(
     if not plans or not steps or not targets:
         raise BundleInputError("an export needs at least one plan, one number of steps and one target")
     for target in targets:
-        if target not in LOWERINGS:
-            raise BundleInputError(f"the target {quoted(target)} is unknown; known are {', '.join(LOWERINGS)}")
-    for count in (*steps, most_images):
+        if target not in TARGETS:
+            raise BundleInputError(f"the target {quoted(target)} is unknown; known are {', '.join(TARGETS)}")
+    for count in (*steps, most_images, most_images if usual_images is None else usual_images):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise BundleInputError(f"{quoted(count)} is no number of steps or images; give whole numbers from 1 on")
+    if usual_images is not None and usual_images > most_images:
+        raise BundleInputError(f"{usual_images} images are not usual where {most_images} are the most")
     if "tensorrt" in targets:
         capabilities(library(), gpus)
     elif gpus:
@@ -205,7 +207,7 @@ def _sized(
     return {(height, width): {**inputs, "height": height, "width": width} for height, width in sizes}
 
 
-@contextlib.contextmanager
+@contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder for this export; another one is told so. The lock goes with its process."""
     path = folder / ".lock"
@@ -258,38 +260,25 @@ class _Exporting:
     targets: tuple[str, ...]
     most_images: int
     max_engines: int | None
-    portable: bool
-    gpus: tuple[str, ...]
+    how: Made
     name: str
     told: Told
 
     def __post_init__(self) -> None:
-        self.made = self.kept = 0
-        self.opened: WeightFile | None = None
         self.own: dict[str, Tensor] = {}
-        self.first: dict[str, str] = {}
-        """Of a tied weight's further names the first, under which checkpoints have it."""
+        first_names: dict[str, str] = {}
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module):
                 first = owned_names(component)
                 named = (component.named_parameters, component.named_buffers)
                 for fqn, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
                     self.own[f"{name}.{fqn}"] = tensor
-                    self.first[f"{name}.{fqn}"] = f"{name}.{first[id(tensor)]}"
+                    first_names[f"{name}.{fqn}"] = f"{name}.{first[id(tensor)]}"
         self.models = {self._component(model): model for model in find_transformers(self.pipe)}
-        self.old = self._old()
-        self.pieces_folder = self.folder / PIECES
-        self.pieces_folder.mkdir(exist_ok=True)
+        self.pieces = Pieces(self.folder, first_names, self.how, self.told)
 
     def _component(self, model: nn.Module) -> str:
         return str(next(name for name, value in self.pipe.components.items() if value is model))
-
-    def _old(self) -> Manifest | None:
-        """The bundle that is there already, None where there is none that can be read."""
-        try:
-            return read_manifest(self.folder)
-        except BundleFormatError:
-            return None
 
     # --- all of it ---------------------------------------------------------------------------------------------------
 
@@ -309,8 +298,8 @@ class _Exporting:
             self.folder,
             manifest,
             sum(len(part.rows) for part in parts),
-            self.made,
-            self.kept,
+            self.pieces.made,
+            self.pieces.kept,
             sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()),
             dearest.after / dearest.before if dearest.before else 1.0,
             dearest.weighed,
@@ -386,38 +375,30 @@ class _Exporting:
             "layouts": [str(unit.info.layout) for unit in model.units],
             "model": model_digest(first.model).config_digest,
             "roles": [[str(role), *map(str, role.head_reads)] for role in row.roles],
-            "calls": [[_form(value) for value in call.args] for call in of_row],
-            "values": [_digest_of(_held(call)) for call in of_row],
+            "calls": [[form_of(value) for value in call.args] for call in of_row],
+            "values": [digest_of(_held(call)) for call in of_row],
             "images": self.most_images,
         }
-        found: list[Piece] = []
-        lazily: list[Any] = []
-        for target in self.targets:
-            key = self._key(target, described)
-            known = self._known(key, number, target)
-            if known:
-                self.kept += len(known)
-                found += known
-                continue
-            if not lazily:
-                lazily.append(engines_for(row, list(calls.values()), self.most_images))
-            for place, engine in enumerate(lazily[0]):
-                label = f"row-{number:02d}" + (f"-{engine.images[1]}" if len(lazily[0]) > 1 else "")
-                self.told(f"{target}: {label}, {len(engine.weights)} weights, {_range(engine.images)} images")
-                self._lower(
-                    key, place, number, target, label, component, engine.program, engine.constants,
-                    tuple(_port(each) for each in engine.inputs), tuple(_port(each) for each in engine.outputs),
-                    engine.images, engine.why_static,
-                )  # fmt: skip
-            found += self._finished(key, number)
-        return found
+
+        @functools.cache
+        def drafts() -> list[Draft]:
+            engines = engines_for(row, list(calls.values()), self.most_images)
+            return [
+                Draft(
+                    f"row-{number:02d}" + (f"-{each.images[1]}" if len(engines) > 1 else ""),
+                    each.program, tuple(each.constants), tuple(map(_port, each.inputs)),
+                    tuple(map(_port, each.outputs)), each.images, each.why_static, component,
+                )
+                for each in engines
+            ]  # fmt: skip
+
+        return [piece for target in self.targets for piece in self.pieces.of(target, number, described, drafts)]
 
     def _decode(
         self, inputs: Mapping[str, Any], probed: Probed, row: int, size: str
     ) -> tuple[tuple[int, ...] | None, list[Piece]]:
         """The shape of a picture, and the engines of what comes after the loop."""
         program = probed.program
-        found: list[Piece] = []
         try:
             ranges: list[Any] = []
             if self.most_images > 1:
@@ -427,51 +408,24 @@ class _Exporting:
         except AfterLoopError as error:
             self.told(f"latents are not decoded in the bundle: {error}")
             return None, []
-        for target in self.targets:
-            for place, each in enumerate(ranges):
-                serves = (each.least, min(each.most or self.most_images, self.most_images))
-                images: int | str = IMAGES if serves[0] < serves[1] or each.most is None else serves[0]
-                held = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
-                held += [each.program.state_dict[name] for name in each.constants]
-                described = {
-                    "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
-                    "shapes": [list(program.shape), list(each.shape), *serves],
-                    "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
-                    "values": _digest_of(held),
-                }
-                key = self._key(target, described)
-                known = self._known(key, row, target)
-                if known:
-                    self.kept += len(known)
-                    found += known
-                    continue
-                label = "decode" + (f"-{size}" if len(self.sizes) > 1 else "")
-                label += f"-{serves[1]}" if len(ranges) > 1 else ""
-                self.told(f"{target}: {label}")
-                latents = Port("latents", "float32", (images, *program.shape))
-                pictures = Port("images", str(each.dtype).removeprefix("torch."), (images, *each.shape))
-                self._lower(key, place, row, target, label, "", each.program, each.constants, (latents,), (pictures,),
-                            serves, "")  # fmt: skip
-                found += self._finished(key, row)
+        found: list[Piece] = []
+        for each in ranges:
+            serves = (each.least, min(each.most or self.most_images, self.most_images))
+            images: int | str = IMAGES if serves[0] < serves[1] or each.most is None else serves[0]
+            label = "decode" + (f"-{size}" if len(self.sizes) > 1 else "") + (f"-{serves[1]}" * (len(ranges) > 1))
+            latents = Port("latents", "float32", (images, *program.shape))
+            pictures = Port("images", _name(each.dtype), (images, *each.shape))
+            draft = Draft(label, each.program, tuple(each.constants), (latents,), (pictures,), serves)
+            found += self._one(draft, row)
         return tuple(ranges[0].shape), found
 
-    def _key(self, target: str, described: Mapping[str, object]) -> str:
-        """A digest of all that an engine depends on, but for the numbers in the weights."""
-        import diffusers
-
-        versions = {
-            "torch": str(torch.__version__),
-            "diffusers": diffusers.__version__,
-            "difa-compile": metadata.version("difa-compile"),
-            "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target != "aoti" else [],
-            "processor": "" if self.portable or target != "aoti" else " ".join(sorted(processor_flags())),
-            "machine": platform.machine(),
-        }
-        if target == "tensorrt":
-            builder = library()
-            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and builder.name == "tensorrt" else ""
-            versions |= {"builder": f"{builder.name} {builder.version}", "gpus": [*self.gpus, gpu]}
-        return _digest(json.dumps([target, self.portable, versions, described], sort_keys=True).encode())
+    def _one(
+        self, draft: Draft, row: int, around: Callable[[str], AbstractContextManager[object]] = nullcontext
+    ) -> list[Piece]:
+        """An engine that is no row of roles, for every target."""
+        described = draft.described()
+        found = (self.pieces.of(target, row, described, lambda: [draft], around) for target in self.targets)
+        return [piece for each in found for piece in each]
 
     def _prompts(self, parts: Sequence[_Part]) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
         """The engines of what comes before the loop, the same for all sizes: of text encoders."""
@@ -509,115 +463,13 @@ class _Exporting:
             row = ENCODES[each.half]
             label = "encode" if row == ENCODES["cond"] else f"encode-{each.half}"
             inputs, outputs = (
-                tuple(Port(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in ports)
+                tuple(Port(name, _name(value.dtype), tuple(value.shape)) for name, value in ports)
                 for ports in (each.inputs.items(), each.outputs.items())
             )
-            held = [value for value in each.program.constants.values() if isinstance(value, Tensor)]
-            held += [each.program.state_dict[name] for name in each.constants]
-            described = {
-                "graph": hashlib.sha256(each.program.graph_module.code.encode()).hexdigest(),
-                "ports": [[port.name, port.dtype, list(port.shape)] for port in (*inputs, *outputs)],
-                "weights": [[name, _form(value)] for name, value in sorted(each.program.state_dict.items())],
-                "values": _digest_of(held),
-            }
-            for target in self.targets:
-                key = self._key(target, described)
-                known = self._known(key, row, target)
-                if known:
-                    self.kept += len(known)
-                    found += known
-                    continue
-                self.told(f"{target}: {label}, {len(each.program.state_dict)} weights, one prompt at a time")
-                try:
-                    self._lower(key, 0, row, target, label, "", each.program, each.constants, inputs, outputs, (1, 1),
-                                "a prompt is encoded by itself, once for all its images")  # fmt: skip
-                except Exception as error:  # whatever an exporter has against a text encoder's operations
-                    if is_out_of_memory(error) or isinstance(error, OutputError):
-                        raise
-                    what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
-                    raise BeforeLoopError(f"{target} does not take its text encoder: {shown(what, 500)}") from error
-                found += self._finished(key, row)
+            why = "a prompt is encoded by itself, once for all its images"
+            draft = Draft(label, each.program, tuple(each.constants), inputs, outputs, (1, 1), why)
+            found += self._one(draft, row, _refusals_of_encoders)
         return found
-
-    def _lower(
-        self, key: str, place: int, row: int, target: str, label: str, component: str, program: ExportedProgram,
-        constants: Sequence[str],
-        inputs: tuple[Port, ...], outputs: tuple[Port, ...], images: tuple[int, int], why_static: str,
-    ) -> None:  # fmt: skip
-        """Make one engine of one target, and keep it in the folder of pieces."""
-        folder = self.pieces_folder / f"{key}.part"
-        if place == 0:  # what an interrupted export has left of it is not whole
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        lower, _ = LOWERINGS[target]
-        with torch.no_grad():  # what attention is decomposed to depends on it
-            made = lower(
-                program,
-                [port.name for port in inputs],
-                [port.name for port in outputs],
-                constants,
-                folder / str(place),
-                self.portable,
-                Wanted(inputs, outputs, images, self.gpus),
-            )
-        if made.unchecked:
-            self.told(f"{target}: {label}: its model was not compared with the program: {made.unchecked}")
-        prefix = f"{component}." if component else ""
-        made = replace(
-            made,
-            weights={
-                own: name if name in made.tables else self.first.get(prefix + name, prefix + name)
-                for own, name in made.weights.items()
-            },
-        )
-        piece = Piece(key, row, target, label, made, inputs, outputs, images, why_static)
-        keep(piece, folder / f"{place}.json")
-        self.made += 1
-
-    def _finished(self, key: str, row: int) -> list[Piece]:
-        """The engines of a key, all of which are there: from now on they are found again."""
-        whole = self.pieces_folder / key
-        os.replace(self.pieces_folder / f"{key}.part", whole)
-        return kept_in(whole, row)
-
-    def _known(self, key: str, row: int, target: str) -> list[Piece]:
-        """The engines of a key that are there: left by an export that was interrupted, or in the bundle of an earlier
-        one."""
-        whole = self.pieces_folder / key
-        if whole.is_dir():
-            try:
-                return kept_in(whole, row)
-            except (OSError, ValueError, KeyError, TypeError):  # damaged, by a loss of power say: made anew
-                shutil.rmtree(whole)
-        if self.old is None:
-            return []
-        engines = [engine for engine in self.old.engines if (engine.key, engine.target) == (key, target)]
-        if not engines:
-            return []
-        engines = [engine for engine in engines if engine.row == engines[0].row]  # rows of two sizes may be equal
-        try:
-            files = [check_file(self.folder, engine.file, self.old.files) for engine in engines]
-            weights = self._old_weights(self.old)
-        except BundleFormatError:
-            return []  # damaged: made anew
-        return [
-            Piece(
-                key, row, target, renumbered(engine.file.rsplit("-", 1)[0], row),
-                Lowered(
-                    file, dict(engine.weights),
-                    {name: weights[name] for name in engine.weights.values() if name.startswith(TABLE)},
-                    dict(engine.versions), engine.instruction_set, engine.kernel, dict(engine.memory), engine.unchecked,
-                ),
-                engine.inputs, engine.outputs, engine.images, engine.why_static,
-            )
-            for engine, file in zip(engines, files, strict=True)
-        ]  # fmt: skip
-
-    def _old_weights(self, old: Manifest) -> WeightFile:
-        """The weights of the bundle that is there, compared once. Raises :class:`BundleFormatError`."""
-        if self.opened is None:
-            self.opened = WeightFile(check_file(self.folder, old.weights, old.files))
-        return self.opened
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -635,9 +487,8 @@ class _Exporting:
         weights, places = self._weights(pieces, fixed, files)
         engines = []
         for piece in pieces:
-            _, finish = LOWERINGS[piece.target]
             own = {name: places[stored] for name, stored in piece.lowered.weights.items()}
-            content = finish(piece.lowered.file, weights, own)
+            content = target_of(piece.target).finished(piece.lowered.file, weights, own)
             name = f"{piece.label}-{_digest(content)[:12]}{piece.lowered.file.suffix}"
             self._write(name, content, files)
             engines.append(
@@ -787,7 +638,7 @@ class _Exporting:
 
     def _clean(self, manifest: Manifest) -> None:
         """Delete what earlier exports and interrupted ones have left."""
-        shutil.rmtree(self.pieces_folder, ignore_errors=True)
+        self.pieces.clear()
         named = {MANIFEST, *manifest.files}
         mine = [path for path in self.folder.rglob("*") if OURS.fullmatch(path.relative_to(self.folder).as_posix())]
         for path in mine:
@@ -804,17 +655,16 @@ def _held(call: CapturedCall) -> list[Tensor]:
     return own + [call.args[i] for i in sorted(model.positions.inputs)]
 
 
-def _form(value: object) -> object:
-    """Of an input of a graph what an engine depends on: a number itself, of a tensor dtype, sizes and strides."""
-    return [str(value.dtype), list(value.shape), list(value.stride())] if isinstance(value, Tensor) else repr(value)
-
-
-def _digest_of(tensors: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+@contextmanager
+def _refusals_of_encoders(target: str) -> Iterator[None]:
+    """Whatever an exporter has against a text encoder's operations as a :class:`BeforeLoopError`."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OutputError):
+            raise
+        what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
+        raise BeforeLoopError(f"{target} does not take its text encoder: {shown(what, 500)}") from error
 
 
 def _call(call: PlannedCall, row: int, slot: int) -> EngineCall:
@@ -875,12 +725,11 @@ def latents_of(
 
 
 def _port(port: engines_module.Port) -> Port:
-    return Port(port.name, str(port.dtype).removeprefix("torch."), port.shape)
+    return Port(port.name, _name(port.dtype), port.shape)
 
 
-def _range(images: tuple[int, int]) -> str:
-    low, high = images
-    return str(low) if low == high else f"{low} to {high}"
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _digest(content: bytes) -> str:

@@ -72,7 +72,10 @@ def export(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"What the model computes in: {', '.join(DTYPES)}.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Most images of a call.", min=1, max=MOST_IMAGES)] = 8,
+    batch: Annotated[
+        str,
+        typer.Option(help="Most images of a call; 1:2:8 says also how many are usual, which tensorrt is tuned for."),
+    ] = "8",
     max_engines: Annotated[
         int | None,
         typer.Option(
@@ -117,7 +120,8 @@ def export(
         tiers[name] = Plan.load(path)
     wanted = [part.strip() for part in targets.split(",")]
     capabilities = _capabilities(gpus)
-    check_request(tiers, numbers, wanted, batch, capabilities)
+    usual, most = _batch(batch)
+    check_request(tiers, numbers, wanted, most, usual, capabilities)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     if isinstance(call.get("class_labels"), list):
         call["class_labels"] = call["class_labels"][:1]
@@ -141,7 +145,8 @@ def export(
             steps=numbers,
             targets=wanted,
             sizes=chosen,
-            most_images=batch,
+            most_images=most,
+            usual_images=usual,
             max_engines=max_engines,
             portable=portable,
             gpus=capabilities,
@@ -479,6 +484,19 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 6 and 1 <= int(part) <= MOST_STEPS for part in parts):
         raise typer.BadParameter(f"{quoted(text)} is no list of numbers such as 20,50", param_hint="--steps")
     return [int(part) for part in parts]
+
+
+def _batch(text: str) -> tuple[int | None, int]:
+    """``8`` or ``1:2:8``: of images of a call, how many are usual, if that is said, and the most."""
+    found = re.fullmatch(r"(?:1:([0-9]{1,4}):)?([0-9]{1,4})", text, re.ASCII)
+    usual, most = (None, 0) if found is None else (None if found[1] is None else int(found[1]), int(found[2]))
+    if not (1 if usual is None else usual) <= most <= MOST_IMAGES or usual == 0 or most == 0:
+        raise typer.BadParameter(
+            f"{quoted(text)} is no number of images up to {MOST_IMAGES} such as 8, nor the least (which is 1), the "
+            "usual and the most such as 1:2:8",
+            param_hint="--batch",
+        )
+    return usual, most
 
 
 def _capabilities(text: str | None) -> list[str]:

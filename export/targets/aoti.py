@@ -8,7 +8,7 @@ so that all engines and threads share them. Local attention is a call of ``difa:
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.fx.experimental import _config as symbolic
 from difa_compile.bundle.manifest import sizes_of
 from difa_compile.bundle.runner import AGREES, AGREES_COARSE
 from difa_compile.bundle.sessions import hand_over, load_package
+from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Lowered, Wanted, table_name
@@ -34,32 +35,27 @@ PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
 
 
-def lowered(
-    program: ExportedProgram,
-    path: Path,
-    portable: bool = False,
-    constants: Sequence[str] = (),
-    wanted: Wanted | None = None,
-) -> Lowered:
+def lowered(wanted: Wanted, path: Path) -> Lowered:
     """A piece: the package ``path`` with the ending ``.pt2``. Compiling it takes some ten seconds or more.
 
-    ``constants``: which of its parameters and buffers are no weights. ``portable``: for any processor of this kind from
-    the last ten years, rather than for this one. ``wanted``: the package is run beside the program for the two least
-    numbers of images that it is to serve, for code can be special to the number that it was compiled with.
+    Where it is to be portable it is for any processor of this kind from the last ten years, rather than for this one.
+    The package is run beside the program for the two least numbers of images that it is to serve, for code can be
+    special to the number that it was compiled with.
     Raises :class:`TargetError` where a compiler or what ``portable`` asks for is missing, where local attention is
     none that the CPU kernel serves, and for a package that gives something else than the program; what inductor raises
     passes.
     """
     from torch._inductor import aoti_compile_and_package
 
+    program = wanted.program
     kernel = any(node.target is LOCAL_ATTENTION for node in program.graph.nodes)
     if kernel and (reason := build.why_not_built()) is not None:
         raise TargetError(f"AOTInductor engines with windows need our kernel for local attention: {reason}")
-    given, program = program, joined_plainly(program)
+    program = joined_plainly(program)
     if kernel:
         program = program.run_decompositions({LOCAL_ATTENTION: _on_cpu})
     program = _contiguous(program)
-    configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if portable else {})}
+    configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if wanted.portable else {})}
     file = path.with_suffix(".pt2")
     # A size of 1 among those that are open is no special case, or code would be compiled for all others alone.
     with torch.no_grad(), symbolic.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -69,10 +65,9 @@ def lowered(
     model = load_package(file)
     held = {**program.state_dict, **program.constants}
     hand_over(model, {own: held[own] for own in model.get_constant_fqns()})
-    if wanted is not None:
-        check_package(model, given, wanted)
+    check_package(model, wanted)
     for own in model.get_constant_fqns():
-        if own in program.state_dict and own not in constants:
+        if own in program.state_dict and own not in wanted.constants:
             names[own] = own
             continue
         tensor = program.state_dict[own] if own in program.state_dict else program.constants[own]
@@ -81,7 +76,13 @@ def lowered(
     return Lowered(file, names, tables, {"torch": str(torch.__version__)}, instruction_set_of(file), kernel)
 
 
-def check_package(model: Any, program: ExportedProgram, wanted: Wanted) -> None:
+def finished(piece: Path, file: str, places: Mapping[str, Place]) -> bytes:
+    """The content of a package, which knows its weights by their names."""
+    del file, places
+    return piece.read_bytes()
+
+
+def check_package(model: Any, wanted: Wanted) -> None:
     """Run a package beside its program on random numbers, for the two least numbers of images. Raises
     :class:`TargetError` where it gives something else."""
     least, most = wanted.images
@@ -95,7 +96,7 @@ def check_package(model: Any, program: ExportedProgram, wanted: Wanted) -> None:
             for port in wanted.inputs
         ]
         with torch.no_grad():
-            found, right = model(*inputs), program.module()(*inputs)
+            found, right = model(*inputs), wanted.program.module()(*inputs)
         found = [*found] if isinstance(found, (tuple, list)) else [found]
         right = [*right] if isinstance(right, (tuple, list)) else [right]
         for port, one, other in zip(wanted.outputs, found, right, strict=True):

@@ -30,7 +30,7 @@ from torch.export.graph_signature import InputKind
 from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
-from difa_compile.export.lowered import Lowered, table_name
+from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.plain_attention import PlainLocalAttention
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
@@ -148,10 +148,8 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
     return graph.initializers[name]
 
 
-def lowered(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path, constants: Sequence[str] = ()
-) -> Lowered:
-    """A piece: ``path`` with the ending ``.onnx``. ``constants``: which of its parameters and buffers are no weights.
+def lowered(wanted: Wanted, path: Path) -> Lowered:
+    """A piece: ``path`` with the ending ``.onnx``, for any processor.
 
     Raises :class:`TargetError` without the packages that make it.
     """
@@ -164,7 +162,7 @@ def lowered(
         ) from error
     import onnx_ir as ir
 
-    made = to_onnx(program, inputs, outputs, constants)
+    made = to_onnx(wanted.program, *wanted.names, wanted.constants)
     for name, tensor in made.tensors.items():
         _placed(
             made.model.graph.initializers[name],
@@ -175,7 +173,7 @@ def lowered(
         )
     file = path.with_suffix(".onnx")
     file.write_bytes(ir.serde.serialize_model(made.model).SerializeToString())
-    weights = set(made.weights) - set(constants)
+    weights = set(made.weights) - set(wanted.constants)
     stored = {name: name if name in weights else table_name(tensor) for name, tensor in made.tensors.items()}
     tables = {stored[name]: tensor for name, tensor in made.tensors.items() if name not in weights}
     versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__, "opset": str(OPSET)}

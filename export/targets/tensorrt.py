@@ -6,7 +6,8 @@
 * *Weights* of the model are inputs of the network, all of them, biases and scales too: engines have none of their own,
   share one copy on the device, and a LoRA needs no other engine. Weight streaming has nothing to stream then. Constants
   up to :data:`INSIDE` bytes stay in each engine, which can make use of a mask that it knows.
-* *Numbers of images* are one optimisation profile, from the least over half the most to the most.
+* *Numbers of images* are one optimisation profile, from the least over the usual, by default half the most, to the
+  most.
 * *Precision* is that of the model's dtypes (strongly typed).
 
 TensorRT-RTX measures nothing while it builds; two engines of the same model have the same size and memory, but may list
@@ -22,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from difa_compile.bundle.manifest import Port, sizes_of
 from difa_compile.bundle.tensorrt import Library, check_engine, dtype_of, library
+from difa_compile.bundle.weights import Place
 from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import OnnxEngine, to_onnx
@@ -42,15 +43,8 @@ MEMORY = {"activations": "Total Activation Memory", "constants": "Total Weights 
 """What a build tells of memory: our names, and how its lines begin."""
 
 
-def lowered(
-    program: ExportedProgram,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    path: Path,
-    wanted: Wanted,
-    constants: Sequence[str] = (),
-) -> Lowered:
-    """A piece: ``path`` with the ending ``.plan``. ``constants``: which of its parameters and buffers are no weights.
+def lowered(wanted: Wanted, path: Path) -> Lowered:
+    """A piece: ``path`` with the ending ``.plan``.
 
     Raises :class:`TargetError` without the packages that make it, for GPUs that the library does not build for, for
     what it refuses, with its own last lines, and where what it would be built from does not compute what the program
@@ -64,15 +58,15 @@ def lowered(
         raise TargetError(
             f"engines of the target tensorrt are made with onnx and onnxscript: pip install onnx onnxscript ({error})"
         ) from error
-    made = to_onnx(program, inputs, outputs, constants)
-    weights = set(made.weights) - set(constants)
+    made = to_onnx(wanted.program, *wanted.names, wanted.constants)
+    weights = set(made.weights) - set(wanted.constants)
     given = {
         name: tensor
         for name, tensor in made.tensors.items()
         if name in weights or tensor.numel() * tensor.itemsize > INSIDE
     }
     model = inlined(made, given)
-    unchecked = check_model(model, given, program, wanted)
+    unchecked = check_model(model, given, wanted)
     content, memory = build(builder, model, given, wanted, gpus)
     file = path.with_suffix(".plan")
     file.write_bytes(content)
@@ -80,6 +74,12 @@ def lowered(
     tables = {stored[name]: tensor for name, tensor in given.items() if name not in weights}
     versions = {builder.name: builder.version, "onnx": onnx.__version__}
     return Lowered(file, stored, tables, versions, " ".join(gpus.values()), False, memory, unchecked)
+
+
+def finished(piece: Path, file: str, places: Mapping[str, Place]) -> bytes:
+    """The content of an engine, which is given its weights by their names."""
+    del file, places
+    return piece.read_bytes()
 
 
 def inlined(made: OnnxEngine, given: Mapping[str, Tensor]) -> onnx.ModelProto:
@@ -101,13 +101,13 @@ def inlined(made: OnnxEngine, given: Mapping[str, Tensor]) -> onnx.ModelProto:
 # --- the model beside the program ------------------------------------------------------------------------------------
 
 
-def check_model(model: onnx.ModelProto, given: Mapping[str, Tensor], program: ExportedProgram, wanted: Wanted) -> str:
+def check_model(model: onnx.ModelProto, given: Mapping[str, Tensor], wanted: Wanted) -> str:
     """Run a model in ONNX Runtime beside its program, on random inputs: "" if it gives the same, or why it was not run.
 
     Whole numbers (steps of time, labels) are those of the export, for which they have a meaning. Raises
     :class:`TargetError` where it gives something else.
     """
-    arguments = [value for value in program.example_inputs[0] if isinstance(value, Tensor)]
+    arguments = [value for value in wanted.program.example_inputs[0] if isinstance(value, Tensor)]
     values = {*(value.dtype for value in (*arguments, *given.values()))}
     if torch.bfloat16 in values:
         return "ONNX Runtime computes nothing in bfloat16 on a CPU"
@@ -121,7 +121,7 @@ def check_model(model: onnx.ModelProto, given: Mapping[str, Tensor], program: Ex
         for value in arguments
     ]
     with torch.no_grad():
-        found = program.module()(*arguments)
+        found = wanted.program.module()(*arguments)
     results = list(found) if isinstance(found, (tuple, list)) else [found]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -190,8 +190,9 @@ def build(
     if grows := [port for port in wanted.inputs if any(isinstance(size, str) for size in port.shape)]:
         profile = made.create_optimization_profile()
         low, high = wanted.images
+        usual = min(max(low, wanted.usual or high // 2), high)
         for port in grows:
-            profile.set_shape(port.name, *(sizes_of(port.shape, count) for count in (low, max(low, high // 2), high)))
+            profile.set_shape(port.name, *(sizes_of(port.shape, count) for count in (low, usual, high)))
         config.add_optimization_profile(profile)
     if builder.name == "tensorrt":
         timings = config.create_timing_cache(_timings.get(builder.name, b""))

@@ -232,12 +232,13 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
         "--gpus",
         "8.9, 12.0",
     )
-    more = ("--steps", "4,6", "--batch", 3, "--max-engines", 5, "--portable", "--labels", "1,2", "--guidance", 3)
+    more = ("--steps", "4,6", "--batch", "1:2:3", "--max-engines", 5, "--portable", "--labels", "1,2", "--guidance", 3)
     more += ("--size", "64x96, 32x32", "--dtype", "bfloat16")
     result = run("export", "demo", "-o", tmp_path / "out", *options, *more)
     assert result.exit_code == 0, result.output
     assert list(seen["plans"]) == ["fast", "quick"]
-    assert (seen["targets"], seen["steps"], seen["most_images"]) == (["onnx", "tensorrt"], [4, 6], 3)
+    assert (seen["targets"], seen["steps"]) == (["onnx", "tensorrt"], [4, 6])
+    assert (seen["usual_images"], seen["most_images"]) == (2, 3)
     assert (seen["max_engines"], seen["portable"], seen["name"]) == (5, True, "demo")
     assert (seen["sizes"], seen["dtype"]) == ([(64, 96), (32, 32)], torch.bfloat16)
     assert seen["gpus"] == ["8.9", "12.0"]

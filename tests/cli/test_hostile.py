@@ -206,7 +206,7 @@ HOSTILE = {
     ("export", "--steps"): ["0", "10001", "4,", "4;6", *WHOLE_NUMBERS],
     ("export", "--size"): ["0x8", "8", "8x8x8", "8x8;9x9", ",", "-8x8", LONG],
     ("export", "--dtype"): ["float8_e4m3fn", "int8", "float33", *NAMES],
-    ("export", "--batch"): ["0", "1025", *WHOLE_NUMBERS],
+    ("export", "--batch"): ["0", "1025", "1:2", "1:9:8", "2:4:8", "1:0:8", "1::8", "1:2:8:16", "", *WHOLE_NUMBERS],
     ("export", "--max-engines"): ["0", *WHOLE_NUMBERS],
     ("export", "--labels"): ["", "10", "-1", LONG],
     ("export", "--inputs"): ["{", '{"class_labels": [1], "guidance": 4}', *NAMES],

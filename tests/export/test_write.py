@@ -13,7 +13,8 @@ from difa_compile.bundle.runner import load_bundle
 from difa_compile.decision import Decision
 from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
 from difa_compile.export import write as module
-from difa_compile.export.write import PIECES, export_bundle, latents_of
+from difa_compile.export.pieces import PIECES, Made, Pieces
+from difa_compile.export.write import export_bundle, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
@@ -61,21 +62,21 @@ def test_an_export_that_is_stopped_goes_on_and_the_old_bundle_stays_whole(pipe, 
     folder = bundles.copy(tmp_path)
     old = read_manifest(folder)
     plan = bundles.plan(pipe, bundles.FORECAST)
-    lower = module._Exporting._lower
+    lower = Pieces._lowered
     lowered = []
 
-    def stopped(self, key, place, row, target, label, *rest):
+    def stopped(self, target, draft, place):
         if len(lowered) == 1:
             raise KeyboardInterrupt
-        lowered.append(label)
-        lower(self, key, place, row, target, label, *rest)
+        lowered.append(draft.label)
+        return lower(self, target, draft, place)
 
-    monkeypatch.setattr(module._Exporting, "_lower", stopped)
+    monkeypatch.setattr(Pieces, "_lowered", stopped)
     with pytest.raises(KeyboardInterrupt):
         exported(pipe, folder, {"other": plan})
     assert read_manifest(folder) == old
     assert load_bundle(folder).self_test() < bundles.AGREE
-    monkeypatch.setattr(module._Exporting, "_lower", lower)
+    monkeypatch.setattr(Pieces, "_lowered", lower)
     found = exported(pipe, folder, {"other": plan})
     assert found.kept == 1
     assert load_bundle(folder).self_test() < bundles.AGREE
@@ -180,7 +181,7 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("left by an export that was killed")
     exporting = module._Exporting.__new__(module._Exporting)
-    exporting.folder, exporting.pieces_folder = folder, folder / PIECES
+    exporting.folder, exporting.pieces = folder, Pieces(folder, {}, Made(), print)
     exporting._clean(read_manifest(folder))
     assert all((folder / name).read_text() == "mine" for name in mine)
     assert not any((folder / name).exists() for name in theirs)
@@ -227,6 +228,8 @@ def test_targets_that_cannot_run_here_are_not_compared(monkeypatch):
         ({"targets": ["tensorflow"]}, "the target 'tensorflow' is unknown; known are onnx, aoti, tensorrt"),
         ({"gpus": ["8.9"]}, "which engines of the target tensorrt alone are built for"),
         ({"most_images": 0}, "is no number of steps or images"),
+        ({"usual_images": 0}, "is no number of steps or images"),
+        ({"usual_images": 9, "most_images": 8}, "9 images are not usual where 8 are the most"),
         ({"plans": {}}, "at least one plan"),
         ({"inputs": {"class_labels": [1, 2]}}, "the inputs make 2 images; give those of a call that makes one"),
     ],
@@ -279,7 +282,7 @@ def part_of(*calls, given=None):
     return SimpleNamespace(calls=calls, inputs={}, probed={4: SimpleNamespace(program=None, conditioning=conditioning)})
 
 
-def test_a_text_encoder_that_a_target_refuses_is_told_and_a_mistake_of_ours_is_not(monkeypatch):
+def test_a_text_encoder_that_a_target_refuses_is_told_and_a_mistake_of_ours_is_not(tmp_path, monkeypatch):
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     encoding = SimpleNamespace(half="cond", program=program, constants=(), inputs={}, outputs={})
     before = SimpleNamespace(prompts=SimpleNamespace(encoders=[]), tokenizers={}, encodings=[encoding])
@@ -287,16 +290,15 @@ def test_a_text_encoder_that_a_target_refuses_is_told_and_a_mistake_of_ours_is_n
     exporting = module._Exporting.__new__(module._Exporting)
     told = []
     exporting.pipe, exporting.steps, exporting.told, exporting.targets = Prompted(), (4,), told.append, ("onnx",)
-    monkeypatch.setattr(module._Exporting, "_key", lambda *_: "key")
-    monkeypatch.setattr(module._Exporting, "_known", lambda *_: [])
+    exporting.pieces = Pieces(tmp_path, {}, Made(), told.append)
 
     def refused(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(module._Exporting, "_lower", refused)
+    monkeypatch.setattr(Pieces, "_lowered", refused)
     assert exporting._prompts([part_of()]) == (None, {}, [])
     assert told[-1].endswith("onnx does not take its text encoder: RuntimeError: no such operation")
-    monkeypatch.setattr(module._Exporting, "_key", refused)
+    monkeypatch.setattr(Made, "key", refused)
     with pytest.raises(RuntimeError):
         exporting._prompts([part_of()])
 

@@ -25,6 +25,7 @@ from difa_compile.bundle.manifest import (
     read_manifest,
 )
 from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets.onnx import finished, lowered
 from difa_compile.export.write import export_bundle
 from difa_compile.pipeline.rules import plan_from_rule
@@ -82,7 +83,9 @@ def prompted(folder):
     tokenizer.enable_padding(length=3, pad_id=0, pad_token="zero")
     given = torch.tensor([[1, 0, 0]])
     program = torch.export.export(Labels(), (given, given.clone()))
-    piece = lowered(program, ["t.ids", "t.mask"], ["class_labels"], folder / "piece")
+    ports = tuple(Port(name, "int64", (1, 3)) for name in ("t.ids", "t.mask"))
+    outputs = (Port("class_labels", "int64", (1,)),)
+    piece = lowered(Wanted(program, ports, outputs, (1, 1)), folder / "piece")
     contents = {
         "encode-000000000000.onnx": finished(piece.file, manifest.weights, {}),
         "tokenizers/tokenizer-000000000000.json": tokenizer.to_str().encode(),
@@ -94,8 +97,6 @@ def prompted(folder):
         (folder / name).write_bytes(content)
         files[name] = File(len(content), hashlib.sha256(content).hexdigest())
     engine, tokens = contents
-    ports = tuple(Port(name, "int64", (1, 3)) for name in ("t.ids", "t.mask"))
-    outputs = (Port("class_labels", "int64", (1,)),)
     inputs = {"t.ids": "ids", "t.mask": "mask"}
     changed = msgspec.structs.replace(
         manifest,

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from difa_compile.bundle.manifest import Port
 from difa_compile.decision import Window
+from difa_compile.export.lowered import Wanted
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
 
@@ -39,6 +41,19 @@ def program_of(attend, tokens=TOKENS, dtype=torch.float32):
     images = Dim("images", min=1, max=8)
     program = torch.export.export(module, args, dynamic_shapes=({0: images}, {0: images}), strict=False)
     return module, program
+
+
+NAMES = ["sample", "cache.a"], ["output", "cache.b"]
+
+
+def wanted_of(program, dtype=torch.float32, **changes):
+    """An engine of :func:`program_of`, as targets are asked for it."""
+    name = str(dtype).removeprefix("torch.")
+    tokens = program.example_inputs[0][0].shape[1]
+    sample, cache = ("images", tokens, WIDTH), ("images", HEADS, tokens, WIDTH // HEADS)
+    inputs = tuple(Port(each, name, sample) for each in NAMES[0])
+    outputs = (Port("output", name, sample), Port("cache.b", name, cache))
+    return Wanted(**{"program": program, "inputs": inputs, "outputs": outputs, "images": (1, 8), **changes})
 
 
 def two_windows(q, k, v):

@@ -5,23 +5,21 @@ import platform
 import pytest
 import torch
 
-from difa_compile.bundle.manifest import Port
 from difa_compile.bundle.sessions import hand_over, load_kernel, load_package
 from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
-from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets import aoti
 from difa_compile.export.targets.aoti import instruction_set_of, lowered
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
-from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows
+from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows, wanted_of
 
 
 def check(attend, folder, tokens=TOKENS, **options):
     """What the package computes with weights out of the one file, for several batches."""
     module, program = program_of(attend, tokens)
-    engine = lowered(program, folder / "engine", **options)
+    engine = lowered(wanted_of(program, **options), folder / "engine")
     assert engine.file == folder / "engine.pt2"
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     read = {name: engine.tables[name] if name in engine.tables else state[name] for name in engine.weights.values()}
@@ -72,36 +70,33 @@ def test_portable_packages_of_other_processors(tmp_path, monkeypatch):
     monkeypatch.setattr(aoti, "PORTABLE", {"pdp11": ("pdp11", 16)})
     _, program = program_of(full)
     with pytest.raises(TargetError, match="portable engines are for pdp11"):
-        lowered(program, tmp_path / "engine", portable=True)
+        lowered(wanted_of(program, portable=True), tmp_path / "engine")
 
 
 def test_windows_need_the_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(aoti.build, "why_not_built", lambda: "there is no compiler")
     _, program = program_of(two_windows)
     with pytest.raises(TargetError, match="need our kernel for local attention: there is no compiler"):
-        lowered(program, tmp_path / "engine")
+        lowered(wanted_of(program), tmp_path / "engine")
 
 
 def test_windows_that_the_kernel_does_not_serve(tmp_path):
     layout = Layout((8, 8), 0, 2)
     _, program = program_of(lambda q, k, v: local_attention(q, k, v, layout, Window("box", 1)), dtype=torch.float64)
     with pytest.raises(TargetError, match=r"not for torch\.float64"):
-        lowered(program, tmp_path / "engine")
+        lowered(wanted_of(program, torch.float64), tmp_path / "engine")
 
 
 def test_code_for_another_number_of_images_is_refused():
     """As a package computes that was compiled for two images, and is then given one."""
     module, program = program_of(full)
-    sizes = ("images", TOKENS, WIDTH)
-    inputs = tuple(Port(name, "float32", sizes) for name in ("sample", "cache"))
-    outputs = (Port("output.0", "float32", sizes), Port("cache.0", "float32", ("images", 4, TOKENS, WIDTH // 4)))
-    wanted = Wanted(inputs, outputs, (1, 8))
-    aoti.check_package(module, program, wanted)
+    wanted = wanted_of(program)
+    aoti.check_package(module, wanted)
 
     def repeated(*args):
         return [value.expand(2, *value.shape[1:]) if len(value) == 1 else value for value in module(*args)]
 
-    with pytest.raises(TargetError, match=r"another output\.0 of 1 images than the model.*--batch 1"):
-        aoti.check_package(repeated, program, wanted)
-    with pytest.raises(TargetError, match=r"another cache\.0 of 2 images"):
-        aoti.check_package(lambda *args: [module(*args)[0], module(*args)[1] * len(args[0])], program, wanted)
+    with pytest.raises(TargetError, match=r"another output of 1 images than the model.*--batch 1"):
+        aoti.check_package(repeated, wanted)
+    with pytest.raises(TargetError, match=r"another cache\.b of 2 images"):
+        aoti.check_package(lambda *args: [module(*args)[0], module(*args)[1] * len(args[0])], wanted)

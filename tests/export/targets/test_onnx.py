@@ -1,16 +1,31 @@
 """ONNX models of programs: ONNX Runtime gives what the program gives, and weights keep their names and numbers."""
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
+from difa_compile.bundle.manifest import Port
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
+from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets.onnx import DOMAIN, NAME, SMALL, finished, join_heads, lowered, to_onnx
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import local_attention
-from tests.support.small_programs import HEADS, LAYOUT, TOKENS, WIDTH, Attends, full, parts, program_of, two_windows
+from tests.support.small_programs import (
+    HEADS,
+    LAYOUT,
+    NAMES,
+    TOKENS,
+    WIDTH,
+    Attends,
+    full,
+    parts,
+    program_of,
+    two_windows,
+    wanted_of,
+)
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -20,9 +35,8 @@ FILE = "weights.safetensors"
 
 def written(program, folder):
     """The model and its weights as files, and the weights' names."""
-    names = ["sample", "cache.a"], ["output", "cache.b"]
-    engine = to_onnx(program, *names)
-    piece = lowered(program, *names, folder / "piece")
+    engine = to_onnx(program, *NAMES)
+    piece = lowered(wanted_of(program), folder / "piece")
     assert set(piece.weights) == set(engine.tensors)
     tensors = {**piece.tables, **{name: engine.tensors[name] for name in engine.weights}}
     assert set(piece.weights.values()) == set(tensors)
@@ -136,7 +150,9 @@ def test_constants_of_two_engines_are_told_apart(tmp_path):
                 return value + torch.full((TOKENS, WIDTH), self.number).cumsum(0)
 
         program = torch.export.export(Adds(number), (torch.randn(TOKENS, WIDTH),), strict=False)
-        pieces.append(lowered(program, ["value"], ["output"], tmp_path / str(number)))
+        port = Port("value", "float32", (TOKENS, WIDTH))
+        wanted = Wanted(program, (port,), (msgspec.structs.replace(port, name="output"),), (1, 1))
+        pieces.append(lowered(wanted, tmp_path / str(number)))
     one, other = pieces
     assert set(one.weights) == set(other.weights)
     assert one.weights

@@ -19,21 +19,13 @@ from difa_compile.export.targets.onnx import to_onnx
 from difa_compile.export.targets.tensorrt import check_model, check_network, inlined, lowered, memory_of
 from difa_compile.plan.schedule import Role
 from tests.support.exported import family_call
-from tests.support.small_programs import TOKENS, WIDTH, full, parts, program_of, two_windows
+from tests.support.small_programs import NAMES, TOKENS, WIDTH, full, parts, program_of, two_windows, wanted_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 trt = pytest.importorskip("tensorrt_rtx")
 
-NAMES = ["sample", "cache.a"], ["output", "cache.b"]
 HEADS = (4, TOKENS, WIDTH // 4)
-
-
-def wanted_of(dtype="float32", **changes):
-    sample = ("images", TOKENS, WIDTH)
-    inputs = tuple(Port(name, dtype, sample) for name in NAMES[0])
-    outputs = (Port("output", dtype, sample), Port("cache.b", dtype, ("images", *HEADS)))
-    return Wanted(**{"inputs": inputs, "outputs": outputs, "images": (1, 8), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +79,7 @@ def test_two_windows_of_an_engine_have_each_their_own_geometry():
 def test_an_engine_has_no_weights(tmp_path):
     _, program = program_of(parts)
     state = program.state_dict
-    one = lowered(program, *NAMES, tmp_path / "row", wanted_of())
+    one = lowered(wanted_of(program), tmp_path / "row")
     assert one.weights == {name: name for name in state}, "biases and scales as well"
     assert (one.tables, one.instruction_set, one.unchecked) == ({}, "", "")
     assert one.versions == {"tensorrt-rtx": trt.__version__, "onnx": onnx.__version__}
@@ -101,14 +93,14 @@ def test_an_engine_has_no_weights(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tmp_path, dtype):
     _, program = program_of(two_windows, dtype=dtype)
-    made = lowered(program, *NAMES, tmp_path / "row", wanted_of(str(dtype).removeprefix("torch.")))
+    made = lowered(wanted_of(program, dtype), tmp_path / "row")
     assert made.unchecked == ("ONNX Runtime computes nothing in bfloat16 on a CPU" if dtype == torch.bfloat16 else "")
 
 
 def test_large_constants_are_shared_as_weights_are(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "INSIDE", 1000)
     _, program = program_of(two_windows)
-    made = lowered(program, *NAMES, tmp_path / "row", wanted_of())
+    made = lowered(wanted_of(program), tmp_path / "row")
     assert len(made.tables) == 2
     assert set(made.tables) == {stored for stored in made.weights.values() if stored.startswith(TABLE)}
     assert set(made.weights) > set(program.state_dict)
@@ -116,7 +108,7 @@ def test_large_constants_are_shared_as_weights_are(tmp_path, monkeypatch):
 
 def test_what_is_no_weight_stays_inside(tmp_path):
     _, program = program_of(full)
-    made = lowered(program, *NAMES, tmp_path / "row", wanted_of(), constants=["positions", "scale"])
+    made = lowered(wanted_of(program, constants=("positions", "scale")), tmp_path / "row")
     assert set(made.weights) == set(program.state_dict) - {"positions", "scale"}
 
 
@@ -130,26 +122,25 @@ def test_a_bucket_of_a_model(tmp_path):
         tuple(Port(each.name, str(each.dtype).removeprefix("torch."), each.shape) for each in ports)
         for ports in (engine.inputs, engine.outputs)
     )
-    names = [port.name for port in inputs], [port.name for port in outputs]
-    wanted = Wanted(inputs, outputs, engine.images)
-    made = lowered(engine.program, *names, tmp_path / "row", wanted, engine.constants)
+    wanted = Wanted(engine.program, inputs, outputs, engine.images, tuple(engine.constants))
+    made = lowered(wanted, tmp_path / "row")
     assert set(made.weights) == set(engine.weights)
     assert made.unchecked == ""
 
 
 def test_compute_capabilities(plain, tmp_path):
     program, *_ = plain
-    made = lowered(program, *NAMES, tmp_path / "row", wanted_of(gpus=("8.9", "12.0")))
+    made = lowered(wanted_of(program, gpus=("8.9", "12.0")), tmp_path / "row")
     assert made.instruction_set == "8.9 12.0"
     with pytest.raises(TargetError, match=r"builds for no GPU of the compute capability 9.0; it does for .*8.9"):
-        lowered(program, *NAMES, tmp_path / "row", wanted_of(gpus=("9.0",)))
+        lowered(wanted_of(program, gpus=("9.0",)), tmp_path / "row")
 
 
 def test_a_build_that_fails_says_why(plain, tmp_path):
     """Turing has no products in single precision for TensorRT-RTX."""
     program, *_ = plain
     with pytest.raises(TargetError, match=r"does not build an engine: .*FP32 GEMM is not supported"):
-        lowered(program, *NAMES, tmp_path / "row", wanted_of(gpus=("7.5",)))
+        lowered(wanted_of(program, gpus=("7.5",)), tmp_path / "row")
 
 
 def test_a_model_that_is_not_read_says_why(tmp_path):
@@ -158,9 +149,9 @@ def test_a_model_that_is_not_read_says_why(tmp_path):
             return torch.linalg.det(value)
 
     program = torch.export.export(Determinant(), (torch.randn(2, 3, 3),), strict=False)
-    wanted = Wanted((Port("value", "float32", (2, 3, 3)),), (Port("output", "float32", (2,)),), (1, 1))
+    wanted = Wanted(program, (Port("value", "float32", (2, 3, 3)),), (Port("output", "float32", (2,)),), (1, 1))
     with pytest.raises(TargetError, match=r"tensorrt-rtx .* does not read the model of an engine: .*Det"):
-        lowered(program, ["value"], ["output"], tmp_path / "row", wanted)
+        lowered(wanted, tmp_path / "row")
 
 
 @pytest.mark.parametrize(
@@ -174,30 +165,30 @@ def test_a_model_that_is_not_read_says_why(tmp_path):
     ],
 )
 def test_a_network_has_what_the_manifest_names(plain, change, message):
-    _, given, model = plain
+    program, given, model = plain
     network, *_ = parsed(model)
     if message is None:
-        check_network(library(), network, given, wanted_of())
+        check_network(library(), network, given, wanted_of(program))
         return
     with pytest.raises(TargetError, match=message):
-        check_network(library(), network, given, wanted_of(**change))
+        check_network(library(), network, given, wanted_of(program, **change))
 
 
 def test_a_model_that_computes_something_else_is_no_engine(plain):
     program, given, model = plain
-    assert check_model(model, given, program, wanted_of()) == ""
+    assert check_model(model, given, wanted_of(program)) == ""
     with pytest.raises(TargetError, match=r"output of the ONNX model .* is not what the program gives"):
-        check_model(model, {**given, "scale": given["scale"] + 0.01}, program, wanted_of())
+        check_model(model, {**given, "scale": given["scale"] + 0.01}, wanted_of(program))
     broken = onnx.ModelProto.FromString(model.SerializeToString())
     del broken.graph.node[0]
     with pytest.raises(TargetError, match="ONNX Runtime does not run what an engine is to be built from"):
-        check_model(broken, given, program, wanted_of())
+        check_model(broken, given, wanted_of(program))
 
 
 def test_without_onnxruntime_nothing_is_compared(plain, monkeypatch):
     program, given, model = plain
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "not installed" in check_model(model, given, program, wanted_of())
+    assert "not installed" in check_model(model, given, wanted_of(program))
 
 
 def test_tensorrt_itself_wants_a_gpu(plain, tmp_path, monkeypatch):
@@ -207,11 +198,11 @@ def test_tensorrt_itself_wants_a_gpu(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "library", lambda: other)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TargetError, match=r"builds on the GPU that it builds for.*pip install tensorrt-rtx"):
-        lowered(program, *NAMES, tmp_path / "row", wanted_of())
+        lowered(wanted_of(program), tmp_path / "row")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(TargetError, match=r"for the GPU that is here, of 9.0, not for 8.9"):
-        lowered(program, *NAMES, tmp_path / "row", wanted_of(gpus=("8.9",)))
+        lowered(wanted_of(program, gpus=("8.9",)), tmp_path / "row")
 
 
 def test_pictures_may_differ_by_one():
@@ -225,9 +216,10 @@ def test_pictures_may_differ_by_one():
         Picture(), (torch.rand(2, 3),), dynamic_shapes=({0: Dim("images", min=1, max=4)},), strict=False
     )
     made = to_onnx(program, ["value"], ["images"])
-    wanted = Wanted((Port("value", "float32", ("images", 3)),), (Port("images", "uint8", ("images", 3)),), (1, 4))
+    pictures = (Port("images", "uint8", ("images", 3)),)
+    wanted = Wanted(program, (Port("value", "float32", ("images", 3)),), pictures, (1, 4))
     model = inlined(made, {})
-    assert check_model(model, {}, program, wanted) == ""
+    assert check_model(model, {}, wanted) == ""
     assert module._near(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([4, 4], dtype=torch.uint8))
     assert not module._near(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([5, 4], dtype=torch.uint8))
 
@@ -240,7 +232,7 @@ def test_what_a_build_tells_of_memory():
 
 def test_profiles_span_the_images(plain, monkeypatch):
     """From the least to the most, of inputs that hold each image twice as well."""
-    _, given, model = plain
+    program, given, model = plain
     made = []
     make = trt.Builder.create_optimization_profile
 
@@ -249,9 +241,15 @@ def test_profiles_span_the_images(plain, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(trt.Builder, "create_optimization_profile", noted)
-    for size, counts in (("images", (2, 3, 6)), ("2*images", (4, 6, 12))):
+    cases = (
+        ("images", None, (2, 3, 6)),
+        ("2*images", None, (4, 6, 12)),
+        ("images", 4, (2, 4, 6)),
+        ("images", 1, (2, 2, 6)),
+    )
+    for size, usual, counts in cases:
         inputs = tuple(Port(name, "float32", (size, TOKENS, WIDTH)) for name in NAMES[0])
-        module.build(library(), model, given, wanted_of(inputs=inputs, images=(2, 6)), {})
+        module.build(library(), model, given, wanted_of(program, inputs=inputs, images=(2, 6), usual=usual), {})
         for name in NAMES[0]:
             shapes = [tuple(shape) for shape in made[-1].get_shape(name)]
             assert shapes == [(count, TOKENS, WIDTH) for count in counts]
