@@ -196,7 +196,7 @@ def _variant(call: CapturedCall, roles: Sequence[Role]) -> _Variant:
         attribute = ""
         if i < len(call.args) and isinstance(value, Tensor):
             attribute = owned.get(id(value), "")
-            if not attribute and (i in held or is_parameter(node) or _is_models(node)):
+            if not attribute and _is_held(node, i in held):
                 attribute = input_name(node) if i in held else attribute_path(node)
             if not attribute:
                 name = input_name(node)
@@ -220,6 +220,23 @@ def _variant(call: CapturedCall, roles: Sequence[Role]) -> _Variant:
     if any(is_enter(node) and node.args[2] is not False for node in module.graph.nodes):
         _check_regions(variant, module, values, returned)
     return variant
+
+
+def held_tensors(call: CapturedCall) -> list[Tensor]:
+    """The tensors that may become part of an engine's program and are no weights of the model: those that its graph has
+    by itself, the positions that it holds for, and tensors of the model's code."""
+    model = call.capture.model
+    owned = owned_names(call.model)
+    found = [value for value in model.module.buffers() if id(value) not in owned]
+    for i, (node, value) in enumerate(zip(model.module.graph.find_nodes(op="placeholder"), call.args, strict=True)):
+        if isinstance(value, Tensor) and id(value) not in owned and _is_held(node, i in model.positions.inputs):
+            found.append(value)
+    return found
+
+
+def _is_held(node: fx.Node, position: bool) -> bool:
+    """Whether an input of a graph, which is none of the model's parameters and buffers, becomes part of a program."""
+    return position or is_parameter(node) or _is_models(node)
 
 
 def _like(value: Tensor) -> Tensor:

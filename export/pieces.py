@@ -6,13 +6,15 @@ export that was interrupted, or is repeated with more tiers, makes only what is 
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,16 +23,20 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+import difa_compile
 from difa_compile.bundle.manifest import Manifest, Port, check_file, read_manifest
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.tensorrt import library
 from difa_compile.bundle.weights import TABLE, WeightFile, bytes_of
-from difa_compile.errors import BundleFormatError
+from difa_compile.errors import BundleFormatError, DifaError, OutputError, TargetError, is_out_of_memory
 from difa_compile.export.lowered import Lowered, Piece, Wanted, keep, kept_in, renumbered
 from difa_compile.export.targets import target_of
+from difa_compile.wording import shown
 
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG})
+"""Errors of a disk, whatever is written."""
 Told = Callable[[str], None]
 
 
@@ -77,7 +83,7 @@ class Made:
         versions = {
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
-            "difa-compile": metadata.version("difa-compile"),
+            "difa-compile": _sources(),
             "target": [metadata.version(name) for name in ("onnx", "onnxscript")] if target != "aoti" else [],
             "processor": "" if self.portable or target != "aoti" else " ".join(sorted(processor_flags())),
             "machine": platform.machine(),
@@ -86,7 +92,7 @@ class Made:
             builder = library()
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and builder.name == "tensorrt" else ""
             versions |= {"builder": f"{builder.name} {builder.version}", "gpus": [*self.gpus, gpu], "usual": self.usual}
-        parts = json.dumps([target, self.portable, versions, described], sort_keys=True)
+        parts = json.dumps([target, self.portable and target == "aoti", versions, described], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -112,10 +118,9 @@ class Pieces:
         row: int,
         described: Mapping[str, object],
         drafts: Callable[[], Sequence[Draft]],
-        around: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> list[Piece]:
         """The pieces of a row for a target. ``described``: all that they depend on. ``drafts`` are asked for only if
-        they are not there. ``around``: entered with the target's name for what the target does, whose errors pass."""
+        they are not there. Raises :class:`TargetError` where the target does not take one, and :class:`OutputError`."""
         key = self.how.key(target, described)
         known = self._known(key, row, target)
         if known:
@@ -128,8 +133,7 @@ class Pieces:
             low, high = draft.images
             images = str(low) if low == high else f"{low} to {high}"
             self.told(f"{target}: {draft.label}, {len(draft.program.state_dict)} weights, images a call: {images}")
-            with around(target):
-                lowered = self._lowered(target, draft, folder / str(place))
+            lowered = self._lowered(target, draft, folder / str(place))
             piece = Piece(key, row, target, draft.label, lowered, draft.inputs, draft.outputs, draft.images,
                           draft.why_static)  # fmt: skip
             keep(piece, folder / f"{place}.json")
@@ -143,7 +147,7 @@ class Pieces:
             draft.program, draft.inputs, draft.outputs, draft.images, draft.constants, self.how.usual,
             self.how.portable, self.how.gpus,
         )  # fmt: skip
-        with torch.no_grad():  # what attention is decomposed to depends on it
+        with torch.no_grad(), _refusals(target, draft.label):  # what attention is decomposed to depends on grad mode
             made = target_of(target).lowered(wanted, path)
         if made.unchecked:
             self.told(f"{target}: {draft.label}: its model was not compared with the program: {made.unchecked}")
@@ -195,6 +199,33 @@ class Pieces:
     def clear(self) -> None:
         """Delete what was kept: the bundle has it."""
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+@contextmanager
+def _refusals(target: str, label: str) -> Iterator[None]:
+    """Whatever a target's exporter and compiler have against an engine as a :class:`TargetError`, and a disk that takes
+    no more as an :class:`OutputError`."""
+    try:
+        yield
+    except DifaError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise OutputError(f"{label} for {target} cannot be written: {error.strerror}") from error
+        raise TargetError(f"{target} does not take {label}: {type(error).__name__}: {shown(error, 500)}") from error
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package's code: of a checkout the version says too little."""
+    digest = hashlib.sha256()
+    root = Path(difa_compile.__file__).parent
+    for path in sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names):
+        if path.suffix == ".py":
+            digest.update(f"{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def form_of(value: object) -> object:

@@ -152,7 +152,7 @@ class PlainLocalAttention(nn.Module):
         else:
             tokens = torch.arange(self.rows.start, self.rows.stop)
             seen = visible_pairs(layout, window, tokens[:, None], torch.arange(layout.tokens + pooled)[None, :])
-            self.register_buffer("masks", torch.zeros(seen.shape).masked_fill_(~seen, -math.inf))
+            self.register_buffer("masks", seen)  # a byte a pair: there are tokens**2 of them
 
     masks: Tensor
     query_tokens: Tensor
@@ -170,11 +170,11 @@ class PlainLocalAttention(nn.Module):
         return self._masked(query, key, value, mask)
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        bias = self.masks.to(query.dtype)
+        bias = self.masks
         if mask is not None and mask.dtype == torch.bool:
-            bias = bias.masked_fill(~mask, -math.inf)
+            bias = bias & mask
         elif mask is not None:
-            bias = bias + mask.to(bias.dtype)
+            bias = mask.to(query.dtype).masked_fill(~bias, -math.inf)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
 
     def _tiled(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -55,11 +55,9 @@ from difa_compile.errors import (
     AfterLoopError,
     BeforeLoopError,
     BundleInputError,
-    DifaError,
     ExportError,
     OutputError,
     TargetError,
-    is_out_of_memory,
 )
 from difa_compile.export import engines as engines_module
 from difa_compile.export.after_loop import after_loop
@@ -68,7 +66,7 @@ from difa_compile.export.buckets import EngineCall as PlannedCall
 from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
 from difa_compile.export.buckets import Schedule as PlannedSchedule
 from difa_compile.export.captured import CapturedCall, captured, more_images, owned_names, progress_of
-from difa_compile.export.engines import IMAGES
+from difa_compile.export.engines import IMAGES, held_tensors
 from difa_compile.export.lowered import Piece
 from difa_compile.export.origin import CARD, origin_of
 from difa_compile.export.pieces import Draft, Made, Pieces, Told, digest_of, form_of
@@ -376,13 +374,18 @@ class _Exporting:
             "model": model_digest(first.model).config_digest,
             "roles": [[str(role), *map(str, role.head_reads)] for role in row.roles],
             "calls": [[form_of(value) for value in call.args] for call in of_row],
-            "values": [digest_of(_held(call)) for call in of_row],
+            "values": [digest_of(held_tensors(call)) for call in of_row],
             "images": self.most_images,
         }
 
         @functools.cache
         def drafts() -> list[Draft]:
             engines = engines_for(row, list(calls.values()), self.most_images)
+            if (most := max(each.images[1] for each in engines)) < self.most_images:
+                self.told(
+                    f"row-{number:02d} serves up to {most} images a call, not {self.most_images}: "
+                    f"{engines[-1].why_static}"
+                )
             return [
                 Draft(
                     f"row-{number:02d}" + (f"-{each.images[1]}" if len(engines) > 1 else ""),
@@ -419,12 +422,10 @@ class _Exporting:
             found += self._one(draft, row)
         return tuple(ranges[0].shape), found
 
-    def _one(
-        self, draft: Draft, row: int, around: Callable[[str], AbstractContextManager[object]] = nullcontext
-    ) -> list[Piece]:
+    def _one(self, draft: Draft, row: int) -> list[Piece]:
         """An engine that is no row of roles, for every target."""
         described = draft.described()
-        found = (self.pieces.of(target, row, described, lambda: [draft], around) for target in self.targets)
+        found = (self.pieces.of(target, row, described, lambda: [draft]) for target in self.targets)
         return [piece for each in found for piece in each]
 
     def _prompts(self, parts: Sequence[_Part]) -> tuple[Prompts | None, Mapping[str, bytes], list[Piece]]:
@@ -468,7 +469,10 @@ class _Exporting:
             )
             why = "a prompt is encoded by itself, once for all its images"
             draft = Draft(label, each.program, tuple(each.constants), inputs, outputs, (1, 1), why)
-            found += self._one(draft, row, _refusals_of_encoders)
+            try:
+                found += self._one(draft, row)
+            except TargetError as error:
+                raise BeforeLoopError(f"a text encoder is refused: {shown(error, 500)}") from error
         return found
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -599,7 +603,8 @@ class _Exporting:
                 bundle = Bundle(self.folder.absolute(), target, manifest=manifest)
                 worst = bundle.self_test()
             except TargetError as error:
-                if target not in ELSEWHERE:
+                here = [engine for engine in manifest.engines if engine.target == target]
+                if target not in ELSEWHERE and not any(engine.unchecked for engine in here):
                     raise
                 self.told(f"{target}: not compared with the pipeline: {error}")
                 continue
@@ -644,27 +649,6 @@ class _Exporting:
         for path in mine:
             if path.is_file() and path.relative_to(self.folder).as_posix() not in named:
                 path.unlink(missing_ok=True)
-
-
-def _held(call: CapturedCall) -> list[Tensor]:
-    """The tensors that may become part of an engine's program and are no weights of the model: those that its graph has
-    by itself, the positions that it holds for, and tensors of the model's code."""
-    model = call.capture.model
-    names = owned_names(call.model)
-    own = [value for value in model.module.buffers() if id(value) not in names]
-    return own + [call.args[i] for i in sorted(model.positions.inputs)]
-
-
-@contextmanager
-def _refusals_of_encoders(target: str) -> Iterator[None]:
-    """Whatever an exporter has against a text encoder's operations as a :class:`BeforeLoopError`."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, OutputError):
-            raise
-        what = error if isinstance(error, DifaError) else f"{type(error).__name__}: {error}"
-        raise BeforeLoopError(f"{target} does not take its text encoder: {shown(what, 500)}") from error
 
 
 def _call(call: PlannedCall, row: int, slot: int) -> EngineCall:

@@ -30,6 +30,7 @@ from torch.export.graph_signature import InputKind
 from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window
 from difa_compile.errors import TargetError
+from difa_compile.export.checking import check_model
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.plain_attention import PlainLocalAttention
 from difa_compile.layout import Layout
@@ -151,7 +152,8 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
 def lowered(wanted: Wanted, path: Path) -> Lowered:
     """A piece: ``path`` with the ending ``.onnx``, for any processor.
 
-    Raises :class:`TargetError` without the packages that make it.
+    ONNX Runtime runs it beside the program first. Raises :class:`TargetError` without the packages that make it, and
+    where it gives something else.
     """
     try:
         import onnx
@@ -171,13 +173,15 @@ def lowered(wanted: Wanted, path: Path) -> Lowered:
             _NOWHERE,
             Place(0, 0, tensor.dtype, ()),
         )
+    content = ir.serde.serialize_model(made.model).SerializeToString()
+    unchecked = check_model(content, wanted, {}, made.tensors)
     file = path.with_suffix(".onnx")
-    file.write_bytes(ir.serde.serialize_model(made.model).SerializeToString())
+    file.write_bytes(content)
     weights = set(made.weights) - set(wanted.constants)
     stored = {name: name if name in weights else table_name(tensor) for name, tensor in made.tensors.items()}
     tables = {stored[name]: tensor for name, tensor in made.tensors.items() if name not in weights}
     versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__, "opset": str(OPSET)}
-    return Lowered(file, stored, tables, versions)
+    return Lowered(file, stored, tables, versions, unchecked=unchecked)
 
 
 _NOWHERE = "weights"
@@ -255,7 +259,7 @@ def _weight_names(program: ExportedProgram) -> list[str]:
 @dataclass(frozen=True)
 class _Geometry:
     """All that tells one body of local attention from another: the op's attributes, and the operands' sizes but for the
-    batch. ``mask``: shape and dtype, None without one."""
+    batch. ``mask``: shape and dtype, None without one; a size is None where it grows with the batch."""
 
     grid: tuple[int, ...]
     before: int
@@ -417,16 +421,17 @@ def _operator(name: str, attributes: Mapping[str, Any], masked: bool) -> Any:
 
 
 def _body(name: str, geometry: _Geometry) -> _Body:
-    """Local attention of one geometry in plain operations, for any batch."""
+    """Local attention of one geometry in plain operations, for any batch that its mask is for."""
     import onnx_ir as ir
     import onnxscript.optimizer
 
-    batch = 2
+    rows = geometry.mask[0][0] if geometry.mask is not None and len(geometry.mask[0]) == 4 else None
+    batch = 2 if rows in (None, 1) else rows  # a mask with rows of its own is for so many and no others
     operands = [
         torch.zeros(batch, *sizes, dtype=geometry.dtype) for sizes in (geometry.query, geometry.key, geometry.value)
     ]
     images = Dim("images", min=1)
-    dims: list[dict[int, Any]] = [{0: images} for _ in operands]
+    dims: list[dict[int, Any]] = [{0: images} if rows in (None, 1) else {} for _ in operands]
     if geometry.mask is not None:
         shape, dtype = geometry.mask
         operands.append(torch.zeros([batch if size is None else size for size in shape], dtype=dtype))

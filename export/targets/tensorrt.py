@@ -28,9 +28,9 @@ from difa_compile.bundle.manifest import Port, sizes_of
 from difa_compile.bundle.tensorrt import Library, check_engine, dtype_of, library
 from difa_compile.bundle.weights import Place
 from difa_compile.errors import TargetError
+from difa_compile.export.checking import check_model
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import OnnxEngine, to_onnx
-from difa_compile.passes.replay import close
 from difa_compile.wording import shown
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 INSIDE = 2**20
 """Bytes of a constant up to which each engine has its own."""
-SEED = 5
 MEMORY = {"activations": "Total Activation Memory", "constants": "Total Weights Memory"}
 """What a build tells of memory: our names, and how its lines begin."""
 
@@ -66,7 +65,7 @@ def lowered(wanted: Wanted, path: Path) -> Lowered:
         if name in weights or tensor.numel() * tensor.itemsize > INSIDE
     }
     model = inlined(made, given)
-    unchecked = check_model(model, given, wanted)
+    unchecked = check_model(model.SerializeToString(), wanted, given)
     content, memory = build(builder, model, given, wanted, gpus)
     file = path.with_suffix(".plan")
     file.write_bytes(content)
@@ -96,63 +95,6 @@ def inlined(made: OnnxEngine, given: Mapping[str, Tensor]) -> onnx.ModelProto:
         if name in given:
             graph.inputs.append(graph.initializers.pop(name))
     return onnx.inliner.inline_local_functions(ir.serde.serialize_model(made.model))
-
-
-# --- the model beside the program ------------------------------------------------------------------------------------
-
-
-def check_model(model: onnx.ModelProto, given: Mapping[str, Tensor], wanted: Wanted) -> str:
-    """Run a model in ONNX Runtime beside its program, on random inputs: "" if it gives the same, or why it was not run.
-
-    Whole numbers (steps of time, labels) are those of the export, for which they have a meaning. Raises
-    :class:`TargetError` where it gives something else.
-    """
-    arguments = [value for value in wanted.program.example_inputs[0] if isinstance(value, Tensor)]
-    values = {*(value.dtype for value in (*arguments, *given.values()))}
-    if torch.bfloat16 in values:
-        return "ONNX Runtime computes nothing in bfloat16 on a CPU"
-    try:
-        import onnxruntime
-    except ImportError:
-        return "onnxruntime, which would run its model, is not installed"
-    generator = torch.Generator().manual_seed(SEED)
-    arguments = [
-        torch.randn(value.shape, generator=generator).to(value.dtype) if value.is_floating_point() else value
-        for value in arguments
-    ]
-    with torch.no_grad():
-        found = wanted.program.module()(*arguments)
-    results = list(found) if isinstance(found, (tuple, list)) else [found]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        named = {port.name: value for port, value in zip(wanted.inputs, arguments, strict=True)} | dict(given)
-        others = session.run(
-            [port.name for port in wanted.outputs],
-            {name: value.detach().contiguous().numpy() for name, value in named.items()},
-        )
-    except Exception as error:  # its errors share no class but this one
-        raise TargetError(
-            f"ONNX Runtime does not run what an engine is to be built from: {shown(error, 400)}"
-        ) from error
-    coarsest = max((each for each in values if each.is_floating_point), key=lambda each: torch.finfo(each).eps)
-    for port, one, array in zip(wanted.outputs, results, others, strict=True):
-        other = torch.from_numpy(array)
-        if not (close(one, other, coarsest) or _near(one, other)):
-            raise TargetError(
-                f"{port.name} of the ONNX model that an engine is to be built from is not what the program gives. This "
-                "is a fault of difa-compile or of the exporter, not of the model or the plan"
-            )
-    return ""
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether whole numbers differ by 1 at most: what rounding to them makes of rounding."""
-    if one.is_floating_point() or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return bool(((one.long() - other.long()).abs() <= 1).all())
 
 
 # --- building --------------------------------------------------------------------------------------------------------

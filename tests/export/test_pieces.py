@@ -1,13 +1,14 @@
 """Pieces of an export are made once: those that are there are found again, those that are damaged made anew."""
 
-import contextlib
+import errno
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from difa_compile.bundle.manifest import Port, read_manifest
-from difa_compile.errors import TargetError
+from difa_compile.errors import OutputError, TargetError
 from difa_compile.export import pieces as module
 from difa_compile.export.lowered import Lowered, table_name
 from difa_compile.export.pieces import PIECES, Draft, Made, Pieces, digest_of, form_of
@@ -98,23 +99,32 @@ def test_engines_of_the_bundle_that_is_there(tmp_path, draft, target, monkeypatc
     assert (pieces.made, pieces.kept) == (1, 0)
 
 
-def test_only_what_the_target_does_is_guarded(tmp_path, draft, target, monkeypatch):
-    @contextlib.contextmanager
-    def around(name):
-        try:
-            yield
-        except ValueError as error:
-            raise TargetError(name) from error
-
+@pytest.mark.parametrize(
+    ("error", "wanted", "message"),
+    [
+        (RuntimeError("no such operation"), TargetError, "onnx does not take row-00: RuntimeError: no such operation"),
+        (TargetError("as it says"), TargetError, "as it says"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "row-00 for onnx cannot be written: No space"),
+        (FileNotFoundError(errno.ENOENT, "no compiler"), TargetError, "onnx does not take row-00: FileNotFoundError"),
+        (MemoryError(), MemoryError, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_what_a_target_has_against_an_engine(tmp_path, draft, monkeypatch, error, wanted, message):
     def refused(*_):
+        raise error
+
+    monkeypatch.setattr(module, "target_of", lambda name: SimpleNamespace(lowered=refused))
+    with pytest.raises(wanted, match=re.escape(message)):
+        Pieces(tmp_path, {}, Made(), print).of("onnx", 0, {}, lambda: [draft])
+
+
+def test_a_mistake_of_ours_is_no_refusal(tmp_path):
+    def wrong():
         raise ValueError
 
-    pieces = Pieces(tmp_path, {}, Made(), print)
-    monkeypatch.setattr(module, "target_of", lambda name: SimpleNamespace(lowered=refused))
-    with pytest.raises(TargetError, match="onnx"):
-        pieces.of("onnx", 0, {}, lambda: [draft], around)
     with pytest.raises(ValueError, match=r"^$"):
-        pieces.of("onnx", 0, {}, refused, around)
+        Pieces(tmp_path, {}, Made(), print).of("onnx", 0, {}, wrong)
 
 
 def test_what_a_key_depends_on(monkeypatch):
@@ -122,9 +132,12 @@ def test_what_a_key_depends_on(monkeypatch):
     described = {"graph": "a"}
     plain = Made().key("onnx", described)
     assert plain == Made(usual=3, gpus=("8.9",)).key("onnx", described), "TensorRT's alone"
-    others = [Made(portable=True).key("onnx", described), Made().key("onnx", {}), Made().key("aoti", described)]
+    assert plain == Made(portable=True).key("onnx", described), "AOTInductor's alone"
+    others = [Made(portable=each).key("aoti", described) for each in (False, True)] + [Made().key("onnx", {})]
     monkeypatch.setattr(module, "library", lambda: SimpleNamespace(name="tensorrt-rtx", version="1"))
     others += [how.key("tensorrt", described) for how in (Made(), Made(usual=3), Made(gpus=("8.9",)))]
+    monkeypatch.setattr(module, "_sources", lambda: "changed code")
+    others.append(Made().key("onnx", described))
     assert len({plain, *others}) == 1 + len(others)
 
 
