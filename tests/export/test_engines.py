@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="models of diffusers are exported")
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import EngineError
 from difa_compile.export import engines
-from difa_compile.export.engines import Port, engines_of, factor_of, live_nodes, prune
+from difa_compile.export.engines import Port, engines_of, factor_of, held_tensors, live_nodes, prune
 from difa_compile.plan.schedule import FULL_ROLE, Role, assign_roles
 from tests.support.exported import call_of, family_call, rows_of, run_engine, steps_of
 from tests.support.tiny_models import ATTENTIONS, FAMILIES, Attention, PlainTransformer, plain
@@ -150,6 +150,9 @@ def test_arguments_may_be_nested_and_weights_shared():
     ]
     assert "shift" in engine.weights
     assert engine.constants == ("table",)
+    assert any(value is model.table for value in held_tensors(call)), "an engine is another with another table"
+    owned = {id(value) for value in (*model.parameters(), *model.buffers())}
+    assert not any(id(value) in owned for value in held_tensors(call))
     flat = {
         "x": inputs["x"],
         "more.shade.by": inputs["more"]["shade"]["by"],

@@ -8,7 +8,9 @@ from torch import nn
 from difa_compile.bundle.manifest import Port
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
+from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Wanted
+from difa_compile.export.plain_attention import PlainLocalAttention
 from difa_compile.export.targets.onnx import DOMAIN, NAME, SMALL, finished, join_heads, lowered, to_onnx
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
@@ -33,10 +35,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 FILE = "weights.safetensors"
 
 
-def written(program, folder):
+def written(program, folder, **changes):
     """The model and its weights as files, and the weights' names."""
     engine = to_onnx(program, *NAMES)
-    piece = lowered(wanted_of(program), folder / "piece")
+    piece = lowered(wanted_of(program, **changes), folder / "piece")
     assert set(piece.weights) == set(engine.tensors)
     tensors = {**piece.tables, **{name: engine.tensors[name] for name in engine.weights}}
     assert set(piece.weights.values()) == set(tensors)
@@ -108,7 +110,7 @@ def test_a_weight_that_is_not_read_is_not_there(tmp_path):
 
     torch.manual_seed(1)
     args = tuple(torch.randn(2, TOKENS, WIDTH) for _ in range(2))
-    engine, _ = written(torch.export.export(Without(full).eval(), args, strict=False), tmp_path)
+    engine, _ = written(torch.export.export(Without(full).eval(), args, strict=False), tmp_path, images=(2, 2))
     assert sorted(engine.weights) == ["out.bias", "out.weight"]
 
 
@@ -123,6 +125,35 @@ def test_joining_plainly_is_joining(first):
     where = (first, [2, 1, 1] if first[0] == 0 else [1, 1, 1])
     wanted = JOIN_HEADS(values, *where, added, [0], HEADS)
     assert torch.equal(join_heads(values, *where, added, [0], HEADS), wanted)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_with_rows_of_their_own(tmp_path, kind):
+    """In an engine for one number of images: its function is for so many rows."""
+    generator = torch.Generator().manual_seed(2)
+    seen = torch.rand(3, 1, TOKENS, TOKENS, generator=generator) > 0.2
+    seen |= torch.eye(TOKENS, dtype=torch.bool)
+    mask = seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, -5.0)
+    module = Attends(lambda q, k, v: local_attention(q, k, v, LAYOUT, Window("box", 1), mask=mask)).eval()
+    args = tuple(torch.randn(3, TOKENS, WIDTH, generator=generator) for _ in range(2))
+    engine, _ = written(torch.export.export(module, args, strict=False), tmp_path, images=(3, 3))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, dict(zip(("sample", "cache.a"), (each.numpy() for each in args), strict=True)))
+    with torch.no_grad():
+        for one, wanted in zip(found, module(*args), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), wanted, atol=2e-6, rtol=0)
+    assert engine.model.functions
+
+
+def test_a_model_that_gives_something_else_is_no_engine(tmp_path, monkeypatch):
+    """Of a window that is translated to another."""
+    monkeypatch.setattr("difa_compile.export.targets.onnx._Geometry.module", lambda geometry: PlainLocalAttention(
+        LAYOUT, Window("box", 2), geometry.query[1], geometry.scale
+    ))  # fmt: skip
+    _, program = program_of(two_windows)
+    with pytest.raises(TargetError, match=r"output of the ONNX model of an engine is not what the program gives"):
+        lowered(wanted_of(program), tmp_path / "piece")
+    assert not (tmp_path / "piece.onnx").exists()
 
 
 def test_masks_of_the_models_own(tmp_path):
