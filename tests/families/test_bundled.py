@@ -3,14 +3,18 @@
 By the self-test of a bundle, whose latents are the pipeline's own.
 """
 
+import functools
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from difa_compile.bundle.adapting import adapt_bundle
+from difa_compile.bundle.manifest import read_manifest
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import load_bundle, seeded
 from difa_compile.bundle.weights import WeightFile
@@ -55,16 +59,31 @@ def differences(found, wanted):
     return [float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """By name a pipeline, its arguments, a plan and a bundle of it for ONNX Runtime, each made once."""
+
+    @functools.cache
+    def made(name):
+        folder = tmp_path_factory.mktemp(name)
+        pipe, inputs = one_image(name, folder)
+        plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
+        export_bundle(pipe, plan, folder / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+        return pipe, inputs, plan, folder / "bundle"
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart_sigma", "sd3", "flux", "flux_true_cfg", "wan"])
-def test_a_bundle_makes_what_the_pipeline_makes(name, tmp_path):
+def test_a_bundle_makes_what_the_pipeline_makes(name, exported, tmp_path):
     """At every step; TensorRT's engines are built, from models that make what the programs make, and not run."""
     pytest.importorskip("tensorrt_rtx")
-    pipe, inputs = one_image(name, tmp_path)
-    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
+    pipe, inputs, plan, made = exported(name)
     runs = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
-    folder = tmp_path / "bundle"
+    folder = Path(shutil.copytree(made, tmp_path / "bundle"))
     found = export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[*runs, "tensorrt"], most_images=1)
+    assert found.kept == sum(engine.target == "onnx" for engine in found.manifest.engines)
     assert found.engines == 4
     built = [engine for engine in found.manifest.engines if engine.target == "tensorrt"]
     assert {engine.row for engine in built} == {engine.row for engine in found.manifest.engines}
@@ -129,14 +148,13 @@ def test_half_precision(dtype, target, close, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, tmp_path):
+def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, exported, tmp_path):
     """The LoRA is made by peft and saved by diffusers, with and without the component's name; the pipeline takes it
     through its own loaders."""
     peft = pytest.importorskip("peft")
-    pipe, inputs = one_image(name, tmp_path)
-    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    found = export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
-
+    _, inputs, plan, folder = exported(name)
+    manifest = read_manifest(folder)
+    pipe, _ = one_image(name, tmp_path)
     trained, _ = one_image(name, tmp_path)
     torch.manual_seed(7)
     config = peft.LoraConfig(
@@ -152,22 +170,21 @@ def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, 
     else:
         trained.transformer.save_lora_adapter(tmp_path / "lora")
         pipe.transformer.load_lora_adapter(str(tmp_path / "lora"), prefix=None, use_safetensors=True)
-    made = adapt_bundle(tmp_path / "bundle", tmp_path / "lora", tmp_path / "adapted", 0.25)
+    made = adapt_bundle(folder, tmp_path / "lora", tmp_path / "adapted", 0.25)
     assert len(made.changed) > 8
     assert min(made.changed.values()) > 1e-3
     if name == "sd3":  # the patches' convolution
-        weight = WeightFile(tmp_path / "bundle" / found.manifest.weights)["transformer.pos_embed.proj.weight"]
+        weight = WeightFile(folder / manifest.weights)["transformer.pos_embed.proj.weight"]
         assert weight.ndim == 4
         assert "transformer.pos_embed.proj.weight" in made.changed
 
     pipe.fuse_lora(lora_scale=0.25)
     pipe.unload_lora_weights()
-    (schedule,) = found.manifest.schedules
-    program = Program.from_json(parse_json((tmp_path / "bundle" / schedule.program).read_bytes()), "here")
+    (schedule,) = manifest.schedules
+    program = Program.from_json(parse_json((folder / schedule.program).read_bytes()), "here")
     wanted = latents_of(pipe, inputs, plan, STEPS, program)[-1]
     latents, old = (
-        load_bundle(tmp_path / folder).self_test_data()[f"latents.0.planned.{STEPS}"]
-        for folder in ("adapted", "bundle")
+        load_bundle(each).self_test_data()[f"latents.0.planned.{STEPS}"] for each in (tmp_path / "adapted", folder)
     )
     assert (latents - wanted).abs().max() < CLOSE * wanted.abs().max()
     assert (old - wanted).abs().max() > 1000 * CLOSE * wanted.abs().max()
@@ -230,16 +247,14 @@ def test_further_prompts(tmp_path):
 
 
 @pytest.mark.slow
-def test_prompts_need_neither_diffusers_nor_transformers(tmp_path):
-    pipe, inputs = one_image("wan", tmp_path / "parts")
-    plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+def test_prompts_need_neither_diffusers_nor_transformers(exported):
+    *_, folder = exported("wan")
     code = f"""
 import sys
 for name in ("diffusers", "transformers"):
     sys.modules[name] = None
 import difa_compile
-bundle = difa_compile.load_bundle({str(tmp_path / "bundle")!r})
+bundle = difa_compile.load_bundle({str(folder)!r})
 assert bundle(prompt="a red cat", seed=0).images.shape[0] == 1
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
