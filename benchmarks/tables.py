@@ -248,6 +248,7 @@ DETAILS: dict[str, Table] = {
     "bundle": (
         CASE,
         Column("engines", "engines"),
+        Column("work", "work", ".2f"),
         Column("seconds_1", "1 image, s", ".2f"),
         Column("times_full_1", "× full", ".2f"),
         Column("seconds_8", "8 images, s", ".2f"),
@@ -258,6 +259,8 @@ DETAILS: dict[str, Table] = {
         Column("weights_bytes", "of weights", ",d"),
         Column("rss_bytes", "resident", ",d"),
         Column("anonymous_bytes", "anonymous", ",d"),
+        Column("switching", "switching", ".1%"),
+        Column("outside", "outside", ".1%"),
     ),
     "plain_attention": (
         Column("tokens", "tokens"),

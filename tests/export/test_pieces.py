@@ -84,9 +84,10 @@ def test_what_is_half_made_or_damaged_is_made_anew(tmp_path, draft, target):
     assert (len(target), pieces.kept) == (3, 0)
 
 
-def test_engines_of_the_bundle_that_is_there(tmp_path, draft, target, monkeypatch):
+def test_engines_of_the_bundle_that_is_there(tmp_path, draft, request, monkeypatch):
     """Unless they or their weights are not what the manifest says."""
     folder = bundles.copy(tmp_path)
+    request.getfixturevalue("target")
     manifest = read_manifest(folder)
     engine = manifest.engines[0]
     monkeypatch.setattr(Made, "key", lambda *_: engine.key)
