@@ -51,7 +51,8 @@ def check_model(
         torch.randn(value.shape, generator=generator).to(value.dtype) if value.is_floating_point() else value
         for value in arguments
     ]
-    coarsest = max((each for each in dtypes if each.is_floating_point), key=lambda each: torch.finfo(each).eps)
+    floats = [each for each in dtypes if each.is_floating_point]
+    coarsest = max(floats, key=lambda each: torch.finfo(each).eps, default=torch.float32)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no class but this one

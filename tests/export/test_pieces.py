@@ -107,8 +107,8 @@ def test_engines_of_the_bundle_that_is_there(tmp_path, draft, request, monkeypat
         (TargetError("as it says"), TargetError, "as it says"),
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "row-00 for onnx cannot be written: No space"),
         (FileNotFoundError(errno.ENOENT, "no compiler"), TargetError, "onnx does not take row-00: FileNotFoundError"),
-        (MemoryError(), MemoryError, ""),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (MemoryError("no more"), MemoryError, "no more"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
     ],
 )
 def test_what_a_target_has_against_an_engine(tmp_path, draft, monkeypatch, error, wanted, message):

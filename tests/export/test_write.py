@@ -13,6 +13,7 @@ from difa_compile.bundle.manifest import DECODES, ENCODES, MANIFEST, Encoder, re
 from difa_compile.bundle.runner import load_bundle
 from difa_compile.decision import Decision
 from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
+from difa_compile.export import pieces
 from difa_compile.export import write as module
 from difa_compile.export.pieces import PIECES, Made, Pieces
 from difa_compile.export.write import export_bundle, latents_of
@@ -300,9 +301,9 @@ def test_a_text_encoder_that_a_target_refuses_is_told_and_a_mistake_of_ours_is_n
     def refused(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(Pieces, "_lowered", refused)
+    monkeypatch.setattr(pieces, "target_of", lambda name: SimpleNamespace(lowered=refused))
     assert exporting._prompts([part_of()]) == (None, {}, [])
-    assert told[-1].endswith("onnx does not take its text encoder: RuntimeError: no such operation")
+    assert told[-1].endswith("refused: onnx does not take encode: RuntimeError: no such operation")
     monkeypatch.setattr(Made, "key", refused)
     with pytest.raises(RuntimeError):
         exporting._prompts([part_of()])

@@ -106,7 +106,7 @@ def test_a_weight_that_is_not_read_is_not_there(tmp_path):
 
     class Without(Attends):
         def forward(self, sample, cache):
-            return self.out(sample) + cache, sample
+            return self.out(sample) + cache, 2 * sample
 
     torch.manual_seed(1)
     args = tuple(torch.randn(2, TOKENS, WIDTH) for _ in range(2))
