@@ -30,6 +30,7 @@ from difa_compile.bundle.weights import Place
 from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import OnnxEngine, to_onnx
+from difa_compile.export.targets.onnx import check as check_onnx
 from difa_compile.passes.replay import close
 from difa_compile.wording import shown
 
@@ -41,6 +42,12 @@ INSIDE = 2**20
 SEED = 5
 MEMORY = {"activations": "Total Activation Memory", "constants": "Total Weights Memory"}
 """What a build tells of memory: our names, and how its lines begin."""
+
+
+def check(portable: bool) -> None:
+    """Raise :class:`TargetError` unless the library and the packages that make engines are installed."""
+    library()
+    check_onnx(portable, ("onnx", "onnxscript"))
 
 
 def lowered(wanted: Wanted, path: Path) -> Lowered:
