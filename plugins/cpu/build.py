@@ -29,6 +29,7 @@ from difa_compile.plugins.cpu.compiler import DISK_FULL, CxxCompiler, compile_li
 from difa_compile.plugins.cpu.kept import Found, discard, find, keep, locked, sweep, why_no_library, work_folder
 
 OP = "local_attention_cpu"
+"""Its library travels in bundles, whose packages call the op by this name: another signature needs another name."""
 SOURCES = ("simd.h", "local_attention.h", "local_attention.cpp")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 X86 = ("x86_64", "AMD64")

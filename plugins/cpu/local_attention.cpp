@@ -150,7 +150,6 @@ Tensor local_attention_cpu(const Tensor& query, const Tensor& key, const Tensor&
   return out;
 }
 
-// Libraries travel in bundles, and packages of code call the op by its name: another signature needs another name.
 TORCH_LIBRARY_FRAGMENT(difa, m) {
   m.def("local_attention_cpu(Tensor query, Tensor key, Tensor value, int[] grid, int before, int after, int pooled, "
         "bool disc, int radius, float scale, Tensor? mask, int tile) -> Tensor");
