@@ -194,6 +194,10 @@ class TargetError(BundleError, RuntimeError):
     """A target that is not installed or cannot be compiled for, or an engine made for another processor or release."""
 
 
+class EngineRunError(BundleError, RuntimeError):
+    """An engine of a bundle that ends with an error while it runs, or is given or gives other tensors than it says."""
+
+
 class SamplingLoopError(UnsupportedPipelineError):
     """A pipeline whose sampling loop cannot be written down as a program: it mixes images, asks for values."""
 

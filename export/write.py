@@ -38,6 +38,7 @@ from difa_compile.bundle.manifest import (
     Engine,
     EngineCall,
     File,
+    Library,
     Manifest,
     Port,
     Prompts,
@@ -56,6 +57,7 @@ from difa_compile.errors import (
     BeforeLoopError,
     BundleInputError,
     ExportError,
+    KernelBuildError,
     OutputError,
     TargetError,
 )
@@ -79,11 +81,12 @@ from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import model_digest
 from difa_compile.plan.plan import Plan
+from difa_compile.plugins.cpu import build
 from difa_compile.wording import quoted, shown
 
 OURS = re.compile(
-    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|encode(-uncond)?|weights|self-test)-[0-9a-f]{12}"
-    r"\.(onnx|pt2|plan|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
+    r"(row-[0-9]+(-[0-9]+)?|decode(-[0-9]+x[0-9]+)?(-[0-9]+)?|encode(-uncond)?|kernel|weights|self-test)-[0-9a-f]{12}"
+    r"\.(onnx|pt2|plan|so|safetensors)|(plans|programs|tokenizers)/[\w.-]+-[0-9a-f]{12}\.json"
     r"|about/[\w.-]+-[0-9a-f]{12}(\.\w+)?"
     r"|((about|plans|programs|tokenizers)/)?\.(difa-[0-9a-f]+|weights|self-test)\.tmp"
 )
@@ -146,7 +149,7 @@ def export_bundle(
     is not installed, :class:`OutputError`, and what :func:`difa_compile.apply` raises.
     """
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
-    check_request(given, steps, targets, most_images, usual_images, gpus)
+    check_request(given, steps, targets, most_images, usual_images, gpus, portable)
     folder = check_writable(out)
     with _alone(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
@@ -164,9 +167,10 @@ def check_request(
     most_images: int,
     usual_images: int | None = None,
     gpus: Sequence[str] = (),
+    portable: bool = False,
 ) -> None:
     """Raise :class:`BundleInputError` for arguments of :func:`export_bundle` that make no sense, and
-    :class:`TargetError` for engines of TensorRT that cannot be built here: before the work, not after."""
+    :class:`TargetError` for engines that cannot be made here: before the work, not after."""
     for tier in plans:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", tier, re.ASCII):
             raise BundleInputError(f"the tier {quoted(tier)} is no name; use letters, digits, points and dashes")
@@ -186,6 +190,8 @@ def check_request(
         raise BundleInputError(
             f"gpus are {quoted(tuple(gpus))}, which engines of the target tensorrt alone are built for"
         )
+    for target in targets:
+        target_of(target).check(portable)
 
 
 def _sized(
@@ -489,6 +495,7 @@ class _Exporting:
         pieces = [piece for part in parts for piece in part.pieces] + [*encoding]
         fixed = {name: tensor for part in parts for name, tensor in part.fixed.items()}
         weights, places = self._weights(pieces, fixed, files)
+        library = self._library(files) if any(piece.lowered.kernel for piece in pieces) else None
         engines = []
         for piece in pieces:
             own = {name: places[stored] for name, stored in piece.lowered.weights.items()}
@@ -499,7 +506,7 @@ class _Exporting:
                 Engine(
                     piece.target, name, piece.row, piece.images, piece.inputs, piece.outputs, piece.lowered.weights,
                     piece.lowered.instruction_set, piece.lowered.kernel, piece.lowered.versions, piece.why_static,
-                    piece.key, piece.lowered.memory, piece.lowered.unchecked,
+                    piece.key, piece.lowered.memory, piece.lowered.unchecked, library if piece.lowered.kernel else None,
                 )
             )  # fmt: skip
         plans = {}
@@ -538,6 +545,20 @@ class _Exporting:
             prompts=prompts,
         )
         return Manifest.from_json(json.dumps(manifest.to_json(), allow_nan=False), "that was made")
+
+    def _library(self, files: dict[str, File]) -> Library:
+        """Write our CPU kernel, which engines call. Raises :class:`TargetError`."""
+        try:
+            file, needs = build.for_bundle(self.how.portable)
+        except KernelBuildError as error:
+            raise TargetError(
+                f"AOTInductor engines with windows need our kernel for local attention: {error}"
+            ) from error
+        content = file.read_bytes()
+        name = f"kernel-{_digest(content)[:12]}.so"
+        self._write(name, content, files)
+        self.told(f"kernel: {name}, for processors with {needs or 'nothing in particular'}")
+        return Library(name, needs)
 
     def _weights(
         self, pieces: Sequence[Piece], fixed: Mapping[str, Tensor], files: dict[str, File]

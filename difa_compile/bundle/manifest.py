@@ -6,6 +6,7 @@ A bundle is a folder of plain files, none of which is code of Python:
 manifest.json                       this
 weights-<digest>.safetensors        all weights and tables, each once
 <engine>-<digest>.onnx, .pt2, .plan engines, without weights
+kernel-<digest>.so                  our CPU kernel for local attention, which .pt2 call
 programs/<steps>-<digest>.json      sampling loops
 plans/<tier>-<digest>.json          the plans that engines were made from
 tokenizers/<name>-<digest>.json     tokenizers of prompts
@@ -115,6 +116,14 @@ class Port(_Part, frozen=True):
     shape: tuple[int | str, ...]
 
 
+class Library(_Part, frozen=True):
+    """Our CPU kernel for local attention: the file gives torch ``difa::local_attention_cpu``. ``instruction_set``: what
+    the processor must have for it, "" for nothing in particular."""
+
+    file: str
+    instruction_set: str = ""
+
+
 class Engine(_Part, frozen=True):
     """One file of one target.
 
@@ -127,7 +136,8 @@ class Engine(_Part, frozen=True):
     it. ``why_static``: why it serves one number of images alone. ``key``: digest of what it was made from, by which a
     later export into the same folder knows it again. ``memory``: of a GPU, in bytes, as the build told it:
     ``activations`` at the most images, ``constants``. ``unchecked``: why the model that it was built from was not run
-    beside the program, "" where it was, or there is none.
+    beside the program, "" where it was, or there is none. ``library``: with the kernel that it calls; null where there
+    is none in the bundle, and it is compiled where the engine runs.
     """
 
     target: str
@@ -144,6 +154,7 @@ class Engine(_Part, frozen=True):
     key: str = ""
     memory: dict[str, int] = {}
     unchecked: str = ""
+    library: Library | None = None
 
 
 class Slot(_Part, frozen=True):
@@ -332,6 +343,7 @@ def _check(manifest: Manifest) -> None:
     named = [manifest.weights, manifest.self_test, *(engine.file for engine in manifest.engines)]
     named += [*(schedule.program for schedule in manifest.schedules), *manifest.plans.values()]
     named += [*manifest.notices, *filter(None, [manifest.source.card])]
+    named += [engine.library.file for engine in manifest.engines if engine.library is not None]
     for name in named:
         if name not in manifest.files:
             raise Unfit(f"{quoted(name, 100)} is named, but not among the files")
@@ -474,6 +486,8 @@ def _check_engine(engine: Engine) -> None:
         raise Unfit(f"{where} is of the target {shown(engine.target)}, which is no name")
     if not 1 <= engine.images[0] <= engine.images[1]:
         raise Unfit(f"{where} is for row {engine.row} and {engine.images[0]} to {engine.images[1]} images")
+    if engine.library is not None and not engine.kernel:
+        raise Unfit(f"{where} has a library for local attention, and does not call it")
     ports = [*engine.inputs, *engine.outputs]
     if len({port.name for port in engine.inputs}) < len(engine.inputs) or len(
         {port.name for port in engine.outputs}

@@ -121,7 +121,7 @@ def export(
     wanted = [part.strip() for part in targets.split(",")]
     capabilities = _capabilities(gpus)
     usual, most = _batch(batch)
-    check_request(tiers, numbers, wanted, most, usual, capabilities)
+    check_request(tiers, numbers, wanted, most, usual, capabilities, portable)
     call = call_inputs(model, inputs, labels, prompt, guidance)
     if isinstance(call.get("class_labels"), list):
         call["class_labels"] = call["class_labels"][:1]

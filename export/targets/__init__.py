@@ -21,6 +21,11 @@ TARGETS = ("onnx", "aoti", "tensorrt")
 class Target(Protocol):
     """What a target's module has."""
 
+    def check(self, portable: bool) -> None:
+        """Raise :class:`TargetError` where engines cannot be made, or not be run beside the pipeline, because something
+        is not installed: what can be told before the work. ``portable``: as of :class:`Wanted`."""
+        ...
+
     def lowered(self, wanted: Wanted, path: Path) -> Lowered:
         """A piece in the file ``path``, to which it gives an ending. Raises :class:`TargetError`, without the packages
         that make it too."""

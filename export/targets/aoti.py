@@ -2,13 +2,20 @@
 
 Weights and constants are handed over when a package is loaded, as views of the one file of weights (``user_managed``),
 so that all engines and threads share them. Local attention is a call of ``difa::local_attention_cpu``, whose library
-(:func:`difa_compile.bundle.sessions.load_kernel`) is loaded first; C++ programs load it with ``dlopen``.
+lies beside the packages (:func:`difa_compile.plugins.cpu.build.for_bundle`) and is loaded first
+(:func:`difa_compile.bundle.sessions.load_kernel`); C++ programs load it with ``dlopen``.
+
+Code asks for the number of threads when it runs; how many this process has is no part of it. It is written without
+its sources and without paths of this machine.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +36,32 @@ from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
 from difa_compile.ops.reference import default_scale
 from difa_compile.plugins.cpu import DTYPES, KERNEL, build
+from difa_compile.wording import shown
 
 SEED = 5
 PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
+THREADS = 8
+"""For how many threads loops are cut into parts, whatever number runs them. With 1 torch would leave out what keeps
+threads apart."""
+SOURCES = (".cpp", ".h")
+
+
+def check(portable: bool) -> None:
+    """Raise :class:`TargetError` without a C++ compiler, and where nothing ``portable`` can be compiled."""
+    from torch._inductor import config, exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        named = config.cpp.cxx[-1] if isinstance(config.cpp.cxx, (list, tuple)) else config.cpp.cxx
+        raise TargetError(
+            f"AOTInductor engines are compiled with a C++ compiler, and {shown(named)} cannot be run; install g++, or "
+            "let CXX name another"
+        ) from error
+    if portable:
+        _portable()
 
 
 def lowered(wanted: Wanted, path: Path) -> Lowered:
@@ -55,11 +84,12 @@ def lowered(wanted: Wanted, path: Path) -> Lowered:
     if kernel:
         program = program.run_decompositions({LOCAL_ATTENTION: _on_cpu})
     program = _contiguous(program)
-    configs = {"aot_inductor.package_constants_in_so": False, **(_portable() if wanted.portable else {})}
+    configs = _configs(wanted.portable)
     file = path.with_suffix(".pt2")
     # A size of 1 among those that are open is no special case, or code would be compiled for all others alone.
-    with torch.no_grad(), symbolic.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with torch.no_grad(), _lookups_called(), symbolic.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
+    file.write_bytes(repacked(file.read_bytes(), machine_paths()))
     names: dict[str, str] = {}
     tables: dict[str, Tensor] = {}
     model = load_package(file)
@@ -82,18 +112,82 @@ def finished(piece: Path, file: str, places: Mapping[str, Place]) -> bytes:
     return piece.read_bytes()
 
 
+# --- the package as a file -------------------------------------------------------------------------------------------
+
+
+def repacked(content: bytes, paths: Sequence[bytes]) -> bytes:
+    """A package without its sources, whose names alone its reader asks for, deflated, and with points in the place of
+    ``paths``: code has those of headers in its messages."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            data = b"" if name.endswith(SOURCES) else old.read(name)
+            for path in paths:
+                data = data.replace(path, b"." * len(path))
+            new.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return made.getvalue()
+
+
+def machine_paths() -> list[bytes]:
+    """Folders of this machine that compiled code can name, longest first: torch's, and that of the code itself."""
+    import os
+
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folders = {str(Path(torch.__file__).parent), str(Path(torch.__file__).resolve().parent), cache_dir()}
+    return sorted(map(os.fsencode, folders), key=len, reverse=True)
+
+
+def _configs(portable: bool) -> dict[str, Any]:
+    """Of inductor: no weights inside, no lines of sources, and as many threads as there are when it runs."""
+    from torch._inductor import config
+
+    found = {"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True, "cpp.threads": THREADS}
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # older torch writes none
+        found["aot_inductor.enable_line_tables"] = False
+    return found | (_portable() if portable else {})
+
+
+@contextmanager
+def _lookups_called() -> Iterator[None]:
+    """Within it rows of tables are looked up by a call of torch's own function. It raises for a row that there is not;
+    loops that inductor writes would do so on one of several threads, which ends the process."""
+    from torch._inductor.lowering import fallback_handler, lowerings
+
+    lookup = torch.ops.aten.embedding.default
+    own: Callable[..., Any] = lowerings[lookup]
+    lowerings[lookup] = fallback_handler(lookup, add_to_fallback_set=False)
+    log, told = logging.getLogger("torch._inductor.ir"), _other_than_lookups
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
+        lowerings[lookup] = own
+
+
+def _other_than_lookups(record: logging.LogRecord) -> bool:
+    """Not that such a call takes some microseconds more than others."""
+    return "aten.embedding.default is missing a c-shim" not in record.getMessage()
+
+
+# --- the package beside the program ----------------------------------------------------------------------------------
+
+
 def check_package(model: Any, wanted: Wanted) -> None:
-    """Run a package beside its program on random numbers, for the two least numbers of images. Raises
-    :class:`TargetError` where it gives something else."""
+    """Run a package beside its program, for the two least numbers of images, on random numbers; whole ones (labels,
+    words, masks) are rows of the export's, for which they have a meaning. Raises :class:`TargetError` where it gives
+    something else."""
     least, most = wanted.images
     coarse = any(port.dtype == "bfloat16" for port in (*wanted.inputs, *wanted.outputs))
+    examples = [value for value in wanted.program.example_inputs[0] if isinstance(value, Tensor)]
     for count in sorted({least, min(least + 1, most)}):
         generator = torch.Generator().manual_seed(SEED)
         inputs = [
-            torch.randn(sizes_of(port.shape, count), generator=generator).to(getattr(torch, port.dtype))
-            if getattr(torch, port.dtype).is_floating_point
-            else torch.zeros(sizes_of(port.shape, count), dtype=getattr(torch, port.dtype))
-            for port in wanted.inputs
+            torch.randn(sizes_of(port.shape, count), generator=generator).to(example.dtype)
+            if example.is_floating_point()
+            else _resized(example, sizes_of(port.shape, count))
+            for port, example in zip(wanted.inputs, examples, strict=True)
         ]
         with torch.no_grad():
             found, right = model(*inputs), wanted.program.module()(*inputs)
@@ -107,10 +201,23 @@ def check_package(model: Any, wanted: Wanted) -> None:
                 )
 
 
+def _resized(example: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``example`` with these sizes: its first rows, or all of them again and again."""
+    for dim, size in enumerate(sizes):
+        example = example.index_select(dim, torch.arange(size) % max(example.shape[dim], 1))
+    return example.contiguous()
+
+
 def _alike(one: Tensor, other: Tensor, coarse: bool) -> bool:
-    """Whether they are equal but for rounding; what is compiled for another number of images is far from it."""
+    """Whether they are equal but for rounding; what is compiled for another number of images is far from it. Colours in
+    bytes may be rounded to the next one, other whole numbers are equal; so is what is infinite or no number."""
+    if not other.is_floating_point():
+        return bool(((one.long() - other.long()).abs() <= (other.dtype == torch.uint8)).all())
     one, other = one.double(), other.double()
-    largest = float(other.nan_to_num().abs().max()) if other.numel() else 0.0
+    finite = other.isfinite()
+    if not torch.equal(one.isfinite(), finite):
+        return False
+    largest = float(other[finite].abs().max()) if finite.any() else 0.0
     close = (AGREES_COARSE if coarse else AGREES) * largest + 1e-6
     return torch.allclose(one, other, rtol=0.0, atol=close, equal_nan=True)
 

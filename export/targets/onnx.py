@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,6 +148,16 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
         value.const_value = TorchTensor(tensor, name=name)
         graph.initializers[name] = value
     return graph.initializers[name]
+
+
+def check(portable: bool, packages: Sequence[str] = ("onnx", "onnxscript", "onnxruntime")) -> None:
+    """Raise :class:`TargetError` unless the packages that make and run engines are installed."""
+    del portable  # they always are
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise TargetError(
+            f"engines of the target onnx are made with {', '.join(packages)}, and {', '.join(missing)} is not "
+            f"installed: pip install {' '.join(missing)}"
+        )
 
 
 def lowered(wanted: Wanted, path: Path) -> Lowered:

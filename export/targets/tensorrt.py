@@ -31,6 +31,7 @@ from difa_compile.errors import TargetError
 from difa_compile.export.checking import check_model
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import OnnxEngine, to_onnx
+from difa_compile.export.targets.onnx import check as check_onnx
 from difa_compile.wording import shown
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ INSIDE = 2**20
 """Bytes of a constant up to which each engine has its own."""
 MEMORY = {"activations": "Total Activation Memory", "constants": "Total Weights Memory"}
 """What a build tells of memory: our names, and how its lines begin."""
+
+
+def check(portable: bool) -> None:
+    """Raise :class:`TargetError` unless the library and the packages that make engines are installed."""
+    library()
+    check_onnx(portable, ("onnx", "onnxscript"))
 
 
 def lowered(wanted: Wanted, path: Path) -> Lowered:

@@ -1,26 +1,42 @@
 """Exports: what is written, what a second one makes, what an interrupted one leaves, and what is refused."""
 
 import fcntl
+import importlib.util
 import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from torch._inductor import config
 
 import difa_compile
 from difa_compile.bundle.manifest import DECODES, ENCODES, MANIFEST, Encoder, read_manifest
 from difa_compile.bundle.runner import load_bundle
-from difa_compile.decision import Decision
-from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
+from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.errors import (
+    BeforeLoopError,
+    BundleInputError,
+    EngineRunError,
+    ExportError,
+    KernelBuildError,
+    OutputError,
+    TargetError,
+)
 from difa_compile.export import pieces
 from difa_compile.export import write as module
 from difa_compile.export.pieces import PIECES, Made, Pieces
+from difa_compile.export.targets import tensorrt
 from difa_compile.export.write import export_bundle, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
 from tests.support import bundles
+from tests.support.places import ROOT
 
 pytest.importorskip("onnxruntime")
 
@@ -106,19 +122,38 @@ def test_few_engines_compute_more(pipe, tmp_path):
     assert load_bundle(tmp_path / "few").self_test() < bundles.AGREE
 
 
+BARE = """
+import sys
+from difa_compile.bundle.runner import load_bundle
+assert load_bundle(sys.argv[1]).self_test() < float(sys.argv[2])
+assert "diffusers" not in sys.modules
+"""
+
+
 @pytest.mark.slow
 def test_aotinductor_gives_what_the_pipeline_gives(pipe, tmp_path):
-    exported(pipe, tmp_path, targets=["aoti"], most_images=2)
-    bundle = load_bundle(tmp_path)
+    """Its kernel for windows lies beside the engines: in a process without a compiler and a cache they run, too."""
+    steps = (FULL, Decision.parse("window(box:1)"), REUSE, REUSE)
+    plan = plan_from_rule(pipe, steps=bundles.STEPS, rule=lambda step, site: steps[step])
+    manifest = exported(pipe, tmp_path / "bundle", plan, targets=["aoti"], most_images=2).manifest
+    bundle = load_bundle(tmp_path / "bundle")
     assert bundle.target == "aoti"
     assert bundle.self_test() < bundles.AGREE
     assert bundle(class_labels=[1, 2], seed=0).images.shape[0] == 2
     program = bundle._program(bundle._schedule(None, None))
-    wanted = latents_of(pipe, {**bundles.INPUTS, "class_labels": [1, 2]}, bundles.plan(pipe), bundles.STEPS, program)[
-        -1
-    ]
+    wanted = latents_of(pipe, {**bundles.INPUTS, "class_labels": [1, 2]}, plan, bundles.STEPS, program)[-1]
     found = bundle(class_labels=[1, 2], seed=module.TEST_SEED).latents
     torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
+    with pytest.raises(EngineRunError, match=r"ended row-.* with an error"):
+        bundle(class_labels=[10**6])
+    no_place_of_this_machine(tmp_path / "bundle")
+    assert [engine.library is not None for engine in manifest.engines] == [engine.kernel for engine in manifest.engines]
+    (library,) = {engine.library for engine in manifest.engines if engine.kernel}
+    assert library.file in manifest.files
+    (tmp_path / "cache").mkdir(mode=0o700)
+    bare = os.environ | {"CXX": "no-such-compiler", "DIFA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", BARE, str(tmp_path / "bundle"), str(bundles.AGREE)]
+    subprocess.run(command, env=bare, cwd=ROOT, check=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -155,10 +190,22 @@ def test_weights_stand_in_it_once_and_no_place_of_this_machine(pipe, tmp_path):
     model = sum(value.nbytes for value in pipe.transformer.parameters())
     weights = found.manifest.files[found.manifest.weights].bytes
     assert weights < model + 100_000
-    for path in tmp_path.rglob("*.*"):
-        if path.is_file():
-            assert os.fsencode(tmp_path) not in path.read_bytes()
-            assert os.fsencode(os.path.dirname(module.__file__)) not in path.read_bytes()
+    no_place_of_this_machine(tmp_path)
+
+
+def no_place_of_this_machine(folder):
+    """In no file of a bundle, packed or not, stands a path of the exporting machine: its own, torch's, the code's."""
+    places = [os.fsencode(each) for each in (folder, Path(module.__file__).parent, ROOT, Path(torch.__file__).parent)]
+    files = [path for path in folder.rglob("*.*") if path.is_file()]
+    assert files
+    for path in files:
+        contents = [path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                contents += [archive.read(name) for name in archive.namelist()]
+        for content in contents:
+            for place in (*places, b"/torchinductor_"):
+                assert place not in content, path.name
 
 
 @pytest.mark.parametrize(
@@ -178,7 +225,13 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
     theirs = ("encode-0123456789ab.pt2", "tokenizers/tokenizer-0123456789ab.json", "encode-uncond-0123456789ab.onnx")
-    theirs += ("row-07-0123456789ab.onnx", ".weights.tmp", ".difa-0123456789ab.tmp", "plans/old-0123456789ab.json")
+    theirs += (
+        "row-07-0123456789ab.onnx",
+        "kernel-0123456789ab.so",
+        ".weights.tmp",
+        ".difa-0123456789ab.tmp",
+        "plans/old-0123456789ab.json",
+    )
     for name in theirs:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("left by an export that was killed")
@@ -244,6 +297,41 @@ def test_what_makes_no_sense_is_refused(pipe, tmp_path, options, message):
     with pytest.raises(BundleInputError, match=message):
         exported(pipe, tmp_path, **options)
     assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+def test_packages_that_are_missing_are_told_before_the_work(pipe, tmp_path, monkeypatch, target):
+    monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setattr(module, "capabilities", lambda *_: {})
+    monkeypatch.setattr(tensorrt, "library", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(module, "_Exporting", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(TargetError, match="onnxscript is not installed: pip install onnxscript"):
+        exported(pipe, tmp_path, targets=[target])
+
+
+def test_a_compiler_that_is_missing_is_told_before_the_work(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_Exporting", lambda *_: pytest.fail("it was begun"))
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(TargetError, match="no-such-compiler"):
+        exported(pipe, tmp_path, targets=["onnx", "aoti"])
+
+
+def test_without_the_kernel_no_library_is_written(tmp_path, monkeypatch):
+    def refuse(portable):
+        raise KernelBuildError("the compiler fails")
+
+    monkeypatch.setattr(module.build, "for_bundle", refuse)
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.folder, exporting.how, exporting.told = tmp_path, Made(), print
+    with pytest.raises(TargetError, match="need our kernel for local attention: the compiler fails"):
+        exporting._library({})
+    (tmp_path / "built.so").write_bytes(b"library")
+    monkeypatch.setattr(module.build, "for_bundle", lambda portable: (tmp_path / "built.so", "AVX2"))
+    files = {}
+    written = exporting._library(files)
+    assert (tmp_path / written.file).read_bytes() == b"library"
+    assert (list(files), written.instruction_set) == ([written.file], "AVX2")
+    assert module.OURS.fullmatch(written.file)
 
 
 @pytest.mark.parametrize("tier", ["", "../x", "a/b", ".", "a b", "é"])

@@ -1,10 +1,15 @@
 """Small programs of torch.export with windows and groups of heads, as engines of a plan have them."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.export import Dim
 
-from difa_compile.bundle.manifest import Port
+from difa_compile.bundle.manifest import Engine, Port
+from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
 from difa_compile.export.lowered import Wanted
 from difa_compile.layout import Layout
@@ -70,3 +75,49 @@ def full(q, k, v):
 def parts(q, k, v):
     heads = [q[:, 0:4:2], q[:, 1:2], q[:, 3:4]]
     return torch.ops.difa.join_heads(heads, [0, 1, 3], [2, 1, 1], [v[:, :2], k[:, :1]], [0, 2], HEADS)
+
+
+LABELS = 10
+
+
+class Labelled(nn.Module):
+    """A row of a table for each label, added to what a linear layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(LABELS, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, sample, labels):
+        return torch.tanh(self.linear(sample) + self.table(labels)[:, None])
+
+
+def labelled():
+    """That module, and what an engine of it is to be."""
+    torch.manual_seed(2)
+    module, images = Labelled().eval(), Dim("images", min=1, max=8)
+    args = torch.randn(2, TOKENS, WIDTH), torch.tensor([3, 8])
+    program = torch.export.export(module, args, dynamic_shapes=({0: images}, {0: images}), strict=False)
+    inputs = Port("sample", "float32", ("images", TOKENS, WIDTH)), Port("labels", "int64", ("images",))
+    return module, Wanted(program, inputs, (Port("output", *_described(inputs[0])),), (1, 8))
+
+
+def _described(port):
+    return port.dtype, port.shape
+
+
+@functools.cache
+def packaged():
+    """That engine as an AOTInductor package, made once for all tests of a process: the module, what a manifest says of
+    the engine, and the folder with the package and the file of weights, ``weights.safetensors``."""
+    from difa_compile.export.targets.aoti import lowered
+
+    module, wanted = labelled()
+    folder = Path(tempfile.mkdtemp(prefix="difa-test-"))
+    made = lowered(wanted, folder / "engine")
+    state = module.state_dict()
+    write_weights(folder / "weights.safetensors", {name: state[name] for name in made.weights.values()})
+    engine = Engine(
+        "aoti", made.file.name, 0, wanted.images, wanted.inputs, wanted.outputs, made.weights, made.instruction_set,
+        made.kernel, made.versions,
+    )  # fmt: skip
+    return module, engine, folder

@@ -235,3 +235,43 @@ def test_the_kernel_itself_survives_a_damaged_cache(tmp_path, monkeypatch):
     assert done.stdout.split() == ["None", str(library)]
     assert made.compiled == 2
     made.assert_good(library)
+
+
+# --- libraries that travel -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "portable", "wanted"),
+    [
+        ("x86_64", ("-mavx512f", "-mavx2", "-mavx512bf16"), False, "AVX512 AVX512_BF16"),
+        ("x86_64", ("-mavx512f", "-mavx2"), False, "AVX512"),
+        ("x86_64", ("-mavx512f", "-mavx2"), True, "AVX2"),
+        ("x86_64", (), False, ""),
+        ("aarch64", ("-mcpu=native",), False, ""),
+    ],
+)
+def test_what_a_library_needs_is_told(fake, monkeypatch, machine, flags, portable, wanted):
+    """Of processors whose flags have no names, it is the least that the compiler knows."""
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(build, "instruction_flags", lambda: flags)
+    monkeypatch.setattr(build.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    library, needed = build.for_bundle(portable)
+    assert needed == wanted
+    assert "-mcpu=native" not in build.bundle_flags(portable)
+    own = build.build()
+    assert (library == own) == (build.bundle_flags(portable) == flags)
+
+
+def test_libraries_name_no_path_of_this_machine():
+    content = build.build().read_bytes()
+    for path in (ROOT, Path(build.torch.__file__).parent, Path.home()):
+        assert os.fsencode(path) not in content
+
+
+def test_a_library_of_a_bundle_is_loaded_where_there_is_none(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr(build, "registered", lambda: bool(loaded))
+    monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
+    build.load(tmp_path / "one.so")
+    build.load(tmp_path / "two.so")
+    assert loaded == [str(tmp_path / "one.so")]
