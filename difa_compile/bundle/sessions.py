@@ -5,6 +5,7 @@ A session may be run by several threads at once.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class OnnxSession:
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # every engine has threads of its own
+        if _shares_memory():
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
@@ -85,6 +88,23 @@ class OnnxSession:
         with _running(self._engine, self._runtime):
             self._session.run_with_iobinding(binding)
         return found
+
+
+@functools.cache
+def _shares_memory() -> bool:
+    """Let this process's sessions take the memory for what they compute from one arena: they run in turns, and each
+    would keep as much as it needs most. False where ONNX Runtime takes no common one."""
+    import onnxruntime
+
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    try:
+        onnxruntime.create_and_register_allocator(info, None)
+    except Exception as error:  # its errors share no class but this one
+        _log.warning("ONNX Runtime's sessions do not share their memory: %s", shown(error, 300))
+        return False
+    return True
 
 
 _ONNX = {

@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic
 
-from difa_compile.bundle.manifest import sizes_of
-from difa_compile.bundle.runner import AGREES, AGREES_COARSE
 from difa_compile.bundle.sessions import hand_over, load_package
 from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window, WindowShape
 from difa_compile.errors import TargetError
+from difa_compile.export.checking import first_other
 from difa_compile.export.lowered import Lowered, Wanted, table_name
 from difa_compile.export.targets.onnx import joined_plainly
 from difa_compile.layout import Layout
@@ -38,7 +37,6 @@ from difa_compile.ops.reference import default_scale
 from difa_compile.plugins.cpu import DTYPES, KERNEL, build
 from difa_compile.wording import shown
 
-SEED = 5
 PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
 THREADS = 8
@@ -175,51 +173,13 @@ def _other_than_lookups(record: logging.LogRecord) -> bool:
 
 
 def check_package(model: Any, wanted: Wanted) -> None:
-    """Run a package beside its program, for the two least numbers of images, on random numbers; whole ones (labels,
-    words, masks) are rows of the export's, for which they have a meaning. Raises :class:`TargetError` where it gives
-    something else."""
-    least, most = wanted.images
-    coarse = any(port.dtype == "bfloat16" for port in (*wanted.inputs, *wanted.outputs))
-    examples = [value for value in wanted.program.example_inputs[0] if isinstance(value, Tensor)]
-    for count in sorted({least, min(least + 1, most)}):
-        generator = torch.Generator().manual_seed(SEED)
-        inputs = [
-            torch.randn(sizes_of(port.shape, count), generator=generator).to(example.dtype)
-            if example.is_floating_point()
-            else _resized(example, sizes_of(port.shape, count))
-            for port, example in zip(wanted.inputs, examples, strict=True)
-        ]
-        with torch.no_grad():
-            found, right = model(*inputs), wanted.program.module()(*inputs)
-        found = [*found] if isinstance(found, (tuple, list)) else [found]
-        right = [*right] if isinstance(right, (tuple, list)) else [right]
-        for port, one, other in zip(wanted.outputs, found, right, strict=True):
-            if one.shape != other.shape or not _alike(one, other, coarse):
-                raise TargetError(
-                    f"AOTInductor of torch {torch.__version__} compiles code that makes another {port.name} of {count} "
-                    "images than the model; export for one image a call (--batch 1), or for another target"
-                )
-
-
-def _resized(example: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``example`` with these sizes: its first rows, or all of them again and again."""
-    for dim, size in enumerate(sizes):
-        example = example.index_select(dim, torch.arange(size) % max(example.shape[dim], 1))
-    return example.contiguous()
-
-
-def _alike(one: Tensor, other: Tensor, coarse: bool) -> bool:
-    """Whether they are equal but for rounding; what is compiled for another number of images is far from it. Colours in
-    bytes may be rounded to the next one, other whole numbers are equal; so is what is infinite or no number."""
-    if not other.is_floating_point():
-        return bool(((one.long() - other.long()).abs() <= (other.dtype == torch.uint8)).all())
-    one, other = one.double(), other.double()
-    finite = other.isfinite()
-    if not torch.equal(one.isfinite(), finite):
-        return False
-    largest = float(other[finite].abs().max()) if finite.any() else 0.0
-    close = (AGREES_COARSE if coarse else AGREES) * largest + 1e-6
-    return torch.allclose(one, other, rtol=0.0, atol=close, equal_nan=True)
+    """Run a package beside its program. Raises :class:`TargetError` where it gives something else."""
+    if (other := first_other(wanted, lambda inputs: model(*inputs))) is not None:
+        port, images = other
+        raise TargetError(
+            f"AOTInductor of torch {torch.__version__} compiles code that makes another {port.name} of {images} images "
+            "than the model; export for one image a call (--batch 1), or for another target"
+        )
 
 
 def _contiguous(program: ExportedProgram) -> ExportedProgram:

@@ -286,3 +286,20 @@ def test_the_kernel_of_a_bundle_needs_no_compiler(tmp_path, portable):
     command = [sys.executable, "-c", LOADS, str(tmp_path / "kernel.so"), needed]
     subprocess.run(command, env=hidden, cwd=ROOT, check=True, timeout=120)
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_where_sessions_share_no_memory_it_is_told(monkeypatch, caplog):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    sessions._shares_memory.cache_clear()
+    assert sessions._shares_memory()
+
+    def refused(*_):
+        raise RuntimeError("not in this build")
+
+    monkeypatch.setattr(onnxruntime, "create_and_register_allocator", refused)
+    sessions._shares_memory.cache_clear()
+    try:
+        assert not sessions._shares_memory()
+        assert "do not share their memory: not in this build" in caplog.text
+    finally:
+        sessions._shares_memory.cache_clear()

@@ -9,7 +9,7 @@ from torch.export import Dim
 
 from difa_compile.bundle.manifest import Port
 from difa_compile.errors import TargetError
-from difa_compile.export.checking import NO_BFLOAT16, alike, check_model, near
+from difa_compile.export.checking import NO_BFLOAT16, _resized, alike, check_model
 from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets.onnx import to_onnx
 from difa_compile.export.targets.tensorrt import inlined
@@ -30,7 +30,7 @@ def plain():
 def test_a_model_that_computes_something_else_is_no_engine(plain):
     program, given, model = plain
     assert check_model(model.SerializeToString(), wanted_of(program), given) == ""
-    with pytest.raises(TargetError, match=r"output of the ONNX model of an engine is not what the program gives"):
+    with pytest.raises(TargetError, match=r"output of the ONNX model of an engine, for 1 images, is not what"):
         check_model(model.SerializeToString(), wanted_of(program), {**given, "scale": given["scale"] + 0.01})
     broken = onnx.ModelProto.FromString(model.SerializeToString())
     del broken.graph.node[0]
@@ -59,8 +59,8 @@ def test_pictures_may_differ_by_one():
     wanted = Wanted(program, (Port("value", "float32", ("images", 3)),), pictures, (1, 4))
     model = inlined(made, {})
     assert check_model(model.SerializeToString(), wanted, {}) == ""
-    assert near(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([4, 4], dtype=torch.uint8))
-    assert not near(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([5, 4], dtype=torch.uint8))
+    assert alike(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([4, 4], dtype=torch.uint8), 0.0)
+    assert not alike(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([5, 4], dtype=torch.uint8), 1.0)
 
 
 def test_what_is_not_run(plain):
@@ -79,3 +79,9 @@ def test_what_is_not_finite_has_to_be_equal():
     assert not alike(one, one[:2], 1.0)
     assert alike(torch.tensor([3]), torch.tensor([3]), 0.0)
     assert not alike(torch.tensor([3]), torch.tensor([4]), 1.0)
+
+
+def test_examples_are_repeated_for_more_images():
+    example = torch.tensor([[1, 2], [3, 4]])
+    assert _resized(example, (1, 2)).tolist() == [[1, 2]]
+    assert _resized(example, (5, 2)).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]]

@@ -262,9 +262,3 @@ def test_packages_are_run_on_what_the_export_has_seen():
     ):  # fmt: skip
         with pytest.raises(TargetError, match=f"another {name} of 1 images"):
             aoti.check_package(changed(**options), wanted)
-
-
-def test_examples_are_repeated_for_more_images():
-    example = torch.tensor([[1, 2], [3, 4]])
-    assert aoti._resized(example, (1, 2)).tolist() == [[1, 2]]
-    assert aoti._resized(example, (5, 2)).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]]

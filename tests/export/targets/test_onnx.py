@@ -151,7 +151,9 @@ def test_a_model_that_gives_something_else_is_no_engine(tmp_path, monkeypatch):
         LAYOUT, Window("box", 2), geometry.query[1], geometry.scale
     ))  # fmt: skip
     _, program = program_of(two_windows)
-    with pytest.raises(TargetError, match=r"output of the ONNX model of an engine is not what the program gives"):
+    with pytest.raises(
+        TargetError, match=r"output of the ONNX model of an engine, for 1 images, is not what the program gives"
+    ):
         lowered(wanted_of(program), tmp_path / "piece")
     assert not (tmp_path / "piece.onnx").exists()
 
