@@ -5,8 +5,8 @@ so that all engines and threads share them. Local attention is a call of ``difa:
 lies beside the packages (:func:`difa_compile.plugins.cpu.build.for_bundle`) and is loaded first
 (:func:`difa_compile.bundle.sessions.load_kernel`); C++ programs load it with ``dlopen``.
 
-Code asks for the number of threads when it runs; how many this process has is no part of it. It is written without
-its sources and without paths of this machine.
+Code asks for the number of threads when it runs; how many this process has only guides how loops are cut into parts. It
+is written without its sources and without paths of this machine.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ from difa_compile.wording import shown
 
 PORTABLE = {"x86_64": ("x86-64-v3", 256)}
 """By machine: the instruction set that a portable package is compiled for (AVX2), and its vectors' bits."""
-THREADS = 8
-"""For how many threads loops are cut into parts, whatever number runs them. With 1 torch would leave out what keeps
-threads apart."""
 SOURCES = (".cpp", ".h")
 
 
@@ -140,7 +137,11 @@ def _configs(portable: bool) -> dict[str, Any]:
     """Of inductor: no weights inside, no lines of sources, and as many threads as there are when it runs."""
     from torch._inductor import config
 
-    found = {"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True, "cpp.threads": THREADS}
+    found = {
+        "aot_inductor.package_constants_in_so": False,
+        "cpp.dynamic_threads": True,
+        "cpp.threads": max(2, torch.get_num_threads()),  # for one, what keeps threads apart would be left out
+    }
     if hasattr(config.aot_inductor, "enable_line_tables"):  # older torch writes none
         found["aot_inductor.enable_line_tables"] = False
     return found | (_portable() if portable else {})

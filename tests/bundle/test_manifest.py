@@ -53,7 +53,7 @@ def test_what_has_joined_the_format_may_be_missing(folder):
     def change(content):
         content.pop("compared", None)
         for engine in content["engines"]:
-            del engine["memory"], engine["unchecked"]
+            del engine["memory"], engine["unchecked"], engine["library"]
 
     found = Manifest.from_json(edited(folder, change), "here")
     assert found.compared == {}
@@ -69,6 +69,19 @@ def test_names_that_could_leave_the_folder(folder, name):
         content["weights"] = name
 
     with pytest.raises(BundleFormatError, match="is no name of a file in a bundle"):
+        Manifest.from_json(edited(folder, change), "here")
+
+
+def test_a_library_is_for_engines_that_call_it(folder):
+    def change(content):
+        content["files"]["kernel-0.so"] = next(iter(content["files"].values()))
+        content["engines"][0] |= {"library": {"file": "kernel-0.so", "instruction_set": "AVX2"}, "kernel": called}
+
+    called = True
+    found = Manifest.from_json(edited(folder, change), "here").engines[0]
+    assert (found.library.file, found.library.instruction_set) == ("kernel-0.so", "AVX2")
+    called = False
+    with pytest.raises(BundleFormatError, match="has a library for local attention, and does not call it"):
         Manifest.from_json(edited(folder, change), "here")
 
 
@@ -91,6 +104,8 @@ def at(*path):
         (at("schedules"), [], "at least one engine"),
         (at("weights"), "none.safetensors", "not among the files"),
         (at("engines", 0, "file"), "none.onnx", "not among the files"),
+        (at("engines", 0, "library"), {"file": "none.so"}, "'none.so' is named, but not among the files"),
+        (at("engines", 0, "library"), {"file": "manifest.json", "code": "x"}, "unknown field"),
         (at("plans"), {}, "has no plan"),
         (at("engines", 0, "images"), [2, 1], "is for row 0 and 2 to 1 images"),
         (at("sizes", 0, "height"), 8, "a size is 8 by 0"),
