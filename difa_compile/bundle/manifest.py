@@ -188,12 +188,15 @@ class Decode(_Part, frozen=True):
 class Size(_Part, frozen=True):
     """A size of images. ``height``, ``width``: in pixels, as the pipeline's call was given them; 0 where it was not.
     ``conditions``: those that are the same for all calls, one row: by half and name the name in the file of weights.
+    ``asked``: those whose values the engines' graphs follow from (how many tokens a mask shows, where tokens stand), as
+    they were in the call that was exported: the engines hold for these alone.
     """
 
     height: int = 0
     width: int = 0
     conditions: dict[str, dict[str, str]] = {}
     decode: Decode | None = None
+    asked: dict[str, dict[str, str]] = {}
 
     @property
     def name(self) -> str:

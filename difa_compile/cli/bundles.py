@@ -195,6 +195,12 @@ def run(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="that of the export")] = None,
     seed: Seed = 0,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            help="Write what every so many steps have made, too.", min=1, max=MOST_STEPS, show_default="no previews"
+        ),
+    ] = None,
     target: Target = None,
 ) -> None:
     """Sample images from a bundle. Needs neither diffusers nor transformers."""
@@ -226,16 +232,25 @@ def run(
         raise typer.BadParameter(
             "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
         )
+
+    def write(pictures: torch.Tensor, when: str = "") -> None:
+        for number, picture in enumerate(pictures):
+            pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+            path = output / f"{number:04d}{when}.png"
+            write_whole(path, _png(Image.fromarray(pixels.numpy())), "an image")
+
+    def write_preview(step: int, total: int, latents: torch.Tensor, pictures: torch.Tensor | None) -> None:
+        del latents
+        if pictures is not None:
+            write(pictures, f"-step-{step:0{len(str(total))}d}")
+
     found = loaded(
         steps=steps, tier=tier, seed=seed, guidance=guidance, conditions=by_half, images=images, height=height,
-        width=width, **given,
+        width=width, preview=preview or False, callback=None if preview is None else write_preview, **given,
     )  # fmt: skip
     console = make_console()
     assert found.images is not None
-    for number, picture in enumerate(found.images):
-        pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
-        path = output / f"{number:04d}.png"
-        write_whole(path, _png(Image.fromarray(pixels.numpy())), "an image")
+    write(found.images)
     console.print(Text.assemble(f"{len(found.images)} images: ", (visible(str(output)), "bold")), soft_wrap=True)
 
 
@@ -264,14 +279,13 @@ def verify_bundle(bundle: BundleFolder) -> None:
     for target in manifest.targets:
         try:
             loaded = load_bundle(bundle, target)
-            worst = loaded.self_test()
+            tested = loaded.tested()
         except TargetError as error:
             before = "" if target in manifest.compared else "; nor was it run when the bundle was written"
             console.print(Text(f"{target}: not run: {visible(str(error))}{before}"))
             continue
-        found = f"the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
-        console.print(Text(f"{target}: {found}"))
-        if not worst < loaded.agrees:
+        console.print(Text(f"{target}: beside what {manifest.tested_by} made, the self-test's {tested.told}"))
+        if not tested.passed:
             again = "adapt the original" if manifest.adapters else "export"
             raise BundleIntegrityError(
                 f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written; "

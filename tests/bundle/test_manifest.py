@@ -54,10 +54,13 @@ def test_what_has_joined_the_format_may_be_missing(folder):
         content.pop("compared", None)
         for engine in content["engines"]:
             del engine["memory"], engine["unchecked"]
+        for size in content["sizes"]:
+            del size["asked"]
 
     found = Manifest.from_json(edited(folder, change), "here")
     assert found.compared == {}
     assert all(engine.memory == {} for engine in found.engines)
+    assert all(size.asked == {} for size in found.sizes)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +317,13 @@ def test_files_that_are_not_what_was_exported(folder):
     (folder / name).mkdir()
     with pytest.raises(BundleIntegrityError, match="no plain file"):
         file_in(folder, name)
+
+
+def test_a_manifest_that_is_a_link(folder, tmp_path):
+    (folder / MANIFEST).rename(tmp_path / MANIFEST)
+    (folder / MANIFEST).symlink_to(tmp_path / MANIFEST)
+    with pytest.raises(BundleIntegrityError, match="is a link, which could lead anywhere"):
+        read_manifest(folder)
 
 
 def test_a_folder_on_the_way_that_is_a_link(folder, tmp_path):

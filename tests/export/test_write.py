@@ -14,7 +14,7 @@ from difa_compile.decision import Decision
 from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
 from difa_compile.export import write as module
 from difa_compile.export.pieces import PIECES, Made, Pieces
-from difa_compile.export.write import export_bundle, latents_of
+from difa_compile.export.write import export_bundle, latents_of, run_of
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
@@ -189,7 +189,11 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
 
 
 def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "latents_of", lambda *_: [torch.ones(1, *SHAPE)])
+    def other(*given, **options):
+        latents, pictures = run_of(*given, **options)
+        return [latents[-1] * 1.01], pictures
+
+    monkeypatch.setattr(module, "run_of", other)
     folder = bundles.copy(tmp_path)
     old = read_manifest(folder)
     with pytest.raises(ExportError, match="do not make what the pipeline makes"):
