@@ -14,10 +14,10 @@ LIMITS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.b
 measured is 1e-5 in float32, 1e-2 in float16 and 0.1 in bfloat16, where the pipeline's scheduler rounds at every step,
 too; processors add up in other orders, so some room is left. What computes something else is off by the size of the
 latents."""
-LEVELS = {torch.float64: 1, torch.float32: 1, torch.float16: 4, torch.bfloat16: 32}
-"""The same of pictures' bytes, of one decoding: a value that lies between two of 256 levels may be rounded to either
-in float32; in half precision what is decoded is itself a multiple of 2**-11 or 2**-8 of the largest, after many
-layers."""
+LEVELS = {torch.float64: 1, torch.float32: 1, torch.float16: 8, torch.bfloat16: 64}
+"""The same of pictures' bytes, of the same latents decoded: in float32 a value between two levels may be rounded to
+either; in half precision it is the sum of some sixty roundings, in a decoder of as many layers, of 2**-11 or 2**-8 of
+255 levels each. What decodes otherwise is off by most of them."""
 
 
 @dataclass(frozen=True)

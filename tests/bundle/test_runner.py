@@ -215,7 +215,7 @@ def test_no_condition_is_left_out_without_a_word(conditions, named, message):
 
 def test_a_half_that_the_export_did_not_have_is_refused():
     (form,) = small_program().forms
-    alone = Condition(Argument("labels", "int64", ()), (ConditionRow("cond"),))
+    alone = Condition(Argument("labels", "int64", ()), (ConditionRow("cond"), ConditionRow("cond")))
     program = replace(small_program(), forms=(replace(form, conditions=(alone,)),))
     _check_given(program, {"cond": {"labels": [1]}}, {})
     with pytest.raises(BundleInputError, match="half 'uncond', and the call that was exported has cond; leave"):

@@ -9,8 +9,9 @@ import torch
 
 import difa_compile
 from difa_compile.bundle.manifest import DECODES, ENCODES, MANIFEST, Encoder, read_manifest
+from difa_compile.bundle.program import Argument, Condition, ConditionRow
 from difa_compile.bundle.runner import load_bundle
-from difa_compile.decision import Decision
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import BeforeLoopError, BundleInputError, ExportError, OutputError, TargetError
 from difa_compile.export import write as module
 from difa_compile.export.pieces import PIECES, Made, Pieces
@@ -19,6 +20,7 @@ from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
 from tests.support import bundles
+from tests.support.asking import TOKENS, asking_pipeline
 
 pytest.importorskip("onnxruntime")
 
@@ -339,6 +341,55 @@ def test_of_models_without_prompts_nothing_is_told(pipe):
     exporting.pipe, exporting.told = pipe, told.append
     assert exporting._prompts([]) == (None, {}, [])
     assert not told
+
+
+@pytest.mark.slow
+def test_engines_hold_for_the_values_that_their_graphs_follow_from(tmp_path):
+    """A mask that shows as many tokens as in the export's call is taken, any other is refused; texts are free."""
+    pipe, inputs = asking_pipeline(), {"class_labels": [1]}
+    plan = plan_from_rule(pipe, 3, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
+    found = exported(pipe, tmp_path, plan, inputs=inputs, steps=[3])
+    assert {half: list(names) for half, names in found.manifest.sizes[0].asked.items()} == {
+        "cond": ["mask"],
+        "uncond": ["mask"],
+    }
+    bundle = load_bundle(tmp_path)
+    program = bundle._program(bundle._schedule(None, None))
+    text, mask = torch.randn(1, TOKENS), torch.arange(TOKENS)[None] < 4
+    wanted = latents_of(pipe, {**inputs, "text": text}, plan, 3, program)[-1]
+    both = {half: {"text": text, "mask": mask} for half in ("cond", "uncond")}
+    latents = bundle(conditions=both, class_labels=[1], seed=module.TEST_SEED).latents
+    torch.testing.assert_close(latents, wanted, atol=bundles.AGREE, rtol=0)
+    assert (latents - bundle(class_labels=[1], seed=module.TEST_SEED).latents).abs().max() > 0.01, "texts matter"
+    for half in both:
+        other = {**both, half: {"text": text, "mask": torch.arange(TOKENS)[None] < 5}}
+        with pytest.raises(BundleInputError, match=f"mask of the {half} half is another one than in the call that was"):
+            bundle(conditions=other, class_labels=[1])
+
+
+def test_a_graph_that_follows_from_the_noisy_sample_is_not_exported():
+    graph = torch.fx.Graph()
+    for name in ("x", "mask"):
+        graph.placeholder(name)
+    held = SimpleNamespace(
+        module=SimpleNamespace(graph=graph), questions=SimpleNamespace(positions=(1, 0)),
+        positions=SimpleNamespace(inputs=frozenset()),
+    )  # fmt: skip
+    call = SimpleNamespace(
+        capture=SimpleNamespace(model=held), model=torch.nn.Identity(), branch=None, args=(torch.ones(1), torch.ones(1))
+    )
+    mask = Condition(Argument("mask", "float32", (2,)), (ConditionRow("cond"),))
+    form = SimpleNamespace(
+        model="transformer", branch=None, sample=Argument("x", "float32", (1,)), values=(), conditions=(mask,)
+    )
+    given = {"cond": {"mask": torch.tensor([[1.0, 0.0], [1.0, 0.0]])}}
+    probed = SimpleNamespace(program=SimpleNamespace(forms=(form,)), conditioning=given)
+    with pytest.raises(ExportError, match="follows from values of 'x', which change from call to call"):
+        module._asked([call], probed, 0, lambda model: "transformer")
+    held.questions.positions = (1,)
+    names, tensors = module._asked([call], probed, 0, lambda model: "transformer")
+    assert names == {"cond": {"mask": "asked.0.cond.mask"}}
+    assert torch.equal(tensors["asked.0.cond.mask"], torch.tensor([[1.0, 0.0]])), "one row"
 
 
 def test_two_exports_into_one_folder(pipe, tmp_path):
