@@ -13,8 +13,7 @@ class AskingTransformer(DiTTransformer2DModel):
     """The mean of the tokens that a mask shows is added to the noisy sample."""
 
     def forward(self, hidden_states, timestep, class_labels, text, mask):
-        shown = mask[0].nonzero()[:, 0]
-        added = text[:, shown].mean(1).view(-1, 1, 1, 1)
+        added = text[:, : int(mask[0].sum())].mean(1).view(-1, 1, 1, 1)
         return super().forward(hidden_states + added, timestep=timestep, class_labels=class_labels, return_dict=False)
 
 
