@@ -348,7 +348,7 @@ def test_engines_hold_for_the_values_that_their_graphs_follow_from(tmp_path):
     """A mask that shows as many tokens as in the export's call is taken, any other is refused; texts are free."""
     pipe, inputs = asking_pipeline(), {"class_labels": [1]}
     plan = plan_from_rule(pipe, 3, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
-    found = exported(pipe, tmp_path, plan, inputs=inputs, steps=[3])
+    found = exported(pipe, tmp_path, plan, inputs=inputs, steps=[3], most_images=2)
     assert {half: list(names) for half, names in found.manifest.sizes[0].asked.items()} == {
         "cond": ["mask"],
         "uncond": ["mask"],
