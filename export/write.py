@@ -9,6 +9,7 @@ that the folder holds a whole bundle at any time: the old one, then the new one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -94,6 +95,10 @@ OURS = re.compile(
 COMPARED = (1, 2, 3)
 """Numbers of images at which a model is captured, to see what grows with them."""
 TEST_SEED = 0
+OPEN = ("onnx",)
+"""Targets whose engines may hold tensors of a size that only values determine."""
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+"""What keeps a folder from being written to: full, read-only, somebody else's, broken."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def export_bundle(
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
     check_request(given, steps, targets, most_images, usual_images, gpus)
     folder = check_writable(out)
-    with _alone(folder), warnings.catch_warnings():
+    with _alone(folder), _writing(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(
             pipe, given, folder, _sized(pipe, inputs, sizes), "fraction" if sizes else None,
@@ -226,6 +231,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What a disk has against being written to in mid-export as an :class:`OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DifaError) or error.errno not in UNWRITABLE:
+            raise
+        where = "" if error.filename is None else f" ({shown(error.filename, 200)})"
+        raise OutputError(
+            f"the export into {shown(folder)} was stopped: {error.strerror}{where}; a bundle that was there is whole, "
+            "and the engines that are done are kept: mend that, and export again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -326,7 +346,7 @@ class _Exporting:
         asked, held = _asked(calls[1], next(iter(probed.values())), place, self._component)
         decode = None if shape is None else Decode(DECODES - place, shape)
         return _Part(
-            Size(size.height, size.width, conditions, decode, asked), inputs, first, found,
+            Size(size.height, size.width, conditions, decode, asked, _layouts(calls[1])), inputs, first, found,
             dict(zip(keys, found.schedules, strict=True)), probed, calls[1], [*pieces, *decoding], fixed | held,
         )  # fmt: skip
 
@@ -368,6 +388,12 @@ class _Exporting:
         of_row = [each[row.call] for each in calls.values()]
         first = of_row[0]
         model = first.capture.model
+        others = [target for target in self.targets if target not in OPEN]
+        if model.questions.program is not None and others:
+            raise TargetError(
+                f"the sizes of {type(first.model).__name__}'s graph depend on values of its inputs (how many tokens a "
+                f"mask shows), which engines of {', '.join(others)} cannot hold; export it for {', '.join(OPEN)} alone"
+            )
         component = self._component(first.model)
         described = {
             "component": component,
@@ -698,6 +724,12 @@ def _fixed(probed: Probed, size: int) -> tuple[dict[str, dict[str, str]], dict[s
                     value = given[argument.name]
                     tensors[stored] = (value[:1] if argument.batched else value).detach().clone()
     return names, tensors
+
+
+def _layouts(calls: Sequence[CapturedCall]) -> tuple[str, ...]:
+    """Of the tokens in attention, as text, each once."""
+    infos = [unit.info for call in calls for unit in call.capture.model.units]
+    return tuple(dict.fromkeys(str(info.layout) for info in infos if info.layout is not None))
 
 
 def _asked(

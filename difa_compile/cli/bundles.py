@@ -425,6 +425,10 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
     several = len(manifest.sizes) > 1
     for column in ("tier", *(["size"] if several else []), "steps", "calls", "engines"):
         schedules.add_column(column, justify="left" if column == "tier" else "right")
+    for each in manifest.sizes:
+        if each.layouts:
+            where = f" at {each.name}" if several else ""
+            console.print(Text(f"tokens of attention{where}: {shown(', '.join(each.layouts), 200)}"))
     for schedule in manifest.schedules:
         rows = {call.row for call in schedule.calls}
         cells = [manifest.sizes[schedule.size].name] if several else []
@@ -464,7 +468,6 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         if engine.unchecked:
             label = shown(engine.file.rsplit("-", 1)[0])
             console.print(Text(f"{label} was not run beside its program: {shown(engine.unchecked, 200)}"))
-    caches = manifest.cache_bytes()
     if manifest.prompts is not None:
         told = []
         for encoder in manifest.prompts.encoders:
@@ -473,9 +476,23 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
             told.append(f"{shown(encoder.half)}: {', '.join(files)}, encoded by {label}")
         console.print(Text("prompts, " + "; ".join(told)))
     whole = sum(file.bytes for file in manifest.files.values())
-    console.print(
-        f"{size(manifest.files[manifest.weights].bytes)} of weights, {size(whole)} in all; caches take {size(caches)} "
-        "an image"
+    console.print(f"{size(manifest.files[manifest.weights].bytes)} of weights, {size(whole)} in all")
+    console.print(_memory(manifest), soft_wrap=True)
+
+
+def _memory(manifest: Manifest) -> str:
+    """What a call of a bundle takes, as far as that is known beforehand."""
+    most = manifest.most_images
+
+    def told(one: int, all_of_them: int) -> str:
+        return f"{size(one)} an image" + (f" ({size(all_of_them)} of {most} images)" if most > 1 else "")
+
+    caches = manifest.cache_bytes()
+    return (
+        f"Memory of a call: weights {size(manifest.files[manifest.weights].bytes)}, one copy for all engines and "
+        f"calls; caches {told(caches, caches * most)}; what an engine takes and gives, at most "
+        f"{told(manifest.port_bytes(1), manifest.port_bytes(most))}; and what a runtime needs within engines, which "
+        "tensorrt alone tells beforehand"
     )
 
 

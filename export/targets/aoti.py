@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic
 
+from difa_compile.bundle.agreement import LIMITS
 from difa_compile.bundle.manifest import sizes_of
-from difa_compile.bundle.runner import AGREES, AGREES_COARSE
 from difa_compile.bundle.sessions import hand_over, load_package
 from difa_compile.bundle.weights import Place
 from difa_compile.decision import Window, WindowShape
@@ -111,7 +111,7 @@ def _alike(one: Tensor, other: Tensor, coarse: bool) -> bool:
     """Whether they are equal but for rounding; what is compiled for another number of images is far from it."""
     one, other = one.double(), other.double()
     largest = float(other.nan_to_num().abs().max()) if other.numel() else 0.0
-    close = (AGREES_COARSE if coarse else AGREES) * largest + 1e-6
+    close = LIMITS[torch.bfloat16 if coarse else torch.float16] * largest + 1e-6
     return torch.allclose(one, other, rtol=0.0, atol=close, equal_nan=True)
 
 

@@ -87,7 +87,10 @@ def test_show_and_verify(tmp_path):
     result = run("bundle", "show", bundles.kept())
     assert result.exit_code == 0, result.output
     assert "quick" in result.stdout
-    assert "weights" in result.stdout
+    assert "tokens of attention: 4x4" in result.stdout
+    said = " ".join(result.stdout.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "caches 4 KiB an image (8 KiB of 2 images)" in said
+    assert "what an engine takes and gives, at most" in said
     result = run("bundle", "verify", bundles.kept())
     assert result.exit_code == 0, result.output
     files = read_manifest(bundles.kept()).files
