@@ -201,8 +201,8 @@ def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
         latents, pictures = run_of(*given, **options)
         return [latents[-1] * 1.01], pictures
 
-    monkeypatch.setattr(module, "run_of", other)
     folder = bundles.copy(tmp_path)
+    monkeypatch.setattr(module, "run_of", other)
     old = read_manifest(folder)
     with pytest.raises(ExportError, match="do not make what the pipeline makes"):
         exported(pipe, folder)
