@@ -163,13 +163,18 @@ class _Tail(nn.Module):
             stack.enter_context(quiet(pipe))
             generator = {"generator": torch.Generator().manual_seed(0)} if self.takes_generator else {}
             result = pipe(**self.call, **generator)
-        found = result[0] if isinstance(result, (tuple, list)) else next(iter(result.values()))
+        found = first_result(result)
         if not isinstance(found, Tensor):
             raise AfterLoopError(
                 f"{type(pipe).__name__} returns {shown(type(found).__name__)} for output_type='pt', where a tensor of "
                 "images is expected; decode its latents with the pipeline itself"
             )
-        return _bytes(found) if self.as_bytes else found
+        return in_bytes(found) if self.as_bytes else found
+
+
+def first_result(result: Any) -> Any:
+    """What a pipeline returns its images in."""
+    return result[0] if isinstance(result, (tuple, list)) else next(iter(result.values()))
 
 
 def _zeros(original: Any, form: Form, *arguments: Any, **options: Any) -> Outputs:
@@ -178,7 +183,8 @@ def _zeros(original: Any, form: Form, *arguments: Any, **options: Any) -> Output
     return Outputs((given.new_zeros(given.shape[0], *form.output),))
 
 
-def _bytes(images: Tensor) -> Tensor:
+def in_bytes(images: Tensor) -> Tensor:
+    """Pictures (..., channels, height, width) from 0 to 1 as files hold them: (..., height, width, channels), uint8."""
     return (images.movedim(-3, -1) * 255).round().to(torch.uint8)
 
 

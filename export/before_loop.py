@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from difa_compile.bundle.agreement import difference
 from difa_compile.bundle.manifest import ENCODES, KINDS, STEPS, Encoder, Prompts, Text, Tokens
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.prompts import prepared, tokenizer_from, tokens_of
@@ -615,7 +616,8 @@ class _Finding:
         return max(CLOSE, *(ROUNDINGS * torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point), 0.0)
 
     def _difference(self, made: Encoding, half: str, uses: Sequence[_Given], seen: Sequence[_Seen]) -> float:
-        """The largest difference from the pipeline's conditions in all calls, relative to the largest of each."""
+        """The largest difference from the pipeline's conditions in all calls, relative to the largest of each; infinite
+        where what is not finite is not the same."""
         worst = 0.0
         run = made.program.module()
         for each in seen:
@@ -629,11 +631,7 @@ class _Finding:
                 return math.inf
             results = run(*(tensors[name] for name in made.inputs))
             for name, found in zip(made.outputs, results, strict=True):
-                wanted = each.conditions[half][name]
-                if found.shape != wanted.shape or not torch.equal(found.isnan(), wanted.isnan()):
-                    return math.inf
-                found, wanted = found.double().nan_to_num(), wanted.double().nan_to_num()
-                worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
+                worst = max(worst, difference(found, each.conditions[half][name]))
         return worst
 
 

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difa_compile.bundle.agreement import LIMITS, coarsest, difference, levels_apart
 from difa_compile.bundle.manifest import Port, sizes_of
 from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Wanted
 from difa_compile.wording import shown
 
 SEED = 5
-ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
-"""Of the largest number of an output, by the coarsest dtype: a whole model's rounding, on random inputs, is well below.
-What computes something else is further off."""
 NO_BFLOAT16 = "ONNX Runtime computes nothing in bfloat16 on a CPU"
 
 
@@ -27,14 +25,14 @@ def first_other(wanted: Wanted, run: Callable[[list[Tensor]], Any]) -> tuple[Por
     export's, for which they have a meaning.
     """
     module = wanted.program.module()
-    tolerance = max((ALIKE[dtype] for dtype in dtypes_of(wanted) if dtype in ALIKE), default=0.0)
+    limit = LIMITS[coarsest(dtypes_of(wanted))]
     least, most = wanted.images
     for images in sorted({least, min(least + 1, most)}):
         inputs = inputs_for(wanted, images)
         with torch.no_grad():
             found, right = _listed(run(inputs)), _listed(module(*inputs))
         for port, one, other in zip(wanted.outputs, found, right, strict=True):
-            if not alike(one, other, tolerance):
+            if not alike(one, other, limit):
                 return port, images
     return None
 
@@ -68,21 +66,14 @@ def _listed(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
-def alike(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether numbers differ by rounding: by ``tolerance`` of the largest finite one. Colours in bytes may be rounded
-    to the next one; other whole numbers are equal, and what is not finite is."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def alike(found: Tensor, wanted: Tensor, limit: float) -> bool:
+    """Whether numbers differ by rounding: by less than ``limit`` of the largest. Colours in bytes may be rounded to the
+    next one; other whole numbers are equal, and what is not finite is."""
+    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         return False
-    if not one.is_floating_point():
-        return bool(((one.long() - other.long()).abs() <= (one.dtype == torch.uint8)).all())
-    one, other = one.double(), other.double()
-    finite = one.isfinite()
-    if not torch.equal(finite, other.isfinite()):
-        return False
-    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
-        return False
-    largest = one[finite].abs().max().clamp_min(1e-6) if finite.any() else 1.0
-    return bool(((one[finite] - other[finite]).abs() <= tolerance * largest).all())
+    if found.dtype == torch.uint8:
+        return levels_apart(found, wanted) <= 1
+    return difference(found, wanted) < limit if found.is_floating_point() else torch.equal(found, wanted)
 
 
 def check_model(

@@ -28,15 +28,15 @@ from difa_compile.bundle.manifest import Manifest, Port, check_file, read_manife
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.tensorrt import library
 from difa_compile.bundle.weights import TABLE, WeightFile, bytes_of
-from difa_compile.errors import BundleFormatError, DifaError, OutputError, TargetError, is_out_of_memory
+from difa_compile.errors import BundleFormatError, DifaError, TargetError, is_out_of_memory
 from difa_compile.export.lowered import Lowered, Piece, Wanted, keep, kept_in, renumbered
 from difa_compile.export.targets import target_of
 from difa_compile.wording import shown
 
 PIECES = ".pieces"
 """Folder of what is finished before the bundle is."""
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG})
-"""Errors of a disk, whatever is written."""
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
+"""What keeps a folder from being written to: full, read-only, somebody else's, broken."""
 Told = Callable[[str], None]
 
 
@@ -120,7 +120,8 @@ class Pieces:
         drafts: Callable[[], Sequence[Draft]],
     ) -> list[Piece]:
         """The pieces of a row for a target. ``described``: all that they depend on. ``drafts`` are asked for only if
-        they are not there. Raises :class:`TargetError` where the target does not take one, and :class:`OutputError`."""
+        they are not there. Raises :class:`TargetError` where the target does not take one; what is out of memory or
+        disk passes."""
         key = self.how.key(target, described)
         known = self._known(key, row, target)
         if known:
@@ -203,17 +204,14 @@ class Pieces:
 
 @contextmanager
 def _refusals(target: str, label: str) -> Iterator[None]:
-    """Whatever a target's exporter and compiler have against an engine as a :class:`TargetError`, and a disk that takes
-    no more as an :class:`OutputError`."""
+    """Whatever a target's exporter and compiler have against an engine as a :class:`TargetError`."""
     try:
         yield
     except DifaError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in UNWRITABLE):
             raise
-        if isinstance(error, OSError) and error.errno in DISK:
-            raise OutputError(f"{label} for {target} cannot be written: {error.strerror}") from error
         raise TargetError(f"{target} does not take {label}: {type(error).__name__}: {shown(error, 500)}") from error
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from difa_compile.bundle.agreement import difference
 from difa_compile.bundle.program import Argument, Call, Form, Program, replay
 from difa_compile.errors import SamplingLoopError
 from difa_compile.export.watching import Event
@@ -16,6 +17,8 @@ from difa_compile.wording import shown
 
 SEED = 17
 """Of the generator; torch's own has the next one."""
+HUGE = 1e4
+"""In the place of infinity, of which no mean can be taken: masks are made of it."""
 
 
 def differences(
@@ -28,19 +31,22 @@ def differences(
 ) -> tuple[float, float]:
     """Of a replay from the pipeline, and of the replay in float32 from that in float64.
 
-    The largest over what the models are given and the final latents, relative to the largest value of each. ``calls``:
+    The largest over what the models are given and the final latents, relative to the largest value of each; infinite
+    where what is not finite is not the same, and for latents that are not finite. ``calls``:
     those of the pipeline's models, in which :func:`stand_in` stood for them. Raises :class:`SamplingLoopError` where
     the program calls the models otherwise.
     """
     program = in_dtypes_of(program, calls)
     exact, final = _replayed(program, calls, conditioning, images, scales, torch.float64)
     rounded, rounded_final = _replayed(program, calls, conditioning, images, scales, torch.float32)
-    error, rounding = relative(final, latents), relative(rounded_final, final)
+    if not latents.isfinite().all():
+        return math.inf, 0.0  # which tells nothing
+    error, rounding = difference(final, latents), difference(rounded_final, final)
     for event, found, other in zip(calls, exact, rounded, strict=True):
         for name, tensor in event.tensors.items():
-            error = max(error, relative(found[name], tensor))
-            rounding = max(rounding, relative(other[name], found[name]))
-    return (error if math.isfinite(error) else math.inf), rounding
+            error = max(error, difference(found[name], tensor))
+            rounding = max(rounding, difference(other[name], found[name]))
+    return error, rounding
 
 
 def _replayed(
@@ -84,7 +90,8 @@ def stand_in(number: int, sample: str, output: tuple[int, ...], inputs: Mapping[
     for name, tensor in sorted(inputs.items()):
         if name != sample:
             batched = tensor.ndim > 0 and len(tensor) == len(rows)
-            mean = tensor.double().flatten(1).mean(1) if batched and tensor.ndim > 1 else tensor.double()
+            tensor = tensor.double().nan_to_num(3.0, HUGE, -HUGE)
+            mean = tensor.flatten(1).mean(1) if batched and tensor.ndim > 1 else tensor
             mean = mean if batched else mean.mean().expand(len(rows))
             others += (mean / (1 + mean.abs())).float().unsqueeze(1)
     made = torch.tanh(weights[0] * wide + 0.3 * wide.roll(1, 1) + weights[1] + 0.3 * others)
@@ -116,10 +123,3 @@ def in_dtypes_of(program: Program, events: Sequence[Event]) -> Program:
 def _names(form: Form) -> list[str]:
     arguments = (form.sample, *form.values, *(condition.argument for condition in form.conditions))
     return [argument.name for argument in arguments]
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = (tensor.detach().cpu().double() for tensor in (found, wanted))
-    largest = float(wanted.abs().max())
-    difference = float((found - wanted).abs().max())
-    return difference / largest if largest else difference

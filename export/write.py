@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -56,13 +56,14 @@ from difa_compile.errors import (
     AfterLoopError,
     BeforeLoopError,
     BundleInputError,
+    DifaError,
     ExportError,
     KernelBuildError,
     OutputError,
     TargetError,
 )
 from difa_compile.export import engines as engines_module
-from difa_compile.export.after_loop import after_loop
+from difa_compile.export.after_loop import after_loop, first_result, in_bytes
 from difa_compile.export.before_loop import BeforeLoop, before_loop
 from difa_compile.export.buckets import EngineCall as PlannedCall
 from difa_compile.export.buckets import EngineRow, Fitted, engines_for, fitted
@@ -71,12 +72,13 @@ from difa_compile.export.captured import CapturedCall, captured, more_images, ow
 from difa_compile.export.engines import IMAGES, held_tensors
 from difa_compile.export.lowered import Piece
 from difa_compile.export.origin import CARD, origin_of
-from difa_compile.export.pieces import Draft, Made, Pieces, Told, digest_of, form_of
+from difa_compile.export.pieces import UNWRITABLE, Draft, Made, Pieces, Told, digest_of, form_of
 from difa_compile.export.probing import Probed, probe
 from difa_compile.export.targets import TARGETS, target_of
 from difa_compile.export.targets.tensorrt import capabilities
 from difa_compile.export.watching import first_tensor
 from difa_compile.files.writing import check_writable, write_whole
+from difa_compile.passes.prepare.arguments import input_name
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import model_digest
@@ -94,6 +96,8 @@ OURS = re.compile(
 COMPARED = (1, 2, 3)
 """Numbers of images at which a model is captured, to see what grows with them."""
 TEST_SEED = 0
+OPEN = ("onnx",)
+"""Targets whose engines may hold tensors of a size that only values determine."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def export_bundle(
     given = {"planned": plans} if isinstance(plans, Plan) else dict(plans)
     check_request(given, steps, targets, most_images, usual_images, gpus, portable)
     folder = check_writable(out)
-    with _alone(folder), warnings.catch_warnings():
+    with _alone(folder), _writing(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)  # of torch's exporter, about itself
         return _Exporting(
             pipe, given, folder, _sized(pipe, inputs, sizes), "fraction" if sizes else None,
@@ -229,6 +233,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What a disk has against being written to in mid-export as an :class:`OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DifaError) or error.errno not in UNWRITABLE:
+            raise
+        where = "" if error.filename is None else f" ({shown(error.filename, 200)})"
+        raise OutputError(
+            f"the export into {shown(folder)} was stopped: {error.strerror}{where}; a bundle that was there is whole, "
+            "and the engines that are done are kept: mend that, and export again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -326,10 +345,11 @@ class _Exporting:
         pieces = [piece for i, row in enumerate(rows) for piece in self._row(first + i, row, calls)]
         shape, decoding = self._decode(inputs, probed[self.steps[0]], DECODES - place, size.name)
         conditions, fixed = _fixed(next(iter(probed.values())), place)
+        asked, held = _asked(calls[1], next(iter(probed.values())), place, self._component)
         decode = None if shape is None else Decode(DECODES - place, shape)
         return _Part(
-            Size(size.height, size.width, conditions, decode), inputs, first, found,
-            dict(zip(keys, found.schedules, strict=True)), probed, calls[1], [*pieces, *decoding], fixed,
+            Size(size.height, size.width, conditions, decode, asked, _layouts(calls[1])), inputs, first, found,
+            dict(zip(keys, found.schedules, strict=True)), probed, calls[1], [*pieces, *decoding], fixed | held,
         )  # fmt: skip
 
     def _captured(self, inputs: Mapping[str, Any]) -> dict[int, tuple[CapturedCall, ...]]:
@@ -370,6 +390,12 @@ class _Exporting:
         of_row = [each[row.call] for each in calls.values()]
         first = of_row[0]
         model = first.capture.model
+        others = [target for target in self.targets if target not in OPEN]
+        if model.questions.program is not None and others:
+            raise TargetError(
+                f"the sizes of {type(first.model).__name__}'s graph depend on values of its inputs (how many tokens a "
+                f"mask shows), which engines of {', '.join(others)} cannot hold; export it for {', '.join(OPEN)} alone"
+            )
         component = self._component(first.model)
         described = {
             "component": component,
@@ -599,7 +625,8 @@ class _Exporting:
         files[name] = File(len(content), hashlib.sha256(content).hexdigest())
 
     def _self_test(self, parts: Sequence[_Part], files: dict[str, File]) -> str:
-        """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier; a file."""
+        """Latents that the pipeline itself makes with the plans applied, of the fewest steps of each tier, and the
+        first tier's decoded; a file."""
         fewest = min(self.steps)
         tensors = {"seed": torch.tensor(TEST_SEED)}
         for place, part in enumerate(parts):
@@ -608,10 +635,13 @@ class _Exporting:
             for half, values in part.probed[fewest].conditioning.items():
                 for name, value in values.items():
                     tensors[f"condition.{place}.{half}.{name}"] = value[:1] if batched.get(name) else value
-            for tier in self.plans:
-                plan = part.schedules[tier, fewest].plan
-                latents = latents_of(self.pipe, part.inputs, plan, fewest, program)[-1].clone()
-                tensors[f"latents.{place}.{tier}.{fewest}"] = latents
+            for number, tier in enumerate(self.plans):
+                plan, pictured = part.schedules[tier, fewest].plan, not number and part.size.decode is not None
+                output = "pt" if pictured else "latent"
+                latents, result = run_of(self.pipe, part.inputs, plan, fewest, program, output=output)
+                tensors[f"latents.{place}.{tier}.{fewest}"] = latents[-1].clone()
+                if pictured:
+                    tensors[f"images.{place}.{tier}.{fewest}"] = in_bytes(result)
         name, _ = self._tensors("self-test", tensors, files)
         return name
 
@@ -621,21 +651,20 @@ class _Exporting:
         found = {}
         for target in manifest.targets:
             try:
-                bundle = Bundle(self.folder.absolute(), target, manifest=manifest)
-                worst = bundle.self_test()
+                tested = Bundle(self.folder.absolute(), target, manifest=manifest).tested()
             except TargetError as error:
                 here = [engine for engine in manifest.engines if engine.target == target]
                 if target not in ELSEWHERE and not any(engine.unchecked for engine in here):
                     raise
                 self.told(f"{target}: not compared with the pipeline: {error}")
                 continue
-            self.told(f"{target}: the latents of a short run differ by {worst:.1e} of the largest from the pipeline's")
-            if not worst < bundle.agrees:
+            self.told(f"{target}: beside the pipeline's, a short run's {tested.told}")
+            if not tested.passed:
                 raise ExportError(
-                    f"the bundle's engines of {target} do not make what the pipeline makes: their latents differ by "
-                    f"{worst:.1e} of the largest; this is a fault of difa-compile or of {target}: please report it"
+                    f"the bundle's engines of {target} do not make what the pipeline makes: their {tested.told}; this "
+                    f"is a fault of difa-compile or of {target}: please report it"
                 )
-            found[target] = worst
+            found[target] = tested.latents
         return found
 
     def _source(self, files: dict[str, File]) -> Source:
@@ -700,11 +729,63 @@ def _fixed(probed: Probed, size: int) -> tuple[dict[str, dict[str, str]], dict[s
     return names, tensors
 
 
+def _layouts(calls: Sequence[CapturedCall]) -> tuple[str, ...]:
+    """Of the tokens in attention, as text, each once."""
+    infos = [unit.info for call in calls for unit in call.capture.model.units]
+    return tuple(dict.fromkeys(str(info.layout) for info in infos if info.layout is not None))
+
+
+def _asked(
+    calls: Sequence[CapturedCall], probed: Probed, size: int, component: Callable[[nn.Module], str]
+) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+    """Conditions whose values the captured graphs follow from (questions, and positions of tokens): by half and name
+    the tensor's name in the file of weights, and the tensors, one row each.
+
+    Raises :class:`ExportError` where it is something else that a graph follows from.
+    """
+    names: dict[str, dict[str, str]] = {}
+    tensors: dict[str, Tensor] = {}
+    for call in calls:
+        model, owned = call.capture.model, owned_names(call.model)
+        placeholders = model.module.graph.find_nodes(op="placeholder")
+        form = next(
+            each for each in probed.program.forms if (each.model, each.branch) == (component(call.model), call.branch)
+        )
+        conditions = {each.argument.name: each for each in form.conditions}
+        for i in sorted({*model.questions.positions, *model.positions.inputs}):
+            name = input_name(placeholders[i])
+            if name in conditions:
+                for row in conditions[name].rows:
+                    value = probed.conditioning[row.half][name]
+                    stored = names.setdefault(row.half, {})[name] = f"asked.{size}.{row.half}.{name}"
+                    tensors[stored] = (value[:1] if conditions[name].argument.batched else value).detach().clone()
+            elif name in {form.sample.name, *(each.name for each in form.values)} and id(call.args[i]) not in owned:
+                raise ExportError(
+                    f"the graph of {type(call.model).__name__} follows from values of {quoted(name)}, which change "
+                    "from call to call, so that no engine holds for a whole run; it cannot be exported"
+                )
+    return names, tensors
+
+
 def latents_of(
     pipe: Any, inputs: Mapping[str, Any], plan: Plan, steps: int, program: Program, inner: str = "eager"
 ) -> list[Tensor]:
     """The latents (images, *shape) after each step of a call of the pipeline with a plan, with the noise of the
     self-tests' seed. ``inner``: what compiles its graphs, as of :func:`difa_compile.apply`."""
+    return run_of(pipe, inputs, plan, steps, program, inner)[0]
+
+
+def run_of(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    plan: Plan,
+    steps: int,
+    program: Program,
+    inner: str = "eager",
+    output: str = "latent",
+) -> tuple[list[Tensor], Any]:
+    """:func:`latents_of`, and what the pipeline returns its images in. ``output``: the type that it is asked for, where
+    it can be: ``"latent"``, by default, for which nothing is decoded, or ``"pt"``."""
     found: list[Tensor] = []
     apply(pipe, plan, inner=inner)
     scheduler = pipe.scheduler
@@ -719,14 +800,20 @@ def latents_of(
     try:
         generator = torch.Generator().manual_seed(TEST_SEED)
         with torch.no_grad(), seeded(TEST_SEED):
-            pipe(**{**inputs, "num_inference_steps": steps, "generator": generator})
+            asked = (
+                {"output_type": output} if "output_type" in inspect.signature(type(pipe).__call__).parameters else {}
+            )
+            made = pipe(**{**inputs, **asked, "num_inference_steps": steps, "generator": generator})
     finally:
         del scheduler.step
         remove(pipe)
     (term, *_) = program.final
     groups = program.operations[term.value].groups
     rows = len(found[0]) // groups
-    return [each[term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape) for each in found]
+    latents = [
+        each[term.group * rows : (term.group + 1) * rows].float().reshape(rows, *program.shape) for each in found
+    ]
+    return latents, first_result(made)
 
 
 def _port(port: engines_module.Port) -> Port:

@@ -3,9 +3,9 @@
 Read are safetensors files in the form of diffusers and PEFT: ``MODULE.lora_A.weight`` (r, in) and
 ``MODULE.lora_B.weight`` (out, r), with ``MODULE.alpha`` or PEFT's configuration (in the header, as diffusers writes it,
 or beside the file, as PEFT does) where their product is not to be added as it is; and files of whole weights under the
-model's own names. Modules may be named with their component first (``transformer.``) or without it. LoRAs in other
-forms go through the converter that diffusers has for the pipeline, if it is installed. Every tensor of a file is used,
-or named in an error.
+model's own names, in one file or in several with their index (``MODEL.safetensors.index.json``). Modules may be named
+with their component first (``transformer.``) or without it. LoRAs in other forms go through the converter that
+diffusers has for the pipeline, if it is installed. Every tensor of a file is used, or named in an error.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ CONFIG = "adapter_config.json"
 """Where PEFT keeps it, beside the file."""
 MOST_CONFIG = 2**20
 """Bytes of such a file."""
+INDEX = ".safetensors.index.json"
+"""How the names of files end that say which tensor lies in which of several files beside them."""
+MOST_INDEX = 2**26
+"""Bytes of such a file."""
+SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,199}\.safetensors", re.ASCII)
+"""Names of files in an index: they lie in its folder, and nowhere else."""
 PEFT_PREFIX = "base_model.model."
 ENCODER = "text_encoder"
 """How the names of components begin that make embeddings of prompts."""
@@ -87,8 +93,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file that was opened. ``name``: without the folders it lies in. ``sha256``: of its content, 64 hex digits.
-    ``config``: PEFT's configuration, as far as there is one."""
+    """A file that was opened, or several by their index. ``name``: without the folders it lies in. ``sha256``: of its
+    content (of several files, one after the other by name), 64 hex digits. ``config``: PEFT's configuration, as far as
+    there is one."""
 
     path: Path
     sha256: str
@@ -102,28 +109,29 @@ class AdapterFile:
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for, and not kept."""
+    """The tensors of safetensors files, each read when it is asked for, and not kept. ``files``: by name the one that
+    holds it, opened."""
 
-    def __init__(self, file: Any) -> None:
-        self._file, self._names = file, tuple(file.keys())
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
 
     def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = self._file.get_tensor(name)
+        found: Tensor = self._files[name].get_tensor(name)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def open_adapter(place: str | Path) -> AdapterFile:
-    """Open a safetensors file, or the one in a folder. Raises :class:`AdapterError`, and
-    :class:`MissingDependencyError` without safetensors."""
+    """Open a safetensors file, several by their index, or what there is of this in a folder. Raises
+    :class:`AdapterError`, and :class:`MissingDependencyError` without safetensors."""
     try:
         import safetensors
     except ImportError as error:
@@ -132,37 +140,56 @@ def open_adapter(place: str | Path) -> AdapterFile:
             "difa-compile[export]"
         ) from error
     path = _file_at(Path(place))
-    try:
-        with open_plain(path, 2**62) as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-        opened: Any = safetensors.safe_open(str(path), "pt")
-        tensors = _Tensors(opened)
-        slices = {name: opened.get_slice(name) for name in tensors}
-        shapes = {name: Shape(tuple(each.get_shape()), str(each.get_dtype())) for name, each in slices.items()}
-        header = opened.metadata() or {}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        reason = shown(getattr(error, "strerror", None) or error, 300)
-        raise AdapterError(
-            f"{shown(path)} cannot be read as a safetensors file: {reason}; give a LoRA or weights as safetensors"
-        ) from error
+    shards = _shards(path) if path.name.endswith(INDEX) else {path.name: None}
+    digest = hashlib.sha256()
+    tensors: dict[str, Any] = {}
+    shapes: dict[str, Shape] = {}
+    header: dict[str, str] = {}
+    for shard, wanted in sorted(shards.items()):
+        part = path.with_name(shard)
+        try:
+            with open_plain(part, 2**62) as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            opened: Any = safetensors.safe_open(str(part), "pt")
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is no dictionary
+            found = {name: Shape(tuple(each.get_shape()), str(each.get_dtype())) for name, each in slices.items()}
+            header |= opened.metadata() or {}
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            reason = shown(getattr(error, "strerror", None) or error, 300)
+            raise AdapterError(
+                f"{shown(part)} cannot be read as a safetensors file: {reason}; give a LoRA or weights as safetensors"
+            ) from error
+        if wanted is not None and (odd := wanted ^ found.keys()):
+            raise AdapterError(
+                f"{shown(path)} says of {shown(shard)} other tensors than it holds ({_some(odd)}); they belong to two "
+                "models, or one is damaged"
+            )
+        shapes |= found
+        tensors |= dict.fromkeys(found, opened)
     if not shapes:
         raise AdapterError(f"{shown(path)} holds no tensors; give the file of a LoRA or of weights")
     by_peft = any(name.startswith(PEFT_PREFIX) for name in shapes)
-    return AdapterFile(path, digest.hexdigest(), tensors, shapes, _config(path, header, by_peft))
+    return AdapterFile(path, digest.hexdigest(), _Tensors(tensors), shapes, _config(path, header, by_peft))
 
 
 def _file_at(place: Path) -> Path:
-    """The file itself, or the one file of a folder."""
+    """The file itself, or the one file or index of a folder."""
     try:
         if place.is_dir():
             found = sorted(path for path in place.iterdir() if path.suffix == ".safetensors")
+            indices = sorted(path for path in place.iterdir() if path.name.endswith(INDEX))
+            if indices:
+                left = [path.name for path in found if len(indices) > 1 or path.name not in _shards(indices[0])]
+                if len(indices) > 1 or left:
+                    names = ", ".join(shown(name, 60) for name in [*(path.name for path in indices), *left][:4])
+                    raise AdapterError(f"the folder {shown(place)} holds several sets of weights, {names}; name one")
+                return indices[0]
             if len(found) != 1:
                 names = f": {', '.join(shown(path.name, 60) for path in found[:4])}" if found else ""
                 raise AdapterError(
                     f"the folder {shown(place)} holds {len(found)} safetensors files{names}; name the one to use, "
-                    "merged into one file if they are parts of one model"
+                    f"or put their index (MODEL{INDEX}) beside them if they are parts of one model"
                 )
             return found[0]
     except OSError as error:
@@ -173,6 +200,32 @@ def _file_at(place: Path) -> Path:
             "safetensors (safetensors.torch.save_file), from somebody whom you trust with that"
         )
     return place
+
+
+def _shards(path: Path) -> dict[str, set[str] | None]:
+    """By file the tensors that an index says lie in it. Raises :class:`AdapterError`."""
+    try:
+        with open_plain(path, MOST_INDEX) as file:
+            fields = parse_json(read_at_most(file, MOST_INDEX))
+        places = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not isinstance(places, dict) or not places:
+            raise ValueError("it has no weight_map")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = shown(getattr(error, "strerror", None) or error, 300)
+        raise AdapterError(
+            f"{shown(path)} is no index of safetensors files: {reason}; get it anew, or name the file of weights"
+        ) from error
+    shards: dict[str, set[str] | None] = {}
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise AdapterError(
+                f"{shown(path)} says that {shown(name, 100)} lies in {quoted(shard, 100)}, which is no name of a "
+                "safetensors file beside it; get it anew"
+            )
+        held = shards.setdefault(shard, set())
+        assert held is not None
+        held.add(name)
+    return shards
 
 
 def _config(path: Path, header: Mapping[str, str], by_peft: bool) -> Mapping[str, object]:

@@ -207,17 +207,16 @@ def _tested(folder: Path, manifest: Manifest, told: Told) -> str:
     reasons = []
     for target in manifest.targets:
         try:
-            bundle = Bundle(folder, target, manifest=manifest)
-            worst = bundle.self_test()
+            tested = Bundle(folder, target, manifest=manifest).tested()
         except TargetError as error:
             reasons.append(f"{target}: {error}")
             continue
-        if not worst < bundle.agrees:
+        if not tested.passed:
             raise BundleIntegrityError(
-                f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written: its "
-                f"latents differ by {worst:.1e} of the largest; export again before other weights go into it"
+                f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written: "
+                f"{tested.told}; export again before other weights go into it"
             )
-        told(f"{target}: the bundle's own self-test differs by {worst:.1e} of the largest latent")
+        told(f"{target}: in the bundle's own self-test {tested.told}")
         return target
     raise TargetError(f"no engines of {shown(folder)} run here, so that other weights cannot be tried: "
                       f"{'; '.join(reasons)}")  # fmt: skip
@@ -318,25 +317,25 @@ def _tried(folder: Path, fresh: Path, manifest: Manifest, target: str, told: Tol
                 f"with these weights the engines make latents that are not finite ({shown(name)}); give a smaller "
                 "scale, or an adapter of this model"
             )
+    data |= latents
     files = dict(manifest.files)
-    name, _ = _stored(fresh, "self-test", data | latents, files)
+    name, _ = _stored(fresh, "self-test", data | adapted.pictures_of(data), files)
     made = msgspec.structs.replace(manifest, files=dict(sorted(files.items())), self_test=name)
     compared = {target: 0.0}
     for other in manifest.targets:
         if other == target:
             continue
         try:
-            bundle = Bundle(fresh, other, manifest=made)
-            worst = bundle.self_test()
+            tested = Bundle(fresh, other, manifest=made).tested()
         except TargetError as error:
             told(f"{other}: not compared: {shown(error)}")
             continue
-        compared[other] = worst
-        told(f"{other}: the latents of a short run differ by {worst:.1e} of the largest from those of {target}")
-        if not worst < bundle.agrees:
+        compared[other] = tested.latents
+        told(f"{other}: beside those of {target}, a short run's {tested.told}")
+        if not tested.passed:
             raise AdapterError(
-                f"with these weights the engines of {other} make other latents than those of {target}: they differ by "
-                f"{worst:.1e} of the largest; give a smaller scale, or put the adapter into the pipeline and export it"
+                f"with these weights the engines of {other} make something else than those of {target}: their "
+                f"{tested.told}; give a smaller scale, or put the adapter into the pipeline and export it"
             )
     return msgspec.structs.replace(made, compared=compared)
 

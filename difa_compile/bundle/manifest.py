@@ -199,12 +199,17 @@ class Decode(_Part, frozen=True):
 class Size(_Part, frozen=True):
     """A size of images. ``height``, ``width``: in pixels, as the pipeline's call was given them; 0 where it was not.
     ``conditions``: those that are the same for all calls, one row: by half and name the name in the file of weights.
+    ``asked``: those whose values the engines' graphs follow from (how many tokens a mask shows, where tokens stand), as
+    they were in the call that was exported: the engines hold for these alone. ``layouts``: of the tokens in attention,
+    ``77+32x32``: those before the image, the image's, those after it.
     """
 
     height: int = 0
     width: int = 0
     conditions: dict[str, dict[str, str]] = {}
     decode: Decode | None = None
+    asked: dict[str, dict[str, str]] = {}
+    layouts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -324,6 +329,21 @@ class Manifest(_Part, frozen=True):
         ]
         size = [math.prod(slot.shape) * BYTES[slot.dtype] for slot in self.slots]
         return max(sum(size[slot] for slot in slots if slot is not None) for slots in held)
+
+    @property
+    def most_images(self) -> int:
+        """That one call of the bundle can make."""
+        return max(engine.images[1] for engine in self.engines if engine.row >= 0)
+
+    def port_bytes(self, images: int) -> int:
+        """Memory of what one engine takes and gives besides caches, of the one of which that is most, for so many
+        images."""
+        found = [0]
+        for engine in self.engines:
+            if engine.images[0] <= images <= engine.images[1]:
+                ports = [port for port in (*engine.inputs, *engine.outputs) if not port.name.startswith(CACHE)]
+                found.append(sum(math.prod(sizes_of(port.shape, images)) * BYTES[port.dtype] for port in ports))
+        return max(found)
 
     @property
     def tested_by(self) -> str:
@@ -503,6 +523,8 @@ def _check_engine(engine: Engine) -> None:
             raise Unfit(f"{where}: {shown(port.name)} is of {shown(port.dtype)}; known are {', '.join(DTYPES)}")
 
 
+CACHE = "cache."
+"""How names of ports begin that are caches, or the weights of a forecast over them."""
 DECODES = -3
 """The row of engines that decode at the first size; those of the others follow below."""
 ENCODES = {"cond": -1, "uncond": -2}

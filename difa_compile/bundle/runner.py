@@ -6,9 +6,9 @@ images = bundle(class_labels=[3, 8], steps=50, seed=0).images
 
 from __future__ import annotations
 
-import math
+import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difa_compile.bundle.agreement import LEVELS, LIMITS, Tested, coarsest, difference, levels_apart
 from difa_compile.bundle.manifest import (
+    ENCODES,
     Encoder,
     Engine,
     EngineCall,
@@ -29,7 +31,7 @@ from difa_compile.bundle.manifest import (
     read_manifest,
     sizes_of,
 )
-from difa_compile.bundle.program import Call, Condition, Form, Program, replay
+from difa_compile.bundle.program import DTYPES, Call, Condition, Draw, Form, Noise, Program, replay
 from difa_compile.bundle.prompts import Texts, default_of, texts_for, texts_of, tokenizer_from, tokens_of
 from difa_compile.bundle.sessions import ELSEWHERE, SESSIONS, Session, device_of, open_session
 from difa_compile.bundle.tensorrt import on_device
@@ -39,9 +41,11 @@ from difa_compile.files.documents import parse_json
 from difa_compile.wording import quoted, shown
 
 HALVES = ("cond", "uncond")
-AGREES, AGREES_COARSE = 0.05, 0.3
-"""Below this a self-test's difference is rounding; the latter in bfloat16. Chosen: what computes something else is off
-by the size of the latents."""
+SEEDS = (-(2**63), 2**64 - 1)
+"""The least and the largest that a generator takes."""
+ROUGH = frozenset({"tensorrt"})
+"""Targets that multiply float32 in a form with float16's digits (TF32) where the GPU can."""
+ENCODING = frozenset(ENCODES.values())
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,14 @@ class Bundle:
         steps: int | None = None,
         tier: str | None = None,
         seed: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         guidance: float | Mapping[str, float] | None = None,
         conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
         images: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        callback: Callable[[int, int, Tensor], bool | None] | None = None,
+        callback: Callable[..., bool | None] | None = None,
+        preview: bool | int = False,
         decode: bool = True,
         **named: Any,
     ) -> Sampled:
@@ -144,36 +149,59 @@ class Bundle:
         {...}, "uncond": {...}}``, where the unconditional half needs something, too, or prompts are embedded elsewhere.
         ``images``: how many, where nothing tells it. ``steps``, ``tier``, ``height`` and ``width`` in pixels: the first
         that were exported by default. ``seed`` or ``generator``: the noise is torch's, number by number what the
-        pipeline would draw. ``guidance``: the scale; that of the export by default. ``callback(step, steps, latents)``
-        after each step, where :meth:`decode` makes previews of latents; sampling ends if it returns ``False``.
+        pipeline would draw; a list of generators has one for each image, as in diffusers. ``guidance``: the scale; that
+        of the export by default.
+
+        ``callback(step, steps, latents)`` after each step, from 1 on; sampling ends if it returns ``False``. With
+        ``preview`` it is ``callback(step, steps, latents, pictures)``: the latents decoded as they are, (images,
+        height, width, channels) in uint8, noise and all; ``preview=5`` decodes every fifth step and the last, and gives
+        None at the others.
 
         Raises :class:`BundleInputError` for what was not exported or does not fit, :class:`ReplayError` for conditions
         and scales that the program cannot take, :class:`SamplingCancelledError`, and for prompts
         :class:`MissingDependencyError` without the library ``tokenizers``.
         """
-        if seed is not None and generator is not None:
-            raise BundleInputError("a seed and a generator were given; give one of them")
+        generators = _generators(seed, generator)
         size = self.size(height, width)
         schedule = self._schedule(tier, steps, size)
         program = self._program(schedule)
+        callback = self._previewing(callback, preview, size)
         texts, named = self._texts({"prompt": prompt, "negative_prompt": negative_prompt, **named}, program)
         fixed = self.manifest.sizes[size].conditions
         if images is not None:
             self._check_images(schedule, images)
-        encoded, images = self._encoded(program, schedule, fixed, texts, conditions or {}, named, images)
+        conditions = {} if conditions is None else conditions
+        _check_given(program, conditions, named)
+        encoded, images = self._encoded(program, schedule, fixed, texts, conditions, named, images)
         given, count = self._conditions(program, fixed, encoded, named, images)
-        if generator is None:
-            generator = torch.Generator()
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed)
+        self._check_asked(size, given, count)
+        noise = _noise(program, generators, count)
         course = _Course(self, schedule, count)
         latents = replay(
-            program, generator, given, course.call, images=count, scales=_scales(program, guidance), callback=callback
+            program, noise, given, course.call, images=count, scales=_scales(program, guidance), callback=callback
         )
         pictured = decode and self.manifest.sizes[size].decode is not None
         return Sampled(latents, self._decoded(latents, size) if pictured else None)
+
+    def _previewing(
+        self, callback: Callable[..., bool | None] | None, preview: bool | int, size: int
+    ) -> Callable[..., bool | None] | None:
+        """The callback, given pictures, too, where there are to be previews."""
+        if preview is False:
+            return callback
+        if not isinstance(preview, int) or preview < 1:
+            raise BundleInputError(f"preview is {quoted(preview)}; give True, or after how many steps each, such as 5")
+        if callback is None:
+            raise BundleInputError("previews are given to a callback, and there is none; give callback=, too")
+        if self.manifest.sizes[size].decode is None:
+            raise BundleInputError("the bundle has no engine that decodes, so there are no previews; leave preview out")
+        given, every = callback, int(preview)
+
+        def previewed(step: int, steps: int, latents: Tensor) -> bool | None:
+            pictures = self._decoded(latents, size) if step % every == 0 or step == steps else None
+            return given(step, steps, latents, pictures)
+
+        return previewed
 
     def decode(self, latents: Tensor, *, height: int | None = None, width: int | None = None) -> Tensor:
         """Pictures (images, height, width, channels) in uint8 of final latents (images, *shape).
@@ -220,23 +248,39 @@ class Bundle:
         Raises :class:`BundleIntegrityError` for a self-test that is damaged.
         """
         data = self.self_test_data()
-        differences = []
-        for name, found in {**self.short_runs(data), **self.encoded_texts()}.items():
-            if name not in data or data[name].shape != found.shape:
-                raise BundleIntegrityError(f"the self-test of the bundle lacks {shown(name)}; export again")
-            wanted = data[name].double()
-            difference = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-            differences.append(difference if math.isfinite(difference) else math.inf)
-        return max(differences)
+        return max(
+            difference(found, wanted)
+            for found, wanted in _paired({**self.short_runs(data), **self.encoded_texts()}, data)
+        )
+
+    def tested(self) -> Tested:
+        """The self-test, that of decoding with it (what the pictures of its latents are off by), and what is still
+        rounding in the dtypes that the engines compute in. Raises :class:`BundleIntegrityError`."""
+        latents, data = self.self_test(), self.self_test_data()
+        pictures = [levels_apart(found, wanted) for found, wanted in _paired(self.pictures_of(data), data)]
+        sampling = self._computed_in({call.row for each in self.manifest.schedules for call in each.calls} | ENCODING)
+        decoding = self._computed_in({size.decode.row for size in self.manifest.sizes if size.decode is not None})
+        return Tested(latents, max(pictures, default=None), LIMITS[sampling], LEVELS[decoding])
+
+    def _computed_in(self, rows: Collection[int]) -> torch.dtype:
+        """The dtype that rounds most of what engines of some rows take, give and read."""
+        engines = [each for each in self.manifest.engines if each.target == self.target and each.row in rows]
+        found = {getattr(torch, port.dtype) for each in engines for port in (*each.inputs, *each.outputs)}
+        found |= {self._weights.places[name].dtype for each in engines for name in each.weights.values()}
+        coarse = coarsest(found)
+        return torch.float16 if self.target in ROUGH and coarse is torch.float32 else coarse
 
     def self_test_data(self) -> dict[str, Tensor]:
-        """Seed, conditions and latents of the short run. Raises :class:`BundleIntegrityError`."""
+        """Seed, conditions and latents of the short run, and pictures of latents, which bundles that do not decode and
+        early ones have none of. Raises :class:`BundleIntegrityError`."""
         file = WeightFile(check_file(self.folder, self.manifest.self_test, self.manifest.files))
         found = {name: file[name] for name in file.places}
         for name, tensor in found.items():
             kind, *parts = name.split(".", 3)
             if not {"seed": not parts and tensor.numel() == 1, "condition": len(parts) == 3,
-                    "latents": len(parts) == 3 and bool(tensor.ndim)}.get(kind, False):  # fmt: skip
+                    "latents": len(parts) == 3 and bool(tensor.ndim),
+                    "images": len(parts) == 3 and tensor.dtype is torch.uint8 and bool(tensor.numel())
+                    and ".".join(["latents", *parts]) in found}.get(kind, False):  # fmt: skip
                 raise BundleIntegrityError(
                     f"the self-test of the bundle holds {shown(name)}, which it cannot; export again"
                 )
@@ -269,11 +313,18 @@ class Bundle:
             raise BundleIntegrityError("the self-test of the bundle holds no run; export again")
         return latents
 
-    @property
-    def agrees(self) -> float:
-        """The difference from the pipeline below which a self-test is passed, by what the engines compute in."""
-        ports = [port for engine in self.manifest.engines for port in (*engine.inputs, *engine.outputs)]
-        return AGREES_COARSE if any(port.dtype == "bfloat16" for port in ports) else AGREES
+    def pictures_of(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is decoded of the latents in ``data``, a self-test, wherever it has pictures; by their names there."""
+        found = {}
+        for schedule in self.manifest.schedules:
+            run = f"{schedule.size}.{schedule.tier}.{schedule.steps}"
+            if f"images.{run}" in data:
+                if self.manifest.sizes[schedule.size].decode is None:
+                    raise BundleIntegrityError(
+                        "the self-test of the bundle holds pictures, and the bundle does not decode; export again"
+                    )
+                found[f"images.{run}"] = self._decoded(data[f"latents.{run}"], schedule.size)
+        return found
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -484,34 +535,43 @@ class Bundle:
             for each in form.conditions
             for row in each.rows
         }
-        known = {name: each for (_, name), each in by_half.items()}
         given = {half: dict(values) for half, values in conditions.items()}
         for name, value in named.items():
-            if name not in known:
-                raise BundleInputError(
-                    f"the model takes no {quoted(name)}; it is conditioned on {', '.join(known) or 'nothing'}"
-                )
             given.setdefault(HALVES[0], {})[name] = value
         for half, values in given.items():
             for name, value in values.items():
-                if name not in known:
-                    raise BundleInputError(
-                        f"the model takes no {quoted(name)}; it is conditioned on {', '.join(known) or 'nothing'}"
-                    )
-                values[name] = _tensor(value, by_half.get((half, name), known[name]))
-                if known[name].argument.batched and images is None:
+                values[name] = _tensor(value, by_half[half, name])
+                if by_half[half, name].argument.batched and images is None:
                     images = len(values[name])
             given[half] = values
         count = 1 if images is None else images
         for half, names in fixed.items():
             for name, stored in names.items():
                 if name not in given.setdefault(half, {}) and (half, name) in by_half:
-                    value = self._weights[stored]
                     argument = by_half[half, name].argument
-                    if tuple(value.shape) != ((1, *argument.shape) if argument.batched else argument.shape):
-                        raise BundleIntegrityError(f"{shown(stored)} of the bundle has another shape; export again")
-                    given[half][name] = value.expand(count, *value.shape[1:]) if argument.batched else value
+                    shape = (count, *argument.shape) if argument.batched else argument.shape
+                    given[half][name] = self._stored(stored, shape)
         return given, count
+
+    def _stored(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A condition in the file of weights, one row, in this shape."""
+        value = self._weights[name]
+        if value.ndim != len(shape) or any(own not in (1, size) for own, size in zip(value.shape, shape, strict=True)):
+            raise BundleIntegrityError(f"{shown(name)} of the bundle has another shape; export again")
+        return value.expand(*shape)
+
+    def _check_asked(self, size: int, given: Mapping[str, Mapping[str, Tensor]], images: int) -> None:
+        """Raise :class:`BundleInputError` for conditions whose values the engines' graphs follow from, where these are
+        others than in the call that was exported."""
+        for half, names in self.manifest.sizes[size].asked.items():
+            for name, stored in names.items():
+                value = given.get(half, {}).get(name)  # else it is what stands in the program, that of the export
+                if value is not None and not torch.equal(value, self._stored(stored, value.shape).to(value.dtype)):
+                    raise BundleInputError(
+                        f"{name} of the {half} half is another one than in the call that was exported, and the "
+                        "engines hold for its values alone (how many tokens a mask shows, where they stand): give one "
+                        "like it, with embeddings for as many tokens, or export again with such a prompt"
+                    )
 
 
 class _Course:
@@ -564,13 +624,100 @@ class _Course:
 def check_names(manifest: Manifest, weights: WeightFile) -> None:
     """Raise :class:`BundleIntegrityError` for a tensor that a manifest speaks of, and the file of weights lacks."""
     named = [stored for engine in manifest.engines for stored in engine.weights.values()]
-    named += [stored for size in manifest.sizes for given in size.conditions.values() for stored in given.values()]
+    for size in manifest.sizes:
+        halves = (*size.conditions.values(), *size.asked.values())
+        named += [stored for given in halves for stored in given.values()]
     missing = sorted({name for name in named if name not in weights})
     if missing:
         raise BundleIntegrityError(
             f"the manifest speaks of {shown(missing[0])} and {len(missing) - 1} more tensors that are not in "
             f"{shown(manifest.weights)}; copy the whole folder again, or export again"
         )
+
+
+def _check_given(program: Program, conditions: Any, named: Mapping[str, Any]) -> None:
+    """Raise :class:`BundleInputError` for conditions of a half or name that the program does not have, and for what is
+    given twice: nothing that a caller says is left out without a word."""
+    taken: dict[str, dict[str, None]] = {}
+    for each in (each for form in program.forms for each in form.conditions):
+        for row in each.rows:
+            taken.setdefault(row.half, {})[each.argument.name] = None
+    halves = ", ".join(taken) or "none"
+    if not isinstance(conditions, Mapping) or not all(isinstance(each, Mapping) for each in conditions.values()):
+        raise BundleInputError(
+            f"the conditions are {quoted(conditions)}; give tensors by half and name, "
+            '{"cond": {...}, "uncond": {...}}'
+        )
+    for half, values in conditions.items():
+        if half not in taken:
+            raise BundleInputError(
+                f"conditions are given of the half {quoted(half)}, and the call that was exported has {halves}; leave "
+                "them out, or export again with guidance"
+            )
+        for name in values:
+            _check_taken(taken, half, name)
+            if half == HALVES[0] and name in named:
+                raise BundleInputError(f"{name} is given by name and among the conditions of the {half} half; give one")
+    for name in named:
+        _check_taken(taken, HALVES[0], name)
+
+
+def _check_taken(taken: Mapping[str, Mapping[str, None]], half: str, name: str) -> None:
+    if name in taken.get(half, ()):
+        return
+    others = [each for each in taken if name in taken[each]]
+    if others:
+        raise BundleInputError(f"the model takes {quoted(name)} of the {others[0]} half alone, not of the {half} half")
+    known = dict.fromkeys(each for names in taken.values() for each in names)
+    raise BundleInputError(f"the model takes no {quoted(name)}; it is conditioned on {', '.join(known) or 'nothing'}")
+
+
+def _generators(seed: Any, generator: Any) -> tuple[torch.Generator, ...]:
+    """Those that the noise comes from: one for all images, or one for each. Raises :class:`BundleInputError`."""
+    if seed is not None and generator is not None:
+        raise BundleInputError("a seed and a generator were given; give one of them")
+    if generator is not None:
+        found = tuple(generator) if isinstance(generator, (list, tuple)) else (generator,)
+        if not found or not all(isinstance(each, torch.Generator) for each in found):
+            raise BundleInputError(
+                f"the generator is {quoted(generator)}; give a torch.Generator, or one for each image"
+            )
+        return found
+    made = torch.Generator()
+    if seed is None:
+        made.seed()
+        return (made,)
+    try:
+        if isinstance(seed, bool):
+            raise TypeError
+        made.manual_seed(operator.index(seed))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BundleInputError(
+            f"the seed is {quoted(seed)}; give a whole number from {SEEDS[0]} to {SEEDS[1]}"
+        ) from error
+    return (made,)
+
+
+def _noise(program: Program, generators: Sequence[torch.Generator], images: int) -> Noise:
+    """What draws the noise. Raises :class:`BundleInputError` for generators that do not fit the images."""
+    if len(generators) == 1:
+        return generators[0]
+    if len(generators) != images:
+        raise BundleInputError(f"{len(generators)} generators are given for {images} images; give one, or one for each")
+    if any(draw.seeded and draw.groups > 1 for draw in program.draws):
+        raise BundleInputError(
+            "the pipeline draws noise for both halves of guidance at once, which generators of single images do not "
+            "tell; give one generator"
+        )
+
+    def drawn(draw: Draw, count: int) -> Tensor:
+        dtype = DTYPES[draw.dtype]
+        if not draw.seeded:
+            return torch.randn((draw.groups * count, *draw.shape), dtype=dtype)
+        rows = [torch.randn((1, *draw.shape), generator=each, dtype=dtype, device=each.device) for each in generators]
+        return torch.cat([row.cpu() for row in rows])
+
+    return drawn
 
 
 def _tensor(value: Any, condition: Condition) -> Tensor:
@@ -592,6 +739,14 @@ def _tensor(value: Any, condition: Condition) -> Tensor:
             f"{', '.join(map(str, argument.shape))})"
         )
     return tensor
+
+
+def _paired(found: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What was made beside what a self-test has of it. Raises :class:`BundleIntegrityError` where that is nothing."""
+    for name, made in found.items():
+        if name not in data or data[name].shape != made.shape:
+            raise BundleIntegrityError(f"the self-test of the bundle lacks {shown(name)}; export again")
+        yield made, data[name]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difa_compile.bundle import tensorrt
 from difa_compile.bundle.manifest import Engine, File, Port, check_file, checked_bytes, sizes_of
+from difa_compile.bundle.onnx_paths import check_places
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.errors import BundleIntegrityError, EngineRunError, TargetError, is_out_of_memory
 from difa_compile.plugins.cpu import build
@@ -324,8 +325,9 @@ def open_session(
 
 
 def _open_onnx(engine: Engine, folder: Path, files: Mapping[str, File], weights: WeightFile, prepack: bool) -> Session:
-    del weights  # ONNX Runtime maps the file itself
-    return OnnxSession(engine, checked_bytes(folder, engine.file, files), folder, prepack)
+    content = checked_bytes(folder, engine.file, files)
+    check_places(content, weights.path.name, engine.file)  # ONNX Runtime maps the file itself
+    return OnnxSession(engine, content, folder, prepack)
 
 
 def _open_aoti(engine: Engine, folder: Path, files: Mapping[str, File], weights: WeightFile, prepack: bool) -> Session:

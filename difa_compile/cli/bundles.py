@@ -195,6 +195,12 @@ def run(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="that of the export")] = None,
     seed: Seed = 0,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            help="Write what every so many steps have made, too.", min=1, max=MOST_STEPS, show_default="no previews"
+        ),
+    ] = None,
     target: Target = None,
 ) -> None:
     """Sample images from a bundle. Needs neither diffusers nor transformers."""
@@ -226,16 +232,25 @@ def run(
         raise typer.BadParameter(
             "the bundle makes no pictures (videos, or latents alone); sample it from Python", param_hint="BUNDLE"
         )
+
+    def write(pictures: torch.Tensor, when: str = "") -> None:
+        for number, picture in enumerate(pictures):
+            pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+            path = output / f"{number:04d}{when}.png"
+            write_whole(path, _png(Image.fromarray(pixels.numpy())), "an image")
+
+    def write_preview(step: int, total: int, latents: torch.Tensor, pictures: torch.Tensor | None) -> None:
+        del latents
+        if pictures is not None:
+            write(pictures, f"-step-{step:0{len(str(total))}d}")
+
     found = loaded(
         steps=steps, tier=tier, seed=seed, guidance=guidance, conditions=by_half, images=images, height=height,
-        width=width, **given,
+        width=width, preview=preview or False, callback=None if preview is None else write_preview, **given,
     )  # fmt: skip
     console = make_console()
     assert found.images is not None
-    for number, picture in enumerate(found.images):
-        pixels = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
-        path = output / f"{number:04d}.png"
-        write_whole(path, _png(Image.fromarray(pixels.numpy())), "an image")
+    write(found.images)
     console.print(Text.assemble(f"{len(found.images)} images: ", (visible(str(output)), "bold")), soft_wrap=True)
 
 
@@ -264,14 +279,13 @@ def verify_bundle(bundle: BundleFolder) -> None:
     for target in manifest.targets:
         try:
             loaded = load_bundle(bundle, target)
-            worst = loaded.self_test()
+            tested = loaded.tested()
         except TargetError as error:
             before = "" if target in manifest.compared else "; nor was it run when the bundle was written"
             console.print(Text(f"{target}: not run: {visible(str(error))}{before}"))
             continue
-        found = f"the self-test's latents differ by {worst:.1e} of the largest from those of {manifest.tested_by}"
-        console.print(Text(f"{target}: {found}"))
-        if not worst < loaded.agrees:
+        console.print(Text(f"{target}: beside what {manifest.tested_by} made, the self-test's {tested.told}"))
+        if not tested.passed:
             again = "adapt the original" if manifest.adapters else "export"
             raise BundleIntegrityError(
                 f"the engines of {target} do not make what {manifest.tested_by} made when the bundle was written; "
@@ -411,6 +425,10 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
     several = len(manifest.sizes) > 1
     for column in ("tier", *(["size"] if several else []), "steps", "calls", "engines"):
         schedules.add_column(column, justify="left" if column == "tier" else "right")
+    for each in manifest.sizes:
+        if each.layouts:
+            where = f" at {each.name}" if several else ""
+            console.print(Text(f"tokens of attention{where}: {shown(', '.join(each.layouts), 200)}"))
     for schedule in manifest.schedules:
         rows = {call.row for call in schedule.calls}
         cells = [manifest.sizes[schedule.size].name] if several else []
@@ -450,7 +468,6 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
         if engine.unchecked:
             label = shown(engine.file.rsplit("-", 1)[0])
             console.print(Text(f"{label} was not run beside its program: {shown(engine.unchecked, 200)}"))
-    caches = manifest.cache_bytes()
     if manifest.prompts is not None:
         told = []
         for encoder in manifest.prompts.encoders:
@@ -459,9 +476,23 @@ def _print_manifest(console: Console, manifest: Manifest) -> None:
             told.append(f"{shown(encoder.half)}: {', '.join(files)}, encoded by {label}")
         console.print(Text("prompts, " + "; ".join(told)))
     whole = sum(file.bytes for file in manifest.files.values())
-    console.print(
-        f"{size(manifest.files[manifest.weights].bytes)} of weights, {size(whole)} in all; caches take {size(caches)} "
-        "an image"
+    console.print(f"{size(manifest.files[manifest.weights].bytes)} of weights, {size(whole)} in all")
+    console.print(_memory(manifest), soft_wrap=True)
+
+
+def _memory(manifest: Manifest) -> str:
+    """What a call of a bundle takes, as far as that is known beforehand."""
+    most = manifest.most_images
+
+    def told(one: int, all_of_them: int) -> str:
+        return f"{size(one)} an image" + (f" ({size(all_of_them)} of {most} images)" if most > 1 else "")
+
+    caches = manifest.cache_bytes()
+    return (
+        f"Memory of a call: weights {size(manifest.files[manifest.weights].bytes)}, one copy for all engines and "
+        f"calls; caches {told(caches, caches * most)}; what an engine takes and gives, at most "
+        f"{told(manifest.port_bytes(1), manifest.port_bytes(most))}; and what a runtime needs within engines, which "
+        "tensorrt alone tells beforehand"
     )
 
 

@@ -37,6 +37,7 @@ from difa_compile.export.plain_attention import PlainLocalAttention
 from difa_compile.layout import Layout
 from difa_compile.ops.heads import JOIN_HEADS
 from difa_compile.ops.local_attention import LOCAL_ATTENTION
+from difa_compile.ops.sized import SIZED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -311,6 +312,7 @@ class _Translation:
             LOCAL_ATTENTION: local_attention,
             torch.ops.aten.linear.default: _linear,
             torch.ops.aten.squeeze.dim: _squeeze,
+            SIZED: _sized,
         }
 
     def _local_attention(
@@ -398,6 +400,16 @@ def _squeeze(value: Any, dim: int) -> Any:
 
     op: Any = opset20
     return op.Squeeze(value, op.Constant(value_ints=[dim])) if value.shape[dim] == 1 else op.Identity(value)
+
+
+def _sized(value: Any, shape: Sequence[Any]) -> Any:
+    """``difa::sized``: a runtime refuses to reshape what has another number of elements. Other values do not come that
+    far: whoever runs a bundle compares what sizes follow from (``asked`` in its manifest)."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    return op.Identity(value) if sizes.count(-1) > 1 else op.Reshape(value, op.Constant(value_ints=sizes))
 
 
 def _operator(name: str, attributes: Mapping[str, Any], masked: bool) -> Any:

@@ -1,5 +1,6 @@
 """Files of LoRAs and weights: what they add to which weight, and what is refused to the last tensor."""
 
+import hashlib
 import json
 import math
 import struct
@@ -341,3 +342,85 @@ def test_a_configuration_that_cannot_be_read(path):
     safetensors.torch.save_file(factors("base_model.model.blocks.0.to_q"), path)
     with pytest.raises(AdapterError, match=r"adapter_config.json cannot be read"):
         open_adapter(path)
+
+
+# --- several files with their index ----------------------------------------------------------------------------------
+
+WHOLE = {
+    "blocks.0.to_q.weight": torch.ones(OUT, IN),
+    "blocks.0.to_q.bias": torch.full((OUT,), 2.0),
+    "blocks.1.to_q.weight": torch.full((OUT, IN), 3.0),
+}
+SHARDS = {name: f"model-{number}-of-2.safetensors" for name, number in zip(WHOLE, (1, 2, 1), strict=True)}
+
+
+def in_shards(folder, places=SHARDS, index="model.safetensors.index.json"):
+    """The weights in two files, and an index that says so (or ``places``)."""
+    for shard in set(SHARDS.values()):
+        held = {name: WHOLE[name] for name in WHOLE if SHARDS[name] == shard}
+        safetensors.torch.save_file(held, folder / shard)
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return folder / index
+
+
+def test_weights_in_several_files(tmp_path):
+    index = in_shards(tmp_path)
+    for place in (index, tmp_path):
+        file = open_adapter(place)
+        assert file.name == index.name
+        found = changes(file, STORED, ("transformer",))
+        assert found.by_weight == {f"transformer.{name}": Whole(name) for name in WHOLE}
+        for name, tensor in WHOLE.items():
+            stored = STORED[f"transformer.{name}"]
+            made = found.of(f"transformer.{name}", torch.zeros(stored.shape, dtype=stored.dtype), 1.0)
+            assert torch.equal(made, tensor.to(stored.dtype))
+    content = b"".join((tmp_path / f"model-{number}-of-2.safetensors").read_bytes() for number in (1, 2))
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "shard", ["../model-1-of-2.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "x.bin", "", ".x.safetensors", 3]
+)
+def test_an_index_that_leaves_its_folder(tmp_path, shard):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    in_shards(tmp_path)
+    index = in_shards(inside, {**SHARDS, "blocks.0.to_q.bias": shard})
+    with pytest.raises(AdapterError, match="no name of a safetensors file beside it"):
+        open_adapter(index)
+
+
+def test_an_index_that_is_not_of_its_files(tmp_path):
+    few = {name: SHARDS[name] for name in list(WHOLE)[:2]}
+    with pytest.raises(
+        AdapterError, match=r"says of model-1-of-2\.safetensors other tensors than it holds \(blocks\.1"
+    ):
+        open_adapter(in_shards(tmp_path, few))
+    moved = {**SHARDS, "blocks.1.to_q.weight": "model-2-of-2.safetensors"}
+    with pytest.raises(AdapterError, match="other tensors than it holds"):
+        open_adapter(in_shards(tmp_path, moved))
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": SHARDS}))
+    with pytest.raises(AdapterError, match=r"model-2-of-2\.safetensors cannot be read as a safetensors file"):
+        open_adapter(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 10**5, "\0"])
+def test_what_is_no_index(tmp_path, text):
+    index = in_shards(tmp_path)
+    index.write_text(text)
+    with pytest.raises(AdapterError, match="is no index of safetensors files"):
+        open_adapter(index)
+
+
+def test_a_folder_with_several_sets_of_weights(tmp_path):
+    index = in_shards(tmp_path)
+    safetensors.torch.save_file(WHOLE, tmp_path / "other.safetensors")
+    with pytest.raises(AdapterError, match=r"several sets of weights, .*other\.safetensors; name one"):
+        open_adapter(tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    in_shards(tmp_path, index="model.fp16.safetensors.index.json")
+    with pytest.raises(AdapterError, match="several sets of weights"):
+        open_adapter(tmp_path)
+    assert len(open_adapter(index).tensors) == len(WHOLE)

@@ -54,10 +54,13 @@ def test_what_has_joined_the_format_may_be_missing(folder):
         content.pop("compared", None)
         for engine in content["engines"]:
             del engine["memory"], engine["unchecked"], engine["library"]
+        for size in content["sizes"]:
+            del size["asked"], size["layouts"]
 
     found = Manifest.from_json(edited(folder, change), "here")
     assert found.compared == {}
     assert all(engine.memory == {} for engine in found.engines)
+    assert all((size.asked, size.layouts) == ({}, ()) for size in found.sizes)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +334,30 @@ def test_files_that_are_not_what_was_exported(folder):
         file_in(folder, name)
 
 
+def test_a_manifest_that_is_a_link(folder, tmp_path):
+    (folder / MANIFEST).rename(tmp_path / MANIFEST)
+    (folder / MANIFEST).symlink_to(tmp_path / MANIFEST)
+    with pytest.raises(BundleIntegrityError, match="is a link, which could lead anywhere"):
+        read_manifest(folder)
+
+
 def test_a_folder_on_the_way_that_is_a_link(folder, tmp_path):
     (folder / "plans").rename(tmp_path / "plans")
     (folder / "plans").symlink_to(tmp_path / "plans")
     found = read_manifest(folder)
     with pytest.raises(BundleIntegrityError, match="is a link"):
         checked_bytes(folder, found.plans["quick"], found.files)
+
+
+def test_the_memory_of_a_call():
+    """Of the tiny model: a sample of 8 x 8 in float32 for both halves, its label and timestep, and as much out of it,
+    or of the decoder; caches of 2 blocks, 16 tokens, 16 channels for both halves."""
+    found = read_manifest(bundles.kept())
+    assert found.most_images == 2
+    assert found.cache_bytes() == 2 * 2 * 16 * 16 * 4
+    per_image = 2 * (2 * 8 * 8 * 4) + 2 * (8 + 8)
+    assert [found.port_bytes(images) for images in (1, 2, 3)] == [per_image, 2 * per_image, 0]
+    assert found.sizes[0].layouts == ("4x4",)
 
 
 def test_sizes_for_images():
@@ -372,6 +393,65 @@ def test_fuzzed_manifests():
 
 def test_fuzzed_manifests_with_prompts(tmp_path):
     fuzzed(300, 2, bundles.prompted(tmp_path))
+
+
+VALUES = (
+    None, True, False, 0, 1, -1, 2, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, "", "0", "images", "2*images",
+    "../x", "cond", "uncond", "float32", "onnx", "a" * 300, "\x1b[31m", [], {}, [0], ["a"], [[]], {"": 0}, {"a": "b"},
+)  # fmt: skip
+"""Put in the place of others."""
+
+
+def revalued(times, seed, folder):
+    """A manifest with one or two values exchanged, for strange ones or for others out of it, and its digest right
+    again: refused, or read as it stands there. How many were read."""
+    document = json.loads((folder / MANIFEST).read_text())
+    content = {name: document[name] for name in (*module.FORMAT.keys, *module.FORMAT.optional) if name in document}
+    chance = random.Random(seed)
+    text = json.dumps(content)
+    read = 0
+    for _ in range(times):
+        changed = json.loads(text)
+        places = list(values_in(changed))
+        for _ in range(chance.randint(1, 2)):
+            owner, key = chance.choice(places)
+            other, name = chance.choice(places)
+            value = chance.choice(VALUES) if chance.random() < 0.7 else json.loads(json.dumps(other[name]))
+            owner[key] = value
+        try:
+            found = Manifest.from_json(json.dumps(module.FORMAT.frame(changed)), "here")
+        except BundleFormatError:
+            continue
+        assert holds(json.loads(json.dumps(found.content())), changed)
+        read += 1
+    return read
+
+
+def holds(found, given):
+    """Whether a document is another one, with what may be missing in that filled in."""
+    if isinstance(given, dict) and isinstance(found, dict):
+        return given.keys() <= found.keys() and all(holds(found[name], given[name]) for name in given)
+    if isinstance(given, list) and isinstance(found, list):
+        return len(found) == len(given) and all(map(holds, found, given))
+    return found == given and isinstance(found, bool) is isinstance(given, bool)
+
+
+def values_in(content):
+    """All values of a document, as what holds them and where."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield content, key
+        yield from values_in(value)
+
+
+def test_values_exchanged_in_manifests(tmp_path):
+    assert 0 < revalued(300, 0, bundles.kept()) < 300
+    assert 0 < revalued(300, 1, bundles.prompted(tmp_path)) < 300
+
+
+@pytest.mark.slow
+def test_ten_thousand_manifests_with_values_exchanged(tmp_path):
+    assert 0 < revalued(10_000, 2, bundles.prompted(tmp_path)) < 10_000
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 import torch
 
+from difa_compile.bundle.agreement import LIMITS
 from difa_compile.bundle.manifest import ENCODES, File, Prompts, Text, read_manifest
-from difa_compile.bundle.runner import Bundle, load_bundle
+from difa_compile.bundle.program import Argument, Condition, ConditionRow, Draw
+from difa_compile.bundle.runner import Bundle, _check_given, _noise, load_bundle
 from difa_compile.bundle.weights import write_weights
 from difa_compile.errors import (
     BundleInputError,
@@ -24,6 +26,7 @@ from difa_compile.errors import (
 )
 from difa_compile.pipeline.apply import apply, remove
 from tests.support import bundles
+from tests.support.programs import small_program
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,72 @@ def test_it_makes_what_the_pipeline_makes(bundle, labels, seed, guidance):
 
 def test_the_self_test(bundle):
     assert 0 <= bundle.self_test() < bundles.AGREE
+    found = bundle.tested()
+    assert found.passed
+    assert found.levels is not None, "pictures are compared, too"
+    assert (found.limit, found.most_levels) == (LIMITS[torch.float32], 1)
+
+
+def with_self_test(folder, tensors):
+    """A copy of the bundle whose self-test is ``tensors``; its manifest is not written."""
+    folder = bundles.copy(folder)
+    manifest = read_manifest(folder)
+    write_weights(folder / manifest.self_test, tensors)
+    content = (folder / manifest.self_test).read_bytes()
+    entry = File(len(content), hashlib.sha256(content).hexdigest())
+    return Bundle(
+        folder, manifest=msgspec.structs.replace(manifest, files={**manifest.files, manifest.self_test: entry})
+    )
+
+
+RUN = f"0.quick.{bundles.STEPS}"
+LATENTS = {"seed": torch.tensor(0), f"latents.{RUN}": torch.zeros(1, 1, 8, 8)}
+
+
+def test_what_is_off_by_more_than_rounding_fails(tmp_path, bundle):
+    """By a hundredth of the latents, and by two levels of pictures: what a wrong engine or decoder can look like."""
+    data = {name: tensor.clone() for name, tensor in bundle.self_test_data().items()}
+    found = with_self_test(tmp_path / "latents", {**data, f"latents.{RUN}": data[f"latents.{RUN}"] * 1.01}).tested()
+    assert not found.passed
+    assert found.latents == pytest.approx(0.01, rel=0.1)
+    pictures = data[f"images.{RUN}"]
+    pictures[..., 0, 0] += 2 if int(pictures[..., 0, 0].max()) < 128 else -2 % 256
+    found = with_self_test(tmp_path / "pictures", {**data, f"images.{RUN}": pictures}).tested()
+    assert not found.passed
+    assert found.levels in (2, 3)
+
+
+def test_a_self_test_without_pictures_is_taken(tmp_path, bundle):
+    """Of a bundle that does not decode, or from before they were in it; pictures that nothing decodes are damage."""
+    data = bundle.self_test_data()
+    loaded = with_self_test(tmp_path / "none", {name: data[name] for name in data if not name.startswith("images.")})
+    found = loaded.tested()
+    assert found.passed
+    assert found.levels is None
+    (size,) = loaded.manifest.sizes
+    size = msgspec.structs.replace(size, decode=None)
+    blind = with_self_test(tmp_path / "blind", data)
+    blind.manifest = msgspec.structs.replace(blind.manifest, sizes=(size,))
+    with pytest.raises(BundleIntegrityError, match="the bundle does not decode"):
+        blind.tested()
+
+
+def test_what_is_rounding_follows_from_the_dtypes(bundle, monkeypatch):
+    monkeypatch.setattr(Bundle, "self_test", lambda self: 0.01)
+    for dtype in ("float16", "bfloat16"):
+        engines = []
+        for engine in bundle.manifest.engines:
+            outputs = tuple(msgspec.structs.replace(port, dtype=dtype) for port in engine.outputs)
+            engines.append(msgspec.structs.replace(engine, outputs=outputs) if engine.row >= 0 else engine)
+        manifest = msgspec.structs.replace(bundle.manifest, engines=tuple(engines))
+        found = Bundle(bundle.folder, manifest=manifest).tested()
+        assert found.passed
+        assert (found.limit, found.most_levels) == (LIMITS[getattr(torch, dtype)], 1)
+    assert not bundle.tested().passed
+    rough = Bundle(bundle.folder, manifest=bundle.manifest)
+    monkeypatch.setattr(Bundle, "pictures_of", lambda *_: {})
+    rough.target = "tensorrt"
+    assert rough.tested().limit == LIMITS[torch.float16], "its float32 is multiplied as TF32"
 
 
 def test_a_generator_is_used_as_the_pipeline_uses_it(bundle):
@@ -84,6 +153,91 @@ def test_callbacks_see_every_step_and_can_end_it(bundle):
     with pytest.raises(SamplingCancelledError, match="after step 2"):
         bundle(class_labels=[1], callback=lambda step, *_: step < 2)
     assert torch.equal(bundle(class_labels=[1], seed=0).latents, bundle(class_labels=[1], seed=0).latents)
+
+
+def test_previews_are_what_the_latents_so_far_decode_to(bundle):
+    seen = []
+
+    def note(step, steps, latents, pictures):
+        wanted = bundle.decode(latents.float())
+        seen.append(pictures is not None and torch.equal(pictures, wanted))
+
+    bundle(class_labels=[1, 2], seed=0, callback=note, preview=True, decode=False)
+    assert seen == [True] * bundles.STEPS
+    seen.clear()
+    bundle(class_labels=[1], seed=0, callback=note, preview=3)
+    assert seen == [False, False, True, True], "every third and the last"
+    with pytest.raises(SamplingCancelledError, match="after step 1"):
+        bundle(class_labels=[1], callback=lambda step, steps, latents, pictures: False, preview=2)
+
+
+def test_a_generator_for_each_image(bundle):
+    pipe = bundles.pipeline()
+    apply(pipe, bundles.plan(pipe), inner="eager")
+    call = {"class_labels": [2, 0], "guidance_scale": 3.0, "num_inference_steps": bundles.STEPS, "output_type": "np"}
+    wanted = pipe(**call, generator=[torch.Generator().manual_seed(seed) for seed in (5, 7)]).images
+    remove(pipe)
+    given = [torch.Generator().manual_seed(seed) for seed in (5, 7)]
+    found = bundle(class_labels=[2, 0], generator=given)
+    assert (found.images.float() - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
+    alone = bundle(class_labels=[0], generator=[torch.Generator().manual_seed(7)]).latents
+    torch.testing.assert_close(found.latents[1:], alone, atol=bundles.AGREE, rtol=0)
+
+
+def test_noise_for_both_halves_at_once_takes_one_generator():
+    both = small_program(operations=(Draw(2, (2, 3), "float32", True), *small_program().operations[1:]))
+    generators = [torch.Generator(), torch.Generator()]
+    with pytest.raises(BundleInputError, match="both halves of guidance at once"):
+        _noise(both, generators, 2)
+    drawn = _noise(small_program(), generators, 2)
+    torch.manual_seed(0)
+    wanted = torch.randn(2, 2, 3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn(Draw(1, (2, 3), "float32", False), 2), wanted), "what takes no generator is torch's own"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "named", "message"),
+    [
+        ({"negative": {"labels": [1]}}, {}, "of the half 'negative', and the call that was exported has cond, uncond"),
+        ({"uncond": {"ids": [1.0]}}, {}, "takes 'ids' of the cond half alone, not of the uncond half"),
+        ({"cond": {"text": [1]}}, {}, "takes no 'text'; it is conditioned on labels, ids"),
+        ({"cond": {"labels": [1]}}, {"labels": [2]}, "labels is given by name and among the conditions of the cond"),
+        ({}, {"text": [1]}, "takes no 'text'; it is conditioned on labels, ids"),
+        ({"cond": torch.zeros(1)}, {}, "give tensors by half and name"),
+        ([1], {}, "give tensors by half and name"),
+    ],
+)
+def test_no_condition_is_left_out_without_a_word(conditions, named, message):
+    with pytest.raises(BundleInputError, match=message):
+        _check_given(small_program(), conditions, named)
+
+
+def test_a_half_that_the_export_did_not_have_is_refused():
+    (form,) = small_program().forms
+    alone = Condition(Argument("labels", "int64", ()), (ConditionRow("cond"), ConditionRow("cond")))
+    program = replace(small_program(), forms=(replace(form, conditions=(alone,)),))
+    _check_given(program, {"cond": {"labels": [1]}}, {})
+    with pytest.raises(BundleInputError, match="half 'uncond', and the call that was exported has cond; leave"):
+        _check_given(program, {"uncond": {"labels": [1]}}, {})
+
+
+def test_conditions_that_a_graph_follows_from_are_those_of_the_export(tmp_path):
+    folder = bundles.copy(tmp_path)
+    manifest = read_manifest(folder)
+    (size,) = manifest.sizes
+    asked = msgspec.structs.replace(size, asked={"cond": {"class_labels": "asked.0.cond.class_labels"}})
+    asking = msgspec.structs.replace(manifest, sizes=(asked,))
+    with pytest.raises(BundleIntegrityError, match=r"the manifest speaks of asked\.0\.cond\.class_labels"):
+        Bundle(folder, manifest=asking)
+    loaded = Bundle(folder)
+    wanted = loaded(class_labels=[1, 1], seed=0).latents
+    loaded.manifest = asking
+    loaded._weights._tensors["asked.0.cond.class_labels"] = torch.tensor([1])
+    assert torch.equal(loaded(class_labels=[1, 1], seed=0).latents, wanted)
+    for labels in ([2], [1, 2]):
+        with pytest.raises(BundleInputError, match="class_labels of the cond half is another one than in the call"):
+            loaded(class_labels=labels)
 
 
 def test_threads_share_a_bundle(bundle):
@@ -153,17 +307,13 @@ def test_weights_that_are_not_in_the_file(tmp_path):
         ({"seed": torch.tensor(0)}, "holds no run"),
         ({"seed": torch.tensor(0), "condition.0.x": torch.zeros(1)}, "holds condition.0.x, which it cannot"),
         ({"seed": torch.tensor(0), f"latents.0.quick.{bundles.STEPS}": torch.tensor(1.0)}, "which it cannot"),
+        ({"seed": torch.tensor(0), f"images.{RUN}": torch.zeros(1, 2, 2, 1, dtype=torch.uint8)}, "which it cannot"),
+        ({**LATENTS, f"images.{RUN}": torch.zeros(1, 2, 2, 1)}, "which it cannot"),
     ],
 )
 def test_a_self_test_that_is_none(tmp_path, tensors, message):
-    folder = bundles.copy(tmp_path)
-    manifest = read_manifest(folder)
-    write_weights(folder / manifest.self_test, tensors)
-    content = (folder / manifest.self_test).read_bytes()
-    entry = File(len(content), hashlib.sha256(content).hexdigest())
-    manifest = msgspec.structs.replace(manifest, files={**manifest.files, manifest.self_test: entry})
     with pytest.raises(BundleIntegrityError, match=message):
-        Bundle(folder, manifest=manifest).self_test()
+        with_self_test(tmp_path, tensors).tested()
 
 
 def test_engines_that_make_nan_fail_the_self_test(monkeypatch):
@@ -189,6 +339,18 @@ def test_a_bundle_is_found_after_the_folder_was_changed(monkeypatch, tmp_path):
         ({"steps": 5}, "was not exported for 5 steps; it was for 4"),
         ({"class_labels": [1, 2, 3]}, "3 images at once were asked for; the bundle's engines serve"),
         ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
+        ({"seed": "one"}, "the seed is 'one'; give a whole number"),
+        ({"seed": 1.5}, "the seed is 1.5; give a whole number"),
+        ({"seed": True}, "the seed is True; give a whole number"),
+        ({"seed": 2**64}, "give a whole number from -9223372036854775808 to 18446744073709551615"),
+        ({"generator": 3}, "give a torch.Generator, or one for each image"),
+        ({"generator": []}, "give a torch.Generator, or one for each image"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators are given for 1 images"),
+        ({"preview": True}, "previews are given to a callback, and there is none"),
+        ({"preview": 0, "callback": print}, "preview is 0; give True, or after how many steps"),
+        ({"preview": "yes", "callback": print}, "preview is 'yes'"),
+        ({"class_labels": [1], "conditions": {"cond": {"class_labels": [1]}}}, "class_labels is given by name and"),
+        ({"class_labels": [1], "conditions": {"negative": {"class_labels": [1]}}}, "of the half 'negative'"),
         ({"prompt": "a cat"}, "takes no 'prompt'; it is conditioned on class_labels"),
         ({"negative_prompt": ["a cat"]}, "takes no 'negative_prompt'; .* has no text encoder"),
         ({"class_labels": "one"}, "which is no tensor"),

@@ -87,12 +87,27 @@ def test_show_and_verify(tmp_path):
     result = run("bundle", "show", bundles.kept())
     assert result.exit_code == 0, result.output
     assert "quick" in result.stdout
-    assert "weights" in result.stdout
+    assert "tokens of attention: 4x4" in result.stdout
+    said = " ".join(result.stdout.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "caches 4 KiB an image (8 KiB of 2 images)" in said
+    assert "what an engine takes and gives, at most" in said
     result = run("bundle", "verify", bundles.kept())
     assert result.exit_code == 0, result.output
     files = read_manifest(bundles.kept()).files
     assert f"{len(files)} files are what was exported" in result.stdout
-    assert "onnx: the self-test's latents differ by" in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert "onnx: beside what the pipeline made, the self-test's latents differ by" in said
+    assert "levels" in said, "of pictures, too"
+
+
+def test_run_writes_previews(tmp_path):
+    result = run("run", bundles.kept(), "-o", tmp_path, "--labels", "1,2", "--preview", 3)
+    assert result.exit_code == 0, result.output
+    names = [f"{image}{step}.png" for image in ("0000", "0001") for step in ("", "-step-3", "-step-4")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    last, final = (Image.open(tmp_path / name) for name in ("0001-step-4.png", "0001.png"))
+    assert list(last.getdata()) == list(final.getdata()), "what is made after the last step is the image"
+    assert list(Image.open(tmp_path / "0001-step-3.png").getdata()) != list(final.getdata())
 
 
 def test_what_was_not_run_is_said(tmp_path, monkeypatch):
@@ -150,7 +165,7 @@ def test_adapt_and_diff(tmp_path, monkeypatch):
     result = run("bundle", "show", tmp_path / "out")
     assert "lora.safetensors" in result.stdout
     result = run("bundle", "verify", tmp_path / "out")
-    assert "of the largest from those of the engines of onnx" in result.stdout
+    assert "beside what the engines of onnx made" in " ".join(result.stdout.split())
 
     result = run("bundle", "diff", bundles.kept(), tmp_path / "out", COLUMNS="80")
     assert result.exit_code == 3, result.output

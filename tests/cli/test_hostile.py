@@ -220,6 +220,7 @@ HOSTILE = {
     ("run", "--tier"): NAMES,
     ("run", "--guidance"): ["0.5", *NUMBERS],
     ("run", "--seed"): WHOLE_NUMBERS,
+    ("run", "--preview"): ["0", "10001", *WHOLE_NUMBERS],
     ("run", "--target"): ["aoti", *NAMES],
     ("report", "--output"): ["/dev/null", "/proc/difa", "a" * 300, "\0"],
     ("bundle adapt", "--out"): [".", "/", "/dev/null", "/proc/difa", "a" * 300, "\0", "bundle", "bundle/plans/x"],

@@ -1,6 +1,8 @@
 """What a pipeline does with its prompts, as a graph: against what the pipeline gives its transformer."""
 
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.video_components import wan
 
 CLOSE = 1e-5
+INF, NAN = math.inf, math.nan
 TEXTS = ("two small boats", " A grey HOUSE ", "", "boats and boats and boats and boats and boats")
 """Others than those on which an export tries itself."""
 
@@ -243,3 +246,27 @@ def test_a_planned_pipeline_is_refused(pixart, monkeypatch):
     monkeypatch.setattr(module, "wiring_of", lambda pipe: object())
     with pytest.raises(NotAppliedError, match="carries a plan"):
         before_loop(*pixart)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "far"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([1.0, -INF], [2.0, -INF], 0.5),
+        ([1.0, INF], [1.0, -INF], INF),
+        ([1.0, 3.0], [1.0, INF], INF),
+        ([NAN, 3.0], [NAN, 3.0], 0.0),
+    ],
+)
+def test_what_is_not_finite_hides_no_difference(found, wanted, far):
+    """A mask of zeros and infinite numbers is compared, and what stands beside it."""
+    run = lambda ids: (torch.tensor(found),)  # noqa: E731
+    made = SimpleNamespace(
+        program=SimpleNamespace(module=lambda: run), inputs={"t.ids": torch.zeros(1, 3)}, outputs={"text": None}
+    )
+    use = SimpleNamespace(label="t", number=0)
+    seen = SimpleNamespace(
+        uses=[SimpleNamespace(tensors={"input_ids": torch.zeros(1, 3)})],
+        conditions={"cond": {"text": torch.tensor(wanted)}},
+    )
+    assert module._Finding._difference(None, made, "cond", [use], [seen]) == far

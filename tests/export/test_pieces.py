@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from difa_compile.bundle.manifest import Port, read_manifest
-from difa_compile.errors import OutputError, TargetError
+from difa_compile.errors import TargetError
 from difa_compile.export import pieces as module
 from difa_compile.export.lowered import Lowered, table_name
 from difa_compile.export.pieces import PIECES, Draft, Made, Pieces, digest_of, form_of
@@ -105,7 +105,7 @@ def test_engines_of_the_bundle_that_is_there(tmp_path, draft, request, monkeypat
     [
         (RuntimeError("no such operation"), TargetError, "onnx does not take row-00: RuntimeError: no such operation"),
         (TargetError("as it says"), TargetError, "as it says"),
-        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "row-00 for onnx cannot be written: No space"),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left on device"),
         (FileNotFoundError(errno.ENOENT, "no compiler"), TargetError, "onnx does not take row-00: FileNotFoundError"),
         (MemoryError("no more"), MemoryError, "no more"),
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),

@@ -7,14 +7,14 @@ import torch
 
 from difa_compile.bundle.program import Clamp, Sample, Term, replay
 from difa_compile.errors import SamplingLoopError
-from difa_compile.export.verifying import SEED, differences, in_dtypes_of, relative, stand_in
+from difa_compile.export.verifying import SEED, differences, in_dtypes_of, stand_in
 from difa_compile.export.watching import Event
 from tests.support.programs import small_program
 
 CONDITIONS = {"cond": {"labels": torch.tensor([3, 4]), "ids": torch.arange(5.0)}}
 
 
-def done(program):
+def done(program, conditions=CONDITIONS):
     """What a pipeline did whose loop is ``program``: the calls of its model and its final latents."""
     calls = []
 
@@ -23,7 +23,7 @@ def done(program):
         calls.append(Event("call", rows, form.output, (), inputs, form=(form.model, form.branch)))
         return stand_in(len(calls), form.sample.name, form.output, inputs)
 
-    latents = replay(program, torch.Generator().manual_seed(SEED), CONDITIONS, call, images=2, dtype=torch.float32)
+    latents = replay(program, torch.Generator().manual_seed(SEED), conditions, call, images=2, dtype=torch.float32)
     return calls, latents
 
 
@@ -70,6 +70,24 @@ def test_nan_is_no_agreement():
     assert found(small_program(), calls, latents * float("nan"))[0] == float("inf")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_what_a_model_is_given_is_no_agreement_and_hides_no_other(value):
+    calls, latents = done(small_program())
+    ids = calls[0].tensors["ids"].clone()
+    ids[0] = value
+    calls[0].tensors = {**calls[0].tensors, "ids": ids}
+    assert found(small_program(), calls, latents)[0] == float("inf")
+
+
+def test_a_mask_of_infinite_numbers_can_be_followed():
+    given = {"cond": {**CONDITIONS["cond"], "ids": torch.tensor([0.0, 0.0, float("-inf"), 0.0, float("-inf")])}}
+    calls, latents = done(small_program(), given)
+    error, _ = found(small_program(), calls, latents, conditioning=given)
+    assert 0 < error < 1e-6
+    other = {"cond": {**given["cond"], "ids": given["cond"]["ids"].roll(1)}}
+    assert found(small_program(), calls, latents, conditioning=other)[0] == float("inf")
+
+
 @pytest.mark.parametrize("change", ["fewer", "more", "another branch", "another shape"])
 def test_other_calls_are_refused(change):
     calls, latents = done(small_program())
@@ -106,8 +124,3 @@ def test_dtypes_are_those_that_were_watched():
     arguments = (form.sample, *form.values, *(each.argument for each in form.conditions))
     assert {argument.dtype for argument in arguments} == {"float64"}
     assert in_dtypes_of(small_program(), []) == small_program()
-
-
-def test_relative_to_the_largest_value():
-    assert relative(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 5.0])) == pytest.approx(0.1)
-    assert relative(torch.tensor([0.5]), torch.tensor([0.0])) == 0.5

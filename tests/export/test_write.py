@@ -1,8 +1,10 @@
 """Exports: what is written, what a second one makes, what an interrupted one leaves, and what is refused."""
 
+import errno
 import fcntl
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,7 @@ from torch._inductor import config
 
 import difa_compile
 from difa_compile.bundle.manifest import DECODES, ENCODES, MANIFEST, Encoder, read_manifest
+from difa_compile.bundle.program import Argument, Condition, ConditionRow
 from difa_compile.bundle.runner import load_bundle
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
@@ -31,11 +34,13 @@ from difa_compile.export import pieces
 from difa_compile.export import write as module
 from difa_compile.export.pieces import PIECES, Made, Pieces
 from difa_compile.export.targets import tensorrt
-from difa_compile.export.write import export_bundle, latents_of
+from difa_compile.export.write import export_bundle, latents_of, run_of
+from difa_compile.files import writing
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
 from tests.support import bundles
+from tests.support.asking import TOKENS, asking_pipeline
 from tests.support.places import ROOT
 
 pytest.importorskip("onnxruntime")
@@ -244,8 +249,12 @@ def test_nothing_but_its_own_files_is_deleted(pipe, tmp_path):
 
 
 def test_engines_that_make_something_else_are_told(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "latents_of", lambda *_: [torch.ones(1, *SHAPE)])
+    def other(*given, **options):
+        latents, pictures = run_of(*given, **options)
+        return [latents[-1] * 1.01], pictures
+
     folder = bundles.copy(tmp_path)
+    monkeypatch.setattr(module, "run_of", other)
     old = read_manifest(folder)
     with pytest.raises(ExportError, match="do not make what the pipeline makes"):
         exported(pipe, folder)
@@ -431,6 +440,66 @@ def test_of_models_without_prompts_nothing_is_told(pipe):
     assert not told
 
 
+@pytest.mark.slow
+def test_engines_hold_for_the_values_that_their_graphs_follow_from(tmp_path):
+    """A mask that shows as many tokens as in the export's call is taken, any other is refused; texts are free."""
+    pipe, inputs = asking_pipeline(), {"class_labels": [1]}
+    plan = plan_from_rule(pipe, 3, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
+    found = exported(pipe, tmp_path, plan, inputs=inputs, steps=[3], most_images=2)
+    assert {half: list(names) for half, names in found.manifest.sizes[0].asked.items()} == {
+        "cond": ["mask"],
+        "uncond": ["mask"],
+    }
+    bundle = load_bundle(tmp_path)
+    program = bundle._program(bundle._schedule(None, None))
+    text, mask = torch.randn(1, TOKENS), torch.arange(TOKENS)[None] < 4
+    wanted = latents_of(pipe, {**inputs, "text": text}, plan, 3, program)[-1]
+    both = {half: {"text": text, "mask": mask} for half in ("cond", "uncond")}
+    latents = bundle(conditions=both, class_labels=[1], seed=module.TEST_SEED).latents
+    torch.testing.assert_close(latents, wanted, atol=bundles.AGREE, rtol=0)
+    assert (latents - bundle(class_labels=[1], seed=module.TEST_SEED).latents).abs().max() > 0.01, "texts matter"
+    for half in both:
+        other = {**both, half: {"text": text, "mask": torch.arange(TOKENS)[None] < 5}}
+        with pytest.raises(BundleInputError, match=f"mask of the {half} half is another one than in the call that was"):
+            bundle(conditions=other, class_labels=[1])
+
+
+def test_sizes_that_follow_from_values_go_into_onnx_alone():
+    call = SimpleNamespace(
+        model=torch.nn.Identity(),
+        capture=SimpleNamespace(model=SimpleNamespace(questions=SimpleNamespace(program=object()))),
+    )
+    exporting = module._Exporting.__new__(module._Exporting)
+    exporting.targets = ("onnx", "aoti")
+    with pytest.raises(TargetError, match=r"Identity's graph depend on values .* engines of aoti cannot hold; export"):
+        exporting._row(0, SimpleNamespace(call=0), {1: (call,)})
+
+
+def test_a_graph_that_follows_from_the_noisy_sample_is_not_exported():
+    graph = torch.fx.Graph()
+    for name in ("x", "mask"):
+        graph.placeholder(name)
+    held = SimpleNamespace(
+        module=SimpleNamespace(graph=graph), questions=SimpleNamespace(positions=(1, 0)),
+        positions=SimpleNamespace(inputs=frozenset()),
+    )  # fmt: skip
+    call = SimpleNamespace(
+        capture=SimpleNamespace(model=held), model=torch.nn.Identity(), branch=None, args=(torch.ones(1), torch.ones(1))
+    )
+    mask = Condition(Argument("mask", "float32", (2,)), (ConditionRow("cond"),))
+    form = SimpleNamespace(
+        model="transformer", branch=None, sample=Argument("x", "float32", (1,)), values=(), conditions=(mask,)
+    )
+    given = {"cond": {"mask": torch.tensor([[1.0, 0.0], [1.0, 0.0]])}}
+    probed = SimpleNamespace(program=SimpleNamespace(forms=(form,)), conditioning=given)
+    with pytest.raises(ExportError, match="follows from values of 'x', which change from call to call"):
+        module._asked([call], probed, 0, lambda model: "transformer")
+    held.questions.positions = (1,)
+    names, tensors = module._asked([call], probed, 0, lambda model: "transformer")
+    assert names == {"cond": {"mask": "asked.0.cond.mask"}}
+    assert torch.equal(tensors["asked.0.cond.mask"], torch.tensor([[1.0, 0.0]])), "one row"
+
+
 def test_two_exports_into_one_folder(pipe, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -442,6 +511,103 @@ def test_a_folder_that_cannot_be_written(pipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         exported(pipe, tmp_path / "file" / "bundle")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_takes_no_more_in_mid_export(pipe, tmp_path, monkeypatch, number):
+    """From whichever library: torch's and ONNX's write files of their own."""
+    folder = bundles.copy(tmp_path)
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), str(folder / "pieces" / "0.onnx"))
+
+    monkeypatch.setattr(Pieces, "_lowered", refused)
+    monkeypatch.setattr(module._Exporting, "exported", lambda self: self.pieces._lowered("onnx", None, folder))
+    with pytest.raises(OutputError, match=rf"was stopped: {os.strerror(number)} \(.*0\.onnx\); a bundle that was"):
+        exported(pipe, folder)
+    assert load_bundle(folder).self_test() < bundles.AGREE
+    monkeypatch.setattr(Pieces, "_lowered", lambda *_: [].copy(1))
+    with pytest.raises(TypeError):
+        exported(pipe, folder)
+
+
+def test_a_read_only_disk_is_told_before_anything_is_done(pipe, tmp_path, monkeypatch):
+    folder = bundles.copy(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def refused(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(writing, "_probe", refused)
+    monkeypatch.setattr(module._Exporting, "__post_init__", lambda self: pytest.fail("it was begun"))
+    with pytest.raises(OutputError, match="Read-only file system"):
+        exported(pipe, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert load_bundle(folder).self_test() < bundles.AGREE
+
+
+KILLED = """
+import os, signal, sys
+from difa_compile.export.pieces import Pieces
+from difa_compile.export.write import export_bundle
+from tests.support import bundles
+
+made, lower = [], Pieces._lowered
+
+def killed(self, target, draft, place):
+    if len(made) == 1:
+        (place.parent / "half written").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(draft.label)
+    return lower(self, target, draft, place)
+
+Pieces._lowered = killed
+pipe = bundles.pipeline()
+plan = bundles.plan(pipe, bundles.FORECAST)
+export_bundle(pipe, {"other": plan}, sys.argv[1], inputs=bundles.INPUTS, steps=[bundles.STEPS], most_images=1)
+"""
+
+
+@pytest.mark.slow
+def test_an_export_that_is_killed_goes_on_and_the_old_bundle_stays_whole(pipe, tmp_path):
+    """By a signal that nothing can catch, between two engines: what was done is found by the next one."""
+    folder = bundles.copy(tmp_path)
+    old = read_manifest(folder)
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    assert (folder / PIECES).exists()
+    assert read_manifest(folder) == old
+    assert load_bundle(folder).tested().passed
+    again = exported(pipe, folder, {"other": bundles.plan(pipe, bundles.FORECAST)})
+    assert again.kept == 1
+    assert again.manifest.tiers == ("other",)
+    assert load_bundle(folder).tested().passed
+    assert not (folder / PIECES).exists()
+
+
+@pytest.mark.slow
+def test_tiers_and_numbers_of_steps_in_one_bundle(pipe, tmp_path):
+    """Two of each: all four are what the pipeline makes, and share engines and weights."""
+    plans = {"fast": bundles.plan(pipe), "good": bundles.plan(pipe, bundles.FORECAST)}
+    steps = (bundles.STEPS, bundles.STEPS + 2)
+    found = exported(pipe, tmp_path, plans, steps=list(steps))
+    bundle = load_bundle(tmp_path)
+    assert bundle.tiers == ("fast", "good")
+    assert bundle.steps("fast") == bundle.steps("good") == steps
+    assert len(found.manifest.schedules) == 4
+    rows = [{call.row for call in schedule.calls} for schedule in found.manifest.schedules]
+    assert sum(map(len, rows)) > len(set().union(*rows)) == found.engines, "engines are shared"
+    made = {}
+    for tier, plan in plans.items():
+        for count in steps:
+            program = bundle._program(bundle._schedule(tier, count))
+            wanted = latents_of(pipe, bundles.INPUTS, plan, count, program)[-1]
+            made[tier, count] = bundle(class_labels=[1], tier=tier, steps=count, seed=module.TEST_SEED).latents
+            torch.testing.assert_close(made[tier, count], wanted, atol=bundles.AGREE, rtol=0)
+    assert len({tuple(each.flatten().tolist()) for each in made.values()}) == 4
+    with pytest.raises(BundleInputError, match="was not exported for 5 steps; it was for 4, 6"):
+        bundle(class_labels=[1], steps=5)
 
 
 def test_a_full_disk_leaves_the_old_bundle(pipe, tmp_path, monkeypatch):
