@@ -35,11 +35,21 @@ pytest.importorskip("diffusers")
 EXACT = 3e-6
 """Relative to the largest output: float32 rounding of window attention computed by another kernel."""
 WINDOW = "band:3"
-SITES = ["F F", "F F", "F F", "F F", "reuse+cfg W+residual", "F F", "F F", "W reuse", "full+cfg W"]
-BLOCKS = ["F F", "F F", "reuse reuse", "F F", "F reuse", "forecast:1 forecast:1", "F F", "reuse F", "F forecast:1"]
-SPAN = ["F", "F", "F", "reuse", "F", "F", "forecast:1", "F", "F"]
-"""By step what the even and the odd attention sites do, the even and the odd blocks, and the span. A site whose block
-is left out has no say, nor a block whose span is."""
+SCHEDULE = (
+    ("F F", "F", "F F"),
+    ("F F", "F", "heads(0:full;1:W) F"),
+    ("reuse reuse", "F", "F F"),
+    ("F F", "reuse", "F F"),
+    ("F reuse", "F", "heads(0:W+residual;1:reuse)+cfg F"),
+    ("forecast:1 forecast:1", "F", "F F"),
+    ("F F", "forecast:1", "F F"),
+    ("reuse F", "F", "F reuse"),
+    ("F forecast:1", "F", "full+cfg F"),
+    ("F F", "F", "reuse+cfg heads(0:W+residual;1:full)"),
+    ("F F", "F", "W+residual heads(0:reuse;1:W+residual)+cfg"),
+)
+"""By step what the even and the odd blocks do, their span, and the even and the odd attention sites. A site whose block
+is left out has no say, nor a block whose span is; heads read what they left before their blocks were left out."""
 
 
 def decision(text):
@@ -58,7 +68,7 @@ def rows_of(model):
     held = blocks_of([unit.info for unit in model.units])
     blocks, span = units_of(model)
     rows = []
-    for site_texts, block_texts, span_text in zip(SITES, BLOCKS, SPAN, strict=True):
+    for block_texts, span_text, site_texts in SCHEDULE:
         row = [decision(site_texts.split()[i % 2]) for i in range(len(model.sites))]
         row += [decision(block_texts.split()[i % 2]) for i in range(len(blocks))] + [decision(span_text)]
         for i in (*blocks, *range(len(model.sites))):
@@ -128,8 +138,8 @@ def plain_capture():
 
 @pytest.mark.parametrize("family", SOME)
 def test_what_is_left_out_by_plan_and_by_hand(family):
-    """Blocks and spans, reused and forecast, beside attention that is reused and windowed in blocks that run; in
-    segments and, to the bit, in the whole graph. Of what is left out no linear remains."""
+    """Blocks and spans, reused and forecast, beside attention that is reused, windowed and decided by heads in blocks
+    that run; in segments and, to the bit, in the whole graph. Of what is left out no linear remains."""
     model, inputs, _, _ = captured(family)
     capture, _ = capture_and_values(family)
     analysed = capture.model

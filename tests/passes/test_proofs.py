@@ -289,6 +289,32 @@ def test_a_block_that_lies_is_caught():
     assert proof(streams=(region.attention,)).startswith("the rewritten region does not run")
 
 
+def test_a_block_left_out_with_another_steps_stream_is_caught():
+    """Its stream held beside what it adds, it is right with the inputs that filled the cache and with no others."""
+    model, _, values = plain_blocks()
+    block = model.blocks[0]
+    streams = []
+
+    def held(stream, added):
+        streams.append(stream)
+        return streams[0] + added
+
+    def holding(graph, units, roles, context):
+        variant = rewrite(graph, units, roles, context)
+        if any(role.reads_output for role in roles):
+            cache = variant.module.graph.find_nodes(op="placeholder")[-1]
+            (sum_,) = cache.users
+            assert op_name(sum_) == "add"
+            sum_.target = held
+            variant.module.recompile()
+        return variant
+
+    assert prove(model.canonical, [block], 0, values, Context(), rewrite) == Proof()
+    reason = "what the block adds depends on other values of its step"
+    assert prove(model.canonical, [block], 0, values, Context(), holding) == Proof(reason, reason)
+    assert len(streams) == 2
+
+
 def test_a_block_that_draws_numbers_is_caught():
     """What it adds differs from call to call, so no output of its own is reproduced."""
 

@@ -64,13 +64,18 @@ class Altered:
 
         ``conditional``: what made the conditional call of this step, whose attention those take over that share it.
         """
+        with self.step(row, place, conditional), torch.no_grad():
+            return self.model(**inputs)[0]
+
+    @contextmanager
+    def step(self, row, place=None, conditional=None):
+        """Within this the model, called once, does what ``row`` says; the others as in a call."""
         place = self.steps if place is None else place
         for index, (module, decision) in enumerate(zip(self.modules, row, strict=True)):
             original = type(module).forward.__get__(module)
             module.forward = self.wrapped(index, decision, original, place, conditional)
         try:
-            with torch.no_grad():
-                return self.model(**inputs)[0]
+            yield
         finally:
             self.steps += 1
             for module in self.modules:
@@ -101,7 +106,8 @@ class Altered:
         def forward(*args, **kwargs):
             if conditional is not None and decision.cfg_shared:
                 result = conditional.now[index]
-                self.residuals[index] = conditional.residuals[index]
+                if decision.kind is Kind.FULL:
+                    self.residuals[index] = conditional.residuals[index]
                 heads = conditional.heads[index]
                 self.heads[index].take(decision, heads, len(heads.outputs))
             elif not computes:

@@ -1,16 +1,19 @@
 """A model with whole blocks left out by hand, run eagerly: nothing here uses the package's passes.
 
 The block modules' forward is wrapped. Left out, a block does not run: what it would return is, for each tensor, the one
-of its shape that it was given plus what it has added to that in the steps that ran it (the last one's, or a line
-through the last two). Of a span the last block returns that, of what the first was given.
+of its shape that it was given plus what it has added to that in the steps that ran it (the last one's, or what the
+last ones lead to). Of a span the last block returns that, of what the first was given.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils import _pytree as pytree
 
 from difa_compile.decision import FULL, Kind
+from tests.support.altered import Altered
+from tests.support.extrapolated import extrapolated
 
 
 def computed(decision):
@@ -21,7 +24,8 @@ class LeftOut:
     """Blocks and spans of one model, over the steps of one branch.
 
     ``paths``: of the units in the order of the rows' cells: a block's, or ``FIRST..LAST`` of a span with ``blocks``
-    (paths of those in it, in order).
+    (paths of those in it, in order). What would read more steps than have computed it is full: ``promoted`` lists the
+    steps and units, by number.
     """
 
     def __init__(self, model, paths, blocks):
@@ -31,17 +35,23 @@ class LeftOut:
         self.runs = {path: names[names.index(end[0]) : names.index(end[-1]) + 1] for path, end in ends.items()}
         self.results, self.streams = {}, {}
         self.added = {path: [] for path in paths}
-        """Of each unit, by step that ran it: the step's coordinate and number, and what it added to each tensor."""
+        """Of each unit, the newest first, by step that ran it: the step's number and coordinate, and what it added to
+        each tensor."""
         self.ran = 0
+        self.promoted = []
 
     @contextmanager
     def step(self, row, number, coordinate):
         """Within this, the model does what ``row`` says. Steps without progress are told apart by their number."""
         decisions = dict(zip(self.paths, row, strict=True))
+        for unit, (path, decision) in enumerate(decisions.items()):
+            if not computed(decision) and len(self.added[path]) <= decision.order:
+                decisions[path] = FULL
+                self.promoted.append((number, unit))
         names = dict.fromkeys(name for run in self.runs.values() for name in run)
         modules = {name: self.model.get_submodule(name) for name in names}
         for name, module in modules.items():
-            module.forward = self.wrapped(name, module.forward, decisions, (coordinate, number))
+            module.forward = self.wrapped(name, module.forward, decisions, (number, coordinate))
         try:
             yield
         finally:
@@ -72,7 +82,7 @@ class LeftOut:
                 if self.runs[path][-1] == name:
                     leaves = pytree.tree_leaves(result)
                     parts = [x if s is None else x - s for x, s in zip(leaves, self.paired(path, leaves), strict=True)]
-                    self.added[path].append((at, parts))
+                    self.added[path].insert(0, (at, parts))
             return result
 
         return forward
@@ -90,12 +100,9 @@ class LeftOut:
     def extrapolated(self, path, decision, at):
         past = self.added[path]
         if decision.kind is Kind.REUSE:
-            return past[-1][1]
-        assert decision.order == 1
-        (before, old), (after, new) = past[-2:]
-        basis = int(decision.basis == "step" or before[0] == after[0])
-        ahead = (at[basis] - after[basis]) / (after[basis] - before[basis])
-        return [y if y is None else y * (1 + ahead) - x * ahead for x, y in zip(old, new, strict=True)]
+            return past[0][1]
+        parts = zip(*[[(*then, part) for part in parts] for then, parts in past[: decision.order + 1]], strict=True)
+        return [None if part[0][2] is None else extrapolated(decision, part, *at) for part in parts]
 
 
 def given(args, kwargs):
@@ -104,31 +111,59 @@ def given(args, kwargs):
     return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
-@contextmanager
-def sampled_by_hand(pipe, plan, rows, calls=1):
-    """Within this, ``pipe`` samples with blocks left out by hand: of ``rows[step]`` the cells of the plan's blocks.
+@dataclass
+class ByHand:
+    """What was seen of a pipeline that sampled by hand.
 
-    The sites that the plan names besides are full. ``calls``: of the transformer per step; each is a branch. Yields the
-    list of (calls of a transformer, blocks that it ran).
+    ``ran``: by call of a transformer, how many blocks it ran. ``promoted``: the steps and sites (by number in the plan)
+    that were full, since what they were to read had not been computed.
+    """
+
+    ran: list = field(default_factory=list)
+    promoted: set = field(default_factory=set)
+
+
+@contextmanager
+def sampled_by_hand(pipe, plan, rows, calls=1, window=None):
+    """Within this, ``pipe`` samples with blocks left out, and attention altered in those that run, by hand.
+
+    ``rows[step]``: of the sites of ``plan`` what they do. ``calls``: of the transformer per step; each is a branch, the
+    conditional one first. ``window``: what residuals are taken against; without it all attention is full. Yields a
+    :class:`ByHand`.
     """
     first = sum(not site.is_block for site in plan.sites)
-    assert all(decision == FULL for row in rows for decision in row[:first])
-    units = [site.path for site in plan.sites[first:]]
+    assert window is not None or all(decision == FULL for row in rows for decision in row[:first])
+    sites, units = plan.sites[:first], [site.path for site in plan.sites[first:]]
     names = list(dict.fromkeys(name for site in plan.sites[first:] for name in site.blocks or (site.path,)))
     models = [pipe.transformer, getattr(pipe, "transformer_2", None)]
-    made, branches = [], {}
+    seen, left, attention = ByHand(), {}, {}
+
+    def attending(model, branch, row, place):
+        """What alters the attention of one call."""
+        if window is None:
+            return nullcontext()
+        paths, layouts = [site.path for site in sites], [site.layout for site in sites]
+        altered = attention.setdefault(
+            (id(model), branch), Altered(model, paths, layouts, plan.settings.conditional_half, window)
+        )
+        if calls > 1 and not branch:
+            row = [replace(decision, cfg_shared=False) for decision in row]
+        return altered.step(row, place, attention[id(model), 0] if branch else None)
 
     def wrapped(model):
         original = model.forward
 
         def forward(*args, **kwargs):
-            step, branch = divmod(len(made), calls)
-            left_out = branches.setdefault((id(model), branch), LeftOut(model, units, names))
-            time = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            before = left_out.ran
-            with left_out.step(rows[step][first:], step, float(time.flatten()[0])):
+            step, branch = divmod(len(seen.ran), calls)
+            left_out = left.setdefault((id(model), branch), LeftOut(model, units, names))
+            place, before = float(pipe.scheduler.timesteps[step]), left_out.ran  # models may be given it rounded
+            with (
+                attending(model, branch, rows[step][:first], place),
+                left_out.step(rows[step][first:], step, place),
+            ):
                 result = original(*args, **kwargs)
-            made.append(left_out.ran - before)
+            seen.ran.append(left_out.ran - before)
+            seen.promoted |= {(step, first + unit) for step, unit in left_out.promoted}
             return result
 
         return forward
@@ -136,8 +171,8 @@ def sampled_by_hand(pipe, plan, rows, calls=1):
     for model in filter(None, models):
         model.forward = wrapped(model)
     try:
-        yield made
+        yield seen
     finally:
         for model in filter(None, models):
             del model.forward
-    assert len(made) == calls * len(rows)
+    assert len(seen.ran) == calls * len(rows)

@@ -49,7 +49,8 @@ class Tiny:
     def frames(self, **arguments):
         """The video as an array; the same for the same arguments. Latents unless ``output_type`` says otherwise."""
         call = {**self.arguments, "generator": torch.Generator().manual_seed(3), "output_type": "latent", **arguments}
-        return np.asarray(self.pipe(**call).frames)
+        frames = self.pipe(**call).frames
+        return np.asarray(frames.float() if isinstance(frames, torch.Tensor) else frames)
 
 
 def tokenizer(folder):
