@@ -78,6 +78,9 @@ TABLE = Format(
     again="measure again, into another file",
 )
 
+MOST_SECONDS = 1e9
+"""Of a row; of numbers without a limit shares would be no numbers."""
+
 
 @dataclass(frozen=True)
 class MeasuredUnit:
@@ -196,6 +199,8 @@ class ErrorTable:
             )
         if any(value < 0 for value in self.seconds.values()):
             raise ErrorTableError("a row is said to take less than no time")
+        if any(value > MOST_SECONDS for value in self.seconds.values()):
+            raise ErrorTableError("a row is said to take more than thirty years")
         missing = [name for name in self._timed() if name not in self.seconds] if self.seconds else []
         if missing:
             raise ErrorTableError(f"the table has no seconds of the row {quoted(missing[0])}")

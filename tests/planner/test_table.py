@@ -158,6 +158,7 @@ def with_nan(document):
         (lambda d: d["seconds"].pop("attention window(band:2)"), "no seconds of the row 'attention window"),
         (lambda d: d["seconds"].update(full=-1.0), "less than no time"),
         (lambda d: d["seconds"].update(full="1"), "must be a number"),
+        (lambda d: d["seconds"].update({"blocks reuse": 1e300}), "more than thirty years"),
         (lambda d: d["units"][0].pop("spread"), "without the key 'spread'"),
         (lambda d: d["sites"].__setitem__(1, d["sites"][0]), "names site 'blocks.0.attn' twice"),
         (lambda d: d["sites"].reverse(), "out of order"),
