@@ -37,9 +37,10 @@ def check_table(table: ErrorTable, pipe: Any, inputs: Mapping[str, Any], steps: 
     noise) of the same sizes are no difference.
 
     Raises :class:`PlanMismatchError` for another model, other weights, sites or another token grid,
-    :class:`ScheduleError` for another scheduler, another number of steps or other timesteps, and what calling the
-    pipeline and capturing the model raises.
+    :class:`ScheduleError` for another scheduler, another number of steps or other timesteps, :class:`ErrorTableError`
+    for a table that is not complete, and what calling the pipeline and capturing the model raises.
     """
+    table.check_complete()
     models = models_of(pipe)
     table.check_model(model_digest(models[0]))
     name = type(models[0]).__name__

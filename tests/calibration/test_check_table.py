@@ -9,7 +9,14 @@ from diffusers import DDIMScheduler, DiTPipeline, HeunDiscreteScheduler
 from difa_compile.calibration.check_table import check_table
 from difa_compile.calibration.measure import measure
 from difa_compile.calibration.sampling import identity_of_scheduler, identity_of_weights
-from difa_compile.errors import CalibrationError, NotAppliedError, PipelineCallError, PlanMismatchError, ScheduleError
+from difa_compile.errors import (
+    CalibrationError,
+    ErrorTableError,
+    NotAppliedError,
+    PipelineCallError,
+    PlanMismatchError,
+    ScheduleError,
+)
 from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.plan.data import Settings, model_digest
 from difa_compile.plan.schedule import scheduler_progress
@@ -33,7 +40,8 @@ def table_of(pipe, sites, progress):
     unit = MeasuredUnit.empty("attention", range(len(sites)), None, [1], [], 2, len(progress))
     settings = Settings("planned", guidance="batched", conditional_half=0, sample=(1, 8, 8))
     model = model_digest(pipe.transformer)
-    return ErrorTable(model, settings, sites, tuple(progress), (unit,), len(progress), identity=identity)
+    seconds = {"full": 1.0, "attention filled": 1.0, "attention reuse": 0.1}
+    return ErrorTable(model, settings, sites, tuple(progress), (unit,), len(progress), seconds, identity=identity)
 
 
 def progress_of(pipe, steps=STEPS):
@@ -62,6 +70,11 @@ def test_other_inputs_of_the_same_sizes_are_no_difference(pipe, table):
     assert torch.equal(given["generator"].get_state(), before)
     assert type(pipe) is DiTPipeline
     assert pipe.transformer._compiled_call_impl is None
+
+
+def test_a_measurement_that_was_interrupted(pipe, table):
+    with pytest.raises(ErrorTableError, match=r"holds 2 of 3 steps: the measurement was interrupted"):
+        check_table(replace(table, done=2), pipe, inputs(), STEPS)
 
 
 def test_another_model(table):
