@@ -5,13 +5,15 @@ one by one on the very inputs of the step, on the variants that a plan runs:
 
 1. *Drift*: all units of a group (the blocks of the network, its attention sites) take what they computed i steps
    before. What that changes of the model's output, after guidance, is their drift at this step and lag. An
-   extrapolation is a sum of lags, so it needs no trial of its own (:mod:`difa_compile.planner.effects`).
+   extrapolation is a sum of lags, so it needs no trial of its own (:mod:`difa_compile.planner.effects`). Where a call
+   has nothing of the step before to take (another model takes over, a call of guidance begins), the table says so.
 2. *Other decisions* (windows, shared halves, groups of heads): what they change, in the same way.
 3. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
 
-Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one everywhere, so
-that those of several decisions and steps can be added up. Each step is stored when it is done; a measurement that was
-interrupted goes on behind the last one.
+How outputs are guided shows in what the scheduler is given (:mod:`difa_compile.calibration.guiding`), whatever scales
+the call names. Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one
+everywhere, so that those of several decisions and steps can be added up. Each step is stored when it is done; a
+measurement that was interrupted goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,13 @@ from torch import Tensor, nn
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.options import Options
 from difa_compile.backend.run import Run
+from difa_compile.calibration.guiding import (
+    GuidedCall,
+    StatedWeights,
+    floats_of,
+    guided_change,
+    guiding_weights,
+)
 from difa_compile.calibration.sampling import call_arguments, identity_of, models_of, progress_bar, sample_with
 from difa_compile.calibration.search import check_finite
 from difa_compile.calibration.state import default_path
@@ -42,12 +51,13 @@ from difa_compile.errors import (
     UnsupportedPipelineError,
 )
 from difa_compile.files.writing import check_target
+from difa_compile.machine.profile import machine_name
 from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.call_arguments import check_call
 from difa_compile.plan.data import Settings, SiteInfo, model_digest
 from difa_compile.plan.guidance import StatedGuidance, settle
 from difa_compile.plan.schedule import COVERED_ROLE, FULL_ROLE, Role, check_steps
-from difa_compile.planner.table import ErrorTable, MeasuredUnit
+from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
 from difa_compile.wording import shown
 
 NUMBERS = 512
@@ -56,13 +66,16 @@ LAGS = 20
 """How many steps back blocks are tried: as far as a plan may reach without computing."""
 ATTENTION_LAGS = (1, 2, 3, 5, 8)
 """The same of attention, which takes most of a call for each; those between are interpolated."""
+ROUNDING = 1e-5
+"""By how much the progress of a step may differ from machine to machine: timesteps are numbers in float32."""
 ROUNDS = 11
 """How often each kind of row is timed."""
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given.
+    """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given,
+    as far as the call tells; None where it names no one number.
 
     ``decisions``: tried at all attention sites together; None: shared halves, where they can be shared. ``attention``:
     whether attention is measured at all; None: where there are decisions to try, or no blocks. ``half``: which half of
@@ -73,7 +86,7 @@ class MeasureSettings:
     attention: bool | None = None
     lags: int = LAGS
     numbers: int = NUMBERS
-    guidance: tuple[float, float] = (1.0, 0.0)
+    guidance: tuple[float, float] | None = (1.0, 0.0)
     half: int | None = None
     two_call: bool = False
 
@@ -86,14 +99,15 @@ class Projection:
 
     def __init__(self, numbers: int) -> None:
         self._numbers = numbers
-        self._made: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, value: Tensor) -> Tensor:
-        """``value`` of any shape as (numbers,) float64 on the CPU."""
+    def __call__(self, value: Tensor, output: int = 0) -> Tensor:
+        """``value`` of any shape as (numbers,) float64 on the CPU. Values of different ``output`` are projected
+        independently, so that squared lengths of their sums are sums."""
         flat = value.flatten().float()
-        key = (flat.numel(), flat.device)
+        key = (flat.numel(), output, flat.device)
         if key not in self._made:
-            generator = torch.Generator().manual_seed(flat.numel())
+            generator = torch.Generator().manual_seed(flat.numel() + (output << 40))
             signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1.0
             bins = torch.randperm(flat.numel(), generator=generator) % self._numbers
             self._made[key] = signs.to(flat.device), bins.to(flat.device)
@@ -117,10 +131,24 @@ class _Group:
 
 
 @dataclass
-class _Stream:
-    """The outputs that a branch of a model has computed so far, by the group that reads them, the newest first."""
+class Stream:
+    """The outputs that a branch of a model has computed in steps without a gap, the newest first. ``last``: the
+    latest of these steps."""
 
+    last: int
     history: list[dict[CacheName, Tensor]] = field(default_factory=list)
+
+    def keep(self, step: int, written: Mapping[CacheName, Tensor], groups: Sequence[tuple[int, set[str]]]) -> None:
+        """Put in what a step has computed, and let go of what no trial takes any more. ``groups``: how many steps
+        back each is tried, and the paths of its units."""
+        self.last = step
+        self.history.insert(0, dict(written))
+        for lags, paths in groups:
+            for outputs in self.history[lags : lags + 1]:  # those before it have lost theirs at earlier steps
+                for name in [name for name in outputs if name.site in paths]:
+                    del outputs[name]
+        while self.history and not self.history[-1]:
+            del self.history[-1]
 
 
 class Measuring:
@@ -146,15 +174,22 @@ class Measuring:
         self._bar: Any = None
         self._groups: list[_Group] = []
         self._captures: list[Capture] = []
-        self._streams: dict[tuple[int, int, str | None], _Stream] = {}
+        self._streams: dict[tuple[int, int, str | None], Stream] = {}
         self._project = Projection(settings.numbers)
         self._step = -1
         self._calls = 0
         """Calls made in the step in progress."""
+        self._outputs: list[GuidedCall] = []
+        """What the calls of the step in progress have computed in full."""
+        self._changes: dict[tuple[int, object], list[list[Tensor]]] = {}
+        """What trials have changed of that, call by call: by group, and lag or decision."""
         self._found: dict[tuple[int, object], Tensor] = {}
-        """Effects of the step in progress: by group, and lag or decision."""
-        self._spread: dict[tuple[int, int], list[Tensor]] = {}
+        """Effects of the step in progress."""
+        self._spread: dict[tuple[int, int], float] = {}
+        self._begins = False
+        """Whether a call of the step in progress had nothing of the step before to take."""
         self._seconds: dict[str, float] = {}
+        self._machine = ""
         self._left = 0.0
         """When the last call of the model ended."""
         self._gaps: list[float] = []
@@ -175,6 +210,8 @@ class Measuring:
                 "which measuring does not support; measure with inputs that take one pass"
             )
         self.progress = progress
+        if self.table is not None:
+            self._check_goes_on(same_schedule(progress, self.table.progress), "another schedule")
         return MeasureRun(progress, self)
 
     def close(self) -> None:
@@ -219,16 +256,20 @@ class Measuring:
             self._step = step
         self._calls += 1
         place = (id(capture), id(capture.model.parameter(args)), branch)
-        stream = self._streams.setdefault(place, _Stream())
+        # What was not called in the step before has lost what it kept, as in a run with a plan.
+        self._streams = {place: stream for place, stream in self._streams.items() if stream.last >= step - 1}
+        self._begins |= step > 0 and place not in self._streams
+        stream = self._streams.setdefault(place, Stream(step))
         outputs, written = capture.execute(args, self._full_row(capture), {})
         check_finite(outputs, f"step {step}, all sites full")
         if step >= self.done:
-            self._try_all(capture, args, stream, outputs, step, branch)
+            self._outputs.append(GuidedCall(branch, self._latent(floats_of(outputs)[0]).clone()))
+            self._try_all(capture, args, stream, outputs, step)
         untimed = self.table is not None and not self.table.seconds and not self._seconds
         if step >= min(1, len(self.progress) - 1) and self._calls == 1 and untimed:
             self._time(capture, args, written)
-        stream.history.insert(0, written)
-        del stream.history[max(max(group.lags) for group in self._groups) :]
+        paths = [(group.lags[-1], {capture.model.units[i].path for i in group.units}) for group in self._groups]
+        stream.keep(step, written, paths)
         return outputs
 
     def _meet(self, capture: Capture) -> None:
@@ -246,14 +287,20 @@ class Measuring:
                 )
             if self.table is None:
                 self.table = self._empty(capture, sites)
-            elif [site.path for site in self.table.sites] != [site.path for site in sites]:
-                raise CalibrationError("the measurement to go on with is of another model; delete it to start anew")
+            self._check_goes_on(sites == self.table.sites, "other sites, or another token grid,")
             if self._make_bar is not None:
                 self._bar = self._make_bar(len(self.progress), self.done)
         elif [group.units for group in groups] != [group.units for group in self._groups]:
             raise CalibrationError(
                 "the transformer was called with inputs of other sizes in mid-run, so that what can be reused changed; "
                 "measure with inputs of one size"
+            )
+
+    def _check_goes_on(self, same: bool, what: str) -> None:
+        if not same:
+            raise CalibrationStateError(
+                f"the measurement to go on with has {what} than this one; name another file, or delete it to start "
+                "from the beginning"
             )
 
     def _grouped(self, capture: Capture) -> tuple[list[_Group], tuple[SiteInfo, ...]]:
@@ -339,46 +386,54 @@ class Measuring:
 
     # --- trials ------------------------------------------------------------------------------------------------------
 
-    def _try_all(
-        self, capture: Capture, args: list[Any], stream: _Stream, full: list[Any], step: int, branch: str | None
-    ) -> None:
+    def _try_all(self, capture: Capture, args: list[Any], stream: Stream, full: list[Any], step: int) -> None:
         for index, group in enumerate(self._groups):
             for lag in group.lags:
                 if lag <= len(stream.history):
                     row = self._group_row(capture, group, Role(REUSE))
                     outputs, _ = capture.execute(args, row, stream.history[lag - 1])
-                    self._note(index, lag, full, outputs, f"step {step}, {group.name} of {lag} steps before", branch)
+                    self._note(index, lag, full, outputs, f"step {step}, {group.name} of {lag} steps before")
             for decision in group.decisions:
                 outputs, _ = capture.execute(args, self._group_row(capture, group, Role(decision)), {})
-                self._note(index, decision, full, outputs, f"step {step}, {group.name}, {decision}", branch)
+                self._note(index, decision, full, outputs, f"step {step}, {group.name}, {decision}")
 
-    def _note(
-        self, group: int, what: object, full: list[Any], tried: list[Any], where: str, branch: str | None
-    ) -> None:
-        """Add the effect of a trial in this call to that of the step."""
+    def _note(self, group: int, what: object, full: list[Any], tried: list[Any], where: str) -> None:
+        """Keep what a trial has changed of this call's output, until it shows how the step's outputs are guided."""
         check_finite(tried, where)
-        changes = [
-            self._guided(b.float() - a.float(), branch)
-            for a, b in zip(full, tried, strict=True)
-            if isinstance(a, Tensor) and a.is_floating_point()
-        ]
-        change = self._latent(changes[0])
-        projected = self._project(change)
-        key = (group, what)
-        self._found[key] = self._found[key] + projected if key in self._found else projected
-        if isinstance(what, int):
-            each = change.flatten(1).square().mean(1).cpu()
-            self._spread.setdefault((group, what), []).append(each)
+        pairs = zip(floats_of(full), floats_of(tried), strict=True)
+        changes = [self._latent(b.float() - a.float()) for a, b in pairs]
+        self._changes.setdefault((group, what), []).append(changes)
 
-    def _guided(self, change: Tensor, branch: str | None) -> Tensor:
-        """What a change of the model's output is in what the scheduler is given."""
-        conditional, other = self.settings.guidance
-        if self.settings.two_call:
-            return change * (other if branch == "uncond" else conditional)
-        if self.settings.half is None or change.shape[0] % 2:
-            return change
-        halves = change.chunk(2)
-        return conditional * halves[self.settings.half] + other * halves[1 - self.settings.half]
+    def given(self, output: object) -> None:
+        """The scheduler is given ``output``, so the calls of the step in progress are all made: what trials have
+        changed of them becomes what they change of that."""
+        if not self._outputs:
+            return
+        settings = self.settings
+        target = self._latent(output) if isinstance(output, Tensor) else None
+        stated = StatedWeights(settings.guidance, settings.half, settings.two_call)
+        weights = guiding_weights(self._outputs, target, stated, f"step {self._step}")
+        for (group, what), calls in self._changes.items():
+            if len(calls) != len(self._outputs):
+                continue  # a call that begins with this step had nothing of that lag, so nothing will take it
+            guided = [guided_change([changes[0] for changes in calls], weights)]
+            if len(calls[0]) > 1:
+                self._check_unguided(weights, len(calls[0]))
+                guided += calls[0][1:]
+            projected = [self._project(change, index) for index, change in enumerate(guided)]
+            self._found[group, what] = torch.stack(projected).sum(0) / len(guided) ** 0.5
+            if isinstance(what, int):
+                self._spread[group, what] = _spread_of(guided[0].flatten(1).square().mean(1).cpu())
+        self._outputs, self._changes = [], {}
+
+    def _check_unguided(self, weights: Sequence[Tensor], outputs: int) -> None:
+        """Raise :class:`CalibrationError` where several outputs are guided: the scheduler shows of one how."""
+        if len(weights) > 1 or weights[0].shape[1] > 1:
+            raise CalibrationError(
+                f"{type(self.models[0]).__name__} gives {outputs} outputs (sound beside a picture, say), and how each "
+                "of them is guided cannot be told; measure it without guidance (guidance_scale=1), or calibrate by a "
+                "threshold"
+            )
 
     def _latent(self, change: Tensor) -> Tensor:
         """Without the channels of a learned variance, which are no part of the sample."""
@@ -390,16 +445,18 @@ class Measuring:
     def _finish_step(self) -> None:
         """The step in progress is over: keep what was found."""
         if self.table is None or self._step < self.done or not self._calls:
-            self._calls = 0
+            self._calls, self._begins = 0, False
             return
+        if self._outputs:  # the pipeline went on without a step of its scheduler
+            self.given(None)
         found = {(self._groups[group].name, what): value.numpy() for (group, what), value in self._found.items()}
         spread: dict[tuple[str, object], float] = {
-            (self._groups[group].name, lag): _spread_of(torch.cat(each)) for (group, lag), each in self._spread.items()
+            (self._groups[group].name, lag): each for (group, lag), each in self._spread.items()
         }
-        self.table = self.table.with_step(found, spread)
+        self.table = self.table.with_step(found, spread, self._begins)
         if self._seconds:
-            self.table = self.table.with_seconds(self._seconds, self._calls)
-        self._found, self._spread, self._calls = {}, {}, 0
+            self.table = self.table.with_seconds(self._seconds, self._calls, self._machine)
+        self._found, self._spread, self._calls, self._begins = {}, {}, 0, False
         self._keep(self.table)
         if self._bar is not None:
             self._bar.update(1)
@@ -438,6 +495,12 @@ class Measuring:
                 if turn:  # the first compiles
                     seconds[name].append(time.perf_counter() - start)
         self._seconds = {name: min(found) for name, found in seconds.items()}
+        self._machine = machine_name(next(iter(written.values())).device)
+
+
+def same_schedule(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two schedules have the same progress at every step, apart from rounding."""
+    return len(one) == len(other) and all(abs(a - b) <= ROUNDING for a, b in zip(one, other, strict=True))
 
 
 def _spread_of(sizes: Tensor) -> float:
@@ -494,12 +557,15 @@ def measure(
     call = call_arguments(pipe, inputs, steps)
     check_call(pipe, call)
     scale = guidance_scale(pipe, call)
-    settings = MeasureSettings(
-        tried, attention, guidance=(scale, 1 - scale), half=half, two_call=guidance.form == "two-call"
-    )
-    if half is None and not settings.two_call:
+    weights = None if scale is None else (scale, 1 - scale)
+    settings = MeasureSettings(tried, attention, guidance=weights, half=half, two_call=guidance.form == "two-call")
+    if guidance.form == "none":
         settings = replace(settings, guidance=(1.0, 0.0))
-    described = {**asdict(settings), "decisions": None if tried is None else [str(decision) for decision in tried]}
+    described = {
+        **asdict(settings),
+        "decisions": None if tried is None else [str(decision) for decision in tried],
+        "table": TABLE.version,
+    }
     identity = identity_of(pipe, models, call, described, steps)
     path = state if state is not None else default_path(identity)
     start = _saved(path, identity)
@@ -511,7 +577,16 @@ def measure(
     make_bar = functools.partial(progress_bar, what="measuring", unit="step") if progress else None
     measuring = Measuring(models, settings, start, keep, make_bar)
     options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
-    sample_with(pipe, call, measuring, guidance, options, what="measurement", kept=lambda: shown(path))
+    sample_with(
+        pipe,
+        call,
+        measuring,
+        guidance,
+        options,
+        what="measurement",
+        kept=lambda: shown(path),
+        told_output=measuring.given,
+    )
     table = replace(measuring.finished(), identity=identity)
     if state is None:
         path.unlink(missing_ok=True)
@@ -533,14 +608,14 @@ def _to_try(decisions: Sequence[Decision | str]) -> tuple[Decision, ...]:
     return tuple(dict.fromkeys(tried))
 
 
-def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float:
-    """The scale that a call of ``pipe`` guides with: its own argument or the default; 1 where there is none."""
+def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float | None:
+    """The scale that a call of ``pipe`` guides with: its own argument or the default; 1 where there is none, and None
+    where it is not one number."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in ("true_cfg_scale", "guidance_scale"):
         if name in parameters:
             value = call.get(name, parameters[name].default)
-            if isinstance(value, (int, float)):
-                return float(value)
+            return float(value) if isinstance(value, (int, float)) else None
     return 1.0
 
 

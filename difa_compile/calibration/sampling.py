@@ -55,16 +55,25 @@ def identity_of(
     pipe: Any, models: Sequence[nn.Module], call: Mapping[str, Any], settings: Mapping[str, object], steps: int
 ) -> dict[str, str]:
     """Digests of all that what is found in a call depends on, by what they cover."""
-    described = {"class": type(pipe.scheduler).__name__, "config": plain(getattr(pipe.scheduler, "config", None))}
     return {
         **{f"model {key}": str(value) for key, value in asdict(model_digest(models[0])).items()},
-        "weights": digest_of([weights_digest(model) for model in models]),
-        "scheduler": digest_of(described),
+        "weights": identity_of_weights(models),
+        "scheduler": identity_of_scheduler(pipe),
         "inputs": digest_of(call),
         "settings": digest_of(
             {**settings, "steps": steps, "torch": torch.__version__, "autocast": str(Autocast.now())}
         ),
     }
+
+
+def identity_of_weights(models: Sequence[nn.Module]) -> str:
+    """Digest of the weights of a pipeline's transformers."""
+    return digest_of([weights_digest(model) for model in models])
+
+
+def identity_of_scheduler(pipe: Any) -> str:
+    """Digest of the class and the configuration of a pipeline's scheduler."""
+    return digest_of({"class": type(pipe.scheduler).__name__, "config": plain(getattr(pipe.scheduler, "config", None))})
 
 
 class Sampled(Protocol):
@@ -89,18 +98,26 @@ def sample_with(
     *,
     what: str,
     kept: Callable[[], str],
+    told_output: Callable[[object], None] | None = None,
 ) -> Any:
     """Call the pipeline once with ``sampled`` in place of a plan; what the pipeline returns.
 
     ``what`` is done, in words, and ``kept`` says after an interruption where what was found is kept. ``sampled`` is
-    told whether guidance is on in this call, None where that is not known.
+    told whether guidance is on in this call, None where that is not known; ``told_output`` before every step of the
+    scheduler what that is given.
     """
 
     def start(pipe: Any, scheduler: Any, arguments: Mapping[str, object]) -> ScheduleFollower:
         def open_run(progress: tuple[float, ...]) -> Run:
             return sampled.open(progress, guidance_is_on(pipe, arguments))
 
-        return ScheduleFollower(scheduler, open_run, one_call_each=True, conditional_first=guidance.conditional_first)
+        return ScheduleFollower(
+            scheduler,
+            open_run,
+            one_call_each=True,
+            conditional_first=guidance.conditional_first,
+            told_output=told_output,
+        )
 
     backend = functools.partial(difa)  # Dynamo takes no other pipeline's graphs for it
     compiled = {model: CompiledForward(model, backend, options.given) for model in sampled.models}

@@ -87,6 +87,7 @@ def print_front(console: Console, table: ErrorTable) -> None:
     shown_table = Table(
         "budget", "predicted PSNR", "distinct rows", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
+    table.tell_machine()
     for found in front_of(table.problem()):
         decibels = "the same images" if found.error <= 0 else f"{found.psnr:.1f} dB"
         shown_table.add_row(f"{found.share:.2f} of full's time", decibels, str(distinct(found.columns)))

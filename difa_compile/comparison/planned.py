@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difa_compile.calibration.check_table import check_table
 from difa_compile.calibration.measure import measure
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
 from difa_compile.decision import Decision
-from difa_compile.errors import BudgetError, NonFiniteError, RowLimitError, ScheduleError
+from difa_compile.errors import BudgetError, NonFiniteError, RowLimitError
 from difa_compile.pipeline.apply import AppliedPlan, apply_for_trials, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
@@ -173,10 +174,10 @@ def plan_within(
     ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up
     (``settings.promise``). ``told`` is given a line of text for each run.
 
-    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, :class:`ScheduleError` where
-    ``table`` has another number of steps, ``ValueError`` without seeds of both kinds, for seeds
-    of both, or without runs, and what measuring and
-    :func:`difa_compile.apply` raise.
+    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, ``ValueError`` without seeds
+    of both kinds, for seeds of both, or without runs, for a ``table`` that is not of this pipeline and these steps
+    what :func:`difa_compile.calibration.check_table.check_table` raises, and what measuring and
+    :func:`difa_compile.apply` raise. Warns where another machine has measured the table and the limit is one of time.
     """
     if not seeds or not held_out or runs < 1:
         raise ValueError(
@@ -195,11 +196,10 @@ def plan_within(
             state=state,
             progress=progress,
         )
-    elif len(table.progress) != steps:
-        raise ScheduleError(
-            f"the table of errors was measured over {len(table.progress)} steps, and a plan for {steps} was asked for; "
-            f"ask for {len(table.progress)}, or measure over {steps}"
-        )
+    else:
+        check_table(table, pipe, inputs, steps)
+        if limit.budget is not None:
+            table.tell_machine()
     with trials(pipe, inputs, steps, seeds, held_out) as run:
         return held_to(table, limit, run, runs, told)
 

@@ -187,6 +187,24 @@ class Machine:
         return f"{self.name} ({self.instructions}{threads}), torch {self.torch_version}"
 
 
+def machine_name(device: torch.device | str) -> str:
+    """What works on ``device`` here, in words, for what was timed: as :class:`Machine` says it where there can be a
+    profile of it."""
+    device = torch.device(device)
+    if device.type in DEVICES:
+        return str(Machine.here(device))
+    return f"{processor()} ({device.type}), torch {torch.__version__}"
+
+
+def machines_here() -> tuple[str, ...]:
+    """The names (:func:`machine_name`) of all that can work here, the processor first."""
+    names = [machine_name("cpu")]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is not None:
+        names += [machine_name(f"{found.type}:{i}") for i in range(torch.accelerator.device_count())]
+    return tuple(dict.fromkeys(names))
+
+
 @lru_cache(maxsize=1)
 def processor() -> str:
     """The processor's name."""

@@ -52,7 +52,8 @@ class ScheduleFollower:
     ``check`` is called before every call of the transformer, and may raise.
     ``one_call_each``: whether two calls of one step and branch would disturb each other (the plan keeps caches).
     ``conditional_first``: a step's first call is the conditional one, where ``cache_context`` does not name it.
-    ``finished`` is told what a run took when it ends.
+    ``finished`` is told what a run took when it ends, ``told_output`` before every step of the scheduler what that is
+    given: what the pipeline has made of the outputs of the step's calls.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class ScheduleFollower:
         conditional_first: bool = False,
         check: Callable[[], None] | None = None,
         finished: Callable[[RunStats], None] | None = None,
+        told_output: Callable[[object], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._open_run = open_run
         self._check = check
         self._finished = finished
+        self._told_output = told_output
         self._one_call_each = one_call_each
         self._first_branch = "cond" if conditional_first else None
         self._run: Run | None = None
@@ -104,6 +107,11 @@ class ScheduleFollower:
             found = self._locate(timestep)
             if found is not None:
                 self._begin = found
+
+    def given(self, output: object) -> None:
+        """``step`` is about to be called with ``output``, the model's after guidance."""
+        if self._run is not None and self._told_output is not None:
+            self._told_output(output)
 
     def stepped(self) -> None:
         """``step`` was called: the run moves on."""

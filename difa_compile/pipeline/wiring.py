@@ -366,9 +366,13 @@ def _scale(follower: ScheduleFollower, sample: object, timestep: object = None, 
     follower.at(timestep)
 
 
+def _give(follower: ScheduleFollower, model_output: object = None, *_: object, **__: object) -> None:
+    follower.given(model_output)
+
+
 _SCHEDULER_HOOKS = {
     "set_timesteps": _follow_method("set_timesteps", None, ScheduleFollower.schedule_set),
     "set_begin_index": _follow_method("set_begin_index", _begin, None),
     "scale_model_input": _follow_method("scale_model_input", _scale, None),
-    "step": _follow_method("step", None, ScheduleFollower.stepped),
+    "step": _follow_method("step", _give, ScheduleFollower.stepped),
 }

@@ -320,7 +320,7 @@ class Planner:
                         continue
                     moved = computed.copy()
                     moved[step], moved[target] = False, True
-                    if _widest(moved) > problem.units[unit].effects.lags:
+                    if not self._can_run(unit, moved):
                         continue
                     columns = list(start.columns)
                     place = self.outer.index(unit)
@@ -344,9 +344,20 @@ class Planner:
         for unit in free:
             computed = np.zeros(problem.steps, dtype=bool)
             computed[np.linspace(0, problem.steps - 1, columns[unit].count(FULL)).round().astype(int)] = True
-            if _widest(computed) <= problem.units[unit].effects.lags:
+            for begin in problem.begins:  # the nearest computed step that is not needed where it is goes there
+                others = [step for step in np.flatnonzero(computed).tolist() if step and step not in problem.begins]
+                if others and not computed[begin]:
+                    computed[min((abs(step - begin), step) for step in others)[1]] = False
+                    computed[begin] = True
+            if self._can_run(unit, computed):
                 columns[unit] = self._column("outer", prices, self.outer.index(unit), computed, everywhere, price)
         return [*given, outcome(problem, columns)]
+
+    def _can_run(self, unit: int, computed: Indices) -> bool:
+        """Whether a unit of no other can be computed at these steps (T,) alone: what lies between was measured, and
+        every stream begins with a computed step."""
+        near = _widest(computed) <= self.problem.units[unit].effects.lags
+        return near and all(computed[begin] for begin in self.problem.begins)
 
     def _free(self) -> list[int]:
         """The units whose computed steps may be moved: none inside or around, computed in full or not."""
@@ -382,7 +393,7 @@ class Planner:
                             continue
                         computed = np.array([each == FULL for each in columns[unit]])
                         computed[step], computed[target] = False, True
-                        if _widest(computed) > problem.units[unit].effects.lags:
+                        if not self._can_run(unit, computed):
                             continue
                         done = cells[unit].effects(computed)
                         new_error = error + self._change(felt, done - own[unit])

@@ -97,13 +97,15 @@ class Effects:
 
 
 def tied(members: Sequence[Effects]) -> Effects:
-    """The effects of sites that share one path: the sums of theirs; of decisions, those that all of them have."""
+    """The effects of sites that share one path: the sums of theirs; of lags and decisions, those that all of them
+    have."""
     first = members[0]
+    lags = min(each.lags for each in members)
     return Effects(
-        np.sum([each.drift for each in members], axis=0),
+        np.sum([each.drift[:, : lags + 1] for each in members], axis=0),
         {d: np.sum([each.computed[d] for each in members], axis=0)
          for d in first.computed if all(d in each.computed for each in members)},
-        {d: np.sum([each.residual[d] for each in members], axis=0)
+        {d: np.sum([each.residual[d][:, : lags + 1] for each in members], axis=0)
          for d in first.residual if all(d in each.residual for each in members)},
     )  # fmt: skip
 

@@ -147,8 +147,11 @@ def plan_from_table(
     """The best plan that a table of errors shows under one limit: see :class:`Limit`. Nothing is run.
 
     Raises :class:`BudgetError`, :class:`RowLimitError`, and :class:`ErrorTableError` for a table that is not complete.
+    Warns where the limit is one of time and another machine has measured the table.
     """
     limit = Limit(budget, psnr, error, max_rows)
+    if limit.budget is not None:
+        table.tell_machine()
     outcome, note = chosen(table.problem(), limit)
     return plan_of(table, outcome, limit, note)
 

@@ -48,7 +48,8 @@ class Readers:
         if REUSE not in self.readers:
             self.readers += (REUSE,)
         self.reuse_is_last_resort = REUSE not in problem.readers
-        self.lags = max(problem.units[unit].effects.lags for unit in self.units)
+        self.lags = max(unit.effects.lags for unit in problem.units)
+        """How far a path goes without computing: a unit may be covered for longer than it was measured."""
         depth = max(reader.order for reader in self.readers)
         self.shape = (problem.steps, self.lags + 1, self.lags + 1, self.lags + 1 if depth == 2 else 1)
         self.errors = np.full((len(self.readers), len(self.units), *self.shape), np.inf)
@@ -66,7 +67,8 @@ class Readers:
         step = start + lag
         gram = np.einsum("tak,tbk->tab", effects.drift, effects.drift)
         lags = np.stack([lag, lag + before, lag + before + further][: weights.shape[1]], axis=1)
-        near = (lags <= effects.lags).all(1)
+        streams = np.array(self.problem.streams)
+        near = (lags <= effects.lags).all(1) & (streams[step] == streams[step - lags[:, -1]])
         step, lags, weights, places = step[near], lags[near], weights[near], places[near]
         found = np.einsum("ni,nij,nj->n", weights, gram[step[:, None, None], lags[:, :, None], lags[:, None]], weights)
         errors[tuple(places.T)] = np.maximum(found, 0) * self.problem.response[step] ** 2
@@ -250,6 +252,8 @@ def forms_of(problem: Problem, unit: int, computed: Indices, active: Indices, co
                 if form.kind is Kind.WINDOW_RESIDUAL:
                     window = Decision(form.kind, form.window)
                     if full < 0 or step - full > own.lags or kept not in (None, window):
+                        continue
+                    if problem.streams[full] != problem.streams[step]:
                         continue
                     total += share * float((own.residual[form][step, step - full] ** 2).sum())
                     total += cost_price * costs.residual * (kept is None)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from difa_compile.decision import FULL, Basis, Decision, Kind
 from difa_compile.errors import DecisionError, ErrorTableError
 from difa_compile.plan.schedule import output_sources
 from difa_compile.planner.effects import Array, Effects, reader_effect, total_error, weights_of
+from difa_compile.wording import quoted
 
 FORECAST = Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS)
 
@@ -59,6 +61,8 @@ class Problem:
 
     ``readers``: what a step that is not computed may take; the one of least error is chosen cell by cell, and reuse
     where a forecast has too few outputs. ``coherence`` as in :func:`difa_compile.planner.effects.total_error`.
+    ``begins``: the steps, ascending, at which what was kept before is gone (another model takes over, or a call of
+    guidance begins), so that all units are computed there and nothing reads across.
     """
 
     progress: tuple[float, ...]
@@ -67,10 +71,12 @@ class Problem:
     base: float = 0.0
     readers: tuple[Decision, ...] = (FORECAST,)
     coherence: float = COHERENCE
+    begins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         steps = len(self.progress)
         object.__setattr__(self, "response", np.asarray(self.response, dtype=np.float64))
+        check_begins(self.begins, steps)
         if self.response.shape != (steps,) or not np.isfinite(self.response).all() or (self.response < 0).any():
             raise ErrorTableError(f"the response must be {steps} finite numbers, one for each step, none negative")
         if not self.units or not steps:
@@ -108,6 +114,11 @@ class Problem:
         return len(self.progress)
 
     @cached_property
+    def streams(self) -> tuple[int, ...]:
+        """For each step the number of streams that have begun after the first: a step may read those of its own."""
+        return tuple(sum(begin <= step for begin in self.begins) for step in range(self.steps))
+
+    @cached_property
     def full_cost(self) -> float:
         """The cost of a run in which everything is full."""
         return self.steps * (self.base + sum(unit.costs.computed[FULL] for unit in self.units))
@@ -115,6 +126,14 @@ class Problem:
     def children(self, index: int) -> list[int]:
         """The units inside a unit."""
         return [child for child, unit in enumerate(self.units) if unit.inside == index]
+
+
+def check_begins(begins: Sequence[int], steps: int) -> None:
+    """Raise :class:`ErrorTableError` unless streams begin at steps behind the first, one after the other."""
+    if any(not before < step < steps for before, step in pairwise((0, *begins))):
+        raise ErrorTableError(
+            f"streams are said to begin at steps {quoted(list(begins))}; they must ascend, from 1 to {steps - 1}"
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +203,8 @@ def accounts(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Account
     """The cost and the effects of ``columns[unit][step]``, which must be a plan that can be run.
 
     A reader's effect is that of its sources' drift, plus by the same weights what the sources' own decisions did.
-    Raises :class:`ErrorTableError` for a decision, or for a lag, that was not measured.
+    Raises :class:`ErrorTableError` for a decision, or for a lag, that was not measured, and for what reads across a
+    step at which a stream begins.
     """
     cost = problem.base * problem.steps
     effects = []
@@ -242,17 +262,28 @@ def effects_of(problem: Problem, unit: Unit, column: Sequence[Decision], covered
             lags = [step - source for source in sources]
             if max(lags) > own.lags:
                 raise ErrorTableError(f"step {step}: {decision} reads {max(lags)} steps back; {own.lags} were measured")
+            _check_stream(problem, step, min(sources), decision)
             weights = weights_of(decision, problem.progress, step, sources)
             done[step] = reader_effect(own.drift, weights, lags, step) + np.asarray(weights) @ done[list(sources)]
         elif decision.kind is Kind.WINDOW_RESIDUAL:
             if last_full < 0 or step - last_full > own.lags:
                 raise ErrorTableError(f"step {step}: {decision} has no full step at most {own.lags} steps before it")
+            _check_stream(problem, step, last_full, decision)
             done[step] = own.residual[decision][step, step - last_full]
         elif decision != FULL:
             done[step] = own.computed[decision][step]
         if decision.is_full:
             last_full = step
     return done
+
+
+def _check_stream(problem: Problem, step: int, source: int, decision: Decision) -> None:
+    if problem.streams[source] != problem.streams[step]:
+        begin = max(begin for begin in problem.begins if begin <= step)
+        raise ErrorTableError(
+            f"step {step}: {decision} reads what step {source} has kept, which is gone at step {begin}: another model "
+            "takes over there, or a call of guidance begins"
+        )
 
 
 def outcome(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Outcome:

@@ -12,7 +12,7 @@ from difa_compile.errors import ErrorTableError
 from difa_compile.planner.problem import FORECAST, Outcome, Problem, outcome
 
 FIRST = 3
-"""So many steps are computed before a recipe begins."""
+"""So many steps are computed before a recipe begins, and again where what was kept is gone."""
 INTERVALS = (2, 3, 4, 6)
 
 
@@ -23,7 +23,12 @@ def uniform(problem: Problem, every: int, order: int) -> Outcome | None:
     None where the table has not measured as far back as that reads, or where the schedule has too few steps for it.
     """
     reader = replace(FORECAST, order=order) if order else REUSE
-    column = tuple(FULL if step < FIRST or (step - FIRST) % every == 0 else reader for step in range(problem.steps))
+    column = tuple(
+        FULL if since < FIRST or (since - FIRST) % every == 0 else reader
+        for since in (
+            step - max([0, *(each for each in problem.begins if each <= step)]) for step in range(problem.steps)
+        )
+    )
     full = (FULL,) * problem.steps
     if column == full:
         return None

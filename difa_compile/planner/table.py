@@ -2,10 +2,12 @@
 
 ```
 {
-  "table_version": 1,
+  "table_version": 2,
   "digest": "<SHA-256 of everything below, as canonical JSON>",
   "model": ..., "settings": ..., "sites": [...], "progress": [...],   (as in a plan)
+  "begins": [],
   "done": 50,
+  "machine": "...",
   "seconds": {"full": 0.06, "blocks filled": 0.061, ...},
   "calls": 1,
   "identity": {"weights": "<digest>", ...},
@@ -15,7 +17,8 @@
 ```
 
 Effects (:mod:`difa_compile.planner.effects`) are float32, little-endian, base64. A table of fewer steps than its
-schedule has is that of a measurement that was interrupted, and goes on from there.
+schedule has is that of a measurement that was interrupted, and goes on from there. Version 1 did not say where streams
+begin, and held zeros there, as if nothing had changed; nor which machine had measured.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -34,6 +38,7 @@ from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind
 from difa_compile.errors import DecisionError, ErrorTableError, PlanMismatchError
 from difa_compile.files.documents import Format, as_list, as_mapping, as_number, as_object, as_text, as_whole
 from difa_compile.files.writing import write_whole
+from difa_compile.machine.profile import machines_here
 from difa_compile.plan.data import Cell, ModelInfo, Settings, SiteInfo
 from difa_compile.plan.json_form import (
     model_json,
@@ -45,21 +50,36 @@ from difa_compile.plan.json_form import (
 )
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.effects import Array, Effects
-from difa_compile.planner.problem import Costs, Problem, Unit, flat_response
+from difa_compile.planner.problem import Costs, Problem, Unit, check_begins, flat_response
 from difa_compile.wording import quoted, shown
 
 TABLE = Format(
     name="table of errors",
     version_key="table_version",
-    version=1,
-    keys=("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity", "units"),
+    version=2,
+    keys=(
+        "model",
+        "settings",
+        "sites",
+        "progress",
+        "begins",
+        "done",
+        "machine",
+        "seconds",
+        "calls",
+        "identity",
+        "units",
+    ),
     most_bytes=2**30,
     damaged=ErrorTableError,
     other_version=ErrorTableError,
     edited=ErrorTableError,
     where_from="give the path of a table of errors, as written by difa measure",
-    again="measure again",
+    again="measure again, into another file",
 )
+
+MOST_SECONDS = 1e9
+"""Of a row; of numbers without a limit shares would be no numbers."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class MeasuredUnit:
     def with_step(
         self, step: int, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
     ) -> MeasuredUnit:
-        """The unit with what was found at a step; lags that reach before the first step stay zero."""
+        """The unit with what was found at a step; lags that reach before the first step of its stream stay zero."""
         drift, spreads = self.drift.copy(), self.spread.copy()
         computed = {decision: values.copy() for decision, values in self.computed.items()}
         for i, lag in enumerate(self.lags):
@@ -123,16 +143,21 @@ class MeasuredUnit:
         measured = self.spread[(self.drift != 0).any(2)]
         return float(np.median(measured)) if len(measured) else 0.0
 
-    def effects(self, lags: int) -> Effects:
-        """The effects at every lag up to ``lags``. Those between lags that were tried are interpolated; beyond the
-        longest that a step has they go on as between the last two."""
+    def effects(self, begins: Sequence[int] = ()) -> Effects:
+        """The effects at every lag up to the longest that was tried; ``begins`` as in :class:`ErrorTable`.
+
+        Those between lags that were tried are interpolated. Near the begin of its stream a step has not all of them:
+        there they go on behind the last one that it has as between the last two, which is less far than to the next
+        one that was tried. Beyond the longest nothing is known, and nothing is planned.
+        """
         steps, _, numbers = self.drift.shape
         known = np.array([0, *self.lags])
         values = np.concatenate([np.zeros((steps, 1, numbers)), self.drift], axis=1)
-        drift = np.zeros((steps, lags + 1, numbers))
-        for lag in range(1, lags + 1):
-            for step in range(lag, steps):
-                there = int((known <= min(step, self.lags[-1])).sum())  # lags that this step has
+        drift = np.zeros((steps, self.lags[-1] + 1, numbers))
+        for step in range(steps):
+            since = step - max([0, *(begin for begin in begins if begin <= step)])
+            there = int((known <= since).sum())  # lags that this step has
+            for lag in range(1, min(since, self.lags[-1]) + 1):
                 above = min(int(np.searchsorted(known, lag)), there - 1)
                 low, high = known[above - 1], known[above]
                 share = (lag - low) / (high - low)
@@ -146,7 +171,9 @@ class ErrorTable:
 
     ``seconds``: of a row of each kind, per call of the model, ``calls`` of which make a step; ``pipeline``: of a step
     outside the model. ``done``: how many steps are
-    measured. ``identity``: digests of what was measured with, by what they cover.
+    measured. ``identity``: digests of what was measured with, by what they cover. ``machine``: which took the seconds,
+    in words; empty where none are known. ``begins``: the steps, ascending, at which a call of the model had nothing of
+    the step before to take (another model takes over, or a call of guidance begins): nothing is read across them.
     """
 
     model: ModelInfo
@@ -158,6 +185,8 @@ class ErrorTable:
     seconds: Mapping[str, float] = field(default_factory=dict)
     calls: int = 1
     identity: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+    begins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.units or len({unit.name for unit in self.units}) != len(self.units):
@@ -170,11 +199,14 @@ class ErrorTable:
             )
         if any(value < 0 for value in self.seconds.values()):
             raise ErrorTableError("a row is said to take less than no time")
+        if any(value > MOST_SECONDS for value in self.seconds.values()):
+            raise ErrorTableError("a row is said to take more than thirty years")
         missing = [name for name in self._timed() if name not in self.seconds] if self.seconds else []
         if missing:
             raise ErrorTableError(f"the table has no seconds of the row {quoted(missing[0])}")
         if not 0 <= self.done <= len(self.progress):
             raise ErrorTableError(f"{self.done} steps are said to be done, of {len(self.progress)}")
+        check_begins(self.begins, len(self.progress))
 
     def _check_unit(self, index: int, unit: MeasuredUnit) -> None:
         name = f"unit {quoted(unit.name)}"
@@ -204,15 +236,19 @@ class ErrorTable:
         ]
 
     def with_step(
-        self, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
+        self,
+        found: Mapping[tuple[str, object], Array],
+        spread: Mapping[tuple[str, object], float],
+        begins: bool = False,
     ) -> ErrorTable:
-        """The table with the next step: effects by unit and lag or decision."""
+        """The table with the next step: effects by unit and lag or decision, and whether a stream begins there."""
         units = tuple(unit.with_step(self.done, found, spread) for unit in self.units)
-        return replace(self, units=units, done=self.done + 1)
+        began = (*self.begins, self.done) if begins else self.begins
+        return replace(self, units=units, done=self.done + 1, begins=began)
 
-    def with_seconds(self, seconds: Mapping[str, float], calls: int) -> ErrorTable:
-        """The table with what rows take."""
-        return replace(self, seconds=dict(seconds), calls=calls)
+    def with_seconds(self, seconds: Mapping[str, float], calls: int, machine: str) -> ErrorTable:
+        """The table with what rows take on a machine."""
+        return replace(self, seconds=dict(seconds), calls=calls, machine=machine)
 
     @property
     def complete(self) -> bool:
@@ -236,13 +272,28 @@ class ErrorTable:
                 f"{model.config_digest[:12]}); measure this model"
             )
 
+    def full_plan(self) -> Plan:
+        """The plan by which everything is computed. Raises what :class:`Plan` raises of its parts."""
+        rows = (tuple(Cell(FULL) for _ in self.sites),) * len(self.progress)
+        return Plan(self.model, self.settings, self.sites, self.progress, rows)
+
+    def tell_machine(self) -> None:
+        """Warn if another machine than this one measured the seconds, of which a budget of time is a share."""
+        here = machines_here()
+        if self.machine and self.machine not in here:
+            warnings.warn(
+                f"the table of errors was measured on {shown(self.machine)}, and this is {' and '.join(here)}: a share "
+                "of time by that table may be another one here. Measure here, or have the plan run and held to its "
+                "budget (difa calibrate --budget)",
+                stacklevel=3,
+            )
+
     def problem(self) -> Problem:
         """What the planner chooses from; costs are seconds per step. Raises :class:`ErrorTableError` if steps are
         missing."""
         self.check_complete()
         seconds = {name: value * self.calls for name, value in self.seconds.items() if name != "pipeline"}
         full = seconds["full"]
-        lags = max(unit.lags[-1] for unit in self.units)
         units = []
         rest = full
         for unit in self.units:
@@ -258,14 +309,13 @@ class ErrorTable:
             for decision in unit.computed:
                 computed[decision] = max(0.0, computed[FULL] + seconds[f"{unit.name} {decision}"] - full)
             fill = max(0.0, seconds[f"{unit.name} filled"] - full)
-            units.append(Unit(unit.sites, unit.effects(lags), Costs(computed, read, fill), unit.inside))
+            units.append(Unit(unit.sites, unit.effects(self.begins), Costs(computed, read, fill), unit.inside))
             rest -= computed[FULL]
         forecasts = any(f"{unit.name} forecast" in seconds for unit in self.units)
         readers = (Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS),) if forecasts else (REUSE,)
         response = flat_response(len(self.progress))
-        return Problem(
-            self.progress, tuple(units), response, max(0.0, rest) + self.seconds.get("pipeline", 0.0), readers
-        )
+        base = max(0.0, rest) + self.seconds.get("pipeline", 0.0)
+        return Problem(self.progress, tuple(units), response, base, readers, begins=self.begins)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -297,9 +347,10 @@ class ErrorTable:
                     name: as_text(value, f"identity.{name}")
                     for name, value in as_mapping(fields["identity"], "identity").items()
                 },
+                as_text(fields["machine"], "machine"),
+                tuple(as_whole(item, f"begins[{i}]") for i, item in enumerate(as_list(fields["begins"], "begins"))),
             )
-            full = (tuple(Cell(FULL) for _ in table.sites),) * len(table.progress)
-            Plan(table.model, table.settings, table.sites, table.progress, full)  # sites and progress make a plan
+            table.full_plan()  # sites and progress make a plan
             if table.complete and table.seconds:
                 table.problem()  # sizes and costs go together
         TABLE.check_digest(fields, table._content(), path)
@@ -311,7 +362,9 @@ class ErrorTable:
             "settings": settings_json(self.settings),
             "sites": [site_json(site) for site in self.sites],
             "progress": list(self.progress),
+            "begins": list(self.begins),
             "done": self.done,
+            "machine": self.machine,
             "seconds": dict(self.seconds),
             "calls": self.calls,
             "identity": dict(self.identity),

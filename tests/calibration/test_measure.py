@@ -12,11 +12,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline, HeunDiscreteScheduler
+from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 
+from difa_compile.backend.capture import Capture
 from difa_compile.calibration import measure as module
-from difa_compile.calibration.measure import ATTENTION_LAGS, LAGS, Measuring, Projection, guidance_scale, measure
-from difa_compile.decision import REUSE, Decision, Kind, Window
+from difa_compile.calibration.measure import (
+    ATTENTION_LAGS,
+    LAGS,
+    Measuring,
+    Projection,
+    Stream,
+    guidance_scale,
+    measure,
+)
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
     CalibrationError,
     CalibrationStateError,
@@ -30,7 +39,8 @@ from difa_compile.errors import (
     UnsupportedPipelineError,
 )
 from difa_compile.passes.analysed_model import AnalysedModel
-from difa_compile.pipeline.apply import apply
+from difa_compile.passes.caches import CacheName
+from difa_compile.pipeline.apply import apply, remove
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.make import plan_from_table
 from difa_compile.planner.table import ErrorTable
@@ -304,6 +314,228 @@ def test_the_measured_run_is_the_plain_one(pipe, monkeypatch):
     assert np.allclose(np.asarray(seen[0].images), np.asarray(wanted.images), atol=1e-5)
 
 
+# Streams and guidance
+
+
+class OwnLoop(DiTPipeline):
+    """A sampling loop of its own: ``scales`` guide each step (1: one call alone), and the second transformer, where
+    there is one, takes over at a step ``switch``."""
+
+    @torch.no_grad()
+    def __call__(self, class_labels, scales, switch=99, num_inference_steps=2, generator=None, output_type="pil"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(class_labels), 1, 8, 8, generator=generator)
+        for step, t in enumerate(self.scheduler.timesteps):
+            model = self.transformer if step < switch else self.transformer_2
+
+            def noise(labels, model=model, t=t, latents=latents):
+                return first(model(latents, timestep=t.expand(len(labels)), class_labels=torch.tensor(labels)))
+
+            guided = noise(class_labels)
+            if scales[step] != 1:
+                guided = scales[step] * guided + (1 - scales[step]) * noise([1000] * len(class_labels))
+            latents = self.scheduler.step(guided, t, latents).prev_sample
+        return (latents,)
+
+
+def looped(pipe, **arguments):
+    """The pipeline with this loop, and what to call it with."""
+    pipe.__class__ = OwnLoop
+    return pipe, {"class_labels": [1, 2], "scales": [1] * STEPS, "generator": seeded(), **arguments}
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def quick_to_leave_out(table):
+    """With made-up times, since those of so small a model say nothing."""
+    seconds = {name: 0.1 if "reuse" in name or "forecast" in name else 1.0 for name in table.seconds} | {"pipeline": 0}
+    return table.with_seconds(seconds, table.calls, table.machine)
+
+
+def rows_of_a_run(pipe, plan, call, monkeypatch):
+    """What each call of the model did at each site of the plan, and what had to be promoted."""
+    rows = []
+    compiled_row = Capture.compiled_row
+
+    def noting(self, roles):
+        rows.append(tuple(role.decision for role in roles))
+        return compiled_row(self, roles)
+
+    monkeypatch.setattr(Capture, "compiled_row", noting)
+    applied = apply(pipe, plan, inner="eager")
+    call()
+    monkeypatch.undo()
+    remove(pipe)
+    assert [record for record in applied.records if record.outcome == "skipped"] == []
+    return rows, applied.last_run.promotions
+
+
+def assert_promises_are_kept(pipe, table, call, monkeypatch):
+    """Plans of many budgets compute in a run what they said they would, at every step and site."""
+    table = quick_to_leave_out(table)
+    for budget in (0.5, 0.7, 0.85):
+        plan = plan_from_table(table, budget=budget)
+        assert all(plan.decisions[begin] == (FULL,) * len(plan.sites) for begin in table.begins)
+        assert any(decision.kind.reads == "output" for row in plan.decisions for decision in row)
+        rows, promoted = rows_of_a_run(pipe, plan, call, monkeypatch)
+        assert promoted == ()
+        assert rows == [row for row in plan.decisions for _ in range(table.calls)]
+
+
+def test_another_model_that_takes_over_begins_anew(pipe, monkeypatch):
+    """Measured, planned and run: nothing is read across the step at which the second model begins."""
+    pipe.transformer_2 = tiny_pipeline(seed=5, layers=LAYERS).transformer
+    pipe, given = looped(pipe, switch=2)
+    table = briefly(pipe, given)
+    assert table.begins == (2,)
+    (unit,) = table.units
+    tried = (unit.drift != 0).any(2)
+    assert [row[:4].tolist() for row in tried] == [
+        [False] * 4,
+        [True, False, False, False],
+        [False] * 4,
+        [True, False, False, False],
+        [True, True, False, False],
+    ]
+    assert_promises_are_kept(pipe, table, lambda: pipe(**given, num_inference_steps=STEPS), monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_two_experts_of_wan(tmp_path, monkeypatch):
+    """With a scale of its own for the second one, which no argument tells of both."""
+    pytest.importorskip("transformers", reason="text encoders of whole pipelines")
+    from tests.families.test_video_pipelines import wan_with_experts
+
+    tiny = wan_with_experts(tmp_path)
+    given = {name: value for name, value in tiny.arguments.items() if name != "num_inference_steps"}
+    given |= {"generator": seeded(), "guidance_scale_2": 2.5}
+    steps = 6
+    table = briefly(tiny.pipe, given, steps=steps)
+    (begin,) = table.begins
+    assert 0 < begin < steps - 1
+    assert table.calls == 2
+    (unit,) = table.units
+    assert not unit.drift[begin].any()
+    call = {**given, "num_inference_steps": steps, "output_type": "latent"}
+    early, late = (Recorded(model, list(model.blocks)) for model in (tiny.pipe.transformer, tiny.pipe.transformer_2))
+    early.run(lambda: late.run(lambda: tiny.pipe(**call)))
+    for recorded, first_step, count, scale in ((early, 0, begin, 4.0), (late, begin, steps - begin, 2.5)):
+        for step in range(count):
+            for lag in range(1, step + 1):
+                conditional = recorded.again(2 * step, 2 * (step - lag))
+                other = recorded.again(2 * step + 1, 2 * (step - lag) + 1)
+                wanted = Projection(512)(scale * conditional + (1 - scale) * other).numpy()
+                assert_near(unit.drift[first_step + step, lag - 1], wanted)
+    assert_promises_are_kept(tiny.pipe, table, lambda: tiny.pipe(**call), monkeypatch)
+
+
+@pytest.mark.slow
+def test_guidance_in_an_interval(pipe, monkeypatch):
+    """The other call begins at the third step, and ends; each step is guided as what the scheduler gets shows."""
+    scales = [1, 1, 3.0, 5.0, 1]
+    pipe, given = looped(pipe, scales=scales)
+    table = briefly(pipe, given)
+    assert table.begins == (2,)
+    recorded = Recorded(pipe.transformer, list(pipe.transformer.transformer_blocks))
+    recorded.run(lambda: pipe(**given, num_inference_steps=STEPS))
+    calls = {0: [0], 1: [1], 2: [2, 3], 3: [4, 5], 4: [6]}
+    (unit,) = table.units
+    project = Projection(512)
+    assert_near(unit.drift[1, 0], project(recorded.again(1, 0)).numpy())
+    guided = 5 * recorded.again(4, 2) - 4 * recorded.again(5, 3)
+    assert_near(unit.drift[3, 0], project(guided).numpy())
+    assert_near(unit.drift[4, 1], project(recorded.again(calls[4][0], calls[2][0])).numpy())
+    assert not unit.drift[2].any()
+    plan = plan_from_table(quick_to_leave_out(table), budget=0.7)
+    rows, promoted = rows_of_a_run(pipe, plan, lambda: pipe(**given, num_inference_steps=STEPS), monkeypatch)
+    assert promoted == ()
+    assert rows == [row for row, each in zip(plan.decisions, calls.values(), strict=True) for _ in each]
+
+
+@pytest.mark.slow
+def test_guidance_by_scales_that_no_call_tells(pipe):
+    """One batch, guided by another scale for each image and step, against what is stated."""
+    scales = torch.tensor([2.0, 6.0]).reshape(2, 1, 1, 1)
+
+    class PerImage(DiTPipeline):
+        @torch.no_grad()
+        def __call__(self, class_labels, guidance_scale, num_inference_steps=2, generator=None):
+            self.scheduler.set_timesteps(num_inference_steps)
+            latents = torch.randn(2, 1, 8, 8, generator=generator)
+            labels = torch.tensor([*class_labels, 1000, 1000])
+            for number, t in enumerate(self.scheduler.timesteps):
+                noise = self.transformer(torch.cat([latents] * 2), timestep=t.expand(4), class_labels=labels).sample
+                conditional, other = noise.chunk(2)
+                scale = torch.tensor(guidance_scale).reshape(2, 1, 1, 1) + number
+                latents = self.scheduler.step(other + scale * (conditional - other), t, latents).prev_sample
+
+    pipe.__class__ = PerImage
+    given = {"class_labels": [1, 2], "guidance_scale": [2.0, 6.0], "generator": seeded()}
+    table = briefly(pipe, given)
+    recorded = Recorded(pipe.transformer, list(pipe.transformer.transformer_blocks))
+    recorded.run(lambda: pipe(**given, num_inference_steps=STEPS))
+
+    def wanted(number, lag):
+        conditional, other = recorded.again(number, number - lag).chunk(2)
+        return other + (scales + number) * (conditional - other)
+
+    assert_drift(table.units[0], wanted)
+
+
+class TwoOutputs(DiTTransformer2DModel):
+    """A model with something beside its sample."""
+
+    def forward(self, *args, **kwargs):
+        sample = super().forward(*args, **kwargs).sample
+        return sample, 3 * sample[:, :, :4, 0]
+
+
+@pytest.fixture
+def with_sound(pipe):
+    pipe.transformer.__class__ = TwoOutputs
+    return pipe
+
+
+def test_a_second_output_counts_as_much_as_the_first(with_sound):
+    pipe, given = looped(with_sound)
+    table = briefly(pipe, given, steps=2)
+    recorded = Recorded(pipe.transformer, list(pipe.transformer.transformer_blocks))
+    recorded.run(lambda: pipe(**given, num_inference_steps=2))
+    change = recorded.again(1, 0)
+    sizes = change.square().mean(), (3 * change[:, :, :4, 0]).square().mean()
+    assert sizes[1] > 2 * sizes[0]
+    found = np.square(table.units[0].drift[1, 0]).sum()
+    assert found == pytest.approx(sum(sizes).item() / 2, rel=0.2)  # few of its numbers fall into one
+
+
+def test_several_outputs_that_are_guided_are_refused(with_sound):
+    pipe, given = looped(with_sound, scales=[4.0] * STEPS)
+    with pytest.raises(CalibrationError, match=r"TwoOutputs gives 2 outputs .*measure it without guidance"):
+        briefly(pipe, given)
+
+
+def test_what_no_trial_takes_any_more_is_let_go():
+    """Outputs of attention after as many steps as attention is tried, those of blocks later."""
+    stream = Stream(0)
+    block, attention = CacheName.output("blocks.0", 0), CacheName.output("blocks.0.attn", 0)
+    for step in range(6):
+        written = {block: torch.full((1,), step), attention: torch.full((1,), step)}
+        stream.keep(step, written, [(4, {"blocks.0"}), (2, {"blocks.0.attn"})])
+    assert stream.last == 5
+    assert [{name: value.item() for name, value in outputs.items()} for outputs in stream.history] == [
+        {block: 5, attention: 5},
+        {block: 4, attention: 4},
+        {block: 3},
+        {block: 2},
+    ]
+    alone = Stream(0)
+    for step in range(6):
+        alone.keep(step, {attention: torch.zeros(1)}, [(2, {"blocks.0.attn"})])
+    assert len(alone.history) == 2
+
+
 # The table
 
 
@@ -436,6 +668,20 @@ def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, state):
     assert state.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: {"progress": tuple(0.99 * each for each in table.progress)}, "has another schedule than this"),
+        (lambda table: {"sites": (replace(table.sites[0], tokens=17, layout=None), *table.sites[1:])}, "other sites"),
+    ],
+)
+def test_a_table_of_another_schedule_or_grid_is_not_gone_on_with(pipe, whole, tmp_path, change, message):
+    """Under the same identity: what a pipeline makes of the same call may have changed."""
+    replace(whole, done=2, **change(whole)).save(tmp_path / "errors.json")
+    with pytest.raises(CalibrationStateError, match=f"{message}.*; name another file, or delete it"):
+        briefly(pipe, decisions=TRIED, state=tmp_path / "errors.json")
+
+
 def test_a_damaged_state_is_refused(pipe, state):
     document = json.loads(state.read_text())
     state.write_text(json.dumps({**document, "done": 1}))
@@ -562,7 +808,8 @@ class TrueScale:
     [
         (Scaled(), {}, 7.5),
         (Scaled(), {"guidance_scale": 2}, 2.0),
-        (Scaled(), {"guidance_scale": [1, 2]}, 1.0),
+        (Scaled(), {"guidance_scale": [1, 2]}, None),
+        (Scaled(), {"guidance_scale": None}, None),
         (TrueScale(), {"guidance_scale": 9.0}, 1.0),
         (TrueScale(), {"true_cfg_scale": 4.0}, 4.0),
         (Unscaled(), {"guidance_scale": 4.0}, 1.0),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ def runs(monkeypatch):
 
     ``judged``: PSNR of plans that are not timed, in turn; worse than any when there are no more.
     """
-    seen = {"held": [], "plans": [], "seeds": None, "judged": [], "others": []}
+    seen = {"held": [], "plans": [], "seeds": None, "judged": [], "others": [], "checked": []}
 
     class Fake:
         def run(self, plan):
@@ -41,6 +42,7 @@ def runs(monkeypatch):
         yield Fake()
 
     monkeypatch.setattr(planned, "trials", trials)
+    monkeypatch.setattr(planned, "check_table", lambda *given: seen["checked"].append(given))
     return seen
 
 
@@ -163,9 +165,35 @@ def test_for_a_quality_a_quicker_way_is_looked_for(runs):
     assert second.settings.promise.predicted_share < first.settings.promise.predicted_share
 
 
-def test_a_table_of_other_steps_and_no_runs(runs):
-    with pytest.raises(ScheduleError, match="over 6 steps, and a plan for 7"):
-        plan_within(object(), {}, Limit(0.5), 7, table=made_table(6))
+def test_a_table_is_held_against_the_pipeline_before_anything_is_run(runs, monkeypatch):
+    runs["held"] = [Held(0.5, 41.0, 39.5)]
+    pipe, given, table = object(), {"prompt": "a"}, made_table(6)
+    plan_within(pipe, given, Limit(0.5), 6, table=table, runs=1)
+    ((checked, *others),) = runs["checked"]
+    assert checked is table
+    assert others == [pipe, given, 6]
+
+    def refuses(*given):
+        raise ScheduleError("other steps")
+
+    monkeypatch.setattr(planned, "check_table", refuses)
+    with pytest.raises(ScheduleError, match="other steps"):
+        within(Limit(0.5))
+    assert len(runs["plans"]) == 1
+
+
+def test_a_budget_of_another_machines_seconds_is_told(runs):
+    runs["held"] = [Held(0.5, 41.0, 39.5)]
+    table = replace(made_table(6), machine="an abacus")
+    with pytest.warns(UserWarning, match="measured on an abacus, and this is"):
+        within(Limit(0.5), table=table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        within(Limit(psnr=40.0), table=table)
+        within(Limit(0.5))
+
+
+def test_seeds_and_runs_that_make_no_sense(runs):
     with pytest.raises(ValueError, match="0 runs"):
         within(Limit(0.5), runs=0)
     with pytest.raises(ValueError, match=r"seeds \[1\] are held out"):
@@ -183,7 +211,9 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch):
     measured = measure(pipe, given, 4, progress=False, inner="eager")
     names = [name for name in measured.seconds if name.startswith("blocks")]
     seconds = {"full": 1.0, "pipeline": 0.0, **{name: 1.0 if "filled" in name else 0.1 for name in names}}
-    table = measured.with_seconds(seconds, measured.calls)  # what a tiny model takes is the machine's mood
+    table = measured.with_seconds(
+        seconds, measured.calls, measured.machine
+    )  # what a tiny model takes is the machine's mood
     full, half = plan_from_table(table, budget=1.0), plan_from_table(table, budget=0.7)
     eager = functools.partial(apply_for_trials, inner="eager")
     monkeypatch.setattr(planned, "apply_for_trials", eager)

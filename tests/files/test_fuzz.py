@@ -12,7 +12,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def use_table(table: ErrorTable, copy: Path) -> None:
         check_message(error)
         return
     assert table.problem().full_cost > 0
-    plan = plan_from_table(table, budget=1.0)
+    plan = plan_from_table(replace(table, machine=""), budget=1.0)  # others are warned of
     assert plan.steps == len(table.progress)
     str(plan.settings.promise).encode()
 

@@ -20,6 +20,8 @@ from difa_compile.machine.profile import (
     elementwise_work,
     linear_work,
     local_work,
+    machine_name,
+    machines_here,
 )
 from difa_compile.ops.kernels import LocalCall, LocalKernel, choose_kernel
 from difa_compile.ops.pairs import visible_pairs
@@ -273,3 +275,10 @@ def test_work_counted_in_whole_numbers_survives_the_file(tmp_path):
     )
     profile = Profile(Machine.here("cpu"), "2026-01-01T00:00:00+00:00", (fit,))
     assert Profile.load(profile.save(tmp_path / "profile.json")) == profile
+
+
+def test_machines_are_named_and_those_that_are_here_known():
+    assert machine_name("cpu") == str(Machine.here("cpu"))
+    assert machines_here()[0] == machine_name("cpu")
+    assert len(set(machines_here())) == len(machines_here())
+    assert "(meta)" in machine_name("meta")  # of which there can be no profile

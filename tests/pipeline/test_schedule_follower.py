@@ -241,3 +241,22 @@ def test_closing_without_a_call_reports_nothing():
     followed.set(3)
     followed.follower.close()
     assert followed.stats == []
+
+
+def test_what_the_scheduler_is_given_is_told_before_it_steps():
+    seen = []
+    followed = Followed(diffusers.DDIMScheduler())
+    followed.follower = ScheduleFollower(
+        followed.scheduler, followed.open_run, one_call_each=True, told_output=seen.append
+    )
+    followed.set(2)
+    followed.follower.given("before a run")
+    for number in range(2):
+        followed.call()
+        followed.follower.given(number)
+        followed.follower.stepped()
+    assert seen == [0, 1]
+    plain = Followed(diffusers.DDIMScheduler())
+    plain.set(1)
+    plain.call()
+    plain.follower.given("nobody asks")

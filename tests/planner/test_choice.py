@@ -193,3 +193,21 @@ def test_knapsack():
         assert sum(errors[unit, option] for unit, option in enumerate(taken)) == pytest.approx(min(tried)[0], rel=0.02)
     assert knapsack(costs, errors, 0.0) == [int(option) for option in costs.argmin(1)]
     assert knapsack(costs[:1], errors[:1], 1.0) == [int(errors[0].argmin())]
+
+
+@pytest.mark.parametrize("make", [lambda: make_problem(steps=16, units=2, readers=(REUSE, FORECAST)), nested])
+def test_no_choice_reads_across_the_begin_of_a_stream(make):
+    """At any budget and by any way; steps that are moved stay within what can be run."""
+    begins = (3, 10)
+    problem = replace(make(), begins=begins)
+    planner = Planner(problem)
+    free = Planner(replace(problem, begins=()))
+    for budget, worst in ((planner.least.share, False), (0.45, True), (0.6, False), (0.8, False)):
+        found = planner.choose(budget, worst=worst)
+        assert found.share <= budget * (1 + 1e-9)
+        assert outcome(problem, found.columns) == found  # which raises for what reads across
+        assert all(found.columns[unit][begin] == FULL for unit in planner.outer for begin in begins)
+    assert planner.least.share > free.least.share
+    start = planner.choose(0.6)
+    for each in planner.neighbours(start, 0.6):
+        assert outcome(problem, each.columns) == each

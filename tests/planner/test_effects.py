@@ -74,6 +74,8 @@ def test_tied_effects_add_up():
     np.testing.assert_allclose(both.drift, members[0].drift + members[1].drift)
     np.testing.assert_allclose(both.computed[WINDOW], 2)
     assert not tied([members[0], Effects(members[1].drift)]).computed
+    short = tied([members[0], Effects(members[1].drift[:, :3])])
+    np.testing.assert_allclose(short.drift, both.drift[:, :3])
 
 
 def test_coherence():

@@ -1,12 +1,14 @@
 """Plans from a table: what may be asked for, what comes of it, and what is said of it."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 
 from difa_compile.decision import FULL, Kind
 from difa_compile.errors import BudgetError, ErrorTableError, RowLimitError
+from difa_compile.machine.profile import machine_name
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.choice import choose
 from difa_compile.planner.make import FRONT, Limit, front_of, plan_from_table, plan_of
@@ -181,6 +183,17 @@ def test_errors_that_no_image_can_have_are_promised_as_0_db(table, problem):
 def test_a_measurement_that_was_interrupted_makes_no_plan():
     with pytest.raises(ErrorTableError, match="start difa measure with the same arguments again"):
         plan_from_table(made_table(STEPS, done=3), budget=0.5)
+
+
+def test_another_machines_seconds_are_told_where_a_budget_of_time_is_planned(table):
+    elsewhere = replace(table, machine="an abacus")
+    with pytest.warns(UserWarning, match="measured on an abacus, and this is .*held to its budget"):
+        plan = plan_from_table(elsewhere, budget=0.5)
+    assert plan.decisions == plan_from_table(table, budget=0.5).decisions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_from_table(elsewhere, psnr=40)
+        plan_from_table(replace(table, machine=machine_name("cpu")), budget=0.5)
 
 
 # The front

@@ -1,5 +1,6 @@
 """Paths are the cheapest of all, found by trying all."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -136,3 +137,30 @@ def test_the_forms_of_computed_steps():
 
 def _all_forms(steps):
     return [list(column) for column in product((FULL, WINDOW, RESIDUAL), repeat=steps)]
+
+
+@pytest.mark.parametrize("readers", [(REUSE,), (REUSE, FORECAST), (REUSE, FORECAST, SECOND)])
+@pytest.mark.parametrize("price", [1e-7, 1e-5, 1e-3])
+def test_the_path_is_the_cheapest_of_those_that_begin_each_stream_anew(readers, price):
+    problem = replace(make_problem(steps=7, readers=readers, costs=Costs({FULL: 1.0}, read=0.02)), begins=(2, 5))
+    table, prices, found = solved(problem, price)
+    assert found.price[0, 0] == pytest.approx(cheapest(problem, price), rel=1e-9)
+    column = decided(table, prices, 0, [FULL if on else None for on in found.computed[0, 0]], np.ones(7, dtype=bool))
+    assert column[2] == column[5] == FULL
+    own = additive_error(problem, [column]) + price * cost_of(problem.units[0], column, [False] * 7)
+    assert own == pytest.approx(found.price[0, 0], rel=1e-9)
+
+
+def test_a_residual_of_another_stream_is_not_taken():
+    steps = 6
+    drift = drift_of_values(smooth_values(0, steps, 3), steps)
+    ages = np.arange(steps + 1)[None, :, None] ** 2 * np.ones((steps, steps + 1, 3)) * 1e-2
+    own = Effects(drift, {WINDOW: np.full((steps, 3), 1.0)}, {RESIDUAL: ages})
+    costs = Costs({FULL: 2.0, WINDOW: 0.5, RESIDUAL: 0.6}, residual=0.1)
+    progress = tuple((6 - s) / 6 for s in range(6))
+    problem = Problem(progress, (Unit((0,), own, costs),), np.ones(steps), 0.1, coherence=0.0)
+    everywhere = np.ones(steps, dtype=bool)
+    plain = forms_of(problem, 0, everywhere, everywhere, 0.1)
+    begun = forms_of(replace(problem, begins=(1,)), 0, everywhere, everywhere, 0.1)
+    assert plain[:2] == [FULL, RESIDUAL]
+    assert begun[1] != RESIDUAL

@@ -161,3 +161,34 @@ def test_readers_that_are_none(readers):
 def test_smooth_values_are_smooth():
     values = smooth_values(0, 40)
     assert ((values[2:] - 2 * values[1:-1] + values[:-2]) ** 2).sum() < (values[1:] ** 2).sum() / 100
+
+
+# Streams
+
+
+def test_nothing_reads_across_the_begin_of_a_stream():
+    problem = replace(make_problem(steps=8, readers=(REUSE, FORECAST)), begins=(4,))
+    assert problem.streams == (0, 0, 0, 0, 1, 1, 1, 1)
+    good = [FULL, FULL, FORECAST, REUSE, FULL, REUSE, FULL, FORECAST]
+    assert outcome(problem, [good]) == outcome(replace(problem, begins=()), [good])
+    for step, decision in ((4, REUSE), (4, FORECAST), (5, FORECAST)):
+        column = [FULL, FULL, FULL, FULL, FULL, FULL, FULL, FULL]
+        column[step] = decision
+        with pytest.raises(ErrorTableError, match=f"step {step}: {decision} reads what step . has kept, which is gone"):
+            outcome(problem, [column])
+        assert outcome(replace(problem, begins=()), [column]).share < 1
+
+
+def test_a_residual_is_of_its_own_stream():
+    problem = replace(windowed(), begins=(3,))
+    columns = [[FULL] * 6, [FULL, FULL, RESIDUAL, WINDOW, WINDOW, RESIDUAL]]
+    with pytest.raises(ErrorTableError, match=r"step 5: .*residual reads what step 1 has kept.* gone at step 3"):
+        outcome(problem, columns)
+    columns[1][4] = FULL
+    assert outcome(problem, columns).share < 1
+
+
+@pytest.mark.parametrize("begins", [(0,), (8,), (3, 3), (4, 2), (-1,)])
+def test_begins_that_make_no_sense(begins):
+    with pytest.raises(ErrorTableError, match="they must ascend, from 1 to 7"):
+        replace(make_problem(steps=8), begins=begins)

@@ -1,5 +1,7 @@
 """Fixed recipes as plans."""
 
+from dataclasses import replace
+
 import pytest
 
 from difa_compile.decision import FULL, REUSE
@@ -31,3 +33,10 @@ def test_forecasts_do_better_than_reuse_where_outputs_change_smoothly():
     found = recipes(make_problem(steps=40))
     assert found["forecast every 3"].psnr > found["reuse every 3"].psnr
     assert found["reuse every 2"].share > found["reuse every 6"].share
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_recipe_begins_anew_where_what_was_kept_is_gone(order):
+    problem = replace(make_problem(steps=16), begins=(7,))
+    column = uniform(problem, 4, order).columns[0]
+    assert [step for step, each in enumerate(column) if each == FULL] == [0, 1, 2, 3, 7, 8, 9, 10, 14]

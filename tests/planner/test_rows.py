@@ -1,5 +1,7 @@
 """At most K distinct rows."""
 
+from dataclasses import replace
+
 import pytest
 
 from difa_compile.decision import FULL, REUSE
@@ -53,3 +55,12 @@ def test_what_is_no_limit(most):
 def test_an_impossible_budget_stays_one():
     with pytest.raises(BudgetError, match="the least is"):
         limit_rows(make_problem(steps=12, lags=3), 0.1, 4)
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_few_rows_begin_each_stream_anew(most):
+    problem = replace(make_problem(steps=16, units=3, readers=(REUSE, FORECAST)), begins=(5, 11))
+    found = limit_rows(problem, 0.6, most)
+    assert found.rows <= most
+    assert outcome(problem, found.outcome.columns) == found.outcome
+    assert all(column[begin] == FULL for column in found.outcome.columns for begin in (5, 11))

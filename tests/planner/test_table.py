@@ -2,13 +2,19 @@
 
 import base64
 import json
+import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from difa_compile.decision import FULL, REUSE
 from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError
+from difa_compile.machine.profile import machine_name
+from difa_compile.plan.schedule import output_sources, take_rows
+from difa_compile.planner.choice import Planner, choose
+from difa_compile.planner.make import plan_of
 from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
 from tests.support.planner_problems import smooth_values
 from tests.support.tables import SECONDS, WINDOW, made_table, measured_unit
@@ -32,8 +38,10 @@ def resealed(path, change):
 
 
 def test_round_trip(path, tmp_path):
-    table, again = made_table(), ErrorTable.load(path)
-    parts = ("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity")
+    table = replace(made_table(), begins=(3, 5), machine="a machine")
+    table.save(path)
+    again = ErrorTable.load(path)
+    parts = ("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity", "machine", "begins")
     assert [getattr(again, name) for name in parts] == [getattr(table, name) for name in parts]
     for read, unit in zip(again.units, table.units, strict=True):
         assert [read.name, read.sites, read.inside, read.lags] == [unit.name, unit.sites, unit.inside, unit.lags]
@@ -53,7 +61,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
         made_table().save(tmp_path / "file" / "errors.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"table_version": 1}', '{"units": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"table_version": 2}', '{"units": []}'])
 def test_what_is_no_table(path, text):
     path.write_text(text)
     with pytest.raises(ErrorTableError, match="restore the file, or measure again"):
@@ -72,9 +80,12 @@ def test_no_table_at_all(tmp_path):
 
 
 def test_a_table_of_another_version(path):
-    path.write_text(path.read_text().replace('"table_version": 1', '"table_version": 2'))
-    with pytest.raises(ErrorTableError, match="has table version 2, but this release reads version 1"):
-        ErrorTable.load(path)
+    for version in (1, 3):  # tables of version 1 hold zeros where streams begin
+        path.write_text(path.read_text().replace('"table_version": 2', f'"table_version": {version}'))
+        message = f"has table version {version}, but this release reads version 2; .*measure again, into another file"
+        with pytest.raises(ErrorTableError, match=message):
+            ErrorTable.load(path)
+        made_table().save(path)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,8 @@ def test_a_table_of_another_version(path):
         ('"done": 8', '"done": 7'),
         ('"inputs": "a"', '"inputs": "b"'),
         ('"calls": 1', '"calls": 2'),
+        ('"begins": []', '"begins": [2]'),
+        ('"machine": ""', '"machine": "b"'),
         ('"lags": [1, 2, 4]', '"lags": [1, 2, 5]'),
         ("AAAAAAAA", "AAAAAABA"),
     ],
@@ -136,10 +149,16 @@ def with_nan(document):
         (lambda d: d.update(done=9), "9 steps are said to be done, of 8"),
         (lambda d: d.update(done=-1), "-1 steps"),
         (lambda d: d.update(calls=0), "at least 1"),
+        (lambda d: d.update(begins=[0]), "must ascend, from 1 to 7"),
+        (lambda d: d.update(begins=[8]), "must ascend, from 1 to 7"),
+        (lambda d: d.update(begins=[3, 3]), "must ascend, from 1 to 7"),
+        (lambda d: d.update(begins=[2.5]), "begins\\[0\\] is .*must be a whole number"),
+        (lambda d: d.update(machine=None), "machine is null; it must be a string"),
         (lambda d: d["seconds"].pop("full"), "no seconds of the row 'full'"),
         (lambda d: d["seconds"].pop("attention window(band:2)"), "no seconds of the row 'attention window"),
         (lambda d: d["seconds"].update(full=-1.0), "less than no time"),
         (lambda d: d["seconds"].update(full="1"), "must be a number"),
+        (lambda d: d["seconds"].update({"blocks reuse": 1e300}), "more than thirty years"),
         (lambda d: d["units"][0].pop("spread"), "without the key 'spread'"),
         (lambda d: d["sites"].__setitem__(1, d["sites"][0]), "names site 'blocks.0.attn' twice"),
         (lambda d: d["sites"].reverse(), "out of order"),
@@ -189,6 +208,8 @@ def test_steps_are_added_one_by_one():
     assert (unit.computed[WINDOW][:2] == [[0, 0, 0], [4, 4, 4]]).all()
     assert not unit.drift[2:].any()
     assert not empty.drift.any(), "the unit before was changed"
+    assert table.begins == ()
+    assert table.with_step(found, {}, begins=True).with_step(found, {}).begins == (2,)
 
 
 def test_a_table_of_another_model_is_refused():
@@ -216,19 +237,26 @@ def straight(lags, steps=10):
     return MeasuredUnit("blocks", (0,), None, tuple(lags), drift, drift[..., 0] * 0, {})
 
 
+@pytest.mark.parametrize("begins", [(), (4,), (1, 6)])
 @pytest.mark.parametrize("lags", [(1,), (1, 2), (1, 3), (1, 2, 3, 5, 8), (1, 9)])
-def test_effects_in_proportion_to_the_lag_come_out_at_every_lag(lags):
-    """Between lags that were tried, beyond the longest, and at steps before which the longer ones do not reach."""
-    drift = straight(lags).effects(9).drift
+def test_effects_in_proportion_to_the_lag_come_out_at_every_lag(lags, begins):
+    """Between lags that were tried, and at steps before which the longer ones do not reach in their stream."""
+    unit = straight(lags)
+    since = [step - max([0, *(begin for begin in begins if begin <= step)]) for step in range(10)]
     for step in range(10):
-        for lag in range(10):
-            expected = lag * np.array([1 + step, -2.0]) if lag <= step else np.zeros(2)
+        for i, lag in enumerate(lags):
+            unit.drift[step, i] *= lag <= since[step]  # as measured: zero where there was nothing to take
+    drift = unit.effects(begins).drift
+    assert drift.shape == (10, lags[-1] + 1, 2), "beyond the longest lag nothing is known"
+    for step in range(10):
+        for lag in range(lags[-1] + 1):
+            expected = lag * np.array([1 + step, -2.0]) if lag <= since[step] else np.zeros(2)
             assert np.allclose(drift[step, lag], expected), (step, lag)
 
 
 def test_lags_that_were_tried_are_taken_as_they_are_and_those_between_lie_between():
     unit = measured_unit("blocks", [0], None, (1, 2, 4, 8), 12, seed=3)
-    drift = unit.effects(8).drift
+    drift = unit.effects().drift
     for i, lag in enumerate(unit.lags):
         assert np.array_equal(drift[lag:, lag], unit.drift[lag:, i])
         assert not drift[:lag, lag].any()
@@ -270,5 +298,49 @@ def test_smooth_effects_stay_smooth():
     values = smooth_values(7, steps)
     all_lags = measured_unit("blocks", [0], None, range(1, 9), steps, seed=7)
     few = measured_unit("blocks", [0], None, (1, 2, 3, 5, 8), steps, seed=7)
-    gap = np.abs(all_lags.effects(8).drift - few.effects(8).drift)[8:].max()
+    gap = np.abs(all_lags.effects().drift - few.effects().drift)[8:].max()
     assert 0 < gap < 0.25 * np.abs(values).max()
+
+
+def test_attention_is_planned_no_further_back_than_it_was_tried():
+    """Blocks may be left out for longer; what they hold is then covered, and computed where they are."""
+    steps = 20
+    units = (
+        measured_unit("blocks", [2], None, range(1, 13), steps),
+        measured_unit("attention", [0, 1], 0, (1, 2, 3), steps, seed=1, decisions=[WINDOW]),
+    )
+    problem = replace(made_table(steps), units=units).problem()
+    assert [unit.effects.lags for unit in problem.units] == [12, 3]
+    planner = Planner(problem)
+    widest = 0
+    for budget in (planner.least.share, 0.3, 0.4, 0.6, 0.8):
+        blocks, attention = planner.choose(budget).columns
+        active = [step for step in range(steps) if blocks[step].kind.reads != "output"]
+        widest = max(widest, *(b - a for a, b in pairwise(active)))
+        sources = output_sources(attention, [step not in active for step in range(steps)])
+        for step in active:
+            assert all(step - source <= 3 for source in sources[step])
+    assert widest > 4, "no block was left out for longer than attention was tried"
+
+
+def test_nothing_is_planned_across_the_begin_of_a_stream():
+    table = replace(made_table(12), begins=(5,))
+    problem = table.problem()
+    assert problem.begins == (5,)
+    outcome = choose(problem, 0.5)
+    assert all(column[5].kind.reads != "output" for column in outcome.columns)
+    assert outcome.columns[0][6].order == 0, "a forecast needs two outputs of its own stream"
+    plan = plan_of(table, outcome)
+    _, promoted = take_rows(plan.decisions[5:], range(7), plan.blocks)
+    assert promoted == (), "the run of another model, beginning with empty caches, follows the plan"
+
+
+def test_which_machine_has_measured_is_told_elsewhere():
+    table = replace(made_table(), machine="a machine\x1b[31m")
+    with pytest.warns(UserWarning, match=r"measured on a machine.*, and this is .*torch") as caught:
+        table.tell_machine()
+    assert str(caught[0].message).isprintable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made_table().with_seconds(SECONDS, 1, machine_name("cpu")).tell_machine()
+        made_table().tell_machine()  # nobody knows
