@@ -235,8 +235,13 @@ def calibrate(
     device: Device = None,
 ) -> None:
     """Find a plan for a model: what it may leave out at each step, and what that costs in quality."""
-    limits = {"--budget": budget, "--psnr": psnr, "--error": error}
-    planned = {"--table": table, "--max-rows": max_rows, "--no-blocks": no_blocks or None, "--runs": runs}
+    limits: dict[str, object] = {"--budget": budget, "--psnr": psnr, "--error": error}
+    planned: dict[str, object] = {
+        "--table": table,
+        "--max-rows": max_rows,
+        "--no-blocks": no_blocks or None,
+        "--runs": runs,
+    }
     check_options_of(method, limits | planned, Method.PLANNER)
     searched = {"--threshold": threshold, "--candidates": candidates, "--loss": loss}
     check_options_of(method, searched, Method.WEIGHED, Method.PUBLISHED)

@@ -143,8 +143,8 @@ def print_blocks(console: Console, blocks: Sequence[SiteInfo], records: Iterable
     """One line per block, and span of blocks, that a plan can leave out as a whole, and why it cannot leave out
     others."""
     spans = sum(bool(block.blocks) for block in blocks)
-    title = f"Blocks that a plan can leave out: {len(blocks) - spans}; spans of blocks: {spans}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    console.print(f"\nBlocks that a plan can leave out: {len(blocks) - spans}; spans of blocks: {spans}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("block", "kind"):
         table.add_column(name)
     for name in ("tokens", "width"):
@@ -152,7 +152,8 @@ def print_blocks(console: Console, blocks: Sequence[SiteInfo], records: Iterable
     for block in blocks:
         kind = f"span of {len(block.blocks)} blocks" if block.blocks else "block"
         table.add_row(*map(foreign, (block.path, kind, str(block.tokens), str(block.width))))
-    console.print(table)
+    if blocks:
+        console.print(table)
     print_records(console, records, "block")
 
 
