@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,17 +135,17 @@ class KeptTrials:
 
 def read_trials(path: Path) -> tuple[dict[str, str], dict[str, tuple[float, ...]]]:
     """The identity and the results in a file. Raises :class:`CalibrationStateError` if it is damaged or edited."""
-    fields = TRIALS.parse(TRIALS.read_bytes(path), path)
+    document = TRIALS.parse(TRIALS.read_bytes(path), path)
     with TRIALS.reading(path):
         identity = {
             name: as_text(value, f"identity.{name}")
-            for name, value in as_mapping(fields["identity"], "identity").items()
+            for name, value in as_mapping(document["identity"], "identity").items()
         }
         tried = {
             key: _read_result(value, key, f"tried.{shown(key, 80)}")
-            for key, value in as_mapping(fields["tried"], "tried").items()
+            for key, value in as_mapping(document["tried"], "tried").items()
         }
-    TRIALS.check_digest(fields, {"identity": identity, "tried": _json_of(tried)}, path)
+    TRIALS.check_digest(document, {"identity": identity, "tried": _json_of(tried)}, path)
     return identity, tried
 
 
@@ -179,12 +179,15 @@ def identity_of_trials(
 
 def digest_of_table(table: ErrorTable) -> str:
     """The digest of all that plans are chosen from, which is the same for a table and for its file."""
+    stored = as_stored(table)
     units = [
-        [unit.name, unit.sites, unit.inside, unit.lags, *map(_single, (unit.drift, unit.spread)),
-         {str(decision): _single(values) for decision, values in unit.computed.items()}]
-        for unit in table.units
-    ]  # fmt: skip
-    return digest_of([asdict(table.model), table.progress, table.seconds, table.calls, units])
+        {item.name: getattr(unit, item.name) for item in fields(unit)}
+        | {"computed": {str(decision): values for decision, values in unit.computed.items()}}
+        for unit in stored.units
+    ]
+    described = {"model": asdict(table.model), "sites": [site.path for site in table.sites], "units": units}
+    said = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("settings", "identity")}
+    return digest_of(said | described)
 
 
 def as_stored(table: ErrorTable) -> ErrorTable:

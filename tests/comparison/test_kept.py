@@ -163,8 +163,8 @@ def test_tables_have_digests_of_their_own():
     table = made_table(6)
     others = [
         made_table(5),
-        table.with_seconds({**table.seconds, "full": 1.5}, 1),
-        table.with_seconds(table.seconds, 2),
+        replace(table, seconds={**table.seconds, "full": 1.5}),
+        replace(table, calls=2),
         replace(table, units=table.units[:1]),
         replace(table, units=(replace(table.units[0], drift=table.units[0].drift * 1.01), table.units[1])),
     ]
