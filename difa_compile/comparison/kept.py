@@ -151,7 +151,7 @@ def read_trials(path: Path) -> tuple[dict[str, str], dict[str, tuple[float, ...]
 
 def trials_file(state: Path) -> Path:
     """Where the record of trials stands beside the state of a measurement."""
-    return state.with_name(f"{state.name}.trials")
+    return Path(f"{state}.trials")
 
 
 def delete_kept(*paths: Path) -> None:

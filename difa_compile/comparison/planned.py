@@ -138,13 +138,13 @@ def trials(
 
     Raises :class:`CalibrationStateError` for a ``state`` that is damaged or of other trials, and :class:`OutputError`.
     """
-    made = Trials(pipe, inputs, steps, seeds, held_out)
     identity = identity_of_trials(pipe, inputs, steps, seeds, held_out, table)
-    kept = KeptTrials.open(made, default_path(identity) if state is None else state, identity)
     with ExitStack() as stack:
         stack.enter_context(quiet(pipe))
         for transformer in find_transformers(pipe):
             stack.enter_context(compiled_by(transformer, "inductor"))
+        made = Trials(pipe, inputs, steps, seeds, held_out)
+        kept = KeptTrials.open(made, default_path(identity) if state is None else state, identity)
         stack.callback(made.close)
         yield kept
     if state is None:

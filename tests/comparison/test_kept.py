@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,7 @@ def test_a_place_that_cannot_be_written_shows_before_anything_is_run(tmp_path):
 
 def test_it_stands_beside_the_state(tmp_path):
     assert trials_file(tmp_path / "plan.json.state") == tmp_path / "plan.json.state.trials"
+    assert trials_file(Path("/")) == Path("/.trials")
 
 
 def test_what_is_done_with_is_deleted_or_told(tmp_path):

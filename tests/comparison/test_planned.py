@@ -319,6 +319,7 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch, tmp_path)
     trials.close()
     assert type(pipe) is DiTPipeline
     with planned.trials(pipe, given, 4, (0,), (1,), table, tmp_path / "trials") as run:
+        assert run.runs._full.pipe._progress_bar_config == {"disable": True}
         monkeypatch.setattr(run.runs, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             run.run(full)
