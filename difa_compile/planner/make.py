@@ -120,7 +120,7 @@ def _few_rows_for(few: FewRows, error: float, share: float) -> Outcome:
     """The least share found, above ``share``, at which few rows come to the error allowed. The full model does, and it
     is one row."""
     low, high, best = share, 1.0, few.planner.choose(1.0)
-    for halvings, polish in ((10, False), (3, True)):
+    for halvings, polish in ((7, False), (3, True)):
         for _ in range(halvings if few.most > 1 else 0):
             middle = (low + high) / 2
             try:
