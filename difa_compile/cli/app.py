@@ -411,17 +411,17 @@ def plan(
     Nothing is run: difa calibrate --table also runs the plan and holds it to its word.
     """
     require("numpy")
-    from difa_compile.planner.make import Limit, plan_from_table
+    from difa_compile.planner.make import Limit, attention_alone, plan_from_table
     from difa_compile.planner.table import ErrorTable
 
     console = make_console()
     asked = [given is not None for given in (budget, psnr, error)]
-    if max_rows is not None or no_blocks or any(asked):
+    if max_rows is not None or any(asked):
         Limit(budget, psnr, error, max_rows, blocks=not no_blocks)
     found = ErrorTable.load(table)
     found.check_complete(table)
     if not any(asked):
-        print_front(console, found)
+        print_front(console, attention_alone(found) if no_blocks else found)
         return
     check_target(output, "the plan")
     made = plan_from_table(found, budget=budget, psnr=psnr, error=error, max_rows=max_rows, blocks=not no_blocks)

@@ -70,15 +70,17 @@ class Limit:
 
 
 def planned_from(table: ErrorTable, limit: Limit) -> ErrorTable:
-    """What of a table a limit lets plans be made of: all of it, or attention alone.
+    """What of a table a limit lets plans be made of: all of it, or :func:`attention_alone`."""
+    return table if limit.blocks else attention_alone(table)
+
+
+def attention_alone(table: ErrorTable) -> ErrorTable:
+    """The table for plans in which every block is computed.
 
     Raises :class:`ErrorTableError` where attention was not measured.
     """
-    if limit.blocks:
-        return table
-    units = tuple(
-        replace(unit, inside=None) for unit in table.units if not any(table.sites[site].is_block for site in unit.sites)
-    )
+    blocks = {number for number, site in enumerate(table.sites) if site.is_block}
+    units = tuple(replace(unit, inside=None) for unit in table.units if not blocks & set(unit.sites))
     if not units:
         raise ErrorTableError(
             "the table of errors holds blocks alone, so there is no plan of attention alone; measure attention, too "

@@ -276,7 +276,10 @@ def test_plan_makes_a_plan_or_shows_what_budgets_buy(tmp_path):
     alone = run("plan", tmp_path / "errors.json", "-o", output, "--budget", 0.85, "--no-blocks")
     assert alone.exit_code == 0, alone.output
     assert Plan.load(output).settings.promise.limit == "budget 0.85, attention alone"
-    assert "nothing is given to plan for" in fails("plan", tmp_path / "errors.json", "--no-blocks")
+    front = run("plan", tmp_path / "errors.json", "--no-blocks").stdout
+    assert "25 % for attention (standard deviation)" in front
+    assert "blocks" not in front
+    assert "0.79 of full's time" in front, "with blocks computed there is little to save"
     few = run("plan", tmp_path / "errors.json", "-o", output, "--psnr", 30, "--max-rows", 1)
     assert few.exit_code == 0, few.output
     assert "where these give the same images at 1.00" in few.stdout
