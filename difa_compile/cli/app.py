@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,17 +51,20 @@ from difa_compile.cli.options import (
     Labels,
     MaxRows,
     Model,
+    NoBlocks,
     PlanFile,
     Prompt,
     Psnr,
     Seed,
     Steps,
     Table,
+    TableToTry,
     Tried,
     Windows,
 )
 from difa_compile.cli.tables import (
     not_applicable,
+    print_blocks,
     print_comparison,
     print_front,
     print_plan,
@@ -164,7 +168,11 @@ def calibrate(
             "chooses, the first candidate below the threshold."
         ),
     ] = Method.PLANNER,
-    steps: Steps = 50,
+    table: TableToTry = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Sampling steps.", min=1, max=MOST_STEPS, show_default="50, or those of --table"),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Planner: share of the full model's time to plan for.", show_default="0.5, without a limit"),
@@ -172,6 +180,7 @@ def calibrate(
     psnr: Psnr = None,
     error: AllowedError = None,
     max_rows: MaxRows = None,
+    no_blocks: NoBlocks = False,
     runs: Annotated[
         int | None, typer.Option(help="Planner: plans to try at most.", min=1, max=MOST_RUNS, show_default=str(RUNS))
     ] = None,
@@ -215,28 +224,45 @@ def calibrate(
     inputs: Inputs = None,
     guidance: Guidance = None,
     state: Annotated[
-        Path | None, typer.Option(help="File that keeps an interrupted search.", show_default="OUTPUT.state")
+        Path | None,
+        typer.Option(
+            help="File that keeps an interrupted search, and stays. Planner: the table of errors; beside it, with "
+            ".trials, what came of plans.",
+            show_default="OUTPUT.state, deleted in the end",
+        ),
     ] = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Find a plan for a model: what it may leave out at each step, and what that costs in quality."""
-    limits = {"--budget": budget, "--psnr": psnr, "--error": error}
-    check_options_of(method, limits | {"--max-rows": max_rows, "--runs": runs}, Method.PLANNER)
+    limits: dict[str, object] = {"--budget": budget, "--psnr": psnr, "--error": error}
+    planned: dict[str, object] = {
+        "--table": table,
+        "--max-rows": max_rows,
+        "--no-blocks": no_blocks or None,
+        "--runs": runs,
+    }
+    check_options_of(method, limits | planned, Method.PLANNER)
     searched = {"--threshold": threshold, "--candidates": candidates, "--loss": loss}
     check_options_of(method, searched, Method.WEIGHED, Method.PUBLISHED)
     check_options_of(method, {"--rank": rank}, Method.WEIGHED)
-    kept = state if state is not None else output.parent / f"{output.name}.state"
     if method is Method.PLANNER:
         from difa_compile.planner.make import Limit
 
         if all(given is None for given in limits.values()):
             budget = DEFAULT_BUDGET
-        limit = Limit(budget, psnr, error, max_rows)
+        limit = Limit(budget, psnr, error, max_rows, blocks=not no_blocks)
+        if table is not None and window is not None:
+            raise typer.BadParameter(
+                "what --table holds is measured; leave one of them out, or give --window to difa measure",
+                param_hint="--window",
+            )
         call = call_inputs(model, inputs, labels, prompt, guidance)
         decisions = tried_decisions([] if window is None else [window], None)
-        _calibrate_within(model, output, steps, limit, call, decisions, kept, runs or RUNS, seed, device)
+        _calibrate_within(model, output, table, steps, limit, call, decisions, state, runs or RUNS, seed, device)
         return
+    steps = 50 if steps is None else steps
+    kept = _state_file(state, output)
     require("diffusers", "tqdm")
     from difa_compile.calibration.calibrate import calibrate as search
     from difa_compile.calibration.calibrate import check_settings
@@ -271,41 +297,60 @@ def calibrate(
             keep_state=True,
         )
     plan.save(output)
-    with suppress(OSError):  # the plan is stored; a state left behind harms nobody
-        kept.unlink(missing_ok=True)
+    if state is None:
+        with suppress(OSError):  # the plan is stored; a state left behind harms nobody
+            kept.unlink(missing_ok=True)
     print_plan(console, plan, profile_for(pipe))
     _print_place(console, "The plan: ", str(output))
+
+
+def _state_file(state: Path | None, output: Path) -> Path:
+    """Where an interrupted search is kept: the file that the user names, or one beside the plan."""
+    return state if state is not None else output.parent / f"{output.name}.state"
 
 
 def _calibrate_within(
     model: str,
     output: Path,
-    steps: int,
+    table: Path | None,
+    steps: int | None,
     limit: Limit,
     call: dict[str, Any],
     decisions: list[str] | None,
-    kept: Path,
+    state: Path | None,
     runs: int,
     seed: int,
     device: str | None,
 ) -> None:
     require("diffusers", "tqdm", "numpy", "torchmetrics")
+    from difa_compile.comparison.kept import trials_file
     from difa_compile.comparison.planned import plan_within
+    from difa_compile.planner.table import ErrorTable
 
+    measured = None if table is None else ErrorTable.load(table)
+    if measured is not None:
+        measured.check_complete(table)
+    if steps is None:
+        steps = 50 if measured is None else len(measured.progress)
+    kept = _state_file(state, output)
+    files = [kept, trials_file(kept)]
     check_device(device)
     console = make_console()
     pipe = open_pipeline(model, device, call)
     check_target(output, "the plan")
-    check_target(kept, "the table of errors")
-    with interruptible(lambda: state_kept(kept)):
+    for file in files:
+        check_target(file, "the state of the search")
+    with interruptible(lambda: state_kept(next((file for file in files if file.is_file()), kept))):
         plan = plan_within(
-            pipe, call, limit, steps, decisions=decisions, seeds=(seed, seed + 1), held_out=(seed + 2,), runs=runs,
-            state=kept,
+            pipe, call, limit, steps, table=measured, decisions=decisions, seeds=(seed, seed + 1),
+            held_out=(seed + 2,), runs=runs, state=kept,
             told=lambda text: console.print(Text(f"tried: {visible(text)}")),
         )  # fmt: skip
     plan.save(output)
-    with suppress(OSError):
-        kept.unlink(missing_ok=True)
+    if state is None:
+        for file in files:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
     print_plan(console, plan)
     _print_place(console, "The plan: ", str(output))
 
@@ -359,26 +404,27 @@ def plan(
     psnr: Psnr = None,
     error: AllowedError = None,
     max_rows: MaxRows = None,
+    no_blocks: NoBlocks = False,
 ) -> None:
     """Make the best plan that a table of errors shows under a budget, or for a quality; without either, show both.
 
-    Nothing is run: difa calibrate --budget also runs the plan and holds it to its word.
+    Nothing is run: difa calibrate --table also runs the plan and holds it to its word.
     """
     require("numpy")
-    from difa_compile.planner.make import Limit, plan_from_table
+    from difa_compile.planner.make import Limit, attention_alone, plan_from_table
     from difa_compile.planner.table import ErrorTable
 
     console = make_console()
     asked = [given is not None for given in (budget, psnr, error)]
     if max_rows is not None or any(asked):
-        Limit(budget, psnr, error, max_rows)
+        Limit(budget, psnr, error, max_rows, blocks=not no_blocks)
     found = ErrorTable.load(table)
     found.check_complete(table)
     if not any(asked):
-        print_front(console, found)
+        print_front(console, attention_alone(found) if no_blocks else found)
         return
     check_target(output, "the plan")
-    made = plan_from_table(found, budget=budget, psnr=psnr, error=error, max_rows=max_rows)
+    made = plan_from_table(found, budget=budget, psnr=psnr, error=error, max_rows=max_rows, blocks=not no_blocks)
     made.save(output)
     print_plan(console, made)
     _print_place(console, "The plan: ", str(output))
@@ -419,7 +465,7 @@ def inspect(
         typer.Option(metavar="FOLDER", help="Write a model's graph after every pass into this folder."),
     ] = None,
 ) -> None:
-    """Show the attention sites of a model, or the decisions of a plan, and why anything is left alone."""
+    """Show the attention sites and blocks of a model, or the decisions of a plan, and why anything is left alone."""
     console = make_console()
     if os.path.lexists(target) and not os.path.isdir(target):
         if trace is not None:
@@ -460,6 +506,7 @@ def _inspect_model(console: Console, name: str, as_json: bool, trace: Path | Non
     title = f"{shown(type(inspection.model).__name__)}: {count} attention sites that a plan can act on"
     print_sites(console, title, inspection.sites)
     print_records(console, inspection.records)
+    print_blocks(console, inspection.blocks, inspection.block_records)
 
 
 def _inspection_json(inspection: Any) -> dict[str, Any]:
@@ -480,11 +527,19 @@ def _inspection_json(inspection: Any) -> dict[str, Any]:
             }
             for site in inspection.sites
         ],
-        "records": [
-            {"site": r.site, "decision": str(r.decision), "outcome": str(r.outcome), "reason": r.reason}
-            for r in inspection.records
+        "records": _records_json(inspection.records),
+        "blocks": [
+            {"path": block.path, "tokens": block.tokens, "width": block.width, "blocks": list(block.blocks)}
+            for block in inspection.blocks
         ],
+        "block_records": _records_json(inspection.block_records),
     }
+
+
+def _records_json(records: Iterable[Any]) -> list[dict[str, str]]:
+    return [
+        {"site": r.site, "decision": str(r.decision), "outcome": str(r.outcome), "reason": r.reason} for r in records
+    ]
 
 
 @app.command()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from difa_compile.planner.make import Limit
 
 TABLE_NAME = "errors.json"
-STATE_NAME, SEARCH_NAME = "measuring.json", "searching.json"
+STATE_NAME, SEARCH_NAME, TRIALS_NAME = "measuring.json", "searching.json", "trying.json"
 """What is there while the demo is under way."""
 THRESHOLD = 0.1
 """Of the published search that the page has for comparison."""
@@ -107,6 +107,7 @@ def _planned(
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
     from difa_compile.comparison.front import measured_front
+    from difa_compile.comparison.kept import as_stored
     from difa_compile.comparison.planned import held_to, trials
 
     def seeded() -> dict[str, Any]:
@@ -118,11 +119,11 @@ def _planned(
     def kept() -> str:
         return f"What was measured is in {table_file}; the same command goes on from there."
 
-    table_file, search_file = output / STATE_NAME, output / SEARCH_NAME
+    table_file, search_file, trials_file = output / STATE_NAME, output / SEARCH_NAME, output / TRIALS_NAME
     again = " (going on with what is there)" if table_file.is_file() else ""
     console.print(f"[bold]1 of 4[/]  measuring what may be left out at {options.steps} steps{again}")
     with interruptible(lambda: state_kept(table_file)):
-        table = measure(pipe, seeded(), options.steps, state=table_file)
+        table = as_stored(measure(pipe, seeded(), options.steps, state=table_file))
     others = {}
     if options.search:
         console.print(f"        and searching as DiTFastAttn does, threshold {THRESHOLD:g}, for comparison")
@@ -136,15 +137,15 @@ def _planned(
     seeds, held_out = (options.seed, options.seed + 1), (options.seed + 2,)
     with (
         interruptible(kept),
-        trials(pipe, inputs, options.steps, seeds, held_out) as run,
+        trials(pipe, inputs, options.steps, seeds, held_out, table, trials_file) as run,
     ):
         plan = held_to(table, limit, run, told=told)
         console.print("[bold]3 of 4[/]  running plans for other budgets, and fixed recipes, beside the full model")
         front = measured_front(table, run, plan, others, told)
     table.save(output / TABLE_NAME)
     with suppress(OSError):  # the plan is made; a state left behind harms nobody
-        search_file.unlink(missing_ok=True)
-        table_file.unlink(missing_ok=True)
+        for file in (search_file, trials_file, table_file):
+            file.unlink(missing_ok=True)
     return plan, front
 
 

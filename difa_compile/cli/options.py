@@ -46,8 +46,19 @@ MaxRows = Annotated[
         show_default="any number",
     ),
 ]
+NoBlocks = Annotated[
+    bool, typer.Option("--no-blocks", help="Plan attention alone; all blocks are computed at every step.")
+]
 Table = Annotated[
     Path, typer.Argument(metavar="TABLE", help="A table of errors, as difa measure writes it.", show_default=False)
+]
+TableToTry = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        help="Planner: plan from this table of errors, as difa measure writes it; measure nothing.",
+        show_default=False,
+    ),
 ]
 Windows = Annotated[
     list[str] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from difa_compile.backend.verdicts import Record
     from difa_compile.comparison.compare import Comparison
     from difa_compile.machine.profile import Profile
+    from difa_compile.plan.data import SiteInfo
     from difa_compile.plan.plan import Plan
     from difa_compile.planner.table import ErrorTable
 
@@ -139,12 +140,30 @@ def print_sites(console: Console, title: str, sites: Iterable[Any]) -> None:
     console.print(table)
 
 
-def print_records(console: Console, records: Iterable[Record]) -> None:
-    """What became of each decision, where there is something to say."""
+def print_blocks(console: Console, blocks: Sequence[SiteInfo], records: Iterable[Record]) -> None:
+    """One line per block, and span of blocks, that a plan can leave out as a whole, and why it cannot leave out
+    others."""
+    spans = sum(bool(block.blocks) for block in blocks)
+    console.print(f"\nBlocks that a plan can leave out: {len(blocks) - spans}; spans of blocks: {spans}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("block", "kind"):
+        table.add_column(name)
+    for name in ("tokens", "width"):
+        table.add_column(name, justify="right")
+    for block in blocks:
+        kind = f"span of {len(block.blocks)} blocks" if block.blocks else "block"
+        table.add_row(*map(foreign, (block.path, kind, str(block.tokens), str(block.width))))
+    if blocks:
+        console.print(table)
+    print_records(console, records, "block")
+
+
+def print_records(console: Console, records: Iterable[Record], what: str = "site") -> None:
+    """What became of each decision, where there is something to say; ``what`` the decisions are of."""
     lines = dict.fromkeys((r.site, str(r.decision), str(r.outcome), r.reason) for r in records if r.reason)
     if not lines:
         return
-    table = Table("site", "decision", "outcome", "reason", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(what, "decision", "outcome", "reason", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for line in lines:
         table.add_row(*map(foreign, line))
     console.print(table)

@@ -13,7 +13,7 @@ from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Ways
 
 if TYPE_CHECKING:
-    from difa_compile.comparison.planned import Trials
+    from difa_compile.comparison.kept import Runs
     from difa_compile.plan.plan import Plan
 
 BUDGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -61,7 +61,7 @@ def plans_of_budgets(table: ErrorTable, budgets: Sequence[float] = BUDGETS) -> d
 
 def measured_front(
     table: ErrorTable,
-    run: Trials,
+    run: Runs,
     own: Plan | None = None,
     others: Mapping[str, Plan] | None = None,
     told: Callable[[str], None] = lambda text: None,

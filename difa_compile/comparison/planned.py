@@ -16,22 +16,31 @@ from torch import Tensor
 
 from difa_compile.calibration.check_table import check_table
 from difa_compile.calibration.measure import measure
+from difa_compile.calibration.sampling import identity_of, models_of
+from difa_compile.calibration.state import default_path
 from difa_compile.comparison import metrics
 from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
+from difa_compile.comparison.kept import (
+    ROUNDS,
+    Held,
+    KeptTrials,
+    Runs,
+    as_stored,
+    delete_kept,
+    identity_of_trials,
+    trials_file,
+)
 from difa_compile.decision import Decision
-from difa_compile.errors import BudgetError, NonFiniteError, RowLimitError
+from difa_compile.errors import BudgetError, ErrorTableError, NonFiniteError, RowLimitError
 from difa_compile.pipeline.apply import AppliedPlan, apply_for_trials, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
-from difa_compile.planner.choice import choose
-from difa_compile.planner.make import Limit, chosen, cost_of_rows, plan_of
+from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
 from difa_compile.planner.problem import Outcome, refitted
 from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Way, Ways
 
-ROUNDS = 3
-"""How often the full model and a plan are timed, one after the other, where a plan is held to its word."""
 TRIES = 3
 """How many plans are run at most to keep to a limit."""
 MOST_OFF = 1.5
@@ -40,26 +49,6 @@ RUNS = 12
 """How many plans are run at most, all in all."""
 SLACK = 0.05
 """By how much, as a share of it, a time may be over the budget; machines are not more even than that."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What came of a plan in a run: ``share`` of the full model's time (median of the rounds' ratios), and PSNR in dB
-    against its images, with the seeds that plans are chosen by and with the held-out ones; infinite for equal
-    images."""
-
-    share: float
-    psnr: float
-    held_out_psnr: float
-
-    @property
-    def decibels(self) -> float | None:
-        """The PSNR; None for equal images."""
-        return self.psnr if math.isfinite(self.psnr) else None
-
-    def __str__(self) -> str:
-        quality = "the same images" if self.decibels is None else f"{self.psnr:.1f} dB"
-        return f"{self.share:.2f} of full's time, {quality}"
 
 
 class Trials:
@@ -135,16 +124,32 @@ def psnr_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 @contextmanager
 def trials(
-    pipe: Any, inputs: Mapping[str, Any], steps: int, seeds: Sequence[int], held_out: Sequence[int]
-) -> Iterator[Trials]:
-    """:class:`Trials` of a pipeline, which is as it was when they are over."""
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    steps: int,
+    seeds: Sequence[int],
+    held_out: Sequence[int],
+    table: ErrorTable,
+    state: Path | None = None,
+) -> Iterator[Runs]:
+    """:class:`Trials` of a pipeline, which is as it was when they are over, with plans of ``table``.
+
+    Each result is kept in ``state`` (by default a file in the package's cache folder, deleted in the end), so that the
+    same trials, started again after an interruption, begin with what is known.
+
+    Raises :class:`CalibrationStateError` for a ``state`` that is damaged or of other trials, and :class:`OutputError`.
+    """
+    identity = identity_of_trials(pipe, inputs, steps, seeds, held_out, table)
     with ExitStack() as stack:
         stack.enter_context(quiet(pipe))
         for transformer in find_transformers(pipe):
             stack.enter_context(compiled_by(transformer, "inductor"))
         made = Trials(pipe, inputs, steps, seeds, held_out)
+        kept = KeptTrials.open(made, default_path(identity) if state is None else state, identity)
         stack.callback(made.close)
-        yield made
+        yield kept
+    if state is None:
+        delete_kept(kept.path)
 
 
 def plan_within(
@@ -174,10 +179,16 @@ def plan_within(
     ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up
     (``settings.promise``). ``told`` is given a line of text for each run.
 
-    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, ``ValueError`` without seeds
-    of both kinds, for seeds of both, or without runs, for a ``table`` that is not of this pipeline and these steps
-    what :func:`difa_compile.calibration.check_table.check_table` raises, and what measuring and
-    :func:`difa_compile.apply` raise. Warns where another machine has measured the table and the limit is one of time.
+    What was measured is kept in ``state``, and what came of each plan beside it, in a file of that name with
+    ``.trials``, so that the same call goes on after an interruption; both stay there, and serve other limits. By
+    default they are in the package's cache folder, and deleted in the end.
+
+    Raises :class:`BudgetError`, naming the nearest possible one, :class:`RowLimitError`, for a ``table`` that is not of
+    this pipeline and these steps what :func:`difa_compile.calibration.check_table.check_table` raises,
+    :class:`ErrorTableError` where it holds no attention to plan alone, :class:`CalibrationStateError` for a ``state``
+    of another search, ``ValueError`` without seeds of both kinds, for seeds of both, or without runs, and what
+    measuring and :func:`difa_compile.apply` raise. Warns where another machine has measured the table and the limit is
+    one of time.
     """
     if not seeds or not held_out or runs < 1:
         raise ValueError(
@@ -185,27 +196,31 @@ def plan_within(
         )
     if set(seeds) & set(held_out):
         raise ValueError(f"seeds {sorted(set(seeds) & set(held_out))} are held out, and plans are to be chosen by them")
+    if not limit.blocks and attention is False:
+        raise ErrorTableError("attention is neither to be measured nor anything else to be planned; measure it")
+    place = state
     if table is None:
-        generator = torch.Generator().manual_seed(seeds[0])
-        table = measure(
-            pipe,
-            {**inputs, "generator": generator},
-            steps,
-            decisions=decisions,
-            attention=attention,
-            state=state,
-            progress=progress,
-        )
+        attention = attention if limit.blocks else True
+        call = {**inputs, "generator": torch.Generator().manual_seed(seeds[0])}
+        if place is None:
+            tried = {"attention": attention, "decisions": None if decisions is None else [*map(str, decisions)]}
+            place = default_path(identity_of(pipe, models_of(pipe), call, {"planned within": tried}, steps))
+        found = measure(pipe, call, steps, decisions=decisions, attention=attention, state=place, progress=progress)
+        table = as_stored(found)
     else:
         check_table(table, pipe, inputs, steps)
         if limit.budget is not None:
             table.tell_machine()
-    with trials(pipe, inputs, steps, seeds, held_out) as run:
-        return held_to(table, limit, run, runs, told)
+    kept = None if state is None else trials_file(state)
+    with trials(pipe, inputs, steps, seeds, held_out, table, kept) as run:
+        plan = held_to(table, limit, run, runs, told)
+    if state is None and place is not None:
+        delete_kept(place)
+    return plan
 
 
 def held_to(
-    table: ErrorTable, limit: Limit, run: Trials, runs: int = RUNS, told: Callable[[str], None] = lambda text: None
+    table: ErrorTable, limit: Limit, run: Runs, runs: int = RUNS, told: Callable[[str], None] = lambda text: None
 ) -> Plan:
     """The best plan of a table within a limit, by trials that go on afterwards; see :func:`plan_within`."""
     return _Search(table, limit, run, runs, told).best()
@@ -225,13 +240,18 @@ class _Tried:
 class _Search:
     """The search of one plan. ``left``: how many more plans may be run."""
 
-    def __init__(self, table: ErrorTable, limit: Limit, run: Trials, runs: int, told: Callable[[str], None]) -> None:
-        self.table, self.limit, self.run, self.left, self.told = table, limit, run, runs, told
-        self.problem = table.problem()
+    def __init__(self, table: ErrorTable, limit: Limit, run: Runs, runs: int, told: Callable[[str], None]) -> None:
+        self.table, self.limit, self.run, self.left, self.told = planned_from(table, limit), limit, run, runs, told
+        self.problem = self.table.problem()
         self.ways = Ways(self.problem)
         self.aimed = limit
         """The limit that choices are made for: corrected by what was measured."""
+        self.first: Held | None = None
+        """What came of the choice for the limit itself."""
         self.kept: _Tried | None = None
+        self.timed = 0
+        self.exhausted = False
+        """Whether the table has no plan of as little time as would have to be tried next."""
 
     def best(self) -> Plan:
         """The best plan found."""
@@ -241,13 +261,21 @@ class _Search:
             self._closer(self.kept)
         elif self.kept.rank[0]:
             self._quicker(self.kept)
-        return self.kept.plan
+        if self.kept.rank[0]:
+            return self.kept.plan
+        return with_note(self.kept.plan, _relaxed(self.limit, self.kept.held, self.timed, self.exhausted))
 
     def _try(self, outcome: Outcome, note: str = "") -> _Tried:
         """Run a choice, timed, and keep it if it is the best so far."""
+        self.left -= 1
+        self.timed += 1
         plan = plan_of(self.table, outcome, self.limit, note)
         held = self.run.run(plan)
         plan = with_promise(plan, held, _over(self.limit, held))
+        if self.first is None:
+            self.first = held
+        else:
+            plan = with_note(plan, _given_up(self.limit, self.first, held))
         tried = _Tried(outcome, held, plan, _kept(self.limit, held))
         self.told(str(plan.settings.promise))
         if self.kept is None or tried.rank > self.kept.rank:
@@ -262,10 +290,10 @@ class _Search:
             except (BudgetError, RowLimitError):
                 if self.kept is None:
                     raise
+                self.exhausted = True
                 return  # less than the first choice took is not possible
             if self.kept is not None and outcome.columns == self.kept.outcome.columns:
                 return
-            self.left -= 1
             tried = self._try(outcome, note)
             if tried.rank[0] and _close(self.limit, tried.held):
                 return
@@ -280,23 +308,24 @@ class _Search:
                 return  # the same images, which say nothing of the response
 
     def _closer(self, kept: _Tried) -> None:
-        """Look for plans of the same predicted time whose images are closer to the full model's."""
-        budget = kept.outcome.share
-        if self.left < 1 or not math.isfinite(kept.held.psnr):
+        """Look for plans of the same predicted time whose images are closer to the full model's. One run is left for
+        the closest, to be timed."""
+        budget = min(1.0, kept.outcome.share)
+        if self.left < 2 or not math.isfinite(kept.held.psnr):
             return
         way, outcome, psnr = self.ways.own, kept.outcome, kept.held.psnr
         seen = {outcome.columns}
         for other, each in self.ways.candidates(budget, self.limit.max_rows):
-            if self.left and each.columns not in seen:
+            if self.left > 1 and each.columns not in seen:
                 seen.add(each.columns)
                 found = self._judged(each, psnr)
                 if found > psnr:
                     way, outcome, psnr = other, each, found
         moved = True
-        while moved and self.left:
+        while moved and self.left > 1:
             moved = False
             for each in self.ways.neighbours(way, outcome, budget, self.limit.max_rows):
-                if not self.left:
+                if self.left < 2:
                     break
                 if each.columns in seen:
                     continue
@@ -306,8 +335,9 @@ class _Search:
                     outcome, psnr, moved = each, found, True
                     break
         if outcome.columns != kept.outcome.columns:
-            note = "" if self.limit.max_rows is None else cost_of_rows(outcome, choose(self.problem, budget))
-            self._try(outcome, note)
+            planner = self.ways.planner(self.ways.own)
+            few = self.limit.max_rows is not None
+            self._try(outcome, cost_of_rows(planner, outcome, planner.choose(budget)) if few else "")
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1
@@ -318,7 +348,7 @@ class _Search:
     def _quicker(self, kept: _Tried) -> None:
         """Where another way to choose comes closer in the same time, see what it takes for the quality asked for."""
         better: tuple[float, Way, Outcome] | None = None
-        for way, each in self.ways.candidates(kept.outcome.share, self.limit.max_rows):
+        for way, each in self.ways.candidates(min(1.0, kept.outcome.share), self.limit.max_rows):
             if self.left > 1 and not way.worst and each.columns != kept.outcome.columns:
                 found = self._judged(each, kept.held.psnr)
                 if found > max(kept.held.psnr, better[0] if better else -math.inf):
@@ -337,7 +367,6 @@ def with_promise(plan: Plan, held: Held, note: str) -> Plan:
     """The plan with what was measured of it."""
     promise = plan.settings.promise
     assert promise is not None
-    notes = "; ".join(text for text in (promise.note, note) if text)
     measured = Promise(
         promise.limit,
         promise.predicted_share,
@@ -345,9 +374,17 @@ def with_promise(plan: Plan, held: Held, note: str) -> Plan:
         held.share,
         held.decibels,
         held.held_out_psnr if math.isfinite(held.held_out_psnr) else None,
-        notes,
+        promise.note,
     )
-    return replace(plan, settings=replace(plan.settings, promise=measured))
+    return with_note(replace(plan, settings=replace(plan.settings, promise=measured)), note)
+
+
+def with_note(plan: Plan, note: str) -> Plan:
+    """The plan with one more thing said of what was given up; the same plan where that is nothing."""
+    promise = plan.settings.promise
+    assert promise is not None
+    notes = "; ".join(text for text in (promise.note, note) if text)
+    return replace(plan, settings=replace(plan.settings, promise=replace(promise, note=notes)))
 
 
 def _kept(limit: Limit, held: Held) -> tuple[bool, float]:
@@ -369,12 +406,43 @@ def _close(limit: Limit, held: Held) -> bool:
 
 
 def _over(limit: Limit, held: Held) -> str:
-    """What is to be said of a run that does not keep to its limit, or whose images are nothing."""
+    """What is to be said of a run that does not keep to its limit to the letter, or whose images are nothing."""
     if held.psnr <= 0:
         return "its images hold NaN or infinity, or nothing of the full model's"
+    if limit.budget is not None:
+        over = round(100 * (held.share / limit.budget - 1))
+        within = ", which is within what timings differ by" if _kept(limit, held)[0] else ""
+        return f"over the budget by {over} %{within}" if over > 0 else ""
     if _kept(limit, held)[0]:
         return ""
-    if limit.budget is not None:
-        return f"over the budget by {100 * (held.share / limit.budget - 1):.0f} %"
     assert limit.mean_squared is not None
     return f"{-10 * math.log10(limit.mean_squared) - held.psnr:.1f} dB below what was asked for"
+
+
+def _given_up(limit: Limit, first: Held, held: Held) -> str:
+    """What a plan that keeps to its limit gives up against the choice for the limit itself, which did not."""
+    if _kept(limit, first)[0] or not _kept(limit, held)[0]:
+        return ""
+    if limit.budget is not None:
+        text = f"the first choice took {first.share:.2f} of the time"
+        if first.psnr > held.psnr:
+            text += f", at {in_decibels(first.psnr)}"
+            if math.isfinite(first.psnr):
+                text += f"; given up for the budget: {first.psnr - held.psnr:.1f} dB"
+        return text
+    text = f"the first choice came to {in_decibels(first.psnr)}"
+    if held.share > first.share:
+        text += f", at {first.share:.2f} of the time; given up for the quality: {held.share - first.share:.2f} of it"
+    return text
+
+
+def _relaxed(limit: Limit, held: Held, timed: int, exhausted: bool) -> str:
+    """To what a limit that nothing kept to is relaxed, and why; ``timed`` plans were run."""
+    if limit.budget is not None:
+        to, nearer = f"{held.share:.2f} of the time", "takes less"
+    else:
+        to, nearer = in_decibels(held.psnr), "comes closer"
+    why = f"none of {timed} plans that were run {nearer}" if timed > 1 else "no other plan was run"
+    if exhausted:
+        why += ", and the table has none that would take little enough"
+    return f"the limit is relaxed to {to}: {why}"

@@ -10,11 +10,13 @@ and from even spacing, as long as that lowers the error with its coherence, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
-from difa_compile.decision import FULL, Decision, Kind
+from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.errors import BudgetError
 from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
 from difa_compile.planner.paths import Indices, Paths, Prices, Readers, best_paths, decided, forms_of
@@ -29,6 +31,8 @@ _GRID = 4000
 _SWEEPS = 12
 _NEAR = 3
 """How far a computed step is moved where plans are tried one by one."""
+_PRICES = 20
+"""How many prices a bound is looked for at."""
 _FEW = 3
 """Units up to which computed steps are moved to any place."""
 
@@ -64,6 +68,8 @@ class Planner:
         largest = max(float((unit.effects.drift**2).sum(2).max()) for unit in problem.units) * float(self.weight.max())
         self.top = 1e6 * max(largest, 1e-30) * problem.steps * len(problem.units) / problem.full_cost
         """A price at which nothing is computed that can be left out."""
+        self._known: dict[tuple[float, float], Columns] = {}
+        """Columns by price and cap: prices are bisected from the same ends for all budgets."""
         self.least = outcome(problem, self._columns(self.top))
 
     def choose(self, budget: float, *, worst: bool = False, polish: bool = True) -> Outcome:
@@ -82,11 +88,13 @@ class Planner:
 
     def bound(self, budget: float) -> float:
         """A sum of squared errors that no decisions within the budget can go below, coherence apart
-        (:func:`~difa_compile.planner.problem.additive_error`): the best that prices can say of it,
+        (:func:`~difa_compile.planner.problem.additive_error`), whether they forecast or reuse: the best that prices can
+        say of it,
 
             max over price p >= 0 of min over paths (error + p cost) - p budget
 
         0 where units are inside others or have more than full among their computed decisions: there paths are no bound.
+        Takes some twenty paths.
         """
         self._check(budget)
         problem = self.problem
@@ -97,17 +105,19 @@ class Planner:
 
         def dual(price: float) -> float:
             nodes, carry = self._nodes(self.outer, price)
-            found = best_paths(self.readers["outer"].priced(price), nodes, everywhere, carry)
+            found = best_paths(self._any_reader.priced(price), nodes, everywhere, carry)
             return float(found.price.sum()) - price * total
 
-        low, high = math.log(self.top) - 60, math.log(self.top)
-        for _ in range(40):  # concave in the price: thirds
-            left, right = low + (high - low) / 3, high - (high - low) / 3
-            if dual(math.exp(left)) < dual(math.exp(right)):
-                low = left
-            else:
-                high = right
-        return max(0.0, dual(math.exp((low + high) / 2)))
+        top = math.log(self.top)
+        return max(0.0, _greatest(lambda logarithm: dual(math.exp(logarithm)), top - 60, top, _PRICES))
+
+    @cached_property
+    def _any_reader(self) -> Readers:
+        """The readers of the units that are in no other, reuse wherever it is better."""
+        problem = self.problem
+        if REUSE in problem.readers:
+            return self.readers["outer"]
+        return Readers(replace(problem, readers=(*problem.readers, REUSE)), self.outer)
 
     def choose_error(self, error: float) -> Outcome:
         """As :func:`choose_error`."""
@@ -126,7 +136,7 @@ class Planner:
                 else:
                     low = middle
             low = max(self.least.share, high - 0.1)
-        polished = self.choose(best.share)  # the last step that was moved may have been of a dearer one
+        polished = self.choose(min(1.0, best.share))  # the last step that was moved may have been of a dearer one
         return polished if polished.error < best.error else best
 
     def _check(self, budget: float) -> None:
@@ -183,6 +193,11 @@ class Planner:
 
     def _columns(self, price: float, cap: float = math.inf) -> Columns:
         """The decisions of all units at a price of cost, none of whose readers has an error above ``cap``."""
+        if (price, cap) not in self._known:
+            self._known[price, cap] = self._columns_at(price, cap)
+        return self._known[price, cap]
+
+    def _columns_at(self, price: float, cap: float) -> Columns:
         problem = self.problem
         everywhere = np.ones((len(self.outer), problem.steps), dtype=bool)
         outer = self.readers["outer"].priced(price, cap)
@@ -387,11 +402,12 @@ class Planner:
             before = error
             for unit in free:
                 spent = cost_of(problem.units[unit], columns[unit], never)
+                present = np.array([each == FULL for each in columns[unit]])
                 for step in range(1, problem.steps):
                     for target in range(max(1, step - reach), min(problem.steps, step + reach + 1)):
-                        if columns[unit][step] != FULL or columns[unit][target] == FULL:
+                        if not present[step] or present[target]:
                             continue
-                        computed = np.array([each == FULL for each in columns[unit]])
+                        computed = present.copy()
                         computed[step], computed[target] = False, True
                         if not self._can_run(unit, computed):
                             continue
@@ -405,7 +421,7 @@ class Planner:
                         if cost + new_spent - spent <= limit:
                             error, cost, spent = new_error, cost + new_spent - spent, new_spent
                             effects = effects - own[unit] + done
-                            own[unit], columns[unit] = done, column
+                            own[unit], columns[unit], present = done, column, computed
                             felt = self._felt(effects)
             if error > before * (1 - 1e-3):
                 break
@@ -460,6 +476,24 @@ class _Cells:
 def _widest(computed: Indices) -> int:
     """The longest way from a computed step to the next, or to the end."""
     return int(np.diff(np.append(np.flatnonzero(computed), len(computed))).max())
+
+
+def _greatest(value: Callable[[float], float], low: float, high: float, most: int) -> float:
+    """The greatest ``value`` found between ``low`` and ``high`` in ``most`` tries, by the golden section; that of a
+    function that rises, then falls."""
+    section = (math.sqrt(5) - 1) / 2
+    left, right = high - section * (high - low), low + section * (high - low)
+    at_left, at_right = value(left), value(right)
+    for _ in range(most - 2):
+        if at_left < at_right:
+            low, left, at_left = left, right, at_right
+            right = low + section * (high - low)
+            at_right = value(right)
+        else:
+            high, right, at_right = right, left, at_left
+            left = high - section * (high - low)
+            at_left = value(left)
+    return max(at_left, at_right)
 
 
 def knapsack(costs: Array, errors: Array, total: float) -> list[int]:

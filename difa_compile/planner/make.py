@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from difa_compile.decision import FULL
-from difa_compile.errors import BudgetError
+from difa_compile.errors import BudgetError, ErrorTableError, RowLimitError
 from difa_compile.plan.cost import flops_saved
 from difa_compile.plan.data import Cell, Promise
 from difa_compile.plan.plan import Plan
-from difa_compile.planner.choice import Planner, choose, choose_error
-from difa_compile.planner.problem import Outcome, Problem, psnr
-from difa_compile.planner.rows import check_most, limit_rows
+from difa_compile.planner.choice import Planner
+from difa_compile.planner.problem import Outcome, Problem, additive_error, psnr
+from difa_compile.planner.rows import FewRows, check_most, distinct
 from difa_compile.planner.table import ErrorTable
 from difa_compile.wording import quoted
 
@@ -24,7 +24,8 @@ FRONT = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 @dataclass(frozen=True)
 class Limit:
     """What a plan is to keep to: one of ``budget`` (share of the full model's time), ``psnr`` (dB, against the full
-    model's images) and ``error`` (mean squared, of images in [0, 1]); and at most ``max_rows`` distinct rows.
+    model's images) and ``error`` (mean squared, of images in [0, 1]); and at most ``max_rows`` distinct rows. Without
+    ``blocks`` attention alone is planned: every block is computed.
 
     Raises :class:`BudgetError` unless exactly one is given, and for values that make no sense, and
     :class:`RowLimitError`.
@@ -34,6 +35,7 @@ class Limit:
     psnr: float | None = None
     error: float | None = None
     max_rows: int | None = None
+    blocks: bool = True
 
     def __post_init__(self) -> None:
         given = [name for name in ("budget", "psnr", "error") if getattr(self, name) is not None]
@@ -59,10 +61,32 @@ class Limit:
         return 10 ** (-self.psnr / 10) if self.psnr is not None else self.error
 
     def __str__(self) -> str:
-        rows = "" if self.max_rows is None else f", at most {self.max_rows} distinct rows"
         if self.budget is not None:
-            return f"budget {self.budget:g}{rows}"
-        return (f"{self.psnr:g} dB" if self.psnr is not None else f"error {self.error:g}") + rows
+            wanted = f"budget {self.budget:g}"
+        else:
+            wanted = f"{self.psnr:g} dB" if self.psnr is not None else f"error {self.error:g}"
+        rows = "" if self.max_rows is None else f", at most {self.max_rows} distinct rows"
+        return wanted + rows + ("" if self.blocks else ", attention alone")
+
+
+def planned_from(table: ErrorTable, limit: Limit) -> ErrorTable:
+    """What of a table a limit lets plans be made of: all of it, or :func:`attention_alone`."""
+    return table if limit.blocks else attention_alone(table)
+
+
+def attention_alone(table: ErrorTable) -> ErrorTable:
+    """The table for plans in which every block is computed.
+
+    Raises :class:`ErrorTableError` where attention was not measured.
+    """
+    blocks = {number for number, site in enumerate(table.sites) if site.is_block}
+    units = tuple(replace(unit, inside=None) for unit in table.units if not blocks & set(unit.sites))
+    if not units:
+        raise ErrorTableError(
+            "the table of errors holds blocks alone, so there is no plan of attention alone; measure attention, too "
+            "(difa measure --attention)"
+        )
+    return replace(table, units=units)
 
 
 def _is_number(value: object) -> bool:
@@ -79,42 +103,65 @@ def chosen(problem: Problem, limit: Limit) -> tuple[Outcome, str]:
 
     Raises :class:`BudgetError`, naming the nearest possible budget, and :class:`RowLimitError`.
     """
-    if limit.budget is None:
-        assert limit.mean_squared is not None
-        found = choose_error(problem, limit.mean_squared)
+    planner = Planner(problem)
+    if limit.budget is not None:
+        free = planner.choose(limit.budget)
         if limit.max_rows is None:
-            return found, ""
-        return _few_rows_for(problem, found, limit)
-    if limit.max_rows is None:
-        return choose(problem, limit.budget), ""
-    limited = limit_rows(problem, limit.budget, limit.max_rows)
-    return limited.outcome, cost_of_rows(limited.outcome, choose(problem, limit.budget))
-
-
-def _few_rows_for(problem: Problem, free: Outcome, limit: Limit) -> tuple[Outcome, str]:
-    """The least share at which few rows come to the error allowed."""
+            return free, ""
+        limited = FewRows(planner, limit.max_rows).choose(limit.budget, free)
+        return limited, cost_of_rows(planner, limited, free)
     assert limit.mean_squared is not None
-    assert limit.max_rows is not None
-    low, high = free.share, 1.0
-    best = limit_rows(problem, high, limit.max_rows).outcome
-    for _ in range(10):
-        middle = (low + high) / 2
-        found = limit_rows(problem, middle, limit.max_rows).outcome
-        if found.error <= limit.mean_squared:
-            high, best = middle, found
-        else:
-            low = middle
-    return best, cost_of_rows(best, free)
+    free = planner.choose_error(limit.mean_squared)
+    if limit.max_rows is None or distinct(free.columns) <= limit.max_rows:
+        return free, ""
+    limited = _few_rows_for(FewRows(planner, limit.max_rows), limit.mean_squared, free.share)
+    return limited, cost_of_rows(planner, limited, free)
 
 
-def cost_of_rows(limited: Outcome, free: Outcome) -> str:
-    """What a limit on distinct rows costs, in words; empty where it costs nothing."""
+def _few_rows_for(few: FewRows, error: float, share: float) -> Outcome:
+    """The least share found, above ``share``, at which few rows come to the error allowed. The full model does, and it
+    is one row."""
+    low, high, best = share, 1.0, few.planner.choose(1.0)
+    for halvings, polish in ((7, False), (3, True)):
+        for _ in range(halvings if few.most > 1 else 0):
+            middle = (low + high) / 2
+            try:
+                free = few.planner.choose(middle, polish=False)
+                found = few.choose(middle, free, polish=polish)
+            except (BudgetError, RowLimitError):  # so few rows take more time
+                low = middle
+                continue
+            if found.error <= error:
+                high, best = min(middle, found.share), found
+            else:
+                low = middle
+        low = max(share, high - 0.1)
+    return best
+
+
+def cost_of_rows(planner: Planner, limited: Outcome, free: Outcome) -> str:
+    """What a limit on distinct rows costs, in words; empty where it costs nothing.
+
+    Said is what the planner chooses without it, and, where there is a bound on the plain sum of errors
+    (:meth:`~difa_compile.planner.choice.Planner.bound`), what the limit costs of that sum at most.
+    """
     if limited.columns == free.columns:
         return ""
-    return (
-        f"any number of rows would give {free.psnr:.1f} dB at {free.share:.2f} of the time, where these give "
-        f"{limited.psnr:.1f} dB at {limited.share:.2f}"
+    text = (
+        f"any number of rows would give {in_decibels(free.psnr)} at {free.share:.2f} of the time, where these give "
+        f"{in_decibels(limited.psnr)} at {limited.share:.2f}"
     )
+    error = additive_error(planner.problem, limited.columns)
+    bound = planner.bound(min(1.0, max(limited.share, free.share))) if error > 0 else 0.0
+    if bound > 0:
+        most = max(0.0, 10 * math.log10(error / bound))
+        text += f"; if errors of different steps did not cancel, that limit would cost at most {most:.1f} dB"
+    return text
+
+
+def in_decibels(psnr: float) -> str:
+    """A PSNR in words; of errors above 1, which no image has, 0 dB."""
+    return f"{max(0.0, psnr):.1f} dB" if math.isfinite(psnr) else "the same images"
 
 
 def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit | None = None, note: str = "") -> Plan:
@@ -143,15 +190,18 @@ def plan_from_table(
     psnr: float | None = None,
     error: float | None = None,
     max_rows: int | None = None,
+    blocks: bool = True,
 ) -> Plan:
     """The best plan that a table of errors shows under one limit: see :class:`Limit`. Nothing is run.
 
-    Raises :class:`BudgetError`, :class:`RowLimitError`, and :class:`ErrorTableError` for a table that is not complete.
-    Warns where the limit is one of time and another machine has measured the table.
+    Raises :class:`BudgetError`, :class:`RowLimitError`, and :class:`ErrorTableError` for a table that is not complete,
+    or that has no attention where ``blocks`` are to be left alone. Warns where the limit is one of time and another
+    machine has measured the table.
     """
-    limit = Limit(budget, psnr, error, max_rows)
+    limit = Limit(budget, psnr, error, max_rows, blocks)
     if limit.budget is not None:
         table.tell_machine()
+    table = planned_from(table, limit)
     outcome, note = chosen(table.problem(), limit)
     return plan_of(table, outcome, limit, note)
 

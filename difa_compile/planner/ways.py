@@ -13,7 +13,7 @@ from difa_compile.decision import REUSE, Decision
 from difa_compile.errors import BudgetError, RowLimitError
 from difa_compile.planner.choice import Planner
 from difa_compile.planner.problem import Outcome, Problem
-from difa_compile.planner.rows import distinct, limit_rows
+from difa_compile.planner.rows import FewRows, distinct
 
 LONG = 120
 """Steps from which on forecasts of order 2 are not considered."""
@@ -56,9 +56,11 @@ class Ways:
         found: dict[object, tuple[Way, Outcome]] = {}
         for way in self.all:
             try:
-                outcome = self._planner(way).choose(budget, worst=way.worst)
+                outcome = self.planner(way).choose(budget, worst=way.worst)
                 if most is not None and distinct(outcome.columns) > most:
-                    outcome = limit_rows(way.problem(self._problem), budget, most).outcome
+                    if way.worst:
+                        continue  # held to few rows it is what the way of these readers is that is not ``worst``
+                    outcome = FewRows(self.planner(way), most).choose(budget, outcome)
             except (BudgetError, RowLimitError):
                 continue
             found.setdefault(outcome.columns, (way, outcome))
@@ -66,10 +68,11 @@ class Ways:
 
     def neighbours(self, way: Way, start: Outcome, budget: float, most: int | None) -> list[Outcome]:
         """Plans that differ from ``start`` in one computed step, the most promising first."""
-        found = self._planner(way).neighbours(start, budget)
+        found = self.planner(way).neighbours(start, budget)
         return [each for each in found if most is None or distinct(each.columns) <= most]
 
-    def _planner(self, way: Way) -> Planner:
+    def planner(self, way: Way) -> Planner:
+        """The planner of a way, made once."""
         if way.readers not in self._planners:
             self._planners[way.readers] = Planner(way.problem(self._problem))
         return self._planners[way.readers]

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import difa_compile
+from difa_compile.backend.verdicts import Record
 from difa_compile.cli.methods import RUNS
 from difa_compile.errors import NonFiniteError
+from difa_compile.plan.data import SiteInfo
 from difa_compile.plan.plan import Plan
 from difa_compile.report.stored import StoredComparison
 from tests.support.commands import Loaded, fails, run
@@ -82,6 +84,41 @@ def test_inspect_plan_as_json(plan, plan_file):
     reasons = content.pop("not_applicable")
     assert content == json.loads(plan.to_json())
     assert {reason["site"] for reason in reasons} == {"transformer_blocks.2.attn1"}
+
+
+class Inspected:
+    """What was found in a model of two blocks, one of which cannot be left out."""
+
+    model = torch.nn.Linear(1, 1)
+    sites = site_infos = records = ()
+    sample = None
+    blocks = (
+        SiteInfo("blocks.0", "block", 1, 16, 16, 16),
+        SiteInfo("blocks.0..blocks.1", "block", 1, 16, 16, 16, blocks=("blocks.0", "blocks.1")),
+    )
+    block_records = (Record("blocks.1", "any", "skipped", "it writes into [memory] from outside"),)
+
+
+def test_inspect_model_shows_its_blocks_and_why_others_are_left_alone(monkeypatch):
+    monkeypatch.setattr("difa_compile.pipeline.loading.load_model", lambda name: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("difa_compile.pipeline.inspection.inspect_model", lambda model, trace: Inspected())
+    result = run("inspect", "demo")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert "Blocks that a plan can leave out: 1; spans of blocks: 1" in text
+    assert "blocks.0..blocks.1 span of 2 blocks 16 16" in text
+    assert "blocks.1 any skipped it writes into [memory] from outside" in text
+    content = json.loads(run("inspect", "demo", "--json").stdout)
+    assert [block["path"] for block in content["blocks"]] == ["blocks.0", "blocks.0..blocks.1"]
+    assert content["blocks"][1]["blocks"] == ["blocks.0", "blocks.1"]
+    assert content["block_records"] == [
+        {
+            "site": "blocks.1",
+            "decision": "any",
+            "outcome": "skipped",
+            "reason": "it writes into [memory] from outside",
+        }
+    ]
 
 
 def test_inspect_file_that_is_no_plan(tmp_path):
@@ -236,6 +273,16 @@ def test_plan_makes_a_plan_or_shows_what_budgets_buy(tmp_path):
     made = Plan.load(output)
     assert made.settings.promise.limit == "budget 0.6, at most 3 distinct rows"
     assert len(set(made.decisions)) <= 3
+    alone = run("plan", tmp_path / "errors.json", "-o", output, "--budget", 0.85, "--no-blocks")
+    assert alone.exit_code == 0, alone.output
+    assert Plan.load(output).settings.promise.limit == "budget 0.85, attention alone"
+    front = run("plan", tmp_path / "errors.json", "--no-blocks").stdout
+    assert "25 % for attention (standard deviation)" in front
+    assert "blocks" not in front
+    assert "0.79 of full's time" in front, "with blocks computed there is little to save"
+    few = run("plan", tmp_path / "errors.json", "-o", output, "--psnr", 30, "--max-rows", 1)
+    assert few.exit_code == 0, few.output
+    assert "where these give the same images at 1.00" in few.stdout
 
 
 def test_plan_from_what_is_no_whole_table(tmp_path):
@@ -247,16 +294,28 @@ def test_plan_from_what_is_no_whole_table(tmp_path):
     assert fails("plan", tmp_path / "half.json", "--budget", 0.5, "--psnr", 30).startswith("budget error")
 
 
-def test_calibrate_within_a_budget(plan, tmp_path, monkeypatch):
+@pytest.fixture
+def searching(plan, monkeypatch):
+    """Replaces measuring and trying plans: a state and a record of trials are written. Holds what was asked for."""
     seen = {}
 
     def plan_within(pipe, inputs, limit, steps, **options):
         seen.update(options, limit=limit, steps=steps)
         options["told"]("one [try]")
+        if options["table"] is None:
+            options["state"].write_text("measured")
+        Path(f"{options['state']}.trials").write_text("tried")
+        if "raises" in seen:
+            raise seen["raises"]
         return plan
 
     monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.comparison.planned.plan_within", plan_within)
+    return seen
+
+
+def test_calibrate_within_a_budget(searching, plan, tmp_path):
+    seen = searching
     output = tmp_path / "plan.json"
     result = run("calibrate", "demo", "-o", output, "--budget", 0.5, "--max-rows", 4, "--seed", 6, "--steps", 7)
     assert result.exit_code == 0, result.output
@@ -267,6 +326,50 @@ def test_calibrate_within_a_budget(plan, tmp_path, monkeypatch):
     assert Plan.load(output) == plan
     assert run("calibrate", "demo", "-o", output, "--runs", 3).exit_code == 0
     assert (str(seen["limit"]), seen["runs"]) == ("budget 0.5", 3)
+    assert run("calibrate", "demo", "-o", output, "--no-blocks").exit_code == 0
+    assert str(seen["limit"]) == "budget 0.5, attention alone"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"], "what was kept on the way is gone"
+
+
+@pytest.mark.parametrize("method", ["planner", "weighed"])
+def test_a_state_that_the_user_names_is_the_users(method, searching, search, plan, tmp_path):
+    """It may be the table that difa measure made."""
+    state = tmp_path / "errors.json"
+    state.write_text("measured")
+    result = run("calibrate", "demo", "--method", method, "-o", tmp_path / "plan.json", "--state", state)
+    assert result.exit_code == 0, result.output
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert state.read_text() == "measured"
+    assert (tmp_path / "errors.json.trials").exists() == (method == "planner")
+
+
+def test_calibrate_from_a_table(searching, plan, tmp_path):
+    """The plan is made of what was measured before, and held to its word."""
+    made_table(5).save(tmp_path / "errors.json")
+    before = (tmp_path / "errors.json").read_bytes()
+    arguments = ("calibrate", "demo", "-o", tmp_path / "plan.json", "--table", tmp_path / "errors.json", "--psnr", 40)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert searching["table"].progress == made_table(5).progress
+    assert (searching["steps"], str(searching["limit"])) == (5, "40 dB")
+    assert run(*arguments, "--steps", 7).exit_code == 0
+    assert searching["steps"] == 7, "the search refuses it"
+    assert (tmp_path / "errors.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.json", "plan.json"]
+    searching["raises"] = KeyboardInterrupt()
+    kept = tmp_path / "plan.json.state.trials"
+    assert f"is in {kept}; the same command goes on" in fails(*arguments, code=130)
+    assert kept.is_file()
+
+
+def test_calibrate_from_what_is_no_table_of_use(searching, tmp_path):
+    made_table(5, done=2, seconds={}).save(tmp_path / "half.json")
+    message = fails("calibrate", "demo", "--table", tmp_path / "half.json")
+    assert "start difa measure with the same arguments again" in message
+    made_table(5).save(tmp_path / "errors.json")
+    message = fails("calibrate", "demo", "--table", tmp_path / "errors.json", "--window", "band:2", code=2)
+    assert "give --window to difa measure" in message
+    assert "limit" not in searching
 
 
 @pytest.mark.parametrize(

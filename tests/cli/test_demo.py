@@ -21,6 +21,7 @@ def test_demo_goes_all_the_way(planning, search, measure, plan, tmp_path):
     assert result.exit_code == 0, result.output
     assert (planning["steps"], planning["limit"]) == (50, "budget 0.4")
     assert (planning["seeds"], planning["held_out"]) == ((3, 4), (5,))
+    assert planning["trials"] == tmp_path / "out" / "trying.json"
     assert planning["others"] == {"DiTFastAttn": plan}
     assert (search["rank"], search["loss"], search["steps"]) == ("published", "code", 50)
     assert len(measure["seeds"]) == 2
@@ -60,6 +61,7 @@ def test_demo_interrupted_in_each_part(planning, search, measure, plan, tmp_path
     planning["stops"] = KeyboardInterrupt()
     message = fails("demo", "--output", output, "--quick", code=130)
     assert f"What was measured is in {output / 'measuring.json'}; the same command goes on" in message
+    assert (output / "trying.json").is_file()
     del planning["stops"]
     measure["raises"] = KeyboardInterrupt()
     message = fails("demo", "--output", output, "--quick", code=130)

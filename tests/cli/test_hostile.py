@@ -166,6 +166,7 @@ HOSTILE = {
         "a" * 300 + "/plan.json",
         "\0",
     ],
+    ("calibrate", "--table"): ["plan.json", ".", "/dev/null", *NAMES],
     ("calibrate", "--state"): [".", "/", "/dev/null", "/proc/difa/x", "a" * 300, "\0"],
     **{(command, "--budget"): ["0", "-1", "1.5", *NUMBERS] for command in ("calibrate", "plan")},
     **{(command, "--psnr"): ["0", "-1", "201", *NUMBERS] for command in ("calibrate", "plan")},

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from difa_compile.backend.verdicts import Record
-from difa_compile.cli.tables import not_applicable, print_plan, print_records, print_sites
+from difa_compile.cli.tables import not_applicable, print_blocks, print_plan, print_records, print_sites
 from difa_compile.machine.profile import ELEMENTWISE
+from difa_compile.plan.data import SiteInfo
 from difa_compile.wording import shown
 from tests.support.foreign import FOREIGN
 from tests.support.report_sample import make_plan
@@ -22,6 +23,7 @@ class Called:
         self.path = self.kind = self.layout_reason = self.mask = self.site = self.reason = text
         self.decision = self.outcome = text
         self.layout, self.tokens, self.query_shape = None, 4, (1, 2, 4, 8)
+        self.width, self.blocks = 16, ()
 
 
 @pytest.mark.parametrize("text", FOREIGN, ids=ascii)
@@ -41,6 +43,7 @@ def test_foreign_names_in_tables_stand_as_they_are(text, capsys):
     for name, show in {
         "sites": lambda: print_sites(console, text, [Called(text)]),
         "records": lambda: print_records(console, [Called(text)]),
+        "blocks": lambda: print_blocks(console, [Called(text)], [Called(text)]),
         "profile": lambda: print_profile(console, replace(profile, fits=fits)),
         "plan": lambda: print_plan(console, hostile),
     }.items():
@@ -80,3 +83,16 @@ def test_what_became_of_decisions_is_told_once(capsys):
     assert re.findall(r"blocks\.0\.attn1 +window\(box:1\) +skipped +the attention is causal", printed) == [
         printed.splitlines()[-1].strip()
     ]
+
+
+def test_blocks_and_spans_are_told_apart(capsys):
+    block = SiteInfo("blocks.0", "block", 1, 16, 4, 16)
+    span = SiteInfo("blocks.0..blocks.2", "block", 1, 16, 4, 16, blocks=("blocks.0", "blocks.1", "blocks.2"))
+    print_blocks(Console(width=200), [block, span], [Record("blocks.1", "any", "skipped", "it is no sum")])
+    printed = capsys.readouterr().out
+    assert "Blocks that a plan can leave out: 1; spans of blocks: 1" in printed
+    assert re.search(r"blocks\.0 +block +4 +16", printed)
+    assert re.search(r"blocks\.0\.\.blocks\.2 +span of 3 blocks +4 +16", printed)
+    assert re.search(r"blocks\.1 +any +skipped +it is no sum", printed)
+    print_blocks(Console(width=200), [], [])
+    assert capsys.readouterr().out.strip().startswith("Blocks that a plan can leave out: 0; spans of blocks: 0")

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from difa_compile.comparison.front import Origin, measured_front, plans_of_budgets
-from difa_compile.comparison.planned import Held
+from difa_compile.comparison.kept import Held
 from difa_compile.plan.data import Promise
 from difa_compile.planner.make import plan_from_table
 from tests.support.tables import made_table

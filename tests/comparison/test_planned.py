@@ -11,8 +11,10 @@ import torch
 from diffusers import DiTPipeline
 
 from difa_compile.comparison import planned
-from difa_compile.comparison.planned import TRIES, Held, Trials, plan_within, psnr_of
-from difa_compile.errors import BudgetError, ScheduleError
+from difa_compile.comparison.kept import Held
+from difa_compile.comparison.planned import RUNS, TRIES, Trials, plan_within, psnr_of
+from difa_compile.decision import Kind
+from difa_compile.errors import BudgetError, ErrorTableError, PlanMismatchError, ScheduleError
 from difa_compile.pipeline.apply import apply_for_trials
 from difa_compile.planner.make import Limit, plan_from_table
 from tests.support.tables import made_table
@@ -25,10 +27,12 @@ def runs(monkeypatch):
 
     ``judged``: PSNR of plans that are not timed, in turn; worse than any when there are no more.
     """
-    seen = {"held": [], "plans": [], "seeds": None, "judged": [], "others": [], "checked": []}
+    seen = {
+        "held": [], "plans": [], "seeds": None, "judged": [], "others": [], "checked": [], "state": None,
+    }  # fmt: skip
 
     class Fake:
-        def run(self, plan):
+        def run(self, plan, rounds=3):
             seen["plans"].append(plan)
             return seen["held"].pop(0) if len(seen["held"]) > 1 else seen["held"][0]
 
@@ -37,8 +41,8 @@ def runs(monkeypatch):
             return seen["judged"].pop(0) if seen["judged"] else 0.0
 
     @contextmanager
-    def trials(pipe, inputs, steps, seeds, held_out):
-        seen["seeds"] = (tuple(seeds), tuple(held_out))
+    def trials(pipe, inputs, steps, seeds, held_out, table, state):
+        seen.update(seeds=(tuple(seeds), tuple(held_out)), state=state)
         yield Fake()
 
     monkeypatch.setattr(planned, "trials", trials)
@@ -70,15 +74,50 @@ def test_what_is_over_the_budget_is_tried_with_less_and_said(runs):
     assert 1 < len(runs["plans"]) <= TRIES
     shares = [each.settings.promise.predicted_share for each in runs["plans"]]
     assert shares[1] < shares[0]
-    assert plan.settings.promise.note == "over the budget by 12 %"
+    assert plan.settings.promise.note == (
+        f"over the budget by 12 %; the limit is relaxed to 0.90 of the time: none of {len(shares)} plans that were run "
+        "takes less"
+    )
     assert plan.settings.promise.limit == "budget 0.8"
+
+
+def test_what_a_plan_gives_up_for_the_budget_is_said(runs):
+    runs["held"] = [Held(0.95, 44.0, 43.0), Held(0.78, 41.5, 41.0)]
+    told = []
+    plan = within(Limit(0.8), told=told.append)
+    assert plan.settings.promise.note == (
+        "the first choice took 0.95 of the time, at 44.0 dB; given up for the budget: 2.5 dB"
+    )
+    assert told == [told[0], str(plan.settings.promise)]
+    assert "over the budget by 19 %" in told[0]
+    runs["held"] = [Held(0.95, 41.0, 41.0), Held(0.78, 41.5, 41.0)]
+    assert within(Limit(0.8)).settings.promise.note == "the first choice took 0.95 of the time"
+    runs["held"] = [Held(1.2, math.inf, math.inf), Held(0.78, 41.5, 41.0)]
+    assert within(Limit(0.8)).settings.promise.note == "the first choice took 1.20 of the time, at the same images"
+
+
+def test_a_time_within_what_timings_differ_by_is_said(runs):
+    runs["held"] = [Held(0.82, 41.0, 41.0)]
+    note = "over the budget by 2 %, which is within what timings differ by"
+    assert within(Limit(0.8), runs=1).settings.promise.note == note
+    runs["held"] = [Held(0.803, 41.0, 41.0)]
+    assert within(Limit(0.8), runs=1).settings.promise.note == ""
+
+
+def test_of_one_plan_nothing_else_is_said_but_that(runs):
+    runs["held"] = [Held(0.9, 41.0, 39.5)]
+    note = "over the budget by 12 %; the limit is relaxed to 0.90 of the time: no other plan was run"
+    assert within(Limit(0.8), runs=1).settings.promise.note == note
 
 
 def test_the_first_plan_stays_where_less_time_is_not_possible(runs):
     least = 0.45
     runs["held"] = [Held(0.9, 41.0, 39.5)]
     plan = within(Limit(least))
-    assert "over the budget by 100 %" in plan.settings.promise.note
+    assert plan.settings.promise.note == (
+        "over the budget by 100 %; the limit is relaxed to 0.90 of the time: no other plan was run, and the table has "
+        "none that would take little enough"
+    )
 
 
 def test_a_budget_that_is_not_possible_at_all(runs):
@@ -100,12 +139,18 @@ def test_a_quality_is_refitted_to_what_was_measured(runs):
     first, second = runs["plans"]
     assert second.settings.promise.predicted_share > first.settings.promise.predicted_share
     assert plan.settings.promise.measured_psnr == 40.5
-    assert plan.settings.promise.note == ""
+    assert plan.settings.promise.note == (
+        "the first choice came to 30.0 dB, at 0.50 of the time; given up for the quality: 0.30 of it"
+    )
 
 
 def test_what_is_below_the_quality_is_said(runs):
     runs["held"] = [Held(0.5, 37.5, 37.0)]
-    assert within(Limit(psnr=40.0)).settings.promise.note == "2.5 dB below what was asked for"
+    note = within(Limit(psnr=40.0)).settings.promise.note
+    first, _, second = note.partition("; ")
+    assert first == "2.5 dB below what was asked for"
+    assert second == f"the limit is relaxed to 37.5 dB: none of {len(runs['plans'])} plans that were run comes closer"
+    assert len(runs["plans"]) > 1
 
 
 def test_images_that_are_nothing_are_said(runs):
@@ -142,8 +187,9 @@ def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
     assert plan.settings.promise.measured_psnr == 43.0
     assert plan.settings.promise.held_out_psnr == 42.0
     assert plan.decisions == runs["others"][3].decisions
-    assert len(runs["others"]) == 8
-    assert len({each.decisions for each in runs["others"]}) == 8
+    assert len(runs["others"]) == 7
+    assert len({each.decisions for each in runs["others"]}) == 7
+    assert len(runs["plans"]) + len(runs["others"]) == 9
     assert "42.0 dB" in told[2]
     assert "not the 42.0 so far" in told[3]
 
@@ -152,8 +198,17 @@ def test_the_first_is_kept_where_none_is_closer(runs):
     runs["held"] = [Held(0.5, 40.0, 39.0)]
     plan = within(Limit(0.5), 16, runs=4, table=single())
     assert len(runs["plans"]) == 1
-    assert len(runs["others"]) == 3
+    assert len(runs["others"]) == 2, "one run is left for a closer one"
     assert plan.decisions == runs["plans"][0].decisions
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, RUNS])
+@pytest.mark.parametrize("limit", [Limit(0.5), Limit(psnr=50.0)], ids=str)
+def test_no_more_plans_are_run_than_was_said(runs, count, limit):
+    runs["held"] = [Held(0.5, 51.0, 50.0)]
+    runs["judged"] = [52.0 + number for number in range(count)]
+    within(limit, 16, runs=count, table=single())
+    assert 1 <= len(runs["plans"]) + len(runs["others"]) <= count
 
 
 def test_for_a_quality_a_quicker_way_is_looked_for(runs):
@@ -202,8 +257,68 @@ def test_seeds_and_runs_that_make_no_sense(runs):
         within(Limit(0.5), held_out=())
 
 
+def test_a_table_of_another_model_or_one_that_is_not_complete(runs, monkeypatch):
+    with pytest.raises(ErrorTableError, match="holds 3 of 6 steps"):
+        within(Limit(0.5), table=made_table(6, done=3))
+    other = replace(made_table().model, class_name="Other")
+    monkeypatch.setattr(planned, "model_digest", lambda model: other)
+    with pytest.raises(PlanMismatchError, match=r"is of Model .* this is Other"):
+        within(Limit(0.5))
+    assert runs["plans"] == []
+
+
+def test_attention_alone_is_planned_and_measured_for_it(runs, monkeypatch, tmp_path):
+    runs["held"] = [Held(0.85, 41.0, 41.0)]
+    plan = within(Limit(0.85, blocks=False))
+    assert {row[2].kind for row in plan.decisions} == {Kind.FULL}
+    assert plan.settings.promise.limit == "budget 0.85, attention alone"
+    seen = {}
+
+    def measured(pipe, inputs, steps, **options):
+        seen.update(options)
+        return made_table(steps)
+
+    monkeypatch.setattr(planned, "measure", measured)
+    assert within(Limit(0.85, blocks=False), table=None, state=tmp_path / "errors.json").decisions == plan.decisions
+    assert (seen["attention"], seen["state"]) == (True, tmp_path / "errors.json")
+    assert runs["state"] == tmp_path / "errors.json.trials"
+    within(Limit(0.85), table=None, state=tmp_path / "errors.json")
+    assert seen["attention"] is None
+    seen.clear()
+    with pytest.raises(ErrorTableError, match="attention is neither to be measured"):
+        within(Limit(0.85, blocks=False), table=None, attention=False)
+    assert seen == {}
+
+
+def test_what_is_kept_by_default_is_deleted_in_the_end_and_no_sooner(runs, monkeypatch, tmp_path):
+    """The measurement serves a search that is interrupted later on."""
+    monkeypatch.setenv("DIFA_CACHE_DIR", str(tmp_path))
+    places = []
+
+    def measured(pipe, inputs, steps, state, **options):
+        places.append(state)
+        state.parent.mkdir(exist_ok=True)
+        state.write_text("{}")
+        return made_table(steps)
+
+    monkeypatch.setattr(planned, "measure", measured)
+    monkeypatch.setattr(planned, "models_of", lambda pipe: (pipe,))
+    monkeypatch.setattr(planned, "identity_of", lambda *given: {"inputs": "a"})
+    runs["held"] = [None]
+    with pytest.raises(AttributeError):
+        within(Limit(0.8), table=None)
+    assert places[0].is_file()
+    runs["held"] = [Held(0.8, 41.0, 41.0)]
+    within(Limit(0.8), table=None)
+    assert places[1] == places[0]
+    assert not places[0].exists()
+    assert runs["state"] is None
+    within(Limit(0.8), table=None, state=tmp_path / "own.json")
+    assert (tmp_path / "own.json").is_file()
+
+
 @pytest.mark.slow
-def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch):
+def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch, tmp_path):
     from difa_compile.calibration.measure import measure
 
     pipe = tiny_pipeline()
@@ -233,9 +348,11 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch):
     assert trials.judge(half) == 0
     trials.close()
     assert type(pipe) is DiTPipeline
-    with planned.trials(pipe, given, 4, (0,), (1,)) as run:
-        monkeypatch.setattr(run, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
+    with planned.trials(pipe, given, 4, (0,), (1,), table, tmp_path / "trials") as run:
+        assert run.runs._full.pipe._progress_bar_config == {"disable": True}
+        monkeypatch.setattr(run.runs, "_planned", lambda seed: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             run.run(full)
+    assert not (tmp_path / "trials").exists()
     assert type(pipe) is DiTPipeline
     assert pipe.transformer._compiled_call_impl is None

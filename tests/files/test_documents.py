@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from difa_compile.calibration.state import STATE, CalibrationState
+from difa_compile.comparison.kept import TRIALS, read_trials
 from difa_compile.demo.judge import load_judge
 from difa_compile.errors import (
     CalibrationStateError,
@@ -32,7 +33,7 @@ from difa_compile.plan.plan import Plan
 from difa_compile.planner.table import TABLE, ErrorTable
 from difa_compile.report.stored import COMPARISON, StoredComparison
 
-FORMATS = [PLAN, STATE, PROFILE, COMPARISON, TABLE]
+FORMATS = [PLAN, STATE, PROFILE, COMPARISON, TABLE, TRIALS]
 
 
 def comparison_at(path: Path) -> StoredComparison:
@@ -48,6 +49,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[DifaError]]] = {
     "profile": (Profile.load, ProfileError),
     "comparison": (comparison_at, ComparisonFormatError),
     "table": (ErrorTable.load, ErrorTableError),
+    "trials": (read_trials, CalibrationStateError),
     "judge": (load_judge, ModelLoadError),
 }
 

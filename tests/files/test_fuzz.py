@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from difa_compile.calibration.state import STATE, CalibrationState
+from difa_compile.comparison.kept import TRIALS, Held, KeptTrials, read_trials
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import (
     CalibrationStateError,
@@ -124,6 +126,28 @@ def same_table(a: ErrorTable, b: ErrorTable) -> bool:
     return a._content() == b._content()
 
 
+def write_trials(path: Path, plan: Plan) -> None:
+    class Runs:
+        def judge(self, plan: Plan) -> float:
+            return 41.5
+
+        def run(self, plan: Plan, rounds: int = 3) -> Held:
+            return Held(0.5, math.inf, 40.0)
+
+    kept = KeptTrials.open(Runs(), path, IDENTITY)
+    kept.run(plan)
+    kept.judge(plan)
+
+
+def use_trials(trials: tuple[dict[str, str], dict[str, tuple[float, ...]]]) -> None:
+    identity, tried = trials
+    for key, found in tried.items():
+        assert min(found) >= 0
+        str(Held(*found) if len(found) == 3 else found).encode()
+        key.encode()
+    json.dumps(identity).encode()
+
+
 def use_comparison(stored: StoredComparison) -> None:
     assert stored.comparison.speedup > 0
     assert stored.comparison.attention.share >= 0
@@ -157,6 +181,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     StoredComparison(plan, comparison, "Title", "difa demo", MACHINE, {"torch": "2"}, ("a",) * 10).save(folder / "kept")
     kept = folder / "kept"
     made_table(steps=3, size=2, identity=IDENTITY).save(folder / "table.json")
+    write_trials(folder / "trials.json", plan)
     return {
         "plan": Reader(
             PLAN,
@@ -188,6 +213,13 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             use_comparison,
             same_comparison,
         ),
+        "trials": Reader(
+            TRIALS,
+            folder / "trials.json",
+            lambda: read_trials(folder / "trials.json"),
+            (CalibrationStateError,),
+            use_trials,
+        ),
         "table": Reader(
             TABLE,
             folder / "table.json",
@@ -199,7 +231,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     }
 
 
-@pytest.fixture(params=["plan", "state", "profile", "comparison", "table"])
+@pytest.fixture(params=["plan", "state", "profile", "comparison", "table", "trials"])
 def reader(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> Iterator[Reader]:
     found = readers[request.param]
     original = found.path.read_bytes()

@@ -126,6 +126,14 @@ def test_an_error_is_kept_to_with_little_time():
     assert choose_error(problem, 1e300).share == pytest.approx(Planner(problem).least.share)
 
 
+def test_an_error_that_only_the_full_model_keeps_to():
+    """Whose share, added up step by step, may come out as a little more than 1."""
+    problem = make_problem(steps=8, costs=Costs({FULL: 0.7}))
+    assert outcome(problem, [(FULL,) * 8]).share > 1
+    found = choose_error(problem, 1e-300)
+    assert (set(found.columns[0]), found.error) == ({FULL}, 0)
+
+
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), float("inf"), True, "half", None])
 def test_what_is_no_budget(budget):
     with pytest.raises(BudgetError, match="above 0 and at most 1"):
@@ -174,6 +182,18 @@ def test_the_bound_is_one():
         assert planner.bound(budget) <= additive_error(problem, found.columns) * (1 + 1e-9)
     assert planner.bound(0.5) > 0
     assert Planner(nested()).bound(0.5) == 0
+
+
+def test_the_bound_is_one_for_plans_of_other_readers():
+    """Reuse, where values do not go on as before, is better than a forecast, and a plan may reuse at all steps."""
+    rng = np.random.default_rng(2)
+    unit = Unit((0,), Effects(drift_of_values(rng.standard_normal((16, 6)), 16)), Costs({FULL: 1.0}))
+    problem = Problem(tuple((16 - s) / 16 for s in range(16)), (unit,), flat_response(16), 0.1, (FORECAST,))
+    planner = Planner(problem)
+    for budget in (0.4, 0.6):
+        found = choose(replace(problem, readers=(REUSE,)), budget)
+        assert additive_error(problem, found.columns) < additive_error(problem, planner.choose(budget).columns)
+        assert 0 < planner.bound(budget) <= additive_error(problem, found.columns) * (1 + 1e-9)
 
 
 def test_knapsack():

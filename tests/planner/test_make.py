@@ -1,6 +1,7 @@
 """Plans from a table: what may be asked for, what comes of it, and what is said of it."""
 
 import math
+import re
 import warnings
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from difa_compile.decision import FULL, Kind
 from difa_compile.errors import BudgetError, ErrorTableError, RowLimitError
 from difa_compile.machine.profile import machine_name
 from difa_compile.plan.plan import Plan
-from difa_compile.planner.choice import choose
-from difa_compile.planner.make import FRONT, Limit, front_of, plan_from_table, plan_of
-from difa_compile.planner.problem import psnr
-from difa_compile.planner.rows import distinct
+from difa_compile.planner.choice import Planner, choose
+from difa_compile.planner.make import FRONT, Limit, cost_of_rows, front_of, plan_from_table, plan_of, planned_from
+from difa_compile.planner.problem import FORECAST, additive_error, psnr
+from difa_compile.planner.rows import distinct, limit_rows
+from tests.support.planner_problems import make_problem
 from tests.support.tables import made_table
 
 STEPS = 8
@@ -71,6 +73,7 @@ def test_limits_in_words_and_as_errors():
     assert Limit(psnr=40).mean_squared == pytest.approx(1e-4)
     assert Limit(error=0.25).mean_squared == 0.25
     assert Limit(1) == Limit(1.0)
+    assert str(Limit(0.5, max_rows=3, blocks=False)) == "budget 0.5, at most 3 distinct rows, attention alone"
 
 
 # Plans
@@ -160,6 +163,38 @@ def test_few_rows_for_a_quality():
     assert limited.settings.promise.predicted_share >= free.settings.promise.predicted_share - 1e-9
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("asked", [25, 30, 40, 60])
+def test_for_a_quality_there_is_a_plan_of_any_number_of_rows(asked, most):
+    """At most budgets few rows are not possible: the search goes on to those where they are."""
+    plan = plan_from_table(made_table(6), psnr=asked, max_rows=most)
+    promise = plan.settings.promise
+    assert len(set(plan.decisions)) <= most
+    assert promise.predicted_psnr is None or promise.predicted_psnr >= asked
+    if most == 1:
+        assert (round(promise.predicted_share, 9), promise.predicted_psnr) == (1.0, None)
+        assert promise.note.endswith("where these give the same images at 1.00") == (asked < 60)  # for 60 dB so do all
+
+
+def test_a_plan_of_few_rows_that_suffices_is_the_plan():
+    table = made_table(6)
+    free = plan_from_table(table, psnr=30)
+    enough = plan_from_table(table, psnr=30, max_rows=len(set(free.decisions)))
+    assert enough.decisions == free.decisions
+    assert enough.settings.promise.note == ""
+
+
+def test_what_few_rows_cost_at_most_is_said_where_it_is_known():
+    problem = make_problem(steps=16, units=4, readers=(FORECAST,))
+    planner = Planner(problem)
+    free, limited = planner.choose(0.5), limit_rows(problem, 0.5, 2)
+    text = cost_of_rows(planner, limited, free)
+    most = float(re.fullmatch(r"any number .* at 0\.\d\d; if .* that limit would cost at most (\d+\.\d) dB", text)[1])
+    lost = 10 * math.log10(additive_error(problem, limited.columns) / additive_error(problem, free.columns))
+    assert 0 < lost <= most + 0.05
+    assert cost_of_rows(planner, free, free) == ""
+
+
 def test_one_row_is_the_full_model(table):
     assert len(set(plan_from_table(table, budget=1.0, max_rows=1).decisions)) == 1
     with pytest.raises(RowLimitError, match="allow 2 rows, or a budget of 1"):
@@ -171,6 +206,37 @@ def test_sites_in_no_unit_stay_full(table):
     plan = plan_from_table(alone, budget=0.5)
     assert {decision for row in plan.decisions for decision in row[:2]} == {FULL}
     assert {row[2] for row in plan.decisions} != {FULL}
+
+
+def test_attention_alone(table):
+    plan = plan_from_table(table, budget=0.85, blocks=False)
+    assert {row[2] for row in plan.decisions} == {FULL}
+    chosen = {decision for row in plan.decisions for decision in row[:2]}
+    assert chosen - {FULL}
+    promise = plan.settings.promise
+    assert promise.limit == "budget 0.85, attention alone"
+    assert 0.7 < promise.predicted_share <= 0.85
+    with_blocks = plan_from_table(table, budget=0.85).settings.promise
+    assert with_blocks.predicted_psnr >= promise.predicted_psnr
+    with pytest.raises(BudgetError, match="is not possible with this table"):
+        plan_from_table(table, budget=0.5, blocks=False)
+    assert plan.resolve(STEPS).steps == STEPS
+    assert plan_from_table(table, psnr=40, blocks=False).settings.promise.predicted_psnr >= 40
+
+
+def test_attention_alone_costs_what_a_row_of_it_takes(table):
+    """A step in which attention is reused takes as long as it was timed, blocks and all."""
+    problem, seconds = planned_from(table, Limit(0.5, blocks=False)).problem(), table.seconds
+    full = seconds["full"] + seconds["pipeline"]
+    assert problem.full_cost == pytest.approx(STEPS * full)
+    assert problem.base == pytest.approx(full - problem.units[0].costs.computed[FULL])
+    assert problem.base + problem.units[0].costs.read == pytest.approx(seconds["attention reuse"] + seconds["pipeline"])
+    assert planned_from(table, Limit(0.5)) is table
+
+
+def test_attention_alone_needs_it_measured(table):
+    with pytest.raises(ErrorTableError, match=r"holds blocks alone.*difa measure --attention"):
+        plan_from_table(replace(table, units=table.units[:1]), budget=0.5, blocks=False)
 
 
 def test_errors_that_no_image_can_have_are_promised_as_0_db(table, problem):
