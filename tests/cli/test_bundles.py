@@ -83,6 +83,14 @@ def test_run_says_what_a_bundle_has_not(tmp_path, options, message):
     assert message in " ".join(result.stderr.split())
 
 
+def test_run_says_what_an_engine_refuses(tmp_path):
+    result = run("run", bundles.kept(), "-o", tmp_path, "--labels", "99999")
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "ended row-00-" in told
+    assert "a label that it does not know" in told
+
+
 def test_show_and_verify(tmp_path):
     result = run("bundle", "show", bundles.kept())
     assert result.exit_code == 0, result.output
