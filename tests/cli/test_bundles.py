@@ -301,7 +301,8 @@ def test_export_takes_each_tier_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_model_exported_and_run_by_a_process_without_diffusers(tmp_path):
+@pytest.mark.parametrize("target", ["onnx", "aoti"])
+def test_the_demo_model_exported_and_run_by_a_process_without_diffusers(target, tmp_path):
     """The commands of the README."""
     forecast = Decision.parse("forecast:1")
     pipe = load_pipeline("demo")
@@ -310,7 +311,8 @@ def test_the_demo_model_exported_and_run_by_a_process_without_diffusers(tmp_path
     )
     plan.save(tmp_path / "plan.json")
     digits = tmp_path / "digits"
-    result = run("export", "demo", "--plan", tmp_path / "plan.json", "--steps", "6", "-o", digits)
+    chosen = ("--target", target, "--steps", "6")
+    result = run("export", "demo", "--plan", tmp_path / "plan.json", *chosen, "-o", digits)
     assert result.exit_code == 0, result.output
     assert json.loads((digits / MANIFEST).read_text())["source"]["name"] == "demo"
     code = """
