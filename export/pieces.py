@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-import difa_compile
 from difa_compile.bundle.manifest import Manifest, Port, check_file, read_manifest
 from difa_compile.bundle.sessions import processor_flags
 from difa_compile.bundle.tensorrt import library
@@ -219,7 +219,7 @@ def _refusals(target: str, label: str) -> Iterator[None]:
 def _sources() -> str:
     """A digest of this package's code: of a checkout the version says too little."""
     digest = hashlib.sha256()
-    root = Path(difa_compile.__file__).parent
+    root = Path(str(sys.modules["difa_compile"].__file__)).parent
     for path in sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names):
         if path.suffix == ".py":
             digest.update(f"{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())

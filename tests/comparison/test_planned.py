@@ -14,7 +14,7 @@ from difa_compile.comparison import planned
 from difa_compile.comparison.kept import Held
 from difa_compile.comparison.planned import RUNS, TRIES, Trials, plan_within, psnr_of
 from difa_compile.decision import Kind
-from difa_compile.errors import BudgetError, ErrorTableError, PlanMismatchError, ScheduleError
+from difa_compile.errors import BudgetError, ErrorTableError, ScheduleError
 from difa_compile.pipeline.apply import apply_for_trials
 from difa_compile.planner.make import Limit, plan_from_table
 from tests.support.tables import made_table
@@ -255,16 +255,6 @@ def test_seeds_and_runs_that_make_no_sense(runs):
         within(Limit(0.5), seeds=(0, 1), held_out=(1,))
     with pytest.raises(ValueError, match="0 held out"):
         within(Limit(0.5), held_out=())
-
-
-def test_a_table_of_another_model_or_one_that_is_not_complete(runs, monkeypatch):
-    with pytest.raises(ErrorTableError, match="holds 3 of 6 steps"):
-        within(Limit(0.5), table=made_table(6, done=3))
-    other = replace(made_table().model, class_name="Other")
-    monkeypatch.setattr(planned, "model_digest", lambda model: other)
-    with pytest.raises(PlanMismatchError, match=r"is of Model .* this is Other"):
-        within(Limit(0.5))
-    assert runs["plans"] == []
 
 
 def test_attention_alone_is_planned_and_measured_for_it(runs, monkeypatch, tmp_path):
