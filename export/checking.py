@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difa_compile.bundle.agreement import LIMITS, coarsest, difference, levels_apart
+from difa_compile.bundle.agreement import LEVELS, LIMITS, coarsest, difference, levels_apart
 from difa_compile.bundle.manifest import Port, sizes_of
 from difa_compile.errors import TargetError
 from difa_compile.export.lowered import Wanted
@@ -25,14 +25,14 @@ def first_other(wanted: Wanted, run: Callable[[list[Tensor]], Any]) -> tuple[Por
     export's, for which they have a meaning.
     """
     module = wanted.program.module()
-    limit = LIMITS[coarsest(dtypes_of(wanted))]
+    dtype = coarsest(dtypes_of(wanted))
     least, most = wanted.images
     for images in sorted({least, min(least + 1, most)}):
         inputs = inputs_for(wanted, images)
         with torch.no_grad():
             found, right = _listed(run(inputs)), _listed(module(*inputs))
         for port, one, other in zip(wanted.outputs, found, right, strict=True):
-            if not alike(one, other, limit):
+            if not alike(one, other, dtype):
                 return port, images
     return None
 
@@ -66,14 +66,14 @@ def _listed(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
-def alike(found: Tensor, wanted: Tensor, limit: float) -> bool:
-    """Whether numbers differ by rounding: by less than ``limit`` of the largest. Colours in bytes may be rounded to the
-    next one; other whole numbers are equal, and what is not finite is."""
+def alike(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether numbers, and colours in bytes, differ by what is rounding in ``dtype``
+    (:mod:`difa_compile.bundle.agreement`); other whole numbers are equal, and what is not finite is."""
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         return False
     if found.dtype == torch.uint8:
-        return levels_apart(found, wanted) <= 1
-    return difference(found, wanted) < limit if found.is_floating_point() else torch.equal(found, wanted)
+        return levels_apart(found, wanted) <= LEVELS[dtype]
+    return difference(found, wanted) < LIMITS[dtype] if found.is_floating_point() else torch.equal(found, wanted)
 
 
 def check_model(

@@ -59,8 +59,10 @@ def test_pictures_may_differ_by_one():
     wanted = Wanted(program, (Port("value", "float32", ("images", 3)),), pictures, (1, 4))
     model = inlined(made, {})
     assert check_model(model.SerializeToString(), wanted, {}) == ""
-    assert alike(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([4, 4], dtype=torch.uint8), 0.0)
-    assert not alike(torch.tensor([3, 4], dtype=torch.uint8), torch.tensor([5, 4], dtype=torch.uint8), 1.0)
+    one, other, far = (torch.tensor([each, 4], dtype=torch.uint8) for each in (3, 4, 5))
+    assert alike(one, other, torch.float32)
+    assert not alike(one, far, torch.float32)
+    assert alike(one, far, torch.float16)
 
 
 def test_what_is_not_run(plain):
@@ -70,15 +72,15 @@ def test_what_is_not_run(plain):
 
 def test_what_is_not_finite_has_to_be_equal():
     one = torch.tensor([1.0, float("-inf"), 100.0])
-    assert alike(one, one + 0.05, 1e-3)
-    assert not alike(one, one + 0.2, 1e-3), "of the largest finite number"
-    assert not alike(one, -one.abs(), 1.0)
-    assert not alike(one, one.abs(), 1.0), "another infinity"
-    assert not alike(one, one.nan_to_num(), 1.0)
-    assert not alike(one, one.double(), 1.0)
-    assert not alike(one, one[:2], 1.0)
-    assert alike(torch.tensor([3]), torch.tensor([3]), 0.0)
-    assert not alike(torch.tensor([3]), torch.tensor([4]), 1.0)
+    assert alike(one, one + 0.05, torch.float32)
+    assert not alike(one, one + 0.2, torch.float32), "of the largest finite number"
+    assert not alike(one, -one.abs(), torch.bfloat16)
+    assert not alike(one, one.abs(), torch.bfloat16), "another infinity"
+    assert not alike(one, one.nan_to_num(), torch.bfloat16)
+    assert not alike(one, one.double(), torch.bfloat16)
+    assert not alike(one, one[:2], torch.bfloat16)
+    assert alike(torch.tensor([3]), torch.tensor([3]), torch.bfloat16)
+    assert not alike(torch.tensor([3]), torch.tensor([4]), torch.bfloat16)
 
 
 def test_examples_are_repeated_for_more_images():
