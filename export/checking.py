@@ -72,7 +72,7 @@ def alike(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         return False
     if found.dtype == torch.uint8:
-        return levels_apart(found, wanted) <= LEVELS[dtype]
+        return levels_apart(found, wanted, dtype) <= LEVELS[dtype]
     return difference(found, wanted) < LIMITS[dtype] if found.is_floating_point() else torch.equal(found, wanted)
 
 

@@ -257,9 +257,9 @@ class Bundle:
         """The self-test, that of decoding with it (what the pictures of its latents are off by), and what is still
         rounding in the dtypes that the engines compute in. Raises :class:`BundleIntegrityError`."""
         latents, data = self.self_test(), self.self_test_data()
-        pictures = [levels_apart(found, wanted) for found, wanted in _paired(self.pictures_of(data), data)]
         sampling = self._computed_in({call.row for each in self.manifest.schedules for call in each.calls} | ENCODING)
         decoding = self._computed_in({size.decode.row for size in self.manifest.sizes if size.decode is not None})
+        pictures = [levels_apart(found, wanted, decoding) for found, wanted in _paired(self.pictures_of(data), data)]
         return Tested(latents, max(pictures, default=None), LIMITS[sampling], LEVELS[decoding])
 
     def _computed_in(self, rows: Collection[int]) -> torch.dtype:

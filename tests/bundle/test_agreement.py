@@ -34,7 +34,14 @@ def test_differences(found, wanted, wanted_difference):
 
 
 def test_levels_do_not_wrap_around():
-    assert levels_apart(torch.tensor([255, 7], dtype=torch.uint8), torch.tensor([0, 7], dtype=torch.uint8)) == 255
+    one, other = torch.tensor([255, 7], dtype=torch.uint8), torch.tensor([0, 7], dtype=torch.uint8)
+    assert [levels_apart(one, other, dtype) for dtype in LEVELS] == [255] * len(LEVELS)
+    pictures = torch.zeros(2, 1000, dtype=torch.uint8)
+    pictures[1, :9], pictures[1, 9:500] = 40, 3
+    assert levels_apart(*pictures, torch.float32) == 40
+    assert levels_apart(*pictures, torch.float16) == 3, "but for a few"
+    pictures[1, :11] = 40
+    assert levels_apart(*pictures, torch.float16) == 40
 
 
 def test_half_precision_alone_is_given_much_room():
