@@ -14,11 +14,13 @@ from tests.support.programs import small_program
 CONDITIONS = {"cond": {"labels": torch.tensor([3, 4]), "ids": torch.arange(5.0)}}
 
 
-def done(program, conditions=CONDITIONS):
-    """What a pipeline did whose loop is ``program``: the calls of its model and its final latents."""
+def done(program, conditions=CONDITIONS, rounded=lambda sample: sample):
+    """What a pipeline did whose loop is ``program``: the calls of its model and its final latents. ``rounded``: what
+    its rounding makes of the sample that the model is given."""
     calls = []
 
     def call(form, operation, inputs):
+        inputs["hidden_states"] = rounded(inputs["hidden_states"])
         rows = len(inputs["hidden_states"])
         calls.append(Event("call", rows, form.output, (), inputs, form=(form.model, form.branch)))
         return stand_in(len(calls), form.sample.name, form.output, inputs)
@@ -36,6 +38,22 @@ def test_a_right_program_differs_by_rounding_alone():
     error, rounding = found(small_program(), *done(small_program()))
     assert error == rounding
     assert 0 < error < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_a_step_of_rounding_in_half_precision_does_not_grow(dtype, eps):
+    """A model is given the next number; what it makes of it is no fault of the loop."""
+    program = small_program()
+    half = replace(
+        program, forms=tuple(replace(each, sample=replace(each.sample, dtype=dtype)) for each in program.forms)
+    )
+    error, _ = found(half, *done(half, rounded=lambda sample: sample * (1 + eps)))
+    assert 0 < error < 1e-6
+    error, _ = found(half, *done(half, rounded=lambda sample: sample * (1 + 4 * eps)))
+    assert error > 2 * eps
+    index, change = WRONG["a factor"]
+    error, _ = found(altered(half, index, change), *done(half, rounded=lambda sample: sample * (1 + eps)))
+    assert error > 1e-4
 
 
 def altered(program, index, change):

@@ -150,6 +150,17 @@ def test_half_precision(dtype, target, close, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loop_of_a_pipeline_that_keeps_its_latents_wide(dtype, tmp_path):
+    """Wan's latents are in float32, and rounded for the model alone."""
+    pipe, inputs = one_image("wan", tmp_path)
+    pipe.to(dtype)
+    program = probe(pipe, inputs, 4).program
+    assert program.error < 2e-6
+    assert {form.sample.dtype for form in program.forms} == {str(dtype).removeprefix("torch.")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_bundle_with_a_lora_makes_what_the_pipeline_makes_with_it_fused(name, exported, tmp_path):
     """The LoRA is made by peft and saved by diffusers, with and without the component's name; the pipeline takes it
