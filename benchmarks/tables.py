@@ -262,6 +262,13 @@ DETAILS: dict[str, Table] = {
         Column("switching", "switching", ".1%"),
         Column("outside", "outside", ".1%"),
     ),
+    "parity": (
+        Column("model", "model"),
+        Column("dtype", "dtype"),
+        Column("runtime", "runtime"),
+        Column("final", "final latents", ".1e"),
+        Column("worst_step", "worst step", ".1e"),
+    ),
     "plain_attention": (
         Column("tokens", "tokens"),
         Column("window", "window"),
