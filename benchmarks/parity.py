@@ -101,7 +101,7 @@ def main() -> None:
                     rows.append({**common, "runtime": target, **distances(made, wanted)})
                 for row in rows[-1 - len(TARGETS[dtype]) :]:
                     print(row, file=sys.stderr, flush=True)
-    write_result("parity", rows, folder=args.output)
+                write_result("parity", rows, folder=args.output)  # each time: all of them take long
 
 
 if __name__ == "__main__":
