@@ -123,6 +123,15 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What was run, but for where its result was put: a folder of one machine."""
+    kept = list(arguments)
+    if "--output" in kept:
+        place = kept.index("--output")
+        del kept[place : place + 2]
+    return " ".join(["python", "-m", module, *kept])
+
+
 def write_result(name: str, rows: Sequence[Row], *, folder: Path = RESULTS, script: str | None = None) -> Path:
     """Write ``folder/name.json`` whole or not at all, and print the rows as a table.
 
@@ -135,7 +144,7 @@ def write_result(name: str, rows: Sequence[Row], *, folder: Path = RESULTS, scri
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command_line(module, sys.argv[1:]),
         "rows": list(rows),
     }
     folder.mkdir(parents=True, exist_ok=True)

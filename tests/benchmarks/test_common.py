@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import _common
-from benchmarks._common import Timing, interleave, table, write_result
+from benchmarks._common import Timing, command_line, interleave, table, write_result
 
 
 def test_interleave_runs_every_case_once_a_round_and_rotates_the_start():
@@ -43,6 +43,12 @@ def test_result_file_has_the_agreed_keys_and_is_whole_or_absent(tmp_path):
     other = json.loads(write_result("y", [{"a": 1}], folder=tmp_path, script="x").read_text())
     assert other["benchmark"] == "y"
     assert other["command"] == record["command"]
+
+
+def test_the_folder_of_a_result_is_no_part_of_its_command():
+    given = ["--repeats", "3", "--output", "/somewhere", "--eager"]
+    assert command_line("benchmarks.x", given) == "python -m benchmarks.x --repeats 3 --eager"
+    assert command_line("benchmarks.x", []) == "python -m benchmarks.x"
 
 
 def test_table_has_a_column_for_every_key_of_any_row():
