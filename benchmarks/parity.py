@@ -5,13 +5,14 @@
 The reference is the pipeline itself with the plan applied, its graphs run eagerly, in the same dtype; beside it the
 same plan compiled by ``backend="difa"``, and a bundle on each runtime. The demo, and tiny models with random weights;
 20 steps: the first three computed, then in turn computed, forecast, in a window, reused. Differences are relative to
-the largest latent of the end, or of the step.
+the largest latent of the end, or of the step. Rows of models and dtypes that are not asked for stay as an earlier run
+left them; each says of which commit it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.one_image import one_image
 
 from . import _demo
-from ._common import RESULTS, Row, write_result
+from ._common import RESULTS, Row, commit, write_result
 
 STEPS = 20
 TURNS = tuple(map(Decision.parse, ("full", "forecast:1", "window(band:3)", "reuse")))
@@ -79,29 +80,42 @@ def of_bundle(folder: Path, target: str, conditions: Any, program: Program) -> l
     return found
 
 
+def earlier(folder: Path) -> dict[tuple[str, str], list[Row]]:
+    """By model and dtype the rows of the result that is there."""
+    path = folder / "parity.json"
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in json.loads(path.read_text())["rows"] if path.exists() else []:
+        found.setdefault((row["model"], row["dtype"]), []).append(row)
+    return found
+
+
+def measured(name: str, dtype: str) -> list[Row]:
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as scratch:
+        pipe, inputs = opened(name, getattr(torch, dtype), Path(scratch))
+        plan = plan_of(pipe, inputs)
+        probed = probe(pipe, inputs, STEPS)
+        program = probed.program
+        wanted = latents_of(pipe, inputs, plan, STEPS, program)
+        common: Row = {"model": name, "dtype": dtype, "commit": commit()[:12]}
+        made = latents_of(pipe, inputs, plan, STEPS, program, "inductor")
+        rows = [{**common, "runtime": 'backend="difa"', **distances(made, wanted)}]
+        folder = Path(scratch) / "bundle"
+        for target in TARGETS[dtype]:
+            export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[target], most_images=1)
+            made = of_bundle(folder, target, probed.conditioning, program)
+            rows.append({**common, "runtime": target, **distances(made, wanted)})
+    return rows
+
+
 def main() -> None:
     args = parse_arguments()
-    rows: list[Row] = []
+    rows = earlier(args.output)
     for name in args.models.split(","):
         for dtype in args.dtypes.split(","):
-            torch._dynamo.reset()
-            with tempfile.TemporaryDirectory() as scratch:
-                pipe, inputs = opened(name, getattr(torch, dtype), Path(scratch))
-                plan = plan_of(pipe, inputs)
-                probed = probe(pipe, inputs, STEPS)
-                program = probed.program
-                wanted = latents_of(pipe, inputs, plan, STEPS, program)
-                common: Row = {"model": name, "dtype": dtype}
-                made = latents_of(pipe, inputs, plan, STEPS, program, "inductor")
-                rows.append({**common, "runtime": 'backend="difa"', **distances(made, wanted)})
-                folder = Path(scratch) / "bundle"
-                for target in TARGETS[dtype]:
-                    export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[target], most_images=1)
-                    made = of_bundle(folder, target, probed.conditioning, program)
-                    rows.append({**common, "runtime": target, **distances(made, wanted)})
-                for row in rows[-1 - len(TARGETS[dtype]) :]:
-                    print(row, file=sys.stderr, flush=True)
-                write_result("parity", rows, folder=args.output)  # each time: all of them take long
+            rows[name, dtype] = measured(name, dtype)
+            in_order = sorted(rows, key=lambda each: (MODELS.index(each[0]), DTYPES.index(each[1])))
+            write_result("parity", [row for each in in_order for row in rows[each]], folder=args.output)
 
 
 if __name__ == "__main__":

@@ -268,6 +268,7 @@ DETAILS: dict[str, Table] = {
         Column("runtime", "runtime"),
         Column("final", "final latents", ".1e"),
         Column("worst_step", "worst step", ".1e"),
+        Column("commit", "commit"),
     ),
     "plain_attention": (
         Column("tokens", "tokens"),
