@@ -11,16 +11,16 @@ from torch import Tensor
 
 LIMITS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
 """By what engines compute in: below this a difference of latents, relative to the largest, is rounding. What was
-measured is 1e-5 in float32, 1e-2 in float16 and 0.1 in bfloat16, where the pipeline's scheduler rounds at every step,
-too; processors add up in other orders, so some room is left. What computes something else is off by the size of the
-latents."""
+measured (``benchmarks/results/parity.json``) is 1e-5 in float32, 1e-2 in float16 and 0.1 in bfloat16, where the
+pipeline's scheduler rounds at every step, too; processors add up in other orders, so some room is left. What computes
+something else is off by the size of the latents."""
 LEVELS = {torch.float64: 1, torch.float32: 1, torch.float16: 8, torch.bfloat16: 64}
 """The same of pictures' bytes, of the same latents decoded: in float32 a value between two levels may be rounded to
 either; in half precision it is the sum of some sixty roundings, in a decoder of as many layers, of 2**-11 or 2**-8 of
 255 levels each. What decodes otherwise is off by most of them."""
 EXTREME = 0.01
-"""In half precision so many of the bytes may be further off: a deep decoder has a few values whose sums nearly cancel.
-Measured: 0.2 % of a tiny Wan decoder's are by more than 8 levels in float16, by 32 at most."""
+"""The share of the bytes that may be further off in half precision: a deep decoder has a few values whose sums nearly
+cancel, so that the largest difference of all says little."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from difa_compile.export.checking import NO_BFLOAT16, _resized, alike, check_mod
 from difa_compile.export.lowered import Wanted
 from difa_compile.export.targets.onnx import to_onnx
 from difa_compile.export.targets.tensorrt import inlined
-from tests.support.small_programs import NAMES, full, program_of, wanted_of
+from tests.support.small_programs import full, inlined_program, program_of, wanted_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -21,10 +21,7 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def plain():
-    """A program without windows, its tensors, and a model that is given them."""
-    _, program = program_of(full)
-    made = to_onnx(program, *NAMES)
-    return program, dict(made.tensors), inlined(made, made.tensors)
+    return inlined_program()
 
 
 def test_a_model_that_computes_something_else_is_no_engine(plain):

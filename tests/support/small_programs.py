@@ -61,6 +61,16 @@ def wanted_of(program, dtype=torch.float32, **changes):
     return Wanted(**{"program": program, "inputs": inputs, "outputs": outputs, "images": (1, 8), **changes})
 
 
+def inlined_program():
+    """A program without windows, its tensors, and an ONNX model that is given them."""
+    from difa_compile.export.targets.onnx import to_onnx
+    from difa_compile.export.targets.tensorrt import inlined
+
+    _, program = program_of(full)
+    made = to_onnx(program, *NAMES)
+    return program, dict(made.tensors), inlined(made, made.tensors)
+
+
 def two_windows(q, k, v):
     """Two geometries, and one of them twice."""
     near = local_attention(q, k, v, LAYOUT, Window("box", 1))

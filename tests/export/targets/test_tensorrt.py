@@ -16,7 +16,17 @@ from difa_compile.export.targets.onnx import to_onnx
 from difa_compile.export.targets.tensorrt import check_network, inlined, lowered, memory_of
 from difa_compile.plan.schedule import Role
 from tests.support.exported import family_call
-from tests.support.small_programs import NAMES, TOKENS, WIDTH, full, parts, program_of, two_windows, wanted_of
+from tests.support.small_programs import (
+    NAMES,
+    TOKENS,
+    WIDTH,
+    full,
+    inlined_program,
+    parts,
+    program_of,
+    two_windows,
+    wanted_of,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -27,10 +37,7 @@ HEADS = (4, TOKENS, WIDTH // 4)
 
 @pytest.fixture(scope="module")
 def plain():
-    """A program without windows, its tensors, and what would be parsed."""
-    _, program = program_of(full)
-    made = to_onnx(program, *NAMES)
-    return program, dict(made.tensors), inlined(made, made.tensors)
+    return inlined_program()
 
 
 def parsed(model):
