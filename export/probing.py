@@ -51,10 +51,11 @@ from difa_compile.pipeline.wiring import wiring_of
 from difa_compile.plan.guidance import guidance_of
 from difa_compile.wording import quoted, shown
 
-ROUNDINGS, LEAST, MOST = 8.0, 2e-6, 1e-3
+ROUNDINGS, LEAST, MOST = 8.0, 1e-5, 1e-3
 """A replay may differ from the pipeline by so many times what float32 instead of float64 makes of the replay itself,
-which is rounding as this very loop magnifies it; at least and at most by so much of the largest value. A wrong factor,
-or a clamp that is missed, is beyond."""
+which is rounding as this very loop magnifies it; at least and at most by so much of the largest value: at least, since
+schedulers work out their factors in float32 (3e-6 of DPMSolverMultistepInverseScheduler). A wrong factor, or a clamp that
+is missed, is beyond."""
 PROBED_AT, VERIFIED_AT = (2.0, 4.0), (3.0, 7.5)
 """Guidance scales. Powers of two, so that multiplying by them rounds nothing and what is 0 comes out as 0."""
 UNGUIDED_AT = 0.5
