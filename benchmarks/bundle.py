@@ -32,7 +32,7 @@ from difa_compile import FULL, Plan
 from difa_compile.bundle.manifest import sizes_of
 from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.decision import Decision
-from difa_compile.export.write import Exported, export_bundle
+from difa_compile.exporting.write import Exported, export
 from difa_compile.pipeline.rules import plan_from_rule
 
 from . import _demo
@@ -83,7 +83,7 @@ def recipe(pipe: Any) -> Plan:
 
 def exported(plan: Plan, folder: Path, target: str, limit: int | None) -> tuple[Exported, float]:
     began = time.perf_counter()
-    found = export_bundle(
+    found = export(
         _demo.load("demo"), plan, folder, inputs={"class_labels": [3], "guidance_scale": _demo.GUIDANCE},
         steps=[STEPS], targets=[target], most_images=max(IMAGES), max_engines=limit,
     )  # fmt: skip

@@ -25,8 +25,8 @@ from difa_compile import FULL, Plan
 from difa_compile.bundle.program import Program
 from difa_compile.bundle.runner import load_bundle, seeded
 from difa_compile.decision import Decision
-from difa_compile.export.probing import probe
-from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
+from difa_compile.exporting.probing import probe
+from difa_compile.exporting.write import TEST_SEED, export, latents_of
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.one_image import one_image
 
@@ -102,7 +102,7 @@ def measured(name: str, dtype: str) -> list[Row]:
         rows = [{**common, "runtime": 'backend="difa"', **distances(made, wanted)}]
         folder = Path(scratch) / "bundle"
         for target in TARGETS[dtype]:
-            export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[target], most_images=1)
+            export(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[target], most_images=1)
             made = of_bundle(folder, target, probed.conditioning, program)
             rows.append({**common, "runtime": target, **distances(made, wanted)})
     return rows

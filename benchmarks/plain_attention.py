@@ -2,9 +2,9 @@
 
     python -m benchmarks.plain_attention
 
-Both forms of :mod:`difa_compile.export.plain_attention` and dense attention, one batch element, 8 heads of 64, as ONNX
-models, timed interleaved. ``share`` is the share of all (query, key) pairs that tiles compute: what
-:func:`~difa_compile.export.plain_attention.form_for` decides by.
+Both forms of :mod:`difa_compile.exporting.plain_attention` and dense attention, one batch element, 8 heads of 64, as
+ONNX models, timed interleaved. ``share`` is the share of all (query, key) pairs that tiles compute: what
+:func:`~difa_compile.exporting.plain_attention.form_for` decides by.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from difa_compile.decision import Window
-from difa_compile.export.plain_attention import PlainLocalAttention, sizes
+from difa_compile.exporting.plain_attention import PlainLocalAttention, sizes
 from difa_compile.layout import Layout
 
 from ._common import RESULTS, Row, interleave, write_result

@@ -1,7 +1,7 @@
 """Which schedulers of diffusers make a sampling loop that can be written down as data: every class, and some settings.
 
 Each drives the loop that most pipelines have, guided in one batched call, with nothing real in the model's place, and
-is probed (:func:`difa_compile.export.probing.probe`). The error is that of a replay of the program on random data
+is probed (:func:`difa_compile.exporting.probing.probe`). The error is that of a replay of the program on random data
 against the loop itself, with a nonlinear function as the model: at two guidance scales, relative to the largest value,
 over all that the model is given.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from difa_compile.bundle.program import Clamp, Program, Sample
 from difa_compile.errors import SamplingLoopError
-from difa_compile.export.probing import probe
+from difa_compile.exporting.probing import probe
 from difa_compile.wording import shown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "schedulers.md"

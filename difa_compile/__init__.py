@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from difa_compile.comparison.planned import plan_within
     from difa_compile.decision import FULL, REUSE, Decision, Kind, Window, WindowShape
     from difa_compile.errors import DifaError
-    from difa_compile.export.write import export_bundle
+    from difa_compile.exporting.write import export
     from difa_compile.layout import Layout
     from difa_compile.pipeline.apply import apply, remove
     from difa_compile.pipeline.inspection import inspect_model
@@ -53,7 +53,7 @@ _HOME = {
     "apply": "pipeline.apply",
     "bundle_difference": "bundle.difference",
     "calibrate": "calibration.calibrate",
-    "export_bundle": "export.write",
+    "export": "exporting.write",
     "inspect_model": "pipeline.inspection",
     "load_bundle": "bundle.runner",
     "load_pipeline": "pipeline.loading",
@@ -83,7 +83,7 @@ __all__ = [
     "apply",
     "bundle_difference",
     "calibrate",
-    "export_bundle",
+    "export",
     "inspect_model",
     "load_bundle",
     "load_pipeline",

@@ -23,7 +23,7 @@ def test_kinds_are_told_apart_in_these_files_alone():
     known = named()
     assert known
     assert all(path.exists() for path in known)
-    folders = ("difa_compile", "passes", "plugins", "export")
+    folders = ("difa_compile", "passes", "plugins", "exporting")
     files = {path.resolve() for folder in folders for path in (ROOT / folder).rglob("*.py")}
     users = {
         path

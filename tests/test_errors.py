@@ -41,7 +41,7 @@ def raised(tree):
 
 @pytest.fixture(scope="module")
 def made():
-    return set().union(*map(raised, trees("difa_compile", "passes", "plugins", "export")))
+    return set().union(*map(raised, trees("difa_compile", "passes", "plugins", "exporting")))
 
 
 @pytest.fixture(scope="module")

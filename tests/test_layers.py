@@ -23,10 +23,10 @@ def layers(heading):
 def modules():
     """Every module of the package: its name, and its syntax tree."""
     found = {}
-    for folder in ("difa_compile", "passes", "plugins", "export"):
+    for folder in ("difa_compile", "passes", "plugins", "exporting"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             inside = path.relative_to(ROOT)
-            if folder == "difa_compile" and inside.parts[1] in ("passes", "plugins", "export"):
+            if folder == "difa_compile" and inside.parts[1] in ("passes", "plugins", "exporting"):
                 continue  # the links to the folders themselves
             parts = [*([] if folder == "difa_compile" else ["difa_compile"]), *inside.with_suffix("").parts]
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
@@ -111,10 +111,10 @@ def test_every_module_has_its_tests():
     """``plan/cost.py`` has ``tests/plan/test_cost.py``; of packages' own modules, which say what they are for, only the
     one with code to test has tests, under its name."""
     missing = set()
-    for folder in ("difa_compile", "passes", "plugins", "export"):
+    for folder in ("difa_compile", "passes", "plugins", "exporting"):
         for path in (ROOT / folder).rglob("*.py"):
             inside = path.relative_to(ROOT / "difa_compile" if folder == "difa_compile" else ROOT)
-            linked = folder == "difa_compile" and inside.parts[0] in ("passes", "plugins", "export")
+            linked = folder == "difa_compile" and inside.parts[0] in ("passes", "plugins", "exporting")
             if path.name != "__init__.py" and not linked:
                 own = ROOT / "tests" / inside.with_name(f"test_{inside.name}")
                 missing |= set() if has_tests(own) else {inside.as_posix()}

@@ -21,7 +21,7 @@ import pytest
 import difa_compile
 from tests.support.places import ROOT
 
-LINKS = ("passes", "plugins", "export")
+LINKS = ("passes", "plugins", "exporting")
 OPTIONAL = (
     "accelerate",
     "diffusers",
@@ -137,7 +137,7 @@ def test_wheel_holds_all_sources_and_data_and_nothing_generic(wheel):
 def test_installed_wheel_serves_the_demo_model(installed, tmp_path):
     out = run_python(
         """
-        import difa_compile, difa_compile.passes, difa_compile.plugins, difa_compile.export
+        import difa_compile, difa_compile.passes, difa_compile.plugins, difa_compile.exporting
         from difa_compile.pipeline.loading import load_pipeline
         pipe = load_pipeline("demo")
         print(difa_compile.__file__)
@@ -188,7 +188,7 @@ def test_import_needs_torch_only(tmp_path):
                 assert "numpy" in str(error) or "msgspec" in str(error)
                 needy.add(name)
         planning = {{"ErrorTable", "Limit", "measure", "plan_from_table", "plan_within"}}
-        bundles = {{"adapt_bundle", "bundle_difference", "export_bundle", "load_bundle"}}
+        bundles = {{"adapt_bundle", "bundle_difference", "export", "load_bundle"}}
         assert needy == planning | bundles, needy
         import difa_compile.backend.entry
         """,

@@ -2,8 +2,8 @@
 
 A :class:`Program` is a list of operations, each of which makes a value: noise is drawn, a model is called, a clamp, a
 sample of the scheduler. What goes into one is a linear combination of values that were made before, with factors that
-are affine in the guidance scales. :func:`difa_compile.export.probing.probe` writes one down and :func:`replay` carries
-it out, in plain torch, with no scheduler and no pipeline.
+are affine in the guidance scales. :func:`difa_compile.exporting.probing.probe` writes one down and :func:`replay`
+carries it out, in plain torch, with no scheduler and no pipeline.
 
 Values are batches of *rows*: ``groups * images`` of them, row ``group * images + image``. Groups are what guidance
 makes of one image in a batched call (its conditional and its unconditional half); images never mix. The elements of a

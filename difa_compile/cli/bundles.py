@@ -106,7 +106,7 @@ def export(
     An export that was interrupted goes on where it was when the same command is given again.
     """
     require("diffusers", "tqdm", "msgspec")
-    from difa_compile.export.write import check_request, export_bundle
+    from difa_compile.exporting.write import check_request, export
     from difa_compile.plan.plan import Plan
 
     numbers = _numbers(steps)
@@ -137,7 +137,7 @@ def export(
             console.print(Text(visible(text)))
             status.update(Text(shown(text, 100)))
 
-        found = export_bundle(
+        found = export(
             pipe,
             tiers,
             out,

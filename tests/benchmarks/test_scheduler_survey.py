@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
 
 from benchmarks.scheduler_survey import OTHER_LOOPS, PAGE, Loop, page, reach, schedulers, tried
-from difa_compile.export.probing import probe
+from difa_compile.exporting.probing import probe
 
 TOLD = re.compile(r"\| \de-\d\d \|")
 """Errors, which are of a machine's rounding."""

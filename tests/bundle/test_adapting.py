@@ -26,8 +26,8 @@ from difa_compile.errors import (
     OutputError,
     TargetError,
 )
-from difa_compile.export.targets.onnx import finished
-from difa_compile.export.write import export_bundle, latents_of
+from difa_compile.exporting.targets.onnx import finished
+from difa_compile.exporting.write import export, latents_of
 from difa_compile.files.documents import parse_json
 from tests.support import bundles
 
@@ -331,7 +331,7 @@ def test_aotinductor_takes_the_weights_by_name(tmp_path):
         )
     plan = bundles.plan(pipe)
     folder = tmp_path / "bundle"
-    export_bundle(
+    export(
         pipe, {"quick": plan}, folder, inputs=bundles.INPUTS, steps=[bundles.STEPS], targets=["aoti", "onnx"],
         most_images=1,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from difa_compile.bundle.manifest import MANIFEST, File, Text, read_manifest
 from difa_compile.bundle.weights import WeightFile, write_weights
 from difa_compile.decision import FULL
 from difa_compile.errors import BundleFormatError, BundleIntegrityError
-from difa_compile.export.write import export_bundle
+from difa_compile.exporting.write import export
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support import bundles
 
@@ -151,7 +151,7 @@ def test_two_exports(tmp_path):
     pipe = bundles.pipeline()
     plan = bundles.plan(pipe)
     for name, steps in (("one", [4]), ("two", [4, 6])):
-        export_bundle(pipe, {"quick": plan}, tmp_path / name, inputs=bundles.INPUTS, steps=steps, most_images=1)
+        export(pipe, {"quick": plan}, tmp_path / name, inputs=bundles.INPUTS, steps=steps, most_images=1)
     found = bundle_difference(tmp_path / "one", tmp_path / "two")
     assert differing(found) == {"settings", "programs"}
     assert list(found.programs) == ["quick, 6 steps"]

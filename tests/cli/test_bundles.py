@@ -226,7 +226,7 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
     class Made:
         engines, made, kept, bytes, cost, weighed = 3, 2, 1, 1000, 1.25, "operations"
 
-    def export_bundle(pipe, plans, out, **options):
+    def export(pipe, plans, out, **options):
         seen.update(options, plans=plans, out=out)
         options["told"]("a line")
         return Made
@@ -240,9 +240,9 @@ def test_export_passes_options_on(tmp_path, monkeypatch):
         return Pipe()
 
     monkeypatch.setattr("difa_compile.cli.bundles.open_pipeline", opened)
-    monkeypatch.setattr("difa_compile.export.write.export_bundle", export_bundle)
-    monkeypatch.setattr("difa_compile.export.write.library", lambda: "it")
-    monkeypatch.setattr("difa_compile.export.write.capabilities", lambda *given: seen.update(built_for=given))
+    monkeypatch.setattr("difa_compile.exporting.write.export", export)
+    monkeypatch.setattr("difa_compile.exporting.write.library", lambda: "it")
+    monkeypatch.setattr("difa_compile.exporting.write.capabilities", lambda *given: seen.update(built_for=given))
     pipe = bundles.pipeline()
     bundles.plan(pipe).save(tmp_path / "quick.json")
     options = (

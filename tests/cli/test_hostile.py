@@ -78,7 +78,7 @@ def reached(monkeypatch, tmp_path):
     monkeypatch.setattr("difa_compile.calibration.measure.measure", noting("measure"))
     monkeypatch.setattr("difa_compile.comparison.planned.plan_within", noting("search"))
     monkeypatch.setattr(sys.modules[tune.__name__], "tune", noting("tune"))
-    monkeypatch.setattr("difa_compile.export.write.export_bundle", noting("search"))
+    monkeypatch.setattr("difa_compile.exporting.write.export", noting("search"))
     monkeypatch.setattr("difa_compile.cli.tune.measure_if_unknown", lambda console, pipe: None)
     monkeypatch.chdir(tmp_path)
     return seen

@@ -20,8 +20,8 @@ from difa_compile.bundle.runner import load_bundle, seeded
 from difa_compile.bundle.weights import WeightFile
 from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import BundleInputError
-from difa_compile.export.probing import probe
-from difa_compile.export.write import TEST_SEED, export_bundle, latents_of
+from difa_compile.exporting.probing import probe
+from difa_compile.exporting.write import TEST_SEED, export, latents_of
 from difa_compile.files.documents import parse_json
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
@@ -68,7 +68,7 @@ def exported(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         pipe, inputs = one_image(name, folder)
         plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-        export_bundle(pipe, plan, folder / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
+        export(pipe, plan, folder / "bundle", inputs=inputs, steps=[STEPS], most_images=1)
         return pipe, inputs, plan, folder / "bundle"
 
     return made
@@ -82,7 +82,7 @@ def test_a_bundle_makes_what_the_pipeline_makes(name, exported, tmp_path):
     pipe, inputs, plan, made = exported(name)
     runs = ("onnx", "aoti") if name in ("sd3", "wan") else ("onnx",)
     folder = Path(shutil.copytree(made, tmp_path / "bundle"))
-    found = export_bundle(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[*runs, "tensorrt"], most_images=1)
+    found = export(pipe, plan, folder, inputs=inputs, steps=[STEPS], targets=[*runs, "tensorrt"], most_images=1)
     assert found.kept == sum(engine.target == "onnx" for engine in found.manifest.engines)
     assert found.engines == 4
     built = [engine for engine in found.manifest.engines if engine.target == "tensorrt"]
@@ -111,9 +111,9 @@ def test_several_sizes_share_weights(name, tmp_path):
         pipe, 4, lambda step, site: FULL if step < 2 else WINDOW if step == 2 else REUSE, inputs=inputs
     )
     given = {"steps": [4], "most_images": 1}
-    one = export_bundle(pipe, plan, tmp_path / "one", inputs=inputs, **given)
+    one = export(pipe, plan, tmp_path / "one", inputs=inputs, **given)
     sizes = [(HEIGHT, WIDTH), (WIDTH, HEIGHT)]
-    both = export_bundle(pipe, plan, tmp_path / "both", inputs=inputs, sizes=sizes, **given)
+    both = export(pipe, plan, tmp_path / "both", inputs=inputs, sizes=sizes, **given)
     assert both.engines == 2 * one.engines
     weights = [found.manifest.files[found.manifest.weights].bytes for found in (one, both)]
     assert weights[1] < 1.1 * weights[0]
@@ -142,7 +142,7 @@ def test_half_precision(dtype, target, close, tmp_path):
     pipe, inputs = one_image("pixart_sigma", tmp_path)
     pipe.to(getattr(torch, dtype))
     plan = plan_from_rule(pipe, 4, lambda step, site: FULL if step < 2 else REUSE, inputs=inputs)
-    export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[4], targets=[target], most_images=1)
+    export(pipe, plan, tmp_path, inputs=inputs, steps=[4], targets=[target], most_images=1)
     found = load_bundle(tmp_path).tested()
     assert found.passed
     assert found.latents < close
@@ -244,8 +244,8 @@ def test_further_prompts(tmp_path):
     """A text of its own for the second tokenizer, else it follows the prompt; several images."""
     pipe, inputs = one_image("flux", tmp_path)
     plan = plan_from_rule(pipe, STEPS, rule, inputs=inputs)
-    export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2)
-    assert export_bundle(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2).made == 0
+    export(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2)
+    assert export(pipe, plan, tmp_path, inputs=inputs, steps=[STEPS], most_images=2).made == 0
     bundle = load_bundle(tmp_path)
     program = bundle._program(bundle._schedule(None, None))
     further = {"prompt": ["two boats"], "prompt_2": ["a grey house"]}
@@ -281,7 +281,7 @@ def test_other_weights_of_a_text_encoder(tmp_path):
     pipe, inputs = one_image("pixart_sigma", tmp_path)
     del inputs["negative_prompt"]
     plan = plan_from_rule(pipe, 4, rule, inputs=inputs)
-    export_bundle(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[4], most_images=1)
+    export(pipe, plan, tmp_path / "bundle", inputs=inputs, steps=[4], most_images=1)
     old = load_bundle(tmp_path / "bundle")
     assert old.manifest.sizes[0].conditions.get("uncond"), "a negative prompt is stored"
     weights = {}

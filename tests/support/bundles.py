@@ -25,9 +25,9 @@ from difa_compile.bundle.manifest import (
     read_manifest,
 )
 from difa_compile.decision import FULL, REUSE, Decision
-from difa_compile.export.lowered import Wanted
-from difa_compile.export.targets.onnx import finished, lowered
-from difa_compile.export.write import export_bundle
+from difa_compile.exporting.lowered import Wanted
+from difa_compile.exporting.targets.onnx import finished, lowered
+from difa_compile.exporting.write import export
 from difa_compile.pipeline.rules import plan_from_rule
 from tests.support.tiny_pipelines import tiny_pipeline
 
@@ -53,7 +53,7 @@ def kept():
     folder = Path(tempfile.mkdtemp(prefix="difa-test-")) / "bundle"
     torch._dynamo.reset()
     pipe = pipeline()
-    export_bundle(pipe, {"quick": plan(pipe)}, folder, inputs=INPUTS, steps=[STEPS], most_images=2)
+    export(pipe, {"quick": plan(pipe)}, folder, inputs=INPUTS, steps=[STEPS], most_images=2)
     return folder
 
 

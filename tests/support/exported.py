@@ -6,7 +6,7 @@ import torch
 
 from difa_compile.backend.entry import eager
 from difa_compile.decision import FULL, Decision
-from difa_compile.export.captured import CapturedCall
+from difa_compile.exporting.captured import CapturedCall
 from difa_compile.passes.caches import CacheName, renew
 from difa_compile.plan.data import blocks_of
 from difa_compile.plan.schedule import assign_roles, forecast_weights, output_sources, uniform_progress

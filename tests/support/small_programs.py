@@ -11,7 +11,7 @@ from torch.export import Dim
 from difa_compile.bundle.manifest import Engine, Port
 from difa_compile.bundle.weights import write_weights
 from difa_compile.decision import Window
-from difa_compile.export.lowered import Wanted
+from difa_compile.exporting.lowered import Wanted
 from difa_compile.layout import Layout
 from difa_compile.ops.local_attention import local_attention
 
@@ -63,8 +63,8 @@ def wanted_of(program, dtype=torch.float32, **changes):
 
 def inlined_program():
     """A program without windows, its tensors, and an ONNX model that is given them."""
-    from difa_compile.export.targets.onnx import to_onnx
-    from difa_compile.export.targets.tensorrt import inlined
+    from difa_compile.exporting.targets.onnx import to_onnx
+    from difa_compile.exporting.targets.tensorrt import inlined
 
     _, program = program_of(full)
     made = to_onnx(program, *NAMES)
@@ -119,7 +119,7 @@ def _described(port):
 def packaged():
     """That engine as an AOTInductor package, made once for all tests of a process: the module, what a manifest says of
     the engine, and the folder with the package and the file of weights, ``weights.safetensors``."""
-    from difa_compile.export.targets.aoti import lowered
+    from difa_compile.exporting.targets.aoti import lowered
 
     module, wanted = labelled()
     folder = Path(tempfile.mkdtemp(prefix="difa-test-"))
