@@ -56,11 +56,8 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if _shares_threads():
-            options.use_per_session_threads = False
-        else:  # of each session its own, which must not wait busily while another runs
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # when a run ends: the next is another's
         if _shares_memory():
             options.add_session_config_entry("session.use_env_allocators", "1")
         if not prepack:
@@ -92,21 +89,6 @@ class OnnxSession:
         with _running(self._engine, self._runtime):
             self._session.run_with_iobinding(binding)
         return found
-
-
-@functools.cache
-def _shares_threads() -> bool:
-    """Let this process's sessions compute on one pool of threads, as many as torch has now: those of another engine
-    would compete with them, or sleep. False where ONNX Runtime has none for all."""
-    import onnxruntime
-
-    if not hasattr(onnxruntime, "set_global_thread_pool_sizes"):  # an older one
-        return False
-    try:
-        onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-    except Exception as error:  # its errors share no class but this one
-        _log.info("ONNX Runtime's sessions compute on threads that are there already: %s", shown(error, 300))
-    return True
 
 
 @functools.cache

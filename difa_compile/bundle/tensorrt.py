@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +25,13 @@ from torch import Tensor
 
 from difa_compile.bundle.manifest import Engine, sizes_of
 from difa_compile.bundle.weights import WeightFile
-from difa_compile.errors import TargetError
+from difa_compile.errors import EngineRunError, TargetError
+from difa_compile.files.cache_folder import code_folder
+from difa_compile.files.trust import why_untrusted
+from difa_compile.files.writing import write_whole
 from difa_compile.wording import shown
 
+_log = logging.getLogger("difa_compile")
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
 """As the package index names them; the first that is installed builds."""
 LINES = 4
@@ -54,11 +61,13 @@ class Library:
     module: Any
     log: Log
 
-    def refused(self, what: str) -> TargetError:
+    def refused(
+        self, what: str, kind: type[TargetError | EngineRunError] = TargetError
+    ) -> TargetError | EngineRunError:
         """The error for what the library does not do, with its own last lines."""
         lines = self.log.errors[-LINES:]
         reason = "; ".join(shown(line, 400) for line in lines) if lines else "it gives no reason"
-        return TargetError(f"{self.name} {self.version} {what}: {reason}")
+        return kind(f"{self.name} {self.version} {what}: {reason}")
 
 
 def library(name: str | None = None) -> Library:
@@ -179,6 +188,8 @@ class TensorRtSession:
     from the CPU and goes there is copied. Work goes to torch's current stream, and a run ends when its outputs are
     there. Threads take turns.
 
+    What TensorRT-RTX compiles for this GPU is kept in the cache folder: the next process finds it there.
+
     Raises :class:`TargetError` without a GPU and without the library that built the engine, for an engine that it
     refuses, or one whose inputs and outputs are not those of the manifest.
     """
@@ -196,13 +207,24 @@ class TensorRtSession:
         if self._loaded is None:
             raise self._refused("does not load")
         _check_tensors(engine, self._loaded, module)
-        self._context = self._loaded.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._context, self._kept = self._begun(module, content)
         if self._context is None:
             raise self._refused("makes no context for")
         self._weights = {own: weights.on(name, self._device) for own, name in engine.weights.items()}
         for name, value in self._weights.items():
             self._bind(name, value)
         self._lock = threading.Lock()
+        self._ran: set[int] = set()
+
+    def _begun(self, module: Any, content: bytes) -> tuple[Any, CompiledKernels | None]:
+        """The context in which the engine runs, and where there are such, the kernels that it compiles."""
+        by_user = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(module, "IRuntimeCache"):
+            return self._loaded.create_execution_context(by_user), None
+        config = self._loaded.create_runtime_config()
+        config.set_execution_context_allocation_strategy(by_user)
+        kept = CompiledKernels(config, f"{self._library.name}-{hashlib.sha256(content).hexdigest()[:20]}.kernels")
+        return self._loaded.create_execution_context(config), kept
 
     def run(self, inputs: Sequence[Tensor], into: Sequence[Tensor | None], images: int) -> list[Tensor]:
         """As :meth:`difa_compile.bundle.sessions.Session.run`; outputs without a place are on the CPU."""
@@ -211,7 +233,7 @@ class TensorRtSession:
             given = [value.to(device) for value in inputs]
             for port, value in zip(self._engine.inputs, given, strict=True):
                 if not self._context.set_input_shape(port.name, tuple(value.shape)):
-                    raise self._refused(f"takes no {port.name} of the shape {tuple(value.shape)} for")
+                    raise self._refused(f"takes no {port.name} of the shape {tuple(value.shape)} for", EngineRunError)
                 self._bind(port.name, value)
             found = []
             for port, place in zip(self._engine.outputs, into, strict=True):
@@ -223,9 +245,12 @@ class TensorRtSession:
             scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
             self._context.set_device_memory(scratch.data_ptr(), size)
             if not self._context.execute_async_v3(stream_of(device)):
-                raise self._refused("does not run")
+                raise self._refused("does not run", EngineRunError)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
+            if self._kept is not None and images not in self._ran:
+                self._ran.add(images)
+                self._kept.keep()
             return [
                 value.cpu() if place is None else place if place is value else place.copy_(value)
                 for value, place in zip(found, into, strict=True)
@@ -237,9 +262,46 @@ class TensorRtSession:
         if not self._context.set_tensor_address(name, int(value.data_ptr()) or 256):
             raise self._refused(f"takes no memory for {shown(name)} of")
 
-    def _refused(self, what: str) -> TargetError:
+    def _refused(
+        self, what: str, kind: type[TargetError | EngineRunError] = TargetError
+    ) -> TargetError | EngineRunError:
         made = self._engine.versions[self._library.name]
-        return self._library.refused(f"{what} {shown(self._engine.file)}, which {shown(made)} built")
+        return self._library.refused(f"{what} {shown(self._engine.file)}, which {shown(made)} built", kind)
+
+
+class CompiledKernels:
+    """What TensorRT-RTX compiles of one engine while it runs, in a file of the cache folder.
+
+    ``config``: of the engine that is about to run; what an earlier process kept is given to it. The library itself
+    refuses what another release, GPU or driver made; then, and where the file is somebody else's or nothing can be
+    kept, kernels are compiled again.
+    """
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._cache = config.create_runtime_cache()
+        self._path: Path | None = None
+        self._content = b""
+        try:
+            self._path = code_folder() / name
+            if self._path.exists():
+                if reason := why_untrusted(self._path.lstat()):
+                    _log.warning("%s %s; its kernels are compiled again", self._path, reason)
+                elif self._cache.deserialize(found := self._path.read_bytes()):
+                    self._content = found
+        except OSError as error:
+            _log.warning("kernels of TensorRT-RTX are not kept: %s", shown(error, 300))
+        config.set_runtime_cache(self._cache)
+
+    def keep(self) -> None:
+        """Write down what was compiled since."""
+        made = bytes(self._cache.serialize())
+        if self._path is None or made == self._content:
+            return
+        self._content = made
+        try:
+            write_whole(self._path, made, "the kernels of an engine")
+        except OSError as error:
+            _log.warning("kernels of TensorRT-RTX are not kept: %s", shown(error, 300))
 
 
 def _check_tensors(engine: Engine, loaded: Any, module: Any) -> None:

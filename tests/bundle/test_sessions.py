@@ -303,35 +303,3 @@ def test_where_sessions_share_no_memory_it_is_told(monkeypatch, caplog):
         assert "do not share their memory: not in this build" in caplog.text
     finally:
         sessions._shares_memory.cache_clear()
-
-
-def test_sessions_compute_on_one_pool_of_threads(monkeypatch, tmp_path, engine):
-    """Also where another library has made it; where ONNX Runtime has none, each on its own."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    made, threads = [], []
-
-    def session(content, options, providers):
-        made.append(options)
-        raise RuntimeError("enough")
-
-    def there_already(intra, inter):
-        threads.append((intra, inter))
-        raise RuntimeError("Global thread pools have already been created")
-
-    def opened():
-        sessions._shares_threads.cache_clear()
-        with pytest.raises(TargetError, match="enough"):
-            OnnxSession(engine, b"", tmp_path, prepack=False)
-        return made.pop()
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(onnxruntime, "set_global_thread_pool_sizes", there_already, raising=False)
-    try:
-        assert not opened().use_per_session_threads
-        assert threads == [(torch.get_num_threads(), 1)]
-        monkeypatch.delattr(onnxruntime, "set_global_thread_pool_sizes")
-        alone = opened()
-        assert alone.intra_op_num_threads == torch.get_num_threads()
-        assert alone.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    finally:
-        sessions._shares_threads.cache_clear()

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from difa_compile.bundle import tensorrt as module
-from difa_compile.bundle.manifest import Engine, File, Port, check_file, read_manifest
+from difa_compile.bundle.manifest import Engine, File, Port, check_file, read_manifest, sizes_of
 from difa_compile.bundle.runner import Bundle, load_bundle
 from difa_compile.bundle.sessions import open_session
 from difa_compile.bundle.tensorrt import TensorRtSession, check_engine, library, library_of
 from difa_compile.bundle.weights import WeightFile
-from difa_compile.errors import TargetError
+from difa_compile.errors import EngineRunError, TargetError
 from tests.support import bundles
 
 onnx = pytest.importorskip("onnx")
@@ -103,8 +103,40 @@ def test_what_the_library_says_is_passed_on(loaded, folder, manifest):
         TensorRtSession(engine(), b"other", weights)
     session = open_session(manifest.engines[0], folder, manifest.files, weights)
     inputs = [torch.zeros(1, 2, 3)] * len(manifest.engines[0].inputs)
-    with pytest.raises(TargetError, match=r"is not of \(1, 2, 3\)"):
+    with pytest.raises(EngineRunError, match=r"is not of \(1, 2, 3\)"):
         session.run(inputs, [None] * len(manifest.engines[0].outputs), 1)
+
+
+def test_kernels_that_were_compiled_are_kept(folder, manifest, monkeypatch, tmp_path, caplog):
+    """For the next process; made again where the file is damaged, somebody else's, or nothing can be kept."""
+    loaded = fake_tensorrt.put_in_place(monkeypatch, compiles=True)
+    weights = WeightFile(check_file(folder, manifest.weights, manifest.files))
+    one = manifest.engines[0]
+    inputs = [torch.zeros(sizes_of(port.shape, 1), dtype=getattr(torch, port.dtype)) for port in one.inputs]
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DIFA_CACHE_DIR", str(cache))
+
+    def compiled():
+        session = open_session(one, folder, manifest.files, weights)
+        for _ in range(2):
+            session.run(inputs, [None] * len(one.outputs), 1)
+        return loaded[-1].cache.compiled
+
+    assert compiled() == 1
+    (file,) = cache.glob("tensorrt-*.kernels")
+    assert file.read_bytes() == b"kernels of this engine"
+    assert compiled() == 0
+    file.write_bytes(b"damaged")
+    assert compiled() == 1
+    assert file.read_bytes() == b"kernels of this engine"
+    assert not caplog.records
+    file.chmod(0o666)
+    assert compiled() == 1
+    assert "can be written by others (mode 0666); its kernels are compiled again" in caplog.text
+    file.unlink()
+    file.mkdir()
+    assert compiled() == 1
+    assert "are not kept" in caplog.text
 
 
 def test_without_a_gpu(folder, manifest, monkeypatch):

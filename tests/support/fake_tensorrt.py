@@ -52,6 +52,8 @@ class Context:
 
     def execute_async_v3(self, stream):
         assert self.memory[1] == 1000
+        if (cache := self._engine.cache) is not None and not cache.content:
+            cache.compiled, cache.content = cache.compiled + 1, b"kernels of this engine"
         given = {name: self._at(name, self._shapes[name]).copy() for name in self._engine.inputs}
         outputs = self._engine.session.run(None, given)
         for each, value in zip(self._engine.session.get_outputs(), outputs, strict=True):
@@ -91,19 +93,50 @@ class Engine:
     def get_tensor_dtype(self, name):
         return DataType[self.values[name].kind]
 
-    def create_execution_context(self, strategy):
-        assert strategy == "by the user"
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+    def create_execution_context(self, given):
+        self.cache = given.cache if isinstance(given, RuntimeConfig) else None
+        assert "by the user" in (given, getattr(given, "strategy", None))
         self.context = Context(self, self._log)
         return self.context
+
+
+class RuntimeConfig:
+    strategy, cache = None, None
+
+    def create_runtime_cache(self):
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+class RuntimeCache:
+    """``compiled``: how many kernels were, since it was made or was given others."""
+
+    compiled, content = 0, b""
+
+    def deserialize(self, content):
+        fits = content.startswith(b"kernels")
+        self.content = content if fits else b""
+        return fits
+
+    def serialize(self):
+        return memoryview(self.content)
 
 
 TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT64 INT32 INT8 UINT8 BOOL")
 
 
-def put_in_place(monkeypatch):
+def put_in_place(monkeypatch, compiles=False):
     """Let it be the installed library, and the CPU the GPU, of the compute capability 8.9. What is returned are the
-    engines that are loaded from then on."""
+    engines that are loaded from then on. ``compiles``: kernels, while engines run, as TensorRT-RTX does."""
     log, loaded = Log(), []
 
     class Runtime:
@@ -123,6 +156,8 @@ def put_in_place(monkeypatch):
         DataType=DataType,
         ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="by the user"),
     )
+    if compiles:
+        module.IRuntimeCache = RuntimeCache
     import torch
 
     monkeypatch.setattr(tensorrt, "_loaded", lambda name: Library(name, VERSION, module, log))
