@@ -3,10 +3,11 @@
     python -m benchmarks.bundle
 
 The demo model as engines, with two plans: its blocks forecast but for every third step, and attention decided site by
-site (``weighed``), whose many rows are merged to 1, 4 and 8 engines. Beside them inductor, full and with the plan, and
-the same runtime's engine of the unmodified model. All sides are timed in one process, interleaved; memory is that of a
-process of its own, which loads the bundle and makes one call. ``switching``: by how much the same calls of the two
-engines that are called most take longer in turns than one engine's after the other's. ``outside``: share of a call's
+site (``weighed``), whose many rows are merged to 1, 4 and 8 engines. Beside them inductor, full and with the plan; the
+same runtime's engine of the unmodified model; and ``plain``, the model as torch exports it, nothing of ours in it, which
+the pipeline calls in Python, ONNX Runtime as it is by default. All sides are timed in one process, interleaved; memory is
+that of a process of its own, which loads the bundle and makes one call. ``switching``: by how much the same calls of the
+two engines that are called most take longer in turns than one engine's after the other's. ``outside``: share of a call's
 time that is spent in no engine, for the sampling loop and caches.
 """
 
@@ -23,9 +24,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import difa_compile
 from difa_compile import FULL, Plan
@@ -41,8 +44,8 @@ from ._common import RESULTS, Row, interleave, write_result
 STEPS = 50
 EVERY = 3
 IMAGES = (1, 8)
-LIMITS = {"planned": (1, None), "weighed": (1, 4, 8)}
-"""By plan: at most so many engines; the weighed plan's own number on ONNX Runtime alone (AOTInductor takes minutes)."""
+LIMITS = {"planned": (1, None), "weighed": (1, 4, 8, None)}
+"""By plan: at most so many engines; None: as many as it asks for."""
 WEIGHED = "flops-threshold-0.15-steps-50.json"
 TURNS = 10
 """Calls of each engine where switching is timed."""
@@ -57,9 +60,11 @@ def kib(key):
 before = kib("Rss"), kib("Anonymous")
 began = time.perf_counter()
 bundle = load_bundle(sys.argv[1])
+loaded = time.perf_counter() - began
 bundle(class_labels=[3], seed=0)
 took = time.perf_counter() - began
-print(json.dumps({"first_call": took, "rss": kib("Rss") - before[0], "anonymous": kib("Anonymous") - before[1]}))
+sizes = {"rss": kib("Rss") - before[0], "anonymous": kib("Anonymous") - before[1]}
+print(json.dumps({"load": loaded, "first_call": took, **sizes}))
 """
 
 
@@ -79,6 +84,58 @@ def recipe(pipe: Any) -> Plan:
         return FULL if step < 3 or (step - 3) % EVERY == 0 else forecast
 
     return plan_from_rule(pipe, STEPS, lambda *_: FULL, spans=blocks)
+
+
+def plainly(target: str, folder: Path) -> tuple[Any, float]:
+    """The pipeline with the model that torch exports in its model's place, for any number of images up to eight."""
+    pipe = _demo.load("demo")
+    model, config = pipe.transformer, pipe.transformer.config
+    began = time.perf_counter()
+    rows = torch.export.Dim("rows", min=2, max=2 * max(IMAGES))
+    inputs = {
+        "hidden_states": torch.randn(4, config.in_channels, config.sample_size, config.sample_size),
+        "timestep": torch.full((4,), 999),
+        "class_labels": torch.tensor([3, 3, 10, 10]),
+    }
+    sizes: dict[str, Any] = {name: {0: rows} for name in inputs}
+    program = torch.export.export(
+        model, (), {**inputs, "return_dict": False}, dynamic_shapes={**sizes, "return_dict": None}
+    )
+    call = _on_onnx(program, folder) if target == "onnx" else _on_aoti(program, folder)
+    seconds = time.perf_counter() - began
+
+    def forward(hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=call(hidden_states, timestep, class_labels))
+
+    model.forward = forward
+    return pipe, seconds
+
+
+def _on_onnx(program: torch.export.ExportedProgram, folder: Path) -> Callable[..., Tensor]:
+    import onnxruntime
+
+    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    made.save(folder / "plain.onnx", external_data=True)
+    session = onnxruntime.InferenceSession(folder / "plain.onnx", providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def call(*values: Tensor) -> Tensor:
+        (found,) = session.run(None, dict(zip(names, (value.numpy() for value in values), strict=True)))
+        return torch.from_numpy(found)
+
+    return call
+
+
+def _on_aoti(program: torch.export.ExportedProgram, folder: Path) -> Callable[..., Tensor]:
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "plain.pt2"))
+    model = torch._inductor.aoti_load_package(path)
+
+    def call(hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        (found,) = model(hidden_states=hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
+        return found
+
+    return call
 
 
 def exported(plan: Plan, folder: Path, target: str, limit: int | None) -> tuple[Exported, float]:
@@ -171,8 +228,12 @@ def main() -> None:
             (target, which, limit)
             for target in args.targets.split(",")
             for which in plans
-            for limit in (*LIMITS.get(which, (None,)), *([None] if (target, which) == ("onnx", "weighed") else []))
+            for limit in LIMITS.get(which, (None,))
         ]
+        for target in args.targets.split(","):
+            pipe, seconds = plainly(target, Path(scratch))
+            calls[f"{target}, plain"] = partial(sampled, pipe)
+            rows[f"{target}, plain"] = {"case": f"{target}, plain", "export_seconds": round(seconds, 1)}
         for number, (target, which, limit) in enumerate(wanted):
             folder = Path(scratch) / str(number)
             made, seconds = exported(plans[which], folder, target, limit)
@@ -185,6 +246,7 @@ def main() -> None:
                 "export_seconds": round(seconds, 1),
                 "bytes": sum(file.bytes for file in made.manifest.files.values()),
                 "weights_bytes": made.manifest.files[made.manifest.weights].bytes,
+                "load_seconds": round(used["load"], 3),
                 "first_call_seconds": round(used["first_call"], 3),
                 "rss_bytes": int(used["rss"] * 1024),
                 "anonymous_bytes": int(used["anonymous"] * 1024),

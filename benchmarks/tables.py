@@ -254,6 +254,7 @@ DETAILS: dict[str, Table] = {
         Column("seconds_8", "8 images, s", ".2f"),
         Column("times_full_8", "× full", ".2f"),
         Column("export_seconds", "export, s", ".0f"),
+        Column("load_seconds", "load, s", ".2f"),
         Column("first_call_seconds", "load and first call, s", ".2f"),
         Column("bytes", "bytes in all", ",d"),
         Column("weights_bytes", "of weights", ",d"),
