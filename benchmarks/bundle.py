@@ -4,11 +4,11 @@
 
 The demo model as engines, with two plans: its blocks forecast but for every third step, and attention decided site by
 site (``weighed``), whose many rows are merged to 1, 4 and 8 engines. Beside them inductor, full and with the plan; the
-same runtime's engine of the unmodified model; and ``plain``, the model as torch exports it, nothing of ours in it, which
-the pipeline calls in Python, ONNX Runtime as it is by default. All sides are timed in one process, interleaved; memory is
-that of a process of its own, which loads the bundle and makes one call. ``switching``: by how much the same calls of the
-two engines that are called most take longer in turns than one engine's after the other's. ``outside``: share of a call's
-time that is spent in no engine, for the sampling loop and caches.
+same runtime's engine of the unmodified model; and ``plain``, the model as torch exports it, nothing of ours in it,
+called by the pipeline in Python, with each runtime's own settings. All sides are timed in one process, interleaved;
+memory is that of a process of its own, which loads the bundle and makes one call. ``switching``: by how much the same
+calls of the two engines that are called most take longer in turns than one engine's after the other's. ``outside``:
+share of a call's time that is spent in no engine, for the sampling loop and caches.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ def _on_aoti(program: torch.export.ExportedProgram, folder: Path) -> Callable[..
     model = torch._inductor.aoti_load_package(path)
 
     def call(hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        (found,) = model(hidden_states=hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
+        inputs = {"hidden_states": hidden_states, "timestep": timestep, "class_labels": class_labels}
+        laid_out = {name: value.contiguous() for name, value in inputs.items()}  # packages do not look at strides
+        found = model(**laid_out, return_dict=False)[0]
+        assert isinstance(found, Tensor)
         return found
 
     return call
