@@ -36,6 +36,7 @@ from difa_compile.exporting.pieces import PIECES, Made, Pieces
 from difa_compile.exporting.targets import tensorrt
 from difa_compile.exporting.write import export, latents_of, run_of
 from difa_compile.files import writing
+from difa_compile.pipeline.inspection import inspect_model
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.engines import engine_of_steps, engines_of
 from difa_compile.plan.plan import Plan
@@ -159,6 +160,45 @@ def test_aotinductor_gives_what_the_pipeline_gives(pipe, tmp_path):
     bare = os.environ | {"CXX": "no-such-compiler", "DIFA_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", BARE, str(tmp_path / "bundle"), str(bundles.AGREE)]
     subprocess.run(command, env=bare, cwd=ROOT, check=True, timeout=300)
+
+
+EVERY_KIND = (
+    ("full", "full"),
+    ("full", "full"),
+    ("window(band:3)+residual", "full+cfg"),
+    ("heads(0:window(band:3);1:full)", "heads(0:reuse;1:window(band:2)+residual)"),
+    ("window(disc:1)+cfg", "reuse+cfg"),
+    ("forecast:1", "window(box:1)+residual+cfg"),
+    ("full", "full"),
+    ("block", "block"),
+    ("reuse", "forecast:1"),
+)
+"""Of each step what its attentions do; ``block``: all blocks are forecast."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "aoti"])
+def test_every_kind_of_decision_runs_from_a_bundle(pipe, tmp_path, target):
+    steps, forecast = len(EVERY_KIND), Decision.parse("forecast:1")
+    paths = [site.path for site in inspect_model(pipe).site_infos]
+    left_out = [step for step, row in enumerate(EVERY_KIND) if "block" in row]
+    plan = plan_from_rule(
+        pipe,
+        steps,
+        lambda step, site: Decision.parse(EVERY_KIND[step][paths.index(site.path)]),
+        blocks=lambda step, _: forecast if step in left_out else FULL,
+    )
+    asked = {str(cell.decision) for row in plan.rows for cell in row}
+    assert asked >= {text for row in EVERY_KIND for text in row if text != "block"}
+    export(pipe, plan, tmp_path, inputs=bundles.INPUTS, steps=[steps], targets=[target], most_images=1)
+    bundle = load_bundle(tmp_path)
+    (schedule,) = bundle.manifest.schedules
+    program = bundle._program(schedule)
+    wanted = latents_of(pipe, bundles.INPUTS, plan, steps, program)[-1]
+    found = bundle(class_labels=[1], seed=module.TEST_SEED).latents
+    torch.testing.assert_close(found, wanted, atol=bundles.AGREE, rtol=0)
+    full = latents_of(pipe, bundles.INPUTS, plan_from_rule(pipe, steps, lambda *_: FULL), steps, program)[-1]
+    assert (found - full).abs().max() > 20 * bundles.AGREE, "the plan changes what is made"
 
 
 @pytest.mark.slow
