@@ -251,12 +251,13 @@ def forms_of(problem: Problem, unit: int, computed: Indices, active: Indices, co
                 total = price + cost_price * cost
                 if form.kind is Kind.WINDOW_RESIDUAL:
                     window = Decision(form.kind, form.window)
-                    if full < 0 or step - full > own.lags or kept not in (None, window):
+                    if full < 0 or step - full > own.ages(form) or kept not in (None, window):
                         continue
                     if problem.streams[full] != problem.streams[step]:
                         continue
                     total += share * float((own.residual[form][step, step - full] ** 2).sum())
-                    total += cost_price * costs.residual * (kept is None)
+                    if kept is None and form.window is not None:
+                        total += cost_price * costs.residual[form.window]
                     state = (full, window)
                 elif form != FULL:
                     total += share * float((own.computed[form][step] ** 2).sum())
