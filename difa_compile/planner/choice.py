@@ -19,6 +19,7 @@ import numpy as np
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.errors import BudgetError
 from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
+from difa_compile.planner.forms import best_forms, has_forms
 from difa_compile.planner.paths import Indices, Paths, Prices, Readers, best_paths, decided, forms_of
 from difa_compile.planner.problem import Outcome, Problem, cost_of, covered_steps, effects_of, outcome, psnr
 from difa_compile.wording import quoted
@@ -204,7 +205,7 @@ class Planner:
         nodes, carry = self._nodes(self.outer, price)
         if not self.inner:
             found = best_paths(outer, nodes, everywhere, carry)
-            return self._decided({"outer": (outer, found.computed[0])}, price)
+            return self._formed({"outer": (outer, found.computed[0])}, price)
         inner = self.readers["inner"].priced(price, cap)
         inner_nodes, inner_carry = self._nodes(self.inner, price)
         active = np.ones((len(self.inner), problem.steps), dtype=bool)
@@ -215,7 +216,20 @@ class Planner:
             around = best_paths(outer, nodes + extra[:, None], everywhere, carry).computed[0]
             active = self._active(around)
         within = best_paths(inner, inner_nodes, active, inner_carry)
-        return self._decided({"outer": (outer, around), "inner": (inner, within.computed[0])}, price)
+        return self._formed({"outer": (outer, around), "inner": (inner, within.computed[0])}, price)
+
+    def _formed(self, paths: dict[str, tuple[Prices, Indices]], price: float) -> Columns:
+        """As :meth:`_decided`; but units that can be computed in several ways, and hold no others, take paths of their
+        own, in which that is chosen together with the steps."""
+        columns = self._decided(paths, price)
+        for level, (prices, _) in paths.items():
+            readers = self.readers[level]
+            for place, unit in enumerate(readers.units):
+                if has_forms(self.problem, [unit]) and not self.problem.children(unit):
+                    active = ~np.array(covered_steps(self.problem.units[unit], columns))
+                    forms = best_forms(self.problem, unit, place, prices, active, price)
+                    columns[unit] = decided(readers, prices, place, forms, active)
+        return columns
 
     def _active(self, around: Indices) -> Indices:
         """(inner units, T): where the units around them are computed."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import DecisionError, ErrorTableError
 from difa_compile.planner.effects import Effects
 from difa_compile.planner.problem import (
@@ -22,6 +22,7 @@ from difa_compile.planner.problem import (
 )
 from tests.support.planner_problems import make_problem, smooth_values
 
+BAND = Window("band", 3)
 WINDOW = Decision.parse("window(band:3)")
 RESIDUAL = Decision.parse("window(band:3)+residual")
 
@@ -61,7 +62,7 @@ def test_readers_cost_what_they_read_and_keep():
 
 
 def test_windows_pass_their_errors_on_and_residuals_count_their_age():
-    problem = windowed(residual=0.25, read=0.5)
+    problem = windowed(residual={BAND: 0.25}, read=0.5)
     inner = [FULL, RESIDUAL, WINDOW, REUSE, RESIDUAL, FULL]
     found = accounts(problem, [[FULL] * 6, inner])
     np.testing.assert_allclose(found.effects[1, 1], 0.1)
