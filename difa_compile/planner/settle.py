@@ -8,14 +8,16 @@ gets less; the price is moved until the budget is met, and what is left of it th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
-from difa_compile.planner.problem import Outcome, Problem, cost_of, covered_steps, outcome
+from difa_compile.planner.problem import Outcome, Problem, covered_steps, outcome
 
 NEAR = 3
 """How far decisions are exchanged."""
@@ -25,38 +27,64 @@ SWEEPS = 4
 """How often all decisions are looked at, at one price."""
 
 Column = tuple[Decision, ...]
+Key = tuple[int, Decision, tuple[int, ...]]
+"""A step, what it does, and the steps that it reads."""
 
 
 def settled(problem: Problem, start: Outcome, units: Sequence[int], price: float, budget: float) -> Outcome:
-    """The best plan found within ``budget`` from ``start`` on by changing what ``units`` do, none of which holds others.
+    """The best plan found within ``budget`` from ``start`` on by changing what ``units`` do, none of which hold others.
 
     ``price``: of cost, in error, to begin with. Where nothing is better it is ``start``.
     """
     limit = budget * problem.full_cost * (1 + 1e-9)
-    best = start if start.share * problem.full_cost <= limit else None
+    fits = start.share * problem.full_cost <= limit
+    best = start if fits else None
     plan = _Plan(problem, start.columns, units)
-    low, high = 0.0, np.inf
+    low, high = 0.0, math.inf
     for _ in range(ROUNDS):
-        plan.sweep(lambda error, cost, price=price: error + price * cost)  # type: ignore[misc]
+        plan.sweep(functools.partial(_priced, price))
         if plan.cost <= limit:
             high = price
-            copy = _Plan(problem, plan.columns, units)
-            copy.sweep(lambda error, cost: error if cost <= limit else np.inf)
-            found = outcome(problem, copy.columns)
+            found = outcome(problem, plan.columns)
             best = found if best is None or found.error < best.error else best
         else:
             low = price
-        price = price / 3 if not low else price * 3 if np.isinf(high) else float(np.sqrt(low * high))
-    return start if best is None else best
+        price = price / 3 if not low else price * 3 if math.isinf(high) else math.sqrt(low * high)
+    if best is None:
+        return start
+    last = _Plan(problem, best.columns, units)
+    last.sweep(functools.partial(_within, limit))
+    filled = outcome(problem, last.columns)
+    return filled if filled.error < best.error else best
+
+
+def _priced(price: float, error: float, cost: float) -> float:
+    return error + price * cost
+
+
+def _within(limit: float, error: float, cost: float) -> float:
+    return error if cost <= limit else math.inf
 
 
 @dataclass
 class _State:
-    """What a column does: its effects (T, K), and what it costs."""
+    """What a column does: ``effects`` (T, K), ``cost``, and for each step what its effect depends on beside those of
+    others."""
 
     column: Column
     effects: Array
     cost: float
+    keys: list[Key]
+
+
+@dataclass
+class _Change:
+    """Another column: its cost and keys, and the rows of its effects that are not those of the one before."""
+
+    column: Column
+    cost: float
+    keys: list[Key]
+    rows: dict[int, Array]
 
 
 class _Plan:
@@ -65,18 +93,15 @@ class _Plan:
     def __init__(self, problem: Problem, columns: Sequence[Column], units: Sequence[int]) -> None:
         self.problem, self.columns = problem, list(columns)
         self._kernel = kernel(problem.steps, problem.coherence)
-        self._units = {unit: _Unit(problem, unit, covered_steps(problem.units[unit], columns)) for unit in units}
-        found = {unit: each.state(self.columns[unit]) for unit, each in self._units.items()}
-        self._states = {unit: state for unit, state in found.items() if state is not None}
-        others = [
-            _Unit(problem, unit, covered_steps(problem.units[unit], columns)).state(column)
-            for unit, column in enumerate(columns)
-            if unit not in self._units
-        ]
-        every = [*self._states.values(), *(state for state in others if state is not None)]
-        self.cost = problem.base * problem.steps + sum(state.cost for state in every)
-        self._felt, self._error = self._of(np.sum([state.effects for state in every], axis=0))
-        self._effects = np.sum([state.effects for state in every], axis=0)
+        every = [
+            _Unit(problem, unit, covered_steps(each, columns)) for unit, each in enumerate(problem.units)
+        ]  # fmt: skip
+        states = [each.state(column) for each, column in zip(every, self.columns, strict=True)]
+        self._units = {unit: every[unit] for unit in units}
+        self._states = {unit: states[unit] for unit in units}
+        self.cost = problem.base * problem.steps + sum(state.cost for state in states)
+        self._effects = np.sum([state.effects for state in states], axis=0)
+        self._felt, self._error = self._of(self._effects)
 
     def _of(self, effects: Array) -> tuple[Array, float]:
         """``sum over u of coherence^|t - u| r_u effect_u``, (T, K), and the error."""
@@ -101,19 +126,25 @@ class _Plan:
     ) -> float:
         """Take a column if it is worth less."""
         now = self._states[unit]
-        state = each.state(column)
-        if state is None:
+        change = each.change(now, column)
+        if change is None:
             return worth
-        difference = state.effects - now.effects
-        rows = np.flatnonzero(difference.any(1))
-        moved = difference[rows] * self.problem.response[rows, None]
-        change = float((moved * (2 * self._felt[rows] + self._kernel[np.ix_(rows, rows)] @ moved)).sum())
-        cost = self.cost + state.cost - now.cost
-        found = value(self._error + change, cost)
-        if not found < worth * (1 - 1e-6):
+        cost = self.cost + change.cost - now.cost
+        rows = list(change.rows)
+        error = self._error
+        difference = np.zeros((0, now.effects.shape[1]))
+        if rows:
+            difference = np.stack([change.rows[row] for row in rows]) - now.effects[rows]
+            moved = difference * self.problem.response[rows, None]
+            error += float((moved * (2 * self._felt[rows] + self._kernel[np.ix_(rows, rows)] @ moved)).sum())
+        if not value(error, cost) < worth * (1 - 1e-6):
             return worth
-        self._states[unit], self.columns[unit], self.cost = state, column, cost
-        self._effects = self._effects + difference
+        effects = now.effects.copy()
+        for row, effect in change.rows.items():
+            effects[row] = effect
+        self._states[unit] = _State(column, effects, change.cost, change.keys)
+        self.columns[unit], self.cost = column, cost
+        self._effects[rows] += difference
         self._felt, self._error = self._of(self._effects)
         return value(self._error, cost)
 
@@ -124,7 +155,7 @@ class _Unit:
     def __init__(self, problem: Problem, unit: int, covered: Sequence[bool]) -> None:
         self.problem, self.unit, self.covered = problem, problem.units[unit], list(covered)
         self._options = (*self.unit.costs.computed, *dict.fromkeys((*problem.readers, REUSE)))
-        self._cells: dict[tuple[int, tuple[int, ...], Decision], tuple[Array, Array]] = {}
+        self._cells: dict[Key, tuple[Array, Array]] = {}
 
     def changes(self, column: Column, step: int) -> Iterator[Column]:
         """The columns that differ from one in what a step does, or in which it is exchanged with one near it."""
@@ -137,49 +168,73 @@ class _Unit:
             if column[other] != column[step] and not self.covered[other]:
                 yield (*column[:step], column[other], *column[step + 1 : other], column[step], *column[other + 1 :])
 
-    def state(self, column: Column) -> _State | None:
-        """What a column does; None where it cannot be run, or reads what was not measured."""
-        own, streams = self.unit.effects, self.problem.streams
-        effects = np.zeros((self.problem.steps, own.size))
+    def state(self, column: Column) -> _State:
+        """What a column that can be run does."""
+        effects = np.zeros((self.problem.steps, self.unit.effects.size))
+        empty = _State((), effects, 0.0, [(-1, FULL, ())] * self.problem.steps)
+        change = self.change(empty, column)
+        assert change is not None, "a plan to begin with can be run"
+        for row, effect in change.rows.items():
+            effects[row] = effect
+        return _State(column, effects, change.cost, change.keys)
+
+    def change(self, now: _State, column: Column) -> _Change | None:
+        """What a column does that ``now`` does not; None where it cannot be run, or reads what was not measured."""
+        own, costs, streams = self.unit.effects, self.unit.costs, self.problem.streams
         computed: list[int] = []
-        changed: set[int] = set()
+        rows: dict[int, Array] = {}
+        keys: list[Key] = []
+        kept: set[int] = set()
+        cost = 0.0
         last_full, window = -1, None
         for step, decision in enumerate(column):
             if self.covered[step]:
+                keys.append((step, FULL, ()))
                 continue
-            if decision.kind.reads == "output":
+            kind = decision.kind
+            if kind is Kind.REUSE or kind is Kind.FORECAST:
                 sources = tuple(computed[: -2 - decision.order : -1])
                 if len(sources) <= decision.order or step - sources[-1] > own.lags:
                     return None
                 if streams[sources[-1]] != streams[step]:
                     return None
-                effect, weights = self._cell(step, sources, decision)
-                effects[step] = effect
-                if not changed.isdisjoint(sources):
-                    effects[step] += weights @ effects[list(sources)]
+                kept.update(sources)
+                cost += costs.read * len(sources)
+                key = (step, decision, sources)
+                if key != now.keys[step] or not rows.keys().isdisjoint(sources):
+                    rows[step] = self._read(key, rows, now.effects)
+                keys.append(key)
                 continue
             computed.append(step)
-            if decision.kind is Kind.WINDOW_RESIDUAL:
+            cost += costs.computed[decision]
+            key = (step, decision, ())
+            if kind is Kind.WINDOW_RESIDUAL:
                 age = step - last_full
                 if last_full < 0 or age > own.ages(decision) or streams[last_full] != streams[step]:
                     return None
-                if window not in (None, decision.window):
+                if window is None and decision.window is not None:
+                    window = decision.window
+                    cost += costs.residual[window]
+                elif window != decision.window:
                     return None
-                window = decision.window
-                effects[step] = own.residual[decision][step, age]
-                changed.add(step)
-            elif decision != FULL:
-                effects[step] = own.computed[decision][step]
-                changed.add(step)
+                key = (step, decision, (last_full,))
+                if key != now.keys[step]:
+                    rows[step] = own.residual[decision][step, age]
+            elif key != now.keys[step]:
+                rows[step] = own.computed[decision][step] if decision != FULL else np.zeros(own.size)
             if decision.is_full:
                 last_full, window = step, None
-        return _State(column, effects, cost_of(self.unit, column, self.covered))
+            keys.append(key)
+        return _Change(column, cost + costs.fill * len(kept), keys, rows)
 
-    def _cell(self, step: int, sources: tuple[int, ...], decision: Decision) -> tuple[Array, Array]:
-        """The effect of a reader whose sources are full, and its weights."""
-        key = (step, sources, decision)
+    def _read(self, key: Key, rows: Mapping[int, Array], effects: Array) -> Array:
+        """The effect of a reader: of its sources as if they were full, and what they hand on."""
+        step, decision, sources = key
         if key not in self._cells:
-            weights = weights_of(decision, self.problem.progress, step, sources)
+            weights = np.asarray(weights_of(decision, self.problem.progress, step, sources))
             lags = [step - source for source in sources]
-            self._cells[key] = reader_effect(self.unit.effects.drift, weights, lags, step), np.asarray(weights)
-        return self._cells[key]
+            self._cells[key] = reader_effect(self.unit.effects.drift, weights.tolist(), lags, step), weights
+        effect, weights = self._cells[key]
+        for source, weight in zip(sources, weights, strict=True):
+            effect = effect + weight * rows.get(source, effects[source])
+        return effect
