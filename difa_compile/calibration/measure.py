@@ -9,8 +9,9 @@ one by one on the very inputs of the step, on the variants that a plan runs:
    has nothing of the step before to take (another model takes over, a call of guidance begins), the table says so.
 2. *Other decisions* (windows, shared halves, groups of heads): what they change, in the same way. Windows with the
    residual of a full step are tried with those of several steps before.
-3. *Groups of heads* that nobody has named are found beforehand, in a short call (:mod:`difa_compile.calibration.ranking`,
-   :mod:`difa_compile.planner.groups`), and then tried as one decision for all sites.
+3. *Groups of heads* that nobody has named are found beforehand, in a short call
+   (:mod:`difa_compile.calibration.ranking`, :mod:`difa_compile.planner.groups`), and tried as one decision for all
+   sites.
 4. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
 
 How outputs are guided shows in what the scheduler is given (:mod:`difa_compile.calibration.guiding`), whatever scales
@@ -400,7 +401,7 @@ class Measuring:
                 settings.numbers,
                 len(self.progress),
                 group.ages,
-            )  # fmt: skip
+            )
             for group in self._groups
         )
         return ErrorTable(model_digest(self.models[0]), described, sites, self.progress, units, 0)
@@ -605,20 +606,22 @@ def measure(
 
     From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
     (prompts, labels) make it a mean over them. ``attention``: whether what attention alone may leave out is measured,
-    too, which takes several times as long; by default where ``decisions`` or ``heads`` are given, or where the model has
-    no blocks that can be left out. ``decisions``: tried at all attention sites then, such as ``window(band:32)``, the
-    same with ``+residual`` (three times the work), ``full+cfg`` or ``heads(0-3:window(box:4);4-7:full)``, a call of the
-    model each; by default ``full+cfg``, where guidance is one batch whose halves can be shared. ``heads``: windows, such
-    as ``box:4``, that single heads may take: which of them do is found in a short call beforehand, for three shares of
-    the work that they save (:func:`~difa_compile.planner.groups.head_groups`), and these are tried, too. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
+    too, which takes several times as long; by default where ``decisions`` or ``heads`` are given, or where the model
+    has no blocks that can be left out. ``decisions``: tried at all attention sites then, a call of the model each, such
+    as ``window(band:32)``, the same with ``+residual`` (four calls), ``full+cfg`` or
+    ``heads(0-3:window(box:4);4-7:full)``; by default ``full+cfg``, where guidance is one batch whose halves can be
+    shared. ``heads``: windows, such as ``box:4``, that single heads may take: which of them do is found in a short call
+    beforehand, for three shares of the work that they save (:func:`~difa_compile.planner.groups.head_groups`), and
+    these are tried, too. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
 
     After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in
     the end), so that a measurement that was interrupted goes on where it was, when started with the same arguments.
 
     Raises :class:`ScheduleError` (steps), :class:`DecisionError` (decisions), :class:`PipelineCallError`,
     :class:`UnsupportedPipelineError`, :class:`NotAppliedError`, :class:`NonFiniteError`, :class:`CalibrationError` if
-    nothing can be reused, :class:`ErrorTableError` and :class:`CalibrationStateError` for a ``state`` that is damaged
-    or of another measurement, :class:`OutputError` and what capturing the model raises.
+    nothing can be reused, or if no head can take a window, :class:`ErrorTableError` and
+    :class:`CalibrationStateError` for a ``state`` that is damaged or of another measurement, :class:`OutputError` and
+    what capturing the model raises.
     """
     check_steps(steps)
     tried = None if decisions is None else _to_try(decisions)

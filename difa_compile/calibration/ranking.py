@@ -1,4 +1,4 @@
-"""How much each head loses in each window: measured in one short call of the pipeline, before what is proposed is tried.
+"""How much each head loses in each window: measured in a short call of the pipeline, before what is proposed is tried.
 
 Every call of the transformer is computed in full, and keeps for each window, besides the heads' outputs, what they
 leave out in it (the caches of single heads, :class:`~difa_compile.plan.schedule.HeadCache`). The error of a head is the

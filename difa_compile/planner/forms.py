@@ -1,9 +1,9 @@
 """The best path of a unit that can be computed in several ways: which steps are computed, how, and what lies between.
 
-Beside the last computed steps (:mod:`difa_compile.planner.paths`) the state has how old the last full step is and which
-window's residual it keeps, so that windows with a residual, and what taking it costs, are weighed against the steps that
-could be computed in full for the same price. A decision that is not full has its error at its own step and at those that
-read what it has computed, as if these errors were unrelated to the readers' own.
+Beside the last computed steps (:mod:`difa_compile.planner.paths`) the state has how old the last full step is and
+which window's residual it keeps, so that windows with a residual, and what taking it costs, are weighed against the
+steps that could be computed in full for the same price. A decision that is not full has its error at its own step and
+at those that read what it has computed, as if these errors were unrelated to the readers' own.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ OTHER = Decision.parse("window(band:1)+residual")
 SHARED = Decision.parse("full+cfg")
 HEADS = Decision.parse("heads(0:window(band:3);1:full)")
 SIZE = 12
-"""Numbers of an effect: readers' errors lie in the first half, those of what is computed in one number each of the other,
-so that squared errors add up as paths take them to."""
+"""Numbers of an effect: readers' errors lie in the first half, those of what is computed in one number each of the
+other, so that squared errors add up as paths take them to."""
 
 
 def problem(steps=5, seed=0, readers=(REUSE,), begins=(), ages=3, taking=0.1, forms=None):
