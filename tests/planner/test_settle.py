@@ -27,14 +27,14 @@ def test_it_is_never_worse_and_keeps_to_the_budget(budget, begins):
         assert found.share <= budget * (1 + 1e-6)
         assert found.error <= start.error
         assert found == outcome(made, found.columns)
-        assert found.columns[0][0] == FULL
+        assert found.columns[0][0].kind.reads is None
 
 
 def test_something_is_found():
     made = alone()
     start = outcome(made, [tuple(FULL if step % 4 == 0 else REUSE for step in range(14))])
     found = settled(made, start, [0], 1e-3, start.share)
-    assert found.error < 0.5 * start.error
+    assert found.error < 0.8 * start.error
 
 
 @pytest.mark.parametrize("coherence", [0.0, 0.9])
