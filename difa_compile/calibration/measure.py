@@ -299,9 +299,7 @@ class Measuring:
                 stream.keep_residuals(window, self._residuals(capture, args, group, window), group.ages[-1])
         return outputs
 
-    def _residuals(
-        self, capture: Capture, args: list[Any], group: _Group, window: Window
-    ) -> Mapping[CacheName, Tensor]:
+    def _residuals(self, capture: Capture, args: list[Any], group: _Group, window: Window) -> dict[CacheName, Tensor]:
         """What the sites of a group leave out in a window."""
         role = Role(FULL, emit_residual=True, residual_window=window)
         _, written = capture.execute(args, self._group_row(capture, group, role), {})
@@ -635,7 +633,9 @@ def measure(
     check_call(pipe, call)
     scale = guidance_scale(pipe, call)
     weights = None if scale is None else (scale, 1 - scale)
-    settings = MeasureSettings(tried, attention, guidance=weights, half=half, two_call=guidance.form == "two-call")
+    settings = MeasureSettings(
+        tried, attention=attention, guidance=weights, half=half, two_call=guidance.form == "two-call"
+    )
     if guidance.form == "none":
         settings = replace(settings, guidance=(1.0, 0.0))
     described = {

@@ -138,7 +138,8 @@ class _Forms:
     def _priced(self, kind: _Kind, step: int, gaps: int) -> Array:
         """(gaps + 1, ages, 1): error and price of the best way of this kind at a step that is read up to ``gaps`` steps
         later, by the age of the last full step."""
-        return np.min([self._price_of(kind, number, step, gaps) for number in range(len(kind.forms))], axis=0)
+        prices = [self._price_of(kind, number, step, gaps) for number in range(len(kind.forms))]
+        return np.asarray(np.min(prices, axis=0))
 
     def _price_of(self, kind: _Kind, number: int, step: int, gaps: int) -> Array:
         own = kind.own[number][step]
