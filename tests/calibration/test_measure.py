@@ -661,7 +661,7 @@ def test_groups_of_heads_are_ranked_once_and_tried(pipe, tmp_path, monkeypatch):
     """Beside the decisions that are named, and no others after an interruption, when nothing is ranked again."""
     state = tmp_path / "errors.json"
     given = {"decisions": ["full+cfg"], "heads": ["band:2", "band:4"], "steps": 3, "state": state}
-    with interrupted_after(pipe, 7), pytest.raises(KeyboardInterrupt):  # one of them is of the short call
+    with interrupted_after(pipe, 5), pytest.raises(KeyboardInterrupt):  # three steps are of the short call
         briefly(pipe, **given)
     begun = ErrorTable.load(state)
     assert not begun.complete
