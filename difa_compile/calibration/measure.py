@@ -545,10 +545,10 @@ class Measuring:
             for window in group.residual_windows:
                 caches |= self._residuals(capture, args, group, window)
             for decision in group.decisions:
-                own = {name: value for name, value in caches.items() if name.kind == "residual"}
-                given = own if decision.kind is Kind.WINDOW_RESIDUAL else {}
-                rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), given)
-                if given:
+                reads = decision.kind is Kind.WINDOW_RESIDUAL
+                kept = {name: value for name, value in caches.items() if reads and name.kind == "residual"}
+                rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), kept)
+                if reads:
                     taking = Role(FULL, emit_residual=True, residual_window=decision.window)
                     rows[f"{group.name} {keeping(decision)}"] = (self._group_row(capture, group, taking), {})
         seconds: dict[str, list[float]] = {name: [] for name in rows}
