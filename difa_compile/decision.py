@@ -245,6 +245,26 @@ class Decision:
         """What one head does: a decision that speaks of no single heads."""
         return self.forms[head] if self.groups else self
 
+    def at_sites(self, heads: Sequence[int]) -> tuple[Decision, ...]:
+        """What each of several sites does, of so many ``heads`` each, where this is decided for all of them at once.
+
+        Groups that name as many heads as the sites have together number them site after site; else all sites do the
+        same. Raises :class:`DecisionError` for groups that name neither so many heads nor those of every site.
+        """
+        named = len(self.forms)
+        if not named or all(count == named for count in heads):
+            return (self,) * len(heads)
+        if named != sum(heads) or not all(heads):
+            raise DecisionError(
+                f"{self} names {named} heads, but the sites have {quoted(list(heads))}, {sum(heads)} together; name "
+                "the heads of one site, which are then the same at every site, or those of all, site after site"
+            )
+        starts = [sum(heads[:place]) for place in range(len(heads))]
+        return tuple(
+            Decision.of_heads(self.forms[start : start + count], self.cfg_shared)
+            for start, count in zip(starts, heads, strict=True)
+        )
+
     @property
     def windows(self) -> tuple[Window, ...]:
         """All windows in it: its own, or those of its groups of heads."""

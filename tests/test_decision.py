@@ -310,3 +310,21 @@ def test_heads_that_all_do_the_same_are_the_plain_decision() -> None:
 def test_there_is_an_example_of_every_kind_that_a_site_can_take(heads: int) -> None:
     found = {decision.kind for decision in examples(heads)}
     assert found == set(Kind) - ({Kind.HEADS} if heads == 1 else set())
+
+
+def test_groups_of_several_sites_come_apart_site_by_site() -> None:
+    decision = Decision.parse("heads(0-2:window(band:2);3-6:full)+cfg")
+    assert list(map(str, decision.at_sites([2, 3, 2]))) == [
+        "window(band:2)+cfg",
+        "heads(0:window(band:2);1-2:full)+cfg",
+        "full+cfg",
+    ]
+    assert decision.at_sites([7, 7]) == (decision, decision)
+    assert decision.at_sites([7]) == (decision,)
+    assert REUSE.at_sites([1, 2]) == (REUSE, REUSE)
+
+
+@pytest.mark.parametrize("heads", [[2, 3], [3, 3, 3], [7, 3], [7, 0]])
+def test_groups_that_do_not_add_up_to_the_heads_of_the_sites_are_refused(heads: list[int]) -> None:
+    with pytest.raises(DecisionError, match="names 7 heads, but the sites have"):
+        Decision.parse("heads(0-2:window(band:2);3-6:full)").at_sites(heads)

@@ -7,8 +7,12 @@ one by one on the very inputs of the step, on the variants that a plan runs:
    before. What that changes of the model's output, after guidance, is their drift at this step and lag. An
    extrapolation is a sum of lags, so it needs no trial of its own (:mod:`difa_compile.planner.effects`). Where a call
    has nothing of the step before to take (another model takes over, a call of guidance begins), the table says so.
-2. *Other decisions* (windows, shared halves, groups of heads): what they change, in the same way.
-3. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
+2. *Other decisions* (windows, shared halves, groups of heads): what they change, in the same way. Windows with the
+   residual of a full step are tried with those of several steps before.
+3. *Groups of heads* that nobody has named are found beforehand, in a short call
+   (:mod:`difa_compile.calibration.ranking`, :mod:`difa_compile.planner.groups`), and tried as one decision for all
+   sites.
+4. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
 
 How outputs are guided shows in what the scheduler is given (:mod:`difa_compile.calibration.guiding`), whatever scales
 the call names. Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one
@@ -40,10 +44,11 @@ from difa_compile.calibration.guiding import (
     guided_change,
     guiding_weights,
 )
+from difa_compile.calibration.ranking import RANKED_STEPS, HeadRanking, reusable_sites
 from difa_compile.calibration.sampling import call_arguments, identity_of, models_of, progress_bar, sample_with
 from difa_compile.calibration.search import check_finite
 from difa_compile.calibration.state import default_path
-from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import (
     CalibrationError,
     CalibrationStateError,
@@ -55,9 +60,10 @@ from difa_compile.machine.profile import machine_name
 from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.call_arguments import check_call
 from difa_compile.plan.data import Settings, SiteInfo, model_digest
-from difa_compile.plan.guidance import StatedGuidance, settle
+from difa_compile.plan.guidance import Guidance, StatedGuidance, settle
 from difa_compile.plan.schedule import COVERED_ROLE, FULL_ROLE, Role, check_steps
-from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
+from difa_compile.planner.groups import head_groups
+from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit, keeping
 from difa_compile.wording import shown
 
 NUMBERS = 512
@@ -66,6 +72,8 @@ LAGS = 20
 """How many steps back blocks are tried: as far as a plan may reach without computing."""
 ATTENTION_LAGS = (1, 2, 3, 5, 8)
 """The same of attention, which takes most of a call for each; those between are interpolated."""
+AGES = (1, 3, 8)
+"""How old residuals are tried with a window, a call for each."""
 ROUNDING = 1e-5
 """By how much the progress of a step may differ from machine to machine: timesteps are numbers in float32."""
 ROUNDS = 11
@@ -77,12 +85,14 @@ class MeasureSettings:
     """What is measured. ``guidance``: the weights of the conditional and the other half in what the scheduler is given,
     as far as the call tells; None where it names no one number.
 
-    ``decisions``: tried at all attention sites together; None: shared halves, where they can be shared. ``attention``:
-    whether attention is measured at all; None: where there are decisions to try, or no blocks. ``half``: which half of
-    a batch is conditional, None where the halves are two calls or there are none.
+    ``decisions``: tried at all attention sites together; None: shared halves, where they can be shared. ``groups``:
+    tried beside them, decisions by the heads of all sites (:meth:`Decision.at_sites`). ``attention``: whether attention
+    is measured at all; None: where there are decisions to try, or no blocks. ``half``: which half of a batch is
+    conditional, None where the halves are two calls or there are none.
     """
 
     decisions: tuple[Decision, ...] | None = None
+    groups: tuple[Decision, ...] = ()
     attention: bool | None = None
     lags: int = LAGS
     numbers: int = NUMBERS
@@ -128,15 +138,29 @@ class _Group:
     lags: tuple[int, ...]
     decisions: tuple[Decision, ...] = ()
     inside: int | None = None
+    ages: tuple[int, ...] = ()
+
+    @property
+    def residual_windows(self) -> tuple[Window, ...]:
+        """Against which windows residuals are taken."""
+        found = (each.window for each in self.decisions if each.kind is Kind.WINDOW_RESIDUAL)
+        return tuple(dict.fromkeys(window for window in found if window is not None))
 
 
 @dataclass
 class Stream:
-    """The outputs that a branch of a model has computed in steps without a gap, the newest first. ``last``: the
-    latest of these steps."""
+    """The outputs that a branch of a model has computed in steps without a gap, the newest first, and by window its
+    residuals. ``last``: the latest of these steps."""
 
     last: int
     history: list[dict[CacheName, Tensor]] = field(default_factory=list)
+    residuals: dict[Window, list[dict[CacheName, Tensor]]] = field(default_factory=dict)
+
+    def keep_residuals(self, window: Window, taken: Mapping[CacheName, Tensor], most: int) -> None:
+        """Put in the residuals that a step has taken; those of ``most`` steps are held."""
+        held = self.residuals.setdefault(window, [])
+        held.insert(0, {name: value for name, value in taken.items() if name.kind == "residual"})
+        del held[most:]
 
     def keep(self, step: int, written: Mapping[CacheName, Tensor], groups: Sequence[tuple[int, set[str]]]) -> None:
         """Put in what a step has computed, and let go of what no trial takes any more. ``groups``: how many steps
@@ -270,7 +294,16 @@ class Measuring:
             self._time(capture, args, written)
         paths = [(group.lags[-1], {capture.model.units[i].path for i in group.units}) for group in self._groups]
         stream.keep(step, written, paths)
+        for group in self._groups:
+            for window in group.residual_windows:
+                stream.keep_residuals(window, self._residuals(capture, args, group, window), group.ages[-1])
         return outputs
+
+    def _residuals(self, capture: Capture, args: list[Any], group: _Group, window: Window) -> dict[CacheName, Tensor]:
+        """What the sites of a group leave out in a window."""
+        role = Role(FULL, emit_residual=True, residual_window=window)
+        _, written = capture.execute(args, self._group_row(capture, group, role), {})
+        return written
 
     def _meet(self, capture: Capture) -> None:
         """Note the units of the first graph; later graphs must have the same."""
@@ -316,12 +349,14 @@ class Measuring:
         if outer:
             places = tuple(range(count, count + len(outer)))
             groups.append(_Group("blocks", tuple(outer), places, tuple(range(1, self.settings.lags + 1))))
-        inner = tuple(i for i in able if i < count)
+        inner = reusable_sites(capture)
         wanted = self.settings.attention
-        if inner and (wanted or (wanted is None and (self.settings.decisions or not outer))):
+        asked = self.settings.decisions or self.settings.groups
+        if inner and (wanted or (wanted is None and (asked or not outer))):
             tried = self._tried(capture, inner)
             lags = tuple(lag for lag in ATTENTION_LAGS if lag <= self.settings.lags)
-            groups.append(_Group("attention", inner, inner, lags, tried, 0 if outer else None))
+            ages = tuple(age for age in AGES if age <= self.settings.lags)
+            groups.append(_Group("attention", inner, inner, lags, tried, 0 if outer else None, ages))
         return groups, sites
 
     def _tried(self, capture: Capture, sites: Sequence[int]) -> tuple[Decision, ...]:
@@ -330,18 +365,23 @@ class Measuring:
         if self.settings.decisions is None:
             shared = replace(FULL, cfg_shared=True)
             able = self.settings.half is not None and all(model.why_not(i, shared) is None for i in sites)
-            return (shared,) if able else ()
+            return tuple(dict.fromkeys((*((shared,) if able else ()), *self.settings.groups)))
         for decision in self.settings.decisions:
             if decision.cfg_shared and self.settings.half is None:
                 raise CalibrationError(
                     f"{decision} cannot be tried: guidance is no batch of two halves here; leave this decision out"
                 )
-            for i in sites:
-                if (reason := model.why_not(i, decision)) is not None:
+            for i, own in zip(sites, self._at_sites(capture, sites, decision), strict=True):
+                if (reason := model.why_not(i, own)) is not None:
                     raise CalibrationError(
                         f"{decision} cannot be tried at {model.units[i].path}: {reason}; leave this decision out"
                     )
-        return self.settings.decisions
+        return tuple(dict.fromkeys((*self.settings.decisions, *self.settings.groups)))
+
+    @staticmethod
+    def _at_sites(capture: Capture, sites: Sequence[int], decision: Decision) -> tuple[Decision, ...]:
+        """What a decision is at each of these units. Raises :class:`DecisionError`."""
+        return decision.at_sites([capture.model.units[i].info.heads for i in sites])
 
     def _empty(self, capture: Capture, sites: tuple[SiteInfo, ...]) -> ErrorTable:
         settings = self.settings
@@ -351,7 +391,14 @@ class Measuring:
         )
         units = tuple(
             MeasuredUnit.empty(
-                group.name, group.sites, group.inside, group.lags, group.decisions, settings.numbers, len(self.progress)
+                group.name,
+                group.sites,
+                group.inside,
+                group.lags,
+                group.decisions,
+                settings.numbers,
+                len(self.progress),
+                group.ages,
             )
             for group in self._groups
         )
@@ -370,6 +417,9 @@ class Measuring:
 
     def _group_row(self, capture: Capture, group: _Group, role: Role) -> tuple[Role, ...]:
         row = dict.fromkeys(group.units, role)
+        if role.decision.groups:
+            own = self._at_sites(capture, group.units, role.decision)
+            row = {i: Role(decision) for i, decision in zip(group.units, own, strict=True)}
         if role.reads_output and group.inside is None and group.units[0] >= len(capture.model.sites):
             row |= self._covered(capture, group)
         return self._row(capture, row)
@@ -394,8 +444,18 @@ class Measuring:
                     outputs, _ = capture.execute(args, row, stream.history[lag - 1])
                     self._note(index, lag, full, outputs, f"step {step}, {group.name} of {lag} steps before")
             for decision in group.decisions:
-                outputs, _ = capture.execute(args, self._group_row(capture, group, Role(decision)), {})
-                self._note(index, decision, full, outputs, f"step {step}, {group.name}, {decision}")
+                row = self._group_row(capture, group, Role(decision))
+                if decision.kind is not Kind.WINDOW_RESIDUAL:
+                    outputs, _ = capture.execute(args, row, {})
+                    self._note(index, decision, full, outputs, f"step {step}, {group.name}, {decision}")
+                    continue
+                assert decision.window is not None  # Decision guarantees it
+                taken = stream.residuals.get(decision.window, [])
+                for age in group.ages:
+                    if age <= len(taken):
+                        outputs, _ = capture.execute(args, row, taken[age - 1])
+                        where = f"step {step}, {group.name}, {decision} of {age} steps before"
+                        self._note(index, (decision, age), full, outputs, where)
 
     def _note(self, group: int, what: object, full: list[Any], tried: list[Any], where: str) -> None:
         """Keep what a trial has changed of this call's output, until it shows how the step's outputs are guided."""
@@ -482,8 +542,15 @@ class Measuring:
             forecast = Decision(Kind.FORECAST, order=1)
             if all(capture.model.why_not(i, forecast) is None for i in group.units):
                 rows[f"{group.name} forecast"] = (self._group_row(capture, group, Role(forecast)), caches)
+            for window in group.residual_windows:
+                caches |= self._residuals(capture, args, group, window)
             for decision in group.decisions:
-                rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), {})
+                reads = decision.kind is Kind.WINDOW_RESIDUAL
+                kept = {name: value for name, value in caches.items() if reads and name.kind == "residual"}
+                rows[f"{group.name} {decision}"] = (self._group_row(capture, group, Role(decision)), kept)
+                if reads:
+                    taking = Role(FULL, emit_residual=True, residual_window=decision.window)
+                    rows[f"{group.name} {keeping(decision)}"] = (self._group_row(capture, group, taking), {})
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for turn in range(ROUNDS + 1):
             for name in list(rows)[:: -1 if turn % 2 else 1]:
@@ -526,6 +593,7 @@ def measure(
     steps: int = 50,
     *,
     decisions: Sequence[Decision | str] | None = None,
+    heads: Sequence[Window | str] = (),
     attention: bool | None = None,
     state: Path | None = None,
     progress: bool = True,
@@ -536,21 +604,28 @@ def measure(
 
     From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
     (prompts, labels) make it a mean over them. ``attention``: whether what attention alone may leave out is measured,
-    too, which takes several times as long; by default where ``decisions`` are given, or where the model has no blocks
-    that can be left out. ``decisions``: tried at all attention sites then, such as ``window(band:32)``, ``full+cfg`` or
+    too, which takes several times as long; by default where ``decisions`` or ``heads`` are given, or where the model
+    has no blocks that can be left out. ``decisions``: tried at all attention sites then, a call of the model each, such
+    as ``window(band:32)``, the same with ``+residual`` (four calls), ``full+cfg`` or
     ``heads(0-3:window(box:4);4-7:full)``; by default ``full+cfg``, where guidance is one batch whose halves can be
-    shared. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
+    shared. ``heads``: windows, such as ``box:4``, that single heads may take: which of them do is found in a short call
+    beforehand, for three shares of the work that they save (:func:`~difa_compile.planner.groups.head_groups`), and
+    these are tried, too. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
 
     After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in
     the end), so that a measurement that was interrupted goes on where it was, when started with the same arguments.
 
     Raises :class:`ScheduleError` (steps), :class:`DecisionError` (decisions), :class:`PipelineCallError`,
     :class:`UnsupportedPipelineError`, :class:`NotAppliedError`, :class:`NonFiniteError`, :class:`CalibrationError` if
-    nothing can be reused, :class:`ErrorTableError` and :class:`CalibrationStateError` for a ``state`` that is damaged
-    or of another measurement, :class:`OutputError` and what capturing the model raises.
+    nothing can be reused, or if no head can take a window, :class:`ErrorTableError` and
+    :class:`CalibrationStateError` for a ``state`` that is damaged or of another measurement, :class:`OutputError` and
+    what capturing the model raises.
     """
     check_steps(steps)
     tried = None if decisions is None else _to_try(decisions)
+    windows = tuple(dict.fromkeys(Window.parse(each) if isinstance(each, str) else each for each in heads))
+    if windows and attention is False:
+        raise DecisionError("windows for single heads are given, but attention is not to be measured; measure it")
     models = models_of(pipe)
     guidance = settle(pipe, StatedGuidance(conditional_half=conditional_half))
     half = guidance.conditional_half
@@ -558,12 +633,15 @@ def measure(
     check_call(pipe, call)
     scale = guidance_scale(pipe, call)
     weights = None if scale is None else (scale, 1 - scale)
-    settings = MeasureSettings(tried, attention, guidance=weights, half=half, two_call=guidance.form == "two-call")
+    settings = MeasureSettings(
+        tried, attention=attention, guidance=weights, half=half, two_call=guidance.form == "two-call"
+    )
     if guidance.form == "none":
         settings = replace(settings, guidance=(1.0, 0.0))
     described = {
         **asdict(settings),
         "decisions": None if tried is None else [str(decision) for decision in tried],
+        "heads": [str(window) for window in windows],
         "table": TABLE.version,
     }
     identity = identity_of(pipe, models, call, described, steps)
@@ -575,8 +653,12 @@ def measure(
         replace(table, identity=identity).save(path)
 
     make_bar = functools.partial(progress_bar, what="measuring", unit="step") if progress else None
-    measuring = Measuring(models, settings, start, keep, make_bar)
     options = Options(inner=inner, cfg={} if half is None else {"conditional_half": half})
+    if windows and start is not None:
+        settings = replace(settings, groups=_groups_in(start, tried))
+    elif windows:
+        settings = replace(settings, groups=_groups_for(pipe, inputs, steps, models, windows, guidance, options))
+    measuring = Measuring(models, settings, start, keep, make_bar)
     sample_with(
         pipe,
         call,
@@ -601,11 +683,34 @@ def _to_try(decisions: Sequence[Decision | str]) -> tuple[Decision, ...]:
     for decision in tried:
         if decision.kind.reads == "output" or decision == FULL:
             raise DecisionError(f"{decision} need not be tried: it is part of every measurement; leave it out")
-        if decision.reads_caches:
+        if decision.groups and decision.reads_caches:
             raise DecisionError(
-                f"{decision} reads what earlier steps have left of it, which is not planned; try it without"
+                f"{decision} reads what earlier steps have left of single heads, which is not planned; try it without"
             )
     return tuple(dict.fromkeys(tried))
+
+
+def _groups_for(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    steps: int,
+    models: Sequence[nn.Module],
+    windows: Sequence[Window],
+    guidance: Guidance,
+    options: Options,
+) -> tuple[Decision, ...]:
+    """Groups of heads to try, from a short call of the pipeline. Raises as :func:`head_groups`."""
+    given = {name: value for name, value in inputs.items() if name != "num_inference_steps"}
+    call = call_arguments(pipe, given, min(steps, RANKED_STEPS))
+    ranking = HeadRanking(models, windows)
+    sample_with(pipe, call, ranking, guidance, options, what="ranking of heads", kept=lambda: "nothing")
+    return head_groups(ranking.errors, ranking.saved, windows)
+
+
+def _groups_in(table: ErrorTable, tried: Sequence[Decision] | None) -> tuple[Decision, ...]:
+    """The groups of heads that an interrupted measurement tries beside what was asked for."""
+    asked = {replace(FULL, cfg_shared=True)} if tried is None else set(tried)
+    return tuple(decision for unit in table.units for decision in unit.decisions if decision not in asked)
 
 
 def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float | None:

@@ -47,6 +47,7 @@ from difa_compile.cli.options import (
     Budget,
     Device,
     Guidance,
+    HeadWindows,
     Inputs,
     Labels,
     MaxRows,
@@ -362,6 +363,7 @@ def measure(
     steps: Steps = 50,
     windows: Windows = None,
     tried: Tried = None,
+    heads: HeadWindows = None,
     attention: Attention = None,
     labels: Labels = None,
     prompt: Prompt = None,
@@ -376,8 +378,10 @@ def measure(
     """
     require("diffusers", "tqdm", "numpy")
     from difa_compile.calibration.measure import measure as measure_errors
+    from difa_compile.decision import Window
 
     decisions = tried_decisions(windows, tried)
+    head_windows = [str(Window.parse(window)) for window in heads or ()]
     call = call_inputs(model, inputs, labels, prompt, guidance)
     check_device(device)
     console = make_console()
@@ -389,6 +393,7 @@ def measure(
             call | {"generator": torch.Generator().manual_seed(seed)},
             steps,
             decisions=decisions,
+            heads=head_windows,
             attention=attention,
             state=output,
         )

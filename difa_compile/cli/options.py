@@ -68,16 +68,24 @@ Tried = Annotated[
     list[str] | None,
     typer.Option(
         "--try",
-        help="A decision to measure at all attention sites, e.g. full+cfg or 'heads(0-3:window(box:4);4-7:full)'; may "
-        "be repeated.",
+        help="A decision to measure at all attention sites, e.g. full+cfg, 'window(box:2)+residual' or "
+        "'heads(0-3:window(box:4);4-7:full)'; may be repeated.",
         show_default="full+cfg, if attention is measured",
+    ),
+]
+HeadWindows = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--heads",
+        help="SHAPE:RADIUS that single heads may take; which do is found, and measured for three shares of the work "
+        "saved. May be repeated.",
     ),
 ]
 Attention = Annotated[
     bool | None,
     typer.Option(
         help="Measure what attention alone may leave out, too; takes several times as long.",
-        show_default="where --window or --try is given, or no blocks",
+        show_default="where --window, --try or --heads is given, or no blocks",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]

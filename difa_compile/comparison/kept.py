@@ -183,6 +183,7 @@ def digest_of_table(table: ErrorTable) -> str:
     units = [
         {item.name: getattr(unit, item.name) for item in fields(unit)}
         | {"computed": {str(decision): values for decision, values in unit.computed.items()}}
+        | {"residual": {str(decision): values for decision, values in unit.residual.items()}}
         for unit in stored.units
     ]
     described = {"model": asdict(table.model), "sites": [site.path for site in table.sites], "units": units}
@@ -198,6 +199,7 @@ def as_stored(table: ErrorTable) -> ErrorTable:
             drift=_single(unit.drift),
             spread=_single(unit.spread),
             computed={decision: _single(values) for decision, values in unit.computed.items()},
+            residual={decision: _single(values) for decision, values in unit.residual.items()},
         )
         for unit in table.units
     )

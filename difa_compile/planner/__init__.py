@@ -3,6 +3,6 @@
 In: a :class:`~difa_compile.planner.problem.Problem` (numpy arrays: effects, costs, response). Out: a
 :class:`~difa_compile.planner.problem.Outcome` (decisions[step][site], predicted share of time, predicted error), from
 ``choice.choose``, ``choice.choose_error``, ``make.front_of``; ``rows.limit_rows`` holds it to few distinct rows,
-``proof.optimum`` is the exact optimum of small cases. ``effects`` and ``paths`` are what these are made of. Imports
-numpy and plan.
+``proof.optimum`` is the exact optimum of small cases. ``effects``, ``paths``, ``forms`` and ``settle`` are what these
+are made of; ``groups`` says which heads take which window. Imports numpy and plan.
 """

@@ -19,8 +19,10 @@ import numpy as np
 from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.errors import BudgetError
 from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
+from difa_compile.planner.forms import best_forms, has_forms
 from difa_compile.planner.paths import Indices, Paths, Prices, Readers, best_paths, decided, forms_of
 from difa_compile.planner.problem import Outcome, Problem, cost_of, covered_steps, effects_of, outcome, psnr
+from difa_compile.planner.settle import settled
 from difa_compile.wording import quoted
 
 Columns = list[tuple[Decision, ...]]
@@ -83,8 +85,37 @@ class Planner:
             found = [best, self._filled(price, budget)]
             if polish:
                 found = [self._polished(each, price, budget) for each in self._starts(found, price)]
+            if self._formed_units:
+                found += self._settled(found, price, budget, polish)
             best = min((each for each in found if each.share <= budget), key=lambda each: each.error)
         return best
+
+    @cached_property
+    def _formed_units(self) -> list[int]:
+        """The units that can be computed in several ways, and hold no others."""
+        problem = self.problem
+        return [u for u in range(len(problem.units)) if has_forms(problem, [u]) and not problem.children(u)]
+
+    @cached_property
+    def _in_full(self) -> Planner:
+        """The planner of the same units, each of which is computed in full or not."""
+        units = tuple(
+            replace(unit, effects=replace(unit.effects, computed={}, residual={}),
+                    costs=replace(unit.costs, computed={FULL: unit.costs.computed[FULL]}, residual={}))
+            for unit in self.problem.units
+        )  # fmt: skip
+        return Planner(replace(self.problem, units=units))
+
+    def _settled(self, found: Sequence[Outcome], price: float, budget: float, polish: bool) -> list[Outcome]:
+        """What is chosen where everything computed is full, so that more ways to compute are never worse; with
+        ``polish``, the best that changing that, and the best of what was ``found``, comes to."""
+        others = []
+        if self._in_full.least.share <= budget:
+            others.append(self._in_full.choose(budget, polish=polish))
+        if not polish:
+            return others
+        starts = [min((each for each in found if each.share <= budget), key=lambda each: each.error), *others]
+        return [*others, *(settled(self.problem, each, self._formed_units, price, budget) for each in starts)]
 
     def bound(self, budget: float) -> float:
         """A sum of squared errors that no decisions within the budget can go below, coherence apart
@@ -204,7 +235,7 @@ class Planner:
         nodes, carry = self._nodes(self.outer, price)
         if not self.inner:
             found = best_paths(outer, nodes, everywhere, carry)
-            return self._decided({"outer": (outer, found.computed[0])}, price)
+            return self._formed({"outer": (outer, found.computed[0])}, price)
         inner = self.readers["inner"].priced(price, cap)
         inner_nodes, inner_carry = self._nodes(self.inner, price)
         active = np.ones((len(self.inner), problem.steps), dtype=bool)
@@ -215,7 +246,20 @@ class Planner:
             around = best_paths(outer, nodes + extra[:, None], everywhere, carry).computed[0]
             active = self._active(around)
         within = best_paths(inner, inner_nodes, active, inner_carry)
-        return self._decided({"outer": (outer, around), "inner": (inner, within.computed[0])}, price)
+        return self._formed({"outer": (outer, around), "inner": (inner, within.computed[0])}, price)
+
+    def _formed(self, paths: dict[str, tuple[Prices, Indices]], price: float) -> Columns:
+        """As :meth:`_decided`; but units that can be computed in several ways, and hold no others, take paths of their
+        own, in which that is chosen together with the steps."""
+        columns = self._decided(paths, price)
+        for level, (prices, _) in paths.items():
+            readers = self.readers[level]
+            for place, unit in enumerate(readers.units):
+                if unit in self._formed_units:
+                    active = ~np.array(covered_steps(self.problem.units[unit], columns))
+                    forms = best_forms(self.problem, unit, place, prices, active, price)
+                    columns[unit] = decided(readers, prices, place, forms, active)
+        return columns
 
     def _active(self, around: Indices) -> Indices:
         """(inner units, T): where the units around them are computed."""

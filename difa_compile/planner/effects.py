@@ -36,7 +36,8 @@ class Effects:
     ``drift`` (T, W + 1, K): ``drift[t, i]`` is the effect at step t of the output that step t - i computed; zero for
     i = 0, ignored where t - i is negative. W is the longest lag that was measured.
     ``computed`` decision -> (T, K): the effect of a computed decision other than full (a window, shared halves).
-    ``residual`` decision -> (T, W + 1, K): the effect at step t of a window with the residual of full step t - i.
+    ``residual`` decision -> (T, A + 1, K): the effect at step t of a window with the residual of full step t - i, up to
+    the greatest age A that was measured, W at most.
     """
 
     drift: Array
@@ -63,8 +64,10 @@ class Effects:
                 values[step, step + 1 :] = 0
             kept[decision] = _finite(values, str(decision))
         object.__setattr__(self, "residual", kept)
+        numbers = drift.shape[2]
         for decision, values in (*self.computed.items(), *self.residual.items()):
-            if values.shape not in (drift.shape, (steps, drift.shape[2])):
+            ages = [values.shape[1]] if values.ndim == 3 and 2 <= values.shape[1] <= lags else []
+            if values.shape != (steps, *ages, numbers):
                 raise ErrorTableError(f"the effects of {decision} have shape {values.shape}, the drift {drift.shape}")
             if (
                 decision.kind.reads == "output"
@@ -90,6 +93,10 @@ class Effects:
         """W, the longest lag."""
         return int(self.drift.shape[1]) - 1
 
+    def ages(self, decision: Decision) -> int:
+        """A, the greatest age at which the residual of a window+residual was measured."""
+        return int(self.residual[decision].shape[1]) - 1
+
     @property
     def size(self) -> int:
         """K."""
@@ -101,12 +108,13 @@ def tied(members: Sequence[Effects]) -> Effects:
     have."""
     first = members[0]
     lags = min(each.lags for each in members)
+    ages = {d: min(lags, *(each.ages(d) for each in members))
+            for d in first.residual if all(d in each.residual for each in members)}  # fmt: skip
     return Effects(
         np.sum([each.drift[:, : lags + 1] for each in members], axis=0),
         {d: np.sum([each.computed[d] for each in members], axis=0)
          for d in first.computed if all(d in each.computed for each in members)},
-        {d: np.sum([each.residual[d][:, : lags + 1] for each in members], axis=0)
-         for d in first.residual if all(d in each.residual for each in members)},
+        {d: np.sum([each.residual[d][:, : most + 1] for each in members], axis=0) for d, most in ages.items()},
     )  # fmt: skip
 
 

@@ -168,8 +168,10 @@ def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit | None = None, not
     """The plan that a choice from ``table`` is; with a ``limit``, what is promised of it stands in it."""
     columns: list[Sequence[object]] = [(FULL,) * len(table.progress) for _ in table.sites]
     for unit, column in zip(table.units, outcome.columns, strict=True):
-        for site in unit.sites:
-            columns[site] = column
+        heads = [table.sites[site].heads for site in unit.sites]
+        at_sites = {decision: decision.at_sites(heads) for decision in dict.fromkeys(column)}
+        for place, site in enumerate(unit.sites):
+            columns[site] = [at_sites[decision][place] for decision in column]
     rows = tuple(
         tuple(Cell(columns[i][step], (), flops_saved(columns[i][step], site)) for i, site in enumerate(table.sites))  # type: ignore[arg-type]
         for step in range(len(table.progress))

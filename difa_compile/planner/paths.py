@@ -144,9 +144,9 @@ def best_paths(prices: Prices, nodes: Array, active: Indices, carry: Array, coun
         here = value[:, :, start]
         if not np.isfinite(here).any():
             continue
-        between = _between(prices, active, carry, start)
+        passed = between(prices, active, carry, start)
         for gap in range(1, min(lags, steps - start) + 1):
-            reached = (here + between[:, gap]).reshape(layers, units, lags + 1, depth)
+            reached = (here + passed[:, gap]).reshape(layers, units, lags + 1, depth)
             target = start + gap
             if target == steps:
                 flat = reached.reshape(layers, units, -1)
@@ -173,8 +173,9 @@ def best_paths(prices: Prices, nodes: Array, active: Indices, carry: Array, coun
     return Paths(final, _walked(final, ends, origin, counts, first))
 
 
-def _between(prices: Prices, active: Indices, carry: Array, start: int) -> Array:
-    """(U, W + 1, W + 1, depth): the price of the readers strictly between ``start`` and ``start + gap``."""
+def between(prices: Prices, active: Indices, carry: Array, start: int) -> Array:
+    """(U, W + 1, W + 1, depth): the price of the readers strictly between ``start`` and ``start + gap``, with ``carry``
+    as in :func:`best_paths`."""
     units, steps, lags = active.shape[0], active.shape[1], prices.cells.shape[2] - 1
     sums = np.zeros((units, lags + 1, *prices.cells.shape[3:]))
     any_reader = np.zeros((units, lags + 1), dtype=bool)
@@ -251,12 +252,13 @@ def forms_of(problem: Problem, unit: int, computed: Indices, active: Indices, co
                 total = price + cost_price * cost
                 if form.kind is Kind.WINDOW_RESIDUAL:
                     window = Decision(form.kind, form.window)
-                    if full < 0 or step - full > own.lags or kept not in (None, window):
+                    if full < 0 or step - full > own.ages(form) or kept not in (None, window):
                         continue
                     if problem.streams[full] != problem.streams[step]:
                         continue
                     total += share * float((own.residual[form][step, step - full] ** 2).sum())
-                    total += cost_price * costs.residual * (kept is None)
+                    if kept is None and form.window is not None:
+                        total += cost_price * costs.residual[form.window]
                     state = (full, window)
                 elif form != FULL:
                     total += share * float((own.computed[form][step] ** 2).sum())

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from difa_compile.decision import FULL, Basis, Decision, Kind
+from difa_compile.decision import FULL, Basis, Decision, Kind, Window
 from difa_compile.errors import DecisionError, ErrorTableError
 from difa_compile.plan.schedule import output_sources
 from difa_compile.planner.effects import Array, Effects, reader_effect, total_error, weights_of
@@ -34,13 +34,13 @@ class Costs:
 
     ``computed``: of each decision that may be chosen where the unit is computed; FULL is one of them. ``read``: for
     each output that a reader sums (reuse one, forecast:k k + 1). ``fill``: to keep an output that a later step reads.
-    ``residual``: to take and keep a residual.
+    ``residual``: to take and keep a residual, by the window that it is taken against.
     """
 
     computed: Mapping[Decision, float]
     read: float = 0.0
     fill: float = 0.0
-    residual: float = 0.0
+    residual: Mapping[Window, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def cost_of(unit: Unit, column: Sequence[Decision], covered: Sequence[bool]) -> 
     costs = unit.costs
     cost = 0.0
     kept: set[int] = set()
-    residuals: set[int] = set()
+    residuals: dict[int, Window | None] = {}
     last_full = -1
     for step, sources in enumerate(output_sources(column, covered)):
         decision = column[step]
@@ -241,10 +241,15 @@ def cost_of(unit: Unit, column: Sequence[Decision], covered: Sequence[bool]) -> 
             raise ErrorTableError(f"step {step}: {decision} has no cost in the table")
         cost += costs.computed[decision]
         if decision.kind is Kind.WINDOW_RESIDUAL:
-            residuals.add(last_full)
+            if residuals.setdefault(last_full, decision.window) != decision.window:
+                raise ErrorTableError(
+                    f"step {step}: {decision} reads the residual of step {last_full}, which keeps that against "
+                    f"{residuals[last_full]}; a full step keeps one"
+                )
         elif decision.is_full:
             last_full = step
-    return cost + costs.fill * len(kept) + costs.residual * len(residuals)
+    taken = sum(costs.residual[window] for window in residuals.values() if window is not None)
+    return cost + costs.fill * len(kept) + taken
 
 
 def effects_of(problem: Problem, unit: Unit, column: Sequence[Decision], covered: Sequence[bool]) -> Array:
@@ -266,8 +271,9 @@ def effects_of(problem: Problem, unit: Unit, column: Sequence[Decision], covered
             weights = weights_of(decision, problem.progress, step, sources)
             done[step] = reader_effect(own.drift, weights, lags, step) + np.asarray(weights) @ done[list(sources)]
         elif decision.kind is Kind.WINDOW_RESIDUAL:
-            if last_full < 0 or step - last_full > own.lags:
-                raise ErrorTableError(f"step {step}: {decision} has no full step at most {own.lags} steps before it")
+            ages = own.ages(decision)
+            if last_full < 0 or step - last_full > ages:
+                raise ErrorTableError(f"step {step}: {decision} has no full step at most {ages} steps before it")
             _check_stream(problem, step, last_full, decision)
             done[step] = own.residual[decision][step, step - last_full]
         elif decision != FULL:
@@ -295,13 +301,15 @@ def outcome(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Outcome:
 
 def _check_costs(index: int, unit: Unit) -> None:
     costs = unit.costs
-    numbers = (*costs.computed.values(), costs.read, costs.fill, costs.residual)
+    numbers = (*costs.computed.values(), costs.read, costs.fill, *costs.residual.values())
     if FULL not in costs.computed or not all(math.isfinite(each) and each >= 0 for each in numbers):
         raise ErrorTableError(f"the costs of unit {index} must be finite, not negative, and tell what full costs")
     for decision in costs.computed:
         measured = decision == FULL or decision in unit.effects.computed or decision in unit.effects.residual
         if not measured:
             raise ErrorTableError(f"unit {index}: {decision} has a cost, but its effects were not measured")
+        if decision.kind is Kind.WINDOW_RESIDUAL and decision.window not in costs.residual:
+            raise ErrorTableError(f"unit {index}: nobody knows what taking the residual of {decision} costs")
 
 
 def additive_error(problem: Problem, columns: Sequence[Sequence[Decision]]) -> float:

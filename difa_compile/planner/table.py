@@ -2,7 +2,7 @@
 
 ```
 {
-  "table_version": 2,
+  "table_version": 3,
   "digest": "<SHA-256 of everything below, as canonical JSON>",
   "model": ..., "settings": ..., "sites": [...], "progress": [...],   (as in a plan)
   "begins": [],
@@ -12,13 +12,13 @@
   "calls": 1,
   "identity": {"weights": "<digest>", ...},
   "units": [{"name": "blocks", "sites": [6], "inside": null, "lags": [1, 2, ...], "decisions": [], "drift": "<base64>",
-             "spread": [[...], ...], "computed": {}}, ...]
+             "spread": "<base64>", "computed": {"full+cfg": "<base64>"}, "ages": [], "residual": {}}, ...]
 }
 ```
 
 Effects (:mod:`difa_compile.planner.effects`) are float32, little-endian, base64. A table of fewer steps than its
 schedule has is that of a measurement that was interrupted, and goes on from there. Version 1 did not say where streams
-begin, and held zeros there, as if nothing had changed; nor which machine had measured.
+begin, and held zeros there, as if nothing had changed; nor which machine had measured. Version 2 had no residuals.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from difa_compile.wording import quoted, shown
 TABLE = Format(
     name="table of errors",
     version_key="table_version",
-    version=2,
+    version=3,
     keys=(
         "model",
         "settings",
@@ -90,7 +90,11 @@ class MeasuredUnit:
     back they were tried, ascending from 1. ``drift`` (steps, lags, K): the effect of what they computed so many steps
     before.
     ``spread`` (steps, lags): of its squared size the standard deviation over the images, as a share of the mean.
-    ``computed``: of each other decision its effect (steps, K). Steps that are not done are zero.
+    ``computed``: of each other decision its effect (steps, K). ``ages``: how old residuals were tried, ascending from
+    1; none without ``residual``: of each window+residual its effect (steps, ages, K). Steps that are not done are zero.
+
+    Decisions by heads that name as many heads as all sites have together number them site after site
+    (:meth:`~difa_compile.decision.Decision.at_sites`).
     """
 
     name: str
@@ -100,6 +104,8 @@ class MeasuredUnit:
     drift: Array = field(repr=False)
     spread: Array = field(repr=False)
     computed: Mapping[Decision, Array] = field(repr=False)
+    ages: tuple[int, ...] = ()
+    residual: Mapping[Decision, Array] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(
@@ -111,8 +117,11 @@ class MeasuredUnit:
         decisions: Sequence[Decision],
         numbers: int,
         steps: int,
+        ages: Sequence[int] = (),
     ) -> MeasuredUnit:
-        """A unit before anything is measured."""
+        """A unit before anything is measured. ``ages``: how old residuals are tried, where decisions have some."""
+        residual = [decision for decision in decisions if decision.kind is Kind.WINDOW_RESIDUAL]
+        ages = tuple(ages) if residual else ()
         return cls(
             name,
             tuple(sites),
@@ -120,13 +129,21 @@ class MeasuredUnit:
             tuple(lags),
             np.zeros((steps, len(lags), numbers)),
             np.zeros((steps, len(lags))),
-            {decision: np.zeros((steps, numbers)) for decision in decisions},
+            {decision: np.zeros((steps, numbers)) for decision in decisions if decision not in residual},
+            ages,
+            {decision: np.zeros((steps, len(ages), numbers)) for decision in residual},
         )
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All that were tried, beside what reads outputs."""
+        return (*self.computed, *self.residual)
 
     def with_step(
         self, step: int, found: Mapping[tuple[str, object], Array], spread: Mapping[tuple[str, object], float]
     ) -> MeasuredUnit:
-        """The unit with what was found at a step; lags that reach before the first step of its stream stay zero."""
+        """The unit with what was found at a step, by lag, by decision, or by window+residual and age; lags and ages
+        that reach before the first step of its stream stay zero."""
         drift, spreads = self.drift.copy(), self.spread.copy()
         computed = {decision: values.copy() for decision, values in self.computed.items()}
         for i, lag in enumerate(self.lags):
@@ -135,7 +152,12 @@ class MeasuredUnit:
                 spreads[step, i] = spread.get((self.name, lag), 0.0)
         for decision, values in computed.items():
             values[step] = found[self.name, decision]
-        return replace(self, drift=drift, spread=spreads, computed=computed)
+        residual = {decision: values.copy() for decision, values in self.residual.items()}
+        for decision, values in residual.items():
+            for i, age in enumerate(self.ages):
+                if (self.name, (decision, age)) in found:
+                    values[step, i] = found[self.name, (decision, age)]
+        return replace(self, drift=drift, spread=spreads, computed=computed, residual=residual)
 
     @property
     def typical_spread(self) -> float:
@@ -144,25 +166,32 @@ class MeasuredUnit:
         return float(np.median(measured)) if len(measured) else 0.0
 
     def effects(self, begins: Sequence[int] = ()) -> Effects:
-        """The effects at every lag up to the longest that was tried; ``begins`` as in :class:`ErrorTable`.
+        """The effects at every lag, and of residuals of every age, up to the longest that was tried; ``begins`` as in
+        :class:`ErrorTable`.
 
         Those between lags that were tried are interpolated. Near the begin of its stream a step has not all of them:
         there they go on behind the last one that it has as between the last two, which is less far than to the next
         one that was tried. Beyond the longest nothing is known, and nothing is planned.
         """
-        steps, _, numbers = self.drift.shape
-        known = np.array([0, *self.lags])
-        values = np.concatenate([np.zeros((steps, 1, numbers)), self.drift], axis=1)
-        drift = np.zeros((steps, self.lags[-1] + 1, numbers))
-        for step in range(steps):
-            since = step - max([0, *(begin for begin in begins if begin <= step)])
-            there = int((known <= since).sum())  # lags that this step has
-            for lag in range(1, min(since, self.lags[-1]) + 1):
-                above = min(int(np.searchsorted(known, lag)), there - 1)
-                low, high = known[above - 1], known[above]
-                share = (lag - low) / (high - low)
-                drift[step, lag] = (1 - share) * values[step, above - 1] + share * values[step, above]
-        return Effects(drift, self.computed)
+        residual = {decision: _at_all_lags(values, self.ages, begins) for decision, values in self.residual.items()}
+        return Effects(_at_all_lags(self.drift, self.lags, begins), self.computed, residual)
+
+
+def _at_all_lags(measured: Array, lags: Sequence[int], begins: Sequence[int]) -> Array:
+    """``measured`` (steps, lags, K) at all lags up to the longest, (steps, longest + 1, K)."""
+    steps, _, numbers = measured.shape
+    known = np.array([0, *lags])
+    values = np.concatenate([np.zeros((steps, 1, numbers)), measured], axis=1)
+    found = np.zeros((steps, lags[-1] + 1, numbers))
+    for step in range(steps):
+        since = step - max([0, *(begin for begin in begins if begin <= step)])
+        there = int((known <= since).sum())  # lags that this step has
+        for lag in range(1, min(since, lags[-1]) + 1):
+            above = min(int(np.searchsorted(known, lag)), there - 1)
+            low, high = known[above - 1], known[above]
+            share = (lag - low) / (high - low)
+            found[step, lag] = (1 - share) * values[step, above - 1] + share * values[step, above]
+    return found
 
 
 @dataclass(frozen=True)
@@ -226,14 +255,35 @@ class ErrorTable:
             *[(steps, numbers)] * len(unit.computed),
         ]:
             raise ErrorTableError(f"the effects of {name} do not go together: their sizes are {shown(shapes)}")
+        self._check_decisions(name, unit)
+
+    def _check_decisions(self, name: str, unit: MeasuredUnit) -> None:
+        """Raise :class:`ErrorTableError` for residuals or head groups that the unit cannot have."""
+        steps, _, numbers = unit.drift.shape
+        for decision, values in unit.residual.items():
+            if values.shape != (steps, len(unit.ages), numbers):
+                raise ErrorTableError(
+                    f"the effects of {name} do not go together: those of {decision} have the sizes "
+                    f"{shown(list(values.shape))}, for {steps} steps, {len(unit.ages)} ages and {numbers} numbers"
+                )
+        if bool(unit.residual) != bool(unit.ages) or any(age > unit.lags[-1] for age in unit.ages):
+            raise ErrorTableError(
+                f"{name} has residuals of the ages {shown(list(unit.ages))}; there is one exactly where there is a "
+                f"window+residual, and none is above its longest lag, {unit.lags[-1]}"
+            )
+        for decision in unit.decisions:
+            try:
+                decision.at_sites([self.sites[site].heads for site in unit.sites])
+            except DecisionError as error:
+                raise ErrorTableError(f"{name} of the table: {error}") from error
 
     def _timed(self) -> list[str]:
         """The names of the rows whose seconds costs are made of."""
-        kinds = ("filled", "reuse")
-        return [
-            "full",
-            *(f"{unit.name} {what}" for unit in self.units for what in (*kinds, *map(str, unit.computed))),
-        ]
+        rows = ["full"]
+        for unit in self.units:
+            kept = dict.fromkeys(keeping(decision) for decision in unit.residual)
+            rows += [f"{unit.name} {what}" for what in ("filled", "reuse", *map(str, unit.decisions), *kept)]
+        return rows
 
     def with_step(
         self,
@@ -306,10 +356,16 @@ class ErrorTable:
                 if other is not unit and other.inside is not None and self.units[other.inside] is unit
             )
             computed = {FULL: max(1e-9, own - inner)}
-            for decision in unit.computed:
+            for decision in unit.decisions:
                 computed[decision] = max(0.0, computed[FULL] + seconds[f"{unit.name} {decision}"] - full)
             fill = max(0.0, seconds[f"{unit.name} filled"] - full)
-            units.append(Unit(unit.sites, unit.effects(self.begins), Costs(computed, read, fill), unit.inside))
+            residual = {
+                decision.window: max(0.0, seconds[f"{unit.name} {keeping(decision)}"] - full)
+                for decision in unit.residual
+                if decision.window is not None
+            }
+            costs = Costs(computed, read, fill, residual)
+            units.append(Unit(unit.sites, unit.effects(self.begins), costs, unit.inside))
             rest -= computed[FULL]
         forecasts = any(f"{unit.name} forecast" in seconds for unit in self.units)
         readers = (Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS),) if forecasts else (REUSE,)
@@ -372,6 +428,11 @@ class ErrorTable:
         }
 
 
+def keeping(decision: Decision) -> str:
+    """What a row does that takes and keeps the residual that a window+residual reads: ``residual(band:2)``."""
+    return f"residual({decision.window})"
+
+
 def _unit_json(unit: MeasuredUnit) -> dict[str, object]:
     return {
         "name": unit.name,
@@ -382,14 +443,16 @@ def _unit_json(unit: MeasuredUnit) -> dict[str, object]:
         "drift": _packed(unit.drift),
         "spread": _packed(unit.spread),
         "computed": {str(decision): _packed(values) for decision, values in unit.computed.items()},
+        "ages": list(unit.ages),
+        "residual": {str(decision): _packed(values) for decision, values in unit.residual.items()},
     }
 
 
 def _read_unit(value: object, where: str) -> MeasuredUnit:
-    keys = ("name", "sites", "inside", "lags", "numbers", "drift", "spread", "computed")
+    keys = ("name", "sites", "inside", "lags", "numbers", "drift", "spread", "computed", "ages", "residual")
     fields = as_object(value, where, keys)
-    lags = tuple(as_whole(lag, f"{where}.lags") for lag in as_list(fields["lags"], f"{where}.lags"))
-    if not lags or lags[0] != 1 or any(a >= b for a, b in pairwise(lags)):
+    lags, ages = _read_lags(fields, "lags", where), _read_lags(fields, "ages", where)
+    if not lags:
         raise ErrorTableError(f"{where}: lags must ascend from 1")
     numbers = as_whole(fields["numbers"], f"{where}.numbers")
     inside = None if fields["inside"] is None else as_whole(fields["inside"], f"{where}.inside")
@@ -405,7 +468,20 @@ def _read_unit(value: object, where: str) -> MeasuredUnit:
             Decision.parse(name): _unpacked(values, f"{where}.computed", (-1, numbers))
             for name, values in computed.items()
         },
+        ages,
+        {
+            Decision.parse(name): _unpacked(values, f"{where}.residual", (-1, len(ages), numbers))
+            for name, values in as_mapping(fields["residual"], f"{where}.residual").items()
+        },
     )
+
+
+def _read_lags(fields: Mapping[str, object], name: str, where: str) -> tuple[int, ...]:
+    """Numbers of steps that ascend from 1, or none."""
+    lags = tuple(as_whole(lag, f"{where}.{name}") for lag in as_list(fields[name], f"{where}.{name}"))
+    if lags and (lags[0] != 1 or any(a >= b for a, b in pairwise(lags))):
+        raise ErrorTableError(f"{where}: {name} must ascend from 1")
+    return lags
 
 
 def _packed(values: Array) -> str:

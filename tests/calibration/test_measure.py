@@ -17,6 +17,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 from difa_compile.backend.capture import Capture
 from difa_compile.calibration import measure as module
 from difa_compile.calibration.measure import (
+    AGES,
     ATTENTION_LAGS,
     LAGS,
     Measuring,
@@ -50,7 +51,12 @@ from tests.support.tiny_pipelines import PlainSites, sample, tiny_pipeline
 STEPS = 5
 BAND = Window("band", 2)
 WINDOW = Decision.parse("window(band:2)")
-TRIED = (WINDOW, *map(Decision.parse, ("full+cfg", "window(band:2)+cfg", "heads(0:window(band:2);1:full)")))
+TRIED = (
+    WINDOW,
+    *map(Decision.parse, ("full+cfg", "window(band:2)+cfg", "heads(0:window(band:2);1:full)")),
+    Decision.parse("heads(0,2-3:window(band:2);1:full)"),  # of both sites: the second one has a window in both heads
+)
+RESIDUALS = tuple(map(Decision.parse, ("window(band:2)+residual", "window(band:2)+residual+cfg")))
 CLOSE = 1e-4
 """Of the largest number: effects are small differences of outputs that agree to some 1e-6 in float32."""
 
@@ -65,7 +71,7 @@ def kept(tmp_path_factory):
     """Where the usual pipeline's table lies, of blocks and attention."""
     torch._dynamo.reset()
     path = tmp_path_factory.mktemp("kept") / "errors.json"
-    briefly(tiny_pipeline(layers=LAYERS), decisions=TRIED, state=path)
+    briefly(tiny_pipeline(layers=LAYERS), decisions=(*TRIED, *RESIDUALS), state=path)
     return path
 
 
@@ -232,8 +238,13 @@ def test_attention_alone_and_other_decisions(pipe, whole):
                 tried, _ = plain.call([REUSE] * LAYERS, kwargs, written[-lag], args)
                 changes[step, lag] = guided(tried.sample - output.sample)
         for decision in TRIED:
-            tried, _ = plain.call([decision] * LAYERS, kwargs, {}, args)
+            tried, _ = plain.call(decision.at_sites([2] * LAYERS), kwargs, {}, args)
             changes[step, decision] = guided(tried.sample - output.sample)
+        for decision in RESIDUALS:
+            for age in AGES:
+                if age <= step:
+                    tried, _ = plain.call([decision] * LAYERS, kwargs, written[-age], args)
+                    changes[step, decision, age] = guided(tried.sample - output.sample)
         written.append(caches)
         outputs.append(output.sample)
         return output
@@ -246,6 +257,15 @@ def test_attention_alone_and_other_decisions(pipe, whole):
     for decision in TRIED:
         for step in range(STEPS):
             assert_near(unit.computed[decision][step], Projection(512)(changes[step, decision]).numpy())
+    assert (list(unit.residual), unit.ages) == (list(RESIDUALS), AGES)
+    for decision in RESIDUALS:
+        for step in range(STEPS):
+            for i, age in enumerate(AGES):
+                if age <= step:
+                    wanted = Projection(512)(changes[step, decision, age]).numpy()
+                    assert_near(unit.residual[decision][step, i], wanted)
+                else:
+                    assert not unit.residual[decision][step, i].any()
     sizes = {decision: np.square(unit.computed[decision]).sum() for decision in TRIED}
     assert len(set(sizes.values())) == len(TRIED)
 
@@ -624,7 +644,7 @@ def without_times(table):
 def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_path, monkeypatch, done):
     state = tmp_path / "errors.json"
     with interrupted_after(pipe, done), pytest.raises(KeyboardInterrupt) as caught:
-        briefly(pipe, decisions=TRIED, state=state)
+        briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)
     assert f"measurement interrupted after {done} of {STEPS} steps" in caught.value.__notes__[0]
     assert (str(state) in caught.value.__notes__[0]) == (done > 0)
     assert state.exists() == (done > 0)
@@ -632,29 +652,49 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     tried = []
     try_all = Measuring._try_all
     monkeypatch.setattr(Measuring, "_try_all", lambda self, *given: tried.append(given[4]) or try_all(self, *given))
-    assert without_times(briefly(pipe, decisions=TRIED, state=state)) == without_times(whole)
+    assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)) == without_times(whole)
     assert tried == list(range(done, STEPS))
     assert without_times(ErrorTable.load(state)) == without_times(whole)
+
+
+def test_groups_of_heads_are_ranked_once_and_tried(pipe, tmp_path, monkeypatch):
+    """Beside the decisions that are named, and no others after an interruption, when nothing is ranked again."""
+    state = tmp_path / "errors.json"
+    given = {"decisions": ["full+cfg"], "heads": ["band:2", "band:4"], "steps": 3, "state": state}
+    with interrupted_after(pipe, 5), pytest.raises(KeyboardInterrupt):  # three steps are of the short call
+        briefly(pipe, **given)
+    begun = ErrorTable.load(state)
+    assert not begun.complete
+    monkeypatch.setattr(module, "HeadRanking", lambda *given: pytest.fail("heads are ranked again"))
+    table = briefly(pipe, **given)
+    (unit,) = (unit for unit in table.units if unit.name == "attention")
+    (before,) = (unit for unit in begun.units if unit.name == "attention")
+    assert list(unit.computed) == list(before.computed)
+    shared, *groups = unit.computed
+    assert str(shared) == "full+cfg"
+    assert groups
+    assert all(decision.windows and len(decision.forms) == 2 * LAYERS for decision in groups)
+    assert all(values[-1].any() for values in unit.computed.values())
 
 
 @pytest.mark.slow
 def test_a_measurement_that_is_done_is_not_made_again(pipe, whole, state, monkeypatch):
     monkeypatch.setattr(Measuring, "_try_all", lambda *given: pytest.fail("it is measured"))
-    assert briefly(pipe, decisions=TRIED, state=state)._content() == whole._content()
+    assert briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)._content() == whole._content()
 
 
 @pytest.mark.slow
 def test_the_default_state_is_found_again_and_deleted(pipe, whole, cache_home):
     with interrupted_after(pipe, 3), pytest.raises(KeyboardInterrupt):
-        briefly(pipe, decisions=TRIED)
+        briefly(pipe, decisions=(*TRIED, *RESIDUALS))
     assert len(list(cache_home.rglob("*.json"))) == 1
-    assert without_times(briefly(pipe, decisions=TRIED)) == without_times(whole)
+    assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS))) == without_times(whole)
     assert not list(cache_home.rglob("*.json"))
 
 
 def test_a_table_of_another_measurement_is_refused_and_left_alone(pipe, state):
     before = state.read_bytes()
-    same = {"decisions": TRIED, "state": state}
+    same = {"decisions": (*TRIED, *RESIDUALS), "state": state}
     for what, call in {
         "settings": lambda: briefly(pipe, state=state),
         "settings differ": lambda: briefly(pipe, steps=3, **same),
@@ -679,14 +719,14 @@ def test_a_table_of_another_schedule_or_grid_is_not_gone_on_with(pipe, whole, tm
     """Under the same identity: what a pipeline makes of the same call may have changed."""
     replace(whole, done=2, **change(whole)).save(tmp_path / "errors.json")
     with pytest.raises(CalibrationStateError, match=f"{message}.*; name another file, or delete it"):
-        briefly(pipe, decisions=TRIED, state=tmp_path / "errors.json")
+        briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=tmp_path / "errors.json")
 
 
 def test_a_damaged_state_is_refused(pipe, state):
     document = json.loads(state.read_text())
     state.write_text(json.dumps({**document, "done": 1}))
     with pytest.raises(ErrorTableError, match="changed after it was written"):
-        briefly(pipe, decisions=TRIED, state=state)
+        briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)
 
 
 # What goes wrong
@@ -710,10 +750,22 @@ def test_decisions_that_are_measured_in_any_case(pipe, decision):
         briefly(pipe, decisions=[decision])
 
 
-@pytest.mark.parametrize("decision", ["window(band:2)+residual", "heads(0:reuse;1:full)"])
-def test_decisions_that_read_caches_are_not_planned(pipe, decision):
+@pytest.mark.parametrize("decision", ["heads(0:window(band:2)+residual;1:full)", "heads(0:reuse;1:full)"])
+def test_decisions_by_heads_that_read_caches_are_not_planned(pipe, decision):
     with pytest.raises(DecisionError, match="which is not planned"):
         briefly(pipe, decisions=[decision])
+
+
+def test_groups_of_heads_that_do_not_add_up(pipe):
+    with pytest.raises(DecisionError, match=r"names 3 heads, but the sites have .*2, 2.*, 4 together"):
+        briefly(pipe, decisions=["heads(0:window(band:2);1-2:full)"])
+
+
+def test_windows_of_heads_that_make_no_sense(pipe):
+    with pytest.raises(DecisionError, match="cone"):
+        briefly(pipe, heads=["cone:2"])
+    with pytest.raises(DecisionError, match="attention is not to be measured"):
+        briefly(pipe, heads=["band:2"], attention=False)
 
 
 def test_halves_that_do_not_come_as_one_batch_cannot_be_shared(pipe):

@@ -250,11 +250,13 @@ def test_measure_passes_options_on_and_shows_what_budgets_buy(tmp_path, monkeypa
     monkeypatch.setattr("difa_compile.calibration.measure.measure", measure)
     output = tmp_path / "errors.json"
     tried = ("--window", "band:2", "--window", "disc:3", "--try", "full+cfg", "--no-attention")
+    tried += ("--try", "window(band:2)+residual", "--heads", "box:2", "--heads", "band:03")
     options = ("--steps", 5, *tried, "--seed", 4)
     result = run("measure", "demo", "-o", output, *options, "--labels", "1,2")
     assert result.exit_code == 0, result.output
     assert (seen["steps"], seen["state"], seen["attention"]) == (5, output, False)
-    assert seen["decisions"] == ["window(band:2)", "window(disc:3)", "full+cfg"]
+    assert seen["decisions"] == ["window(band:2)", "window(disc:3)", "full+cfg", "window(band:2)+residual"]
+    assert seen["heads"] == ["box:2", "band:3"]
     assert seen["inputs"].pop("generator").initial_seed() == 4
     assert seen["inputs"] == {"class_labels": [1, 2], "guidance_scale": 4.0}
     assert "predicted PSNR" in result.stdout

@@ -177,6 +177,7 @@ HOSTILE = {
     ("measure", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
     ("measure", "--window"): ["band", "band:0", "cone:3", *NAMES],
     ("measure", "--try"): ["window", "heads(0:full)", "heads(0-1:full;1:reuse)", "forecast:9", "full +cfg", *NAMES],
+    ("measure", "--heads"): ["band", "box:0", "cone:3", "full", *NAMES],
     ("measure", "--labels"): ["", "10", "-1", LONG],
     ("measure", "--inputs"): ["{", '{"class_labels": [1], "guidance": 4}', *NAMES],
     ("measure", "--guidance"): NUMBERS,

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import BudgetError, ErrorTableError
 from difa_compile.plan.schedule import assign_roles
 from difa_compile.planner.choice import Planner, choose, choose_error, knapsack
@@ -23,6 +23,7 @@ from difa_compile.planner.problem import (
 )
 from tests.support.planner_problems import all_columns, make_problem, possible, smooth_values
 
+BAND = Window("band", 3)
 WINDOW = Decision.parse("window(band:3)")
 RESIDUAL = Decision.parse("window(band:3)+residual")
 SHARED = Decision.parse("full+cfg")
@@ -38,7 +39,9 @@ def nested(steps=16, blocks=2, seed=0):
         inner = drift_of_values(smooth_values(seed + 50 + block, steps) + rng.standard_normal((steps, 6)), 8)
         ages = 0.002 * np.arange(9)[None, :, None] * rng.standard_normal((steps, 9, 6))
         own = {WINDOW: 0.02 * rng.standard_normal((steps, 6)), SHARED: 0.01 * rng.standard_normal((steps, 6))}
-        costs = Costs({FULL: 1.0, WINDOW: 0.4, RESIDUAL: 0.45, SHARED: 0.5}, read=0.02, fill=0.02, residual=0.03)
+        costs = Costs(
+            {FULL: 1.0, WINDOW: 0.4, RESIDUAL: 0.45, SHARED: 0.5}, read=0.02, fill=0.02, residual={BAND: 0.03}
+        )
         units.append(Unit((2 * block + 1,), Effects(inner, own, {RESIDUAL: ages}), costs, inside=2 * block))
     progress = tuple((steps - step) / steps for step in range(steps))
     return Problem(progress, tuple(units), flat_response(steps), 0.2)

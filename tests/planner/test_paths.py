@@ -6,13 +6,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.planner.effects import Effects, drift_of_values
 from difa_compile.planner.paths import Readers, best_paths, decided, forms_of
 from difa_compile.planner.problem import FORECAST, Costs, Problem, Unit, accounts, additive_error, cost_of
 from tests.support.planner_problems import all_columns, make_problem, possible, smooth_values
 
 SECOND = Decision.parse("forecast:2")
+BAND = Window("band", 3)
 WINDOW = Decision.parse("window(band:3)")
 RESIDUAL = Decision.parse("window(band:3)+residual")
 
@@ -111,7 +112,7 @@ def test_the_forms_of_computed_steps():
     drift = drift_of_values(smooth_values(0, steps, 3), steps)
     ages = np.arange(steps + 1)[None, :, None] ** 2 * np.ones((steps, steps + 1, 3)) * 1e-2
     own = Effects(drift, {WINDOW: np.full((steps, 3), 1.0)}, {RESIDUAL: ages})
-    costs = Costs({FULL: 2.0, WINDOW: 0.5, RESIDUAL: 0.6}, residual=0.1)
+    costs = Costs({FULL: 2.0, WINDOW: 0.5, RESIDUAL: 0.6}, residual={BAND: 0.1})
     problem = Problem(
         tuple((6 - s) / 6 for s in range(6)), (Unit((0,), own, costs),), np.ones(steps), 0.1, coherence=0.0
     )
@@ -156,7 +157,7 @@ def test_a_residual_of_another_stream_is_not_taken():
     drift = drift_of_values(smooth_values(0, steps, 3), steps)
     ages = np.arange(steps + 1)[None, :, None] ** 2 * np.ones((steps, steps + 1, 3)) * 1e-2
     own = Effects(drift, {WINDOW: np.full((steps, 3), 1.0)}, {RESIDUAL: ages})
-    costs = Costs({FULL: 2.0, WINDOW: 0.5, RESIDUAL: 0.6}, residual=0.1)
+    costs = Costs({FULL: 2.0, WINDOW: 0.5, RESIDUAL: 0.6}, residual={BAND: 0.1})
     progress = tuple((6 - s) / 6 for s in range(6))
     problem = Problem(progress, (Unit((0,), own, costs),), np.ones(steps), 0.1, coherence=0.0)
     everywhere = np.ones(steps, dtype=bool)

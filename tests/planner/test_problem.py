@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difa_compile.decision import FULL, REUSE, Decision
+from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import DecisionError, ErrorTableError
 from difa_compile.planner.effects import Effects
 from difa_compile.planner.problem import (
@@ -22,6 +22,7 @@ from difa_compile.planner.problem import (
 )
 from tests.support.planner_problems import make_problem, smooth_values
 
+BAND = Window("band", 3)
 WINDOW = Decision.parse("window(band:3)")
 RESIDUAL = Decision.parse("window(band:3)+residual")
 
@@ -33,7 +34,7 @@ def windowed(steps=6, **costs):
     ages = np.arange(steps)[None, :, None] * np.ones((steps, steps, 3)) * 0.1
     own = Effects(drift, {WINDOW: np.ones((steps, 3))}, {RESIDUAL: ages})
     block = Unit((0,), Effects(drift), Costs({FULL: 4.0}))
-    priced = Costs({FULL: 2.0, WINDOW: 1.0, RESIDUAL: 1.5}, **costs)
+    priced = Costs({FULL: 2.0, WINDOW: 1.0, RESIDUAL: 1.5}, **{"residual": {BAND: 0.0}} | costs)
     return Problem(
         tuple((steps - s) / steps for s in range(steps)),
         (block, Unit((1,), own, priced, inside=0)),
@@ -61,7 +62,7 @@ def test_readers_cost_what_they_read_and_keep():
 
 
 def test_windows_pass_their_errors_on_and_residuals_count_their_age():
-    problem = windowed(residual=0.25, read=0.5)
+    problem = windowed(residual={BAND: 0.25}, read=0.5)
     inner = [FULL, RESIDUAL, WINDOW, REUSE, RESIDUAL, FULL]
     found = accounts(problem, [[FULL] * 6, inner])
     np.testing.assert_allclose(found.effects[1, 1], 0.1)
@@ -192,3 +193,20 @@ def test_a_residual_is_of_its_own_stream():
 def test_begins_that_make_no_sense(begins):
     with pytest.raises(ErrorTableError, match="they must ascend, from 1 to 7"):
         replace(make_problem(steps=8), begins=begins)
+
+
+def test_a_full_step_keeps_one_residual():
+    """And what taking it costs must be known."""
+    other = Decision.parse("window(band:1)+residual")
+    made = windowed()
+    unit = made.units[1]
+    own = replace(unit.effects, residual={**unit.effects.residual, other: unit.effects.residual[RESIDUAL]})
+    priced = replace(unit.costs, computed={**unit.costs.computed, other: 0.5})
+    with pytest.raises(ErrorTableError, match=r"nobody knows what taking the residual of window\(band:1\)"):
+        replace(made, units=(made.units[0], replace(unit, effects=own, costs=priced)))
+    priced = replace(priced, residual={BAND: 0.25, Window("band", 1): 0.125})
+    made = replace(made, units=(made.units[0], replace(unit, effects=own, costs=priced)))
+    column = [FULL, RESIDUAL, FULL, other, other, FULL]
+    assert accounts(made, [[FULL] * 6, column]).cost == pytest.approx(6 * 4.5 + 3 * 2 + 1.5 + 2 * 0.5 + 0.25 + 0.125)
+    with pytest.raises(ErrorTableError, match="a full step keeps one"):
+        accounts(made, [[FULL] * 6, [FULL, RESIDUAL, other, FULL, FULL, FULL]])

@@ -9,21 +9,36 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from difa_compile.decision import FULL, REUSE
+from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError
 from difa_compile.machine.profile import machine_name
 from difa_compile.plan.schedule import output_sources, take_rows
 from difa_compile.planner.choice import Planner, choose
-from difa_compile.planner.make import plan_of
+from difa_compile.planner.make import attention_alone, plan_from_table, plan_of
+from difa_compile.planner.problem import outcome
 from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
 from tests.support.planner_problems import smooth_values
 from tests.support.tables import SECONDS, WINDOW, made_table, measured_unit
+
+RESIDUAL = Decision.parse("window(band:2)+residual")
+GROUPS = Decision.parse("heads(0-2:window(band:2);3:full)")
 
 
 @pytest.fixture
 def path(tmp_path):
     made_table().save(tmp_path / "errors.json")
     return tmp_path / "errors.json"
+
+
+def with_residuals(steps=8):
+    """A table whose attention has a window with its residual, and groups of the heads of both its sites."""
+    table = made_table(steps)
+    blocks, attention = table.units
+    ages = np.stack([0.1 * age * smooth_values(3, steps) for age in (1, 3)], axis=1)
+    computed = {**attention.computed, GROUPS: 0.1 * smooth_values(4, steps)}
+    attention = replace(attention, computed=computed, ages=(1, 3), residual={RESIDUAL: ages})
+    seconds = SECONDS | {f"attention {RESIDUAL}": 0.95, "attention residual(band:2)": 1.03, f"attention {GROUPS}": 0.93}
+    return replace(table, units=(blocks, attention), seconds=seconds)
 
 
 def resealed(path, change):
@@ -38,7 +53,7 @@ def resealed(path, change):
 
 
 def test_round_trip(path, tmp_path):
-    table = replace(made_table(), begins=(3, 5), machine="a machine")
+    table = replace(with_residuals(), begins=(3, 5), machine="a machine")
     table.save(path)
     again = ErrorTable.load(path)
     parts = ("model", "settings", "sites", "progress", "done", "seconds", "calls", "identity", "machine", "begins")
@@ -50,6 +65,9 @@ def test_round_trip(path, tmp_path):
         assert list(read.computed) == list(unit.computed)
         for decision, values in unit.computed.items():
             assert np.array_equal(read.computed[decision], values.astype(np.float32))
+        assert (read.ages, list(read.residual)) == (unit.ages, list(unit.residual))
+        for decision, values in unit.residual.items():
+            assert np.array_equal(read.residual[decision], values.astype(np.float32))
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["again.json", "errors.json"]
@@ -61,7 +79,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
         made_table().save(tmp_path / "file" / "errors.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"table_version": 2}', '{"units": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"table_version": 3}', '{"units": []}'])
 def test_what_is_no_table(path, text):
     path.write_text(text)
     with pytest.raises(ErrorTableError, match="restore the file, or measure again"):
@@ -80,9 +98,9 @@ def test_no_table_at_all(tmp_path):
 
 
 def test_a_table_of_another_version(path):
-    for version in (1, 3):  # tables of version 1 hold zeros where streams begin
-        path.write_text(path.read_text().replace('"table_version": 2', f'"table_version": {version}'))
-        message = f"has table version {version}, but this release reads version 2; .*measure again, into another file"
+    for version in (1, 2, 4):  # tables of version 1 hold zeros where streams begin, those of 2 have no residuals
+        path.write_text(path.read_text().replace('"table_version": 3', f'"table_version": {version}'))
+        message = f"has table version {version}, but this release reads version 3; .*measure again, into another file"
         with pytest.raises(ErrorTableError, match=message):
             ErrorTable.load(path)
         made_table().save(path)
@@ -170,6 +188,78 @@ def test_what_does_not_go_together_is_refused_under_a_digest_that_fits(path, cha
     resealed(path, change)
     with pytest.raises(ErrorTableError, match=message):
         ErrorTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda unit: unit.update(ages=[]), "residual|cannot reshape|ages"),
+        (lambda unit: unit.update(ages=[3, 1]), "ages must ascend from 1"),
+        (lambda unit: unit.update(ages=[1, 9]), "none is above its longest lag, 4"),
+        (lambda unit: unit.update(residual={}), "exactly where there is a window\\+residual"),
+        (lambda unit: unit["residual"].update({str(RESIDUAL): packed(*[1.0] * 12)}), "do not go together"),
+        (lambda unit: unit["residual"].update({str(RESIDUAL): packed(*[np.nan] * 96)}), "holds NaN or infinity"),
+        (lambda unit: unit["residual"].update({"full+cfg": packed(*[1.0] * 96)}), "no seconds|residual's age"),
+        (lambda unit: unit["computed"].update({str(RESIDUAL): packed(*[1.0] * 48)}), "no effects of its own"),
+        (
+            lambda unit: unit["computed"].update({"heads(0-1:full;2:window(band:2))": packed(*[1.0] * 48)}),
+            "unit 'attention' of the table: .*names 3 heads, but the sites have .*2, 2.*, 4 together",
+        ),
+    ],
+)
+def test_damaged_residuals_and_groups_are_refused(tmp_path, change, message):
+    path = tmp_path / "errors.json"
+    with_residuals().save(path)
+    resealed(path, lambda document: change(document["units"][1]))
+    with pytest.raises(ErrorTableError, match=message):
+        ErrorTable.load(path)
+
+
+def test_seconds_of_taking_residuals_must_be_there(tmp_path):
+    with pytest.raises(ErrorTableError, match=r"no seconds of the row 'attention residual\(band:2\)'"):
+        replace(with_residuals(), seconds=SECONDS | {f"attention {RESIDUAL}": 1.0, f"attention {GROUPS}": 1.0})
+
+
+def test_residuals_and_groups_in_the_problem():
+    unit = with_residuals().problem().units[1]
+    own, costs = unit.effects, unit.costs
+    assert own.ages(RESIDUAL) == 3
+    assert costs.computed[FULL] - costs.computed[RESIDUAL] == pytest.approx(0.05)
+    assert costs.computed[FULL] - costs.computed[GROUPS] == pytest.approx(0.07)
+    assert costs.residual == {Window("band", 2): pytest.approx(0.03)}
+    assert np.allclose(own.residual[RESIDUAL][5, 2], 2 * own.residual[RESIDUAL][5, 1]), "ages between are interpolated"
+
+
+def test_residuals_of_a_step_are_added():
+    empty = MeasuredUnit.empty("attention", [0], None, (1, 2), [WINDOW, RESIDUAL], 3, 4, ages=(1, 2))
+    assert (list(empty.computed), list(empty.residual)) == ([WINDOW], [RESIDUAL])
+    assert MeasuredUnit.empty("attention", [0], None, (1, 2), [WINDOW], 3, 4, ages=(1, 2)).ages == ()
+    found = {("attention", WINDOW): np.ones(3), ("attention", (RESIDUAL, 1)): np.full(3, 5.0)}
+    unit = empty.with_step(2, found, {})
+    assert (unit.residual[RESIDUAL][2] == [[5, 5, 5], [0, 0, 0]]).all()
+    assert not empty.residual[RESIDUAL].any(), "the unit before was changed"
+
+
+def test_plans_have_what_each_site_does():
+    """Groups that are chosen for all heads come apart site by site: the first has its window in both heads."""
+    table = attention_alone(with_residuals())
+    columns = ((FULL, GROUPS, RESIDUAL, *[REUSE] * 3, FULL, REUSE),)
+    plan = plan_of(table, outcome(table.problem(), columns))
+    first, second = (plan.sites.index(site) for site in table.sites[:2])
+    assert str(plan.decisions[1][first]) == "window(band:2)"
+    assert str(plan.decisions[1][second]) == "heads(0:window(band:2);1:full)"
+    assert plan.decisions[2][first] == plan.decisions[2][second] == RESIDUAL
+    assert plan.roles[0][first].emit_residual
+    assert 0 < plan.rows[1][second].flops_saved < plan.rows[1][first].flops_saved
+
+
+def test_few_rows_of_residuals_and_groups():
+    table = attention_alone(with_residuals(16))
+    for most in (2, 3):
+        plan = plan_from_table(table, budget=0.9, max_rows=most)
+        assert len(set(plan.decisions)) <= most
+    every = {decision.kind for row in plan.decisions for decision in row}
+    assert every <= set(Kind)
 
 
 def test_parts_that_do_not_go_together_in_python():
