@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.run import Run
 from difa_compile.calibration.search import check_finite
-from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
+from difa_compile.decision import FULL, REUSE, Decision, Window
 from difa_compile.errors import CalibrationError, LayoutError
 from difa_compile.ops.pairs import visible_pairs
 from difa_compile.passes.caches import CacheName
@@ -111,7 +111,7 @@ class _RankingRun(Run):
 def _keeping(capture: Capture, site: int, window: Window) -> Role:
     """The role of a site that keeps what its heads give, and leave out in a window; full where it can take none."""
     heads = capture.model.sites[site].info.heads
-    one = Decision.of_heads([Decision(Kind.WINDOW, window), *[FULL] * (heads - 1)])
+    one = Decision.of_heads([Decision.parse(f"window({window})"), *[FULL] * (heads - 1)])
     if capture.model.why_not(site, one) is not None:
         return FULL_ROLE
     every = tuple(range(heads))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.decision import FULL, Decision, Window
 from difa_compile.planner.effects import Array
 from difa_compile.planner.paths import Indices, Prices, between
 from difa_compile.planner.problem import Problem
@@ -53,7 +53,7 @@ class _Forms:
         self.prices = Prices(prices.cells[own], prices.form[own], prices.fill[own], prices.weight)
         self.effects, self.costs = problem.units[unit].effects, problem.units[unit].costs
         self.weight = np.where(active, problem.response**2, 0.0)
-        self.windows = tuple(dict.fromkeys(d.window for d in self.costs.computed if d.kind is Kind.WINDOW_RESIDUAL))
+        self.windows = tuple(dict.fromkeys(d.window for d in self.costs.computed if d.kind.reads == "residual"))
         self.most = max((self.effects.ages(d) for d in self.effects.residual), default=0)
         """The greatest age of a residual."""
         self.kinds = self._kinds()
@@ -63,12 +63,12 @@ class _Forms:
     def _kinds(self) -> list[_Kind]:
         forms = list(self.costs.computed)
         full = tuple(form for form in forms if form.is_full)
-        plain = tuple(form for form in forms if not form.is_full and form.kind is not Kind.WINDOW_RESIDUAL)
+        plain = tuple(form for form in forms if not form.is_full and form.kind.reads != "residual")
         kinds = [_Kind(None, full, True, tuple(map(self._own, full)))]
         if plain:
             kinds.append(_Kind(None, plain, False, tuple(map(self._own, plain))))
         for window in self.windows:
-            mine = tuple(form for form in forms if form.kind is Kind.WINDOW_RESIDUAL and form.window == window)
+            mine = tuple(form for form in forms if form.kind.reads == "residual" and form.window == window)
             kinds.append(_Kind(window, mine, False, tuple(map(self._own_by_age, mine))))
         return kinds
 
