@@ -128,7 +128,7 @@ class Planner:
         top = math.log(self.top)
         price, most = _greatest(dual, top - 60, top, _PRICES)
         if len(self.outer) == 1:
-            prices = [math.exp(each) for each in (top - 60, price - 2, price - 0.5, price, price + 0.5, price + 2, top)]
+            prices = [math.exp(each) for each in (top - 60, price - 1, price, price + 1, top)]
             counts = [self._loosest(each, counts=True).price[:, 0] - each * total for each in prices]
             most = max(most, float(np.max(counts, axis=0).min()))
         return max(0.0, most)

@@ -159,7 +159,7 @@ def cost_of_rows(few: FewRows, limited: Outcome, free: Outcome) -> str:
     text += (
         f"; if errors of different steps did not cancel, that limit would cost {price.low:.1f} to {price.high:.1f} dB"
     )
-    if price.gap is not None:
+    if price.gap is not None and price.gap < price.high:
         text += f", and no plan of as few rows would be more than {price.gap:.1f} dB better than the best found"
     return text
 

@@ -1,13 +1,13 @@
 """At most K distinct rows: engines are built one by one, and each distinct row of a plan is one.
 
-Three ways, the best one counts. *Kinds*: where one unit stands by itself, or around one other (all blocks of a network,
-and its attention), a row is one decision of either, so that K rows are K kinds of decisions. All choices of kinds are
-weighed by what paths over the steps make of them at one price of time, and the most promising are planned in full.
-*Merging*, for units with paths of their own: as long as a plan has too many rows, the pair whose merging changes least
-is merged; the price of letting a step follow another's row is estimated cell by cell and the most promising pairs are
-worked out in full; then every step tries all rows that are left. *Tying*: all units share one path, and that is the
-first case. What the limit costs at most, and how far the choice is from the best of so few rows at most, say the bounds
-of :meth:`difa_compile.planner.choice.Planner.bound`: :func:`price_of_rows`.
+*Kinds*: where one unit stands by itself, or around one other (all blocks of a network, and its attention), a row is one
+decision of either, so that K rows are K kinds of decisions. All choices of kinds are weighed by what paths over the
+steps make of them at one price of time, and the most promising are planned in full. Else two ways, the better one
+counts. *Merging*: as long as a plan has too many rows, the pair whose merging changes least is merged; the price of
+letting a step follow another's row is estimated cell by cell and the most promising pairs are worked out in full; then
+every step tries all rows that are left. *Tying*: all units share one path, and that is the first case. What the limit
+costs at most, and how far the choice is from the best of so few rows at most, say the bounds of
+:meth:`difa_compile.planner.choice.Planner.bound`: :func:`price_of_rows`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class FewRows:
         check_most(most)
         self.planner, self.most = planner, most
         self._held: dict[Allowed, Planner] = {}
+        self._plain: list[Outcome] = []
 
     def choose(self, budget: float, free: Outcome | None = None, *, polish: bool = True) -> Outcome:
         """The choice for a budget. ``free``: what the planner chooses for it, if that is known. ``polish``: as in
@@ -80,7 +81,8 @@ class FewRows:
                 "budget of 1"
             )
         found = self._of_kinds(budget, polish)
-        found += [each for each in (self._merged(budget), self._tied(budget, polish)) if each is not None]
+        if not found:
+            found = [each for each in (self._merged(budget), self._tied(budget, polish)) if each is not None]
         if not found:
             raise RowLimitError(
                 f"no plan of at most {self.most} distinct rows was found for a budget of {budget:.4g}; allow more"
@@ -88,9 +90,9 @@ class FewRows:
         return min(found, key=lambda each: each.error)
 
     def unpolished(self, budget: float) -> list[Outcome]:
-        """What paths make of the most promising kinds of rows, as far as it keeps to the budget: unlike the choice they
-        make the plain sum of errors small (:func:`~difa_compile.planner.problem.additive_error`)."""
-        return self._of_kinds(budget, polish=False)
+        """What paths have made of kinds of rows so far, within a budget: unlike the choice they make the plain sum of
+        errors small (:func:`~difa_compile.planner.problem.additive_error`)."""
+        return [each for each in self._plain if each.share <= budget]
 
     def bound(self, budget: float) -> float:
         """What :meth:`~difa_compile.planner.choice.Planner.bound` says of plans of so few rows: the least bound of all
@@ -171,16 +173,20 @@ class FewRows:
         return self._held[allowed]
 
     def _of_kinds(self, budget: float, polish: bool) -> list[Outcome]:
-        """The plans of the most promising choices of kinds."""
-        found = []
+        """The best plan of the most promising choices of kinds, if there is one."""
         weighed = [allowed for _, allowed in self._weighed(budget)][:_PLANNED]
+        found: list[tuple[Outcome, Planner]] = []
         for allowed in weighed or (self._left_over(budget) if self._parts else []):
             planner = self._planner(allowed)
-            if planner.least.share <= budget:
-                each = planner.choose(budget, polish=polish)
-                if distinct(each.columns) <= self.most and each.share <= budget * (1 + 1e-9):
-                    found.append(each)
-        return found
+            each = planner.choose(budget, polish=False)
+            if distinct(each.columns) <= self.most and each.share <= budget * (1 + 1e-9):
+                found.append((each, planner))
+        self._plain += [each for each, _ in found]
+        if not found:
+            return []
+        best, planner = min(found, key=lambda each: each[0].error)
+        polished = planner.choose(budget) if polish else best
+        return [polished if distinct(polished.columns) <= self.most else best]
 
     # Several units with paths of their own.
 
