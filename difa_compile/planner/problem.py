@@ -310,7 +310,10 @@ def outcome(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Outcome:
     """What ``columns[unit][step]`` are predicted to cost and to do."""
     found = accounts(problem, columns)
     error = total_error(found.effects.sum(0), problem.response, problem.coherence)
-    return Outcome(tuple(map(tuple, columns)), found.cost / problem.full_cost, error)
+    share = found.cost / problem.full_cost
+    if math.isclose(share, 1.0, rel_tol=1e-12):  # the same sum, rounded in another order
+        share = 1.0
+    return Outcome(tuple(map(tuple, columns)), share, error)
 
 
 def _check_costs(index: int, unit: Unit) -> None:
