@@ -194,17 +194,12 @@ def described(case: Case) -> Row:
 def measure(
     cases: Sequence[Case], beside: Sequence[Case], group: int, args: argparse.Namespace, quality: Quality | None
 ) -> list[Row]:
-    """Rows of one group. Nothing compiled outlives it: guards of a hundred pipelines would slow every call.
-
-    Plain inductor and ours are captured before the others: where Dynamo gives up on code that another tool has hooked,
-    it gives up on the same code of every later pipeline.
-    """
+    """Rows of one group. Nothing compiled outlives it: guards of a hundred pipelines would slow every call."""
     torch._dynamo.reset()
     rows: list[Row] = []
-    plain = _demo.load("demo")
+    plain = peers.with_own_code(_demo.load("demo"))
     plain.transformer.compile(dynamic=False)
     labels = _demo.labels_of(args.batch)
-    _demo.sample(plain, labels, args.steps)
     ready = loaded([*beside, *cases], args, rows)
     pipes = {INDUCTOR: plain, **{name: pipe for name, (_, pipe) in ready.items()}}
     timings = interleave({name: partial(_demo.sample, pipe, labels, args.steps) for name, pipe in pipes.items()},
