@@ -55,11 +55,10 @@ def with_own_code(pipe: Any) -> Any:
     """
     base = type(pipe.transformer)
     forward = base.forward
-    own = FunctionType(
-        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    own = update_wrapper(own, forward)
+    code = forward.__code__.replace()
+    own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
+    update_wrapper(own, forward)
     pipe.transformer.__class__ = type(base.__name__, (base,), {"forward": own, "__module__": base.__module__})
     return pipe
 
@@ -279,7 +278,7 @@ def uniform_cases() -> Iterator[Case]:
 
     ``last``: the last step is computed too.
     """
-    for order, intervals in ((0, (2, 3, 4, 6)), (1, (2, 3, 4, 5, 6, 8, 10)), (2, (2, 3, 4, 5, 6))):
+    for order, intervals in ((0, (2, 3, 4, 5, 6)), (1, (2, 3, 4, 5, 6, 8, 10)), (2, (2, 3, 4, 5, 6))):
         for every in intervals:
             yield _uniform(every, order)
     for every in (3, 4, 5, 6, 8, 10):

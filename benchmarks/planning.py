@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ SEEDS = (1234, 1235)
 HELD_OUT = (2,)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--make", action="store_true", help="make the plans first")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=ROOT / "runs" / "planning", help="folder of what --make keeps")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that a generation and a choice are timed")
     parser.add_argument("--output", default=RESULTS, type=type(RESULTS), help="folder of the result file")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def inputs() -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Planner:
         found += [
             each + price * costs.read * (reader.order + 1) for each, reader in zip(least, readers.readers, strict=True)
         ]
-        return np.min(found, axis=0)
+        return np.asarray(np.min(found, axis=0))
 
     @cached_property
     def _any_reader(self) -> Readers:
