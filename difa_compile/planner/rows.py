@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import BudgetError, ErrorTableError, RowLimitError
 from difa_compile.planner.choice import Planner
 from difa_compile.planner.effects import tied
@@ -132,7 +132,7 @@ class FewRows:
     def _allowing(self, chosen: Sequence[tuple[int, Decision]]) -> Allowed | None:
         """What units may take where only these kinds of rows are there; None if no step could be the first."""
         parts = [frozenset(kind for place, kind in chosen if place == part) for part in range(len(self._parts))]
-        if all(kind.kind.reads == "output" or kind.kind is Kind.WINDOW_RESIDUAL for kind in parts[-1]):
+        if all(kind.reads_caches for kind in parts[-1]):
             return None
         return (parts[0],) if len(parts) == 1 else (parts[0] | {FULL}, parts[1])
 
