@@ -48,7 +48,8 @@ class Gain:
 
     def cells(self, rows: Rows) -> dict[str, Any]:
         """What the columns ``GAINED`` show."""
-        against, planned = (first(rows, wanted) for wanted in (self.against, self.planned))
+        planned = first(rows, self.planned)
+        against = first(rows, self.against | ({"group": planned["group"]} if "group" in planned else {}))
         return {
             "runs": self.runs,
             "compared_with": self.compared_with,
@@ -71,6 +72,87 @@ class Gains:
         return tuple(dict.fromkeys(gain.result for gain in self.rows))
 
 
+@dataclass(frozen=True)
+class Aims:
+    """What was aimed at, what is reached and by how much it is missed, all read from results.
+
+    ``optional``: results that some aims are read from, and are told to be missing where they are.
+    """
+
+    results: tuple[str, ...] = ("planner", "planner_budgets", "demo_end_to_end")
+    optional: tuple[str, ...] = ("planning",)
+
+    def rows(self, found: dict[str, Rows]) -> Rows:
+        """What the columns ``AIMED`` show."""
+        budgets = found["planner_budgets"]
+        return [
+            *(over_the_best(budgets, budget) for budget in dict.fromkeys(row["budget"] for row in budgets)),
+            *(
+                aimed_at(budgets, budget, "psnr_db", wanted)
+                for budget, wanted in ((0.2, 33.0), (0.3, 42.0), (0.5, 55.0))
+            ),
+            aimed_at(budgets, 0.2, "judged_right", 0.98),
+            attention_alone(found["planner"], found["demo_end_to_end"]),
+            *(at_most(found.get("planning", []), *aim) for aim in LONGEST),
+        ]
+
+
+LONGEST = (
+    ("measuring, generations", "measure", "generations", 5.0),
+    ("measuring with nothing compiled yet, generations", "measure, cold", "generations", 5.0),
+    ("planning, s", "plan, budget 0.3", "seconds", 10.0),
+)
+"""Aim, case of ``planning``, key, and what it takes at most."""
+
+
+def over_the_best(rows: Rows, budget: float) -> dict[str, Any]:
+    """By how much ours are over the best of the others within a budget: in its own rounds, where they were timed in
+    them, or else by what both have within the budget."""
+    aim: dict[str, Any] = {"aim": f"dB over the best other tool within {budget:g} of the time", "wanted": 3.0}
+    here = [row for row in rows if row["budget"] == budget and row.get("psnr_db") is not None]
+    ours = [row["psnr_db"] for row in here if row["tool"] == "difa"]
+    others = [row for row in here if not row["tool"].startswith("difa")]
+    if not ours or not others:
+        return aim | {"note": "none of ours is as quick" if not ours else "no other tool is as quick"}
+    best = max(others, key=lambda row: row["psnr_db"])
+    gain = best.get("ours_over_it_db")
+    return judged(aim | {"note": best["case"]}, max(ours) - best["psnr_db"] if gain is None else gain)
+
+
+def aimed_at(rows: Rows, budget: float, key: str, wanted: float) -> dict[str, Any]:
+    name = {"psnr_db": "PSNR in dB", "judged_right": "judged right"}[key]
+    aim: dict[str, Any] = {"aim": f"{name} within {budget:g} of the time", "wanted": wanted}
+    ours = [row for row in rows if (row["budget"], row.get("tool")) == (budget, "difa") and row.get(key) is not None]
+    if not ours:
+        return aim | {"note": "none of ours is as quick"}
+    return judged(aim | {"note": ours[0]["case"]}, ours[0][key])
+
+
+def attention_alone(planner: Rows, thresholds: Rows) -> dict[str, Any]:
+    """The least share of the attention's operations at 33 dB, of plans in which every block is computed."""
+    aim: dict[str, Any] = {"aim": "attention alone: its operations at 33 dB", "wanted": 0.15}
+    found = [row for row in planner if row.get("tool", "").startswith("difa, ")] + thresholds
+    kept = [row for row in found if (row.get("psnr_db") or 0) >= 33 and row.get("attention_flops_share") is not None]
+    if not kept:
+        return aim | {"note": "no such plan comes to 33 dB"}
+    least = min(kept, key=lambda row: row["attention_flops_share"])
+    return judged(aim | {"note": least["case"]}, least["attention_flops_share"], most=True)
+
+
+def at_most(rows: Rows, name: str, case: str, key: str, wanted: float) -> dict[str, Any]:
+    aim: dict[str, Any] = {"aim": name, "wanted": wanted}
+    row = next((row for row in rows if row["case"] == case), None)
+    return (
+        judged(aim, row[key], most=True) if row else aim | {"note": "not measured yet: `python -m benchmarks.planning`"}
+    )
+
+
+def judged(aim: dict[str, Any], reached: float, most: bool = False) -> dict[str, Any]:
+    """An aim with what is reached; ``most``: where less is better. Both are compared as they are shown."""
+    off = round(reached - aim["wanted"] if most else aim["wanted"] - reached, 4)
+    return aim | {"reached": reached, "missed": off if off > 0 else None}
+
+
 def first(rows: Rows, wanted: dict[str, Any]) -> dict[str, Any]:
     """The first row with these values. Raises ``ValueError`` naming them if there is none."""
     found = next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
@@ -79,7 +161,7 @@ def first(rows: Rows, wanted: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-Table = tuple[Column, ...] | Gains
+Table = tuple[Column, ...] | Gains | Aims
 CASE = Column("case", "case")
 SECONDS = Column("seconds", "s", ".2f")
 TO_INDUCTOR = Column("ratio_to_inductor", "× inductor", ".3f")
@@ -138,6 +220,10 @@ RECIPE = (
     Column("frechet_to_full", "Fréchet to full", ".2f"),
     Column("judged_right", "judged right", ".1%"),
 )
+BESIDE = (
+    Column("ours_at_equal_time_db", "ours at equal time (dB)", ".1f"),
+    Column("ours_over_it_db", "ours over it (dB)", "+.1f"),
+)
 PUBLISHED = (
     CASE,
     Column("batch", "images"),
@@ -159,6 +245,13 @@ GAINED = (
     Column("times_faster", "× faster", ".2f"),
     Column("psnr_db", "PSNR (dB)", ".1f"),
     Column("judged_right", "judged right", ".0%"),
+)
+AIMED = (
+    Column("aim", "aim"),
+    Column("wanted", "wanted", ".4g"),
+    Column("reached", "reached", ".3g"),
+    Column("missed", "missed by", ".2g"),
+    Column("note", "by, or against"),
 )
 PLAIN = "`torch.compile`"
 
@@ -234,9 +327,24 @@ DETAILS: dict[str, Table] = {
         Column("budget", "at most × inductor", ".1f"),
         Column("tool", "tool"),
         *RECIPE,
+        *BESIDE,
+    ),
+    "aims": Aims(),
+    "planning": (
+        CASE,
+        Column("seconds", "s", ".3g"),
+        Column("generations", "generations", ".1f"),
+        Column("cpu_seconds", "of the processors, s", ".3g"),
+        Column("repeats", "repeats"),
     ),
     "planner": (
         *RECIPE,
+        Column("group", "group"),
+        *BESIDE,
+        Column("repeats", "repeats"),
+        Column("images", "images"),
+        Column("attention_flops_share", "attention FLOPs", ".1%"),
+        Column("distinct_rows", "distinct rows"),
         Column("psnr_mean_db", "mean PSNR (dB)", ".1f"),
         Column("judge_agrees_with_full", "judge agrees", ".1%"),
         Column("seconds_min", "min s", ".2f"),
@@ -381,10 +489,15 @@ def rendered(columns: tuple[Column, ...], result: dict[str, Any]) -> str:
 def gained(gains: Gains, results: dict[str, dict[str, Any]]) -> str:
     """One row for each gain, and a line that says which results they are from and where those were measured."""
     table = lines(GAINED, [gain.cells(results[gain.result]["rows"]) for gain in gains.rows])
-    places: dict[str, list[str]] = {}
+    return f"{table}\n\n{places(results)}\n"
+
+
+def places(results: dict[str, dict[str, Any]]) -> str:
+    """Lines that say which results figures are from and where those were measured."""
+    found: dict[str, list[str]] = {}
     for name, result in results.items():
-        places.setdefault(where(result), []).append(f"`{name}`")
-    return f"{table}\n\n" + "\n".join(f"From {', '.join(names)}: {place}" for place, names in places.items()) + "\n"
+        found.setdefault(where(result), []).append(f"`{name}`")
+    return "\n".join(f"From {', '.join(names)}: {place}" for place, names in found.items())
 
 
 def filled(document: str, tables: dict[str, Table], results: Path = RESULTS) -> str:
@@ -392,12 +505,17 @@ def filled(document: str, tables: dict[str, Table], results: Path = RESULTS) -> 
 
     def section(match: re.Match[str]) -> str:
         table = tables[match[2]]
-        names = table.results if isinstance(table, Gains) else (match[2],)
+        names = (match[2],) if isinstance(table, tuple) else table.results
         missing = [name for name in names if not (results / f"{name}.json").exists()]
         if missing:
             scripts = dict.fromkeys(name.removesuffix("_budgets") for name in missing)  # one script may write two
             return match[1] + "".join(f"*Not measured yet: `python -m benchmarks.{n}`.*\n" for n in scripts) + match[4]
         found = {name: json.loads((results / f"{name}.json").read_text()) for name in names}
+        if isinstance(table, Aims):
+            optional = [name for name in table.optional if (results / f"{name}.json").exists()]
+            found |= {name: json.loads((results / f"{name}.json").read_text()) for name in optional}
+            aims = table.rows({name: result["rows"] for name, result in found.items()})
+            return f"{match[1]}{lines(AIMED, aims)}\n\n{places(found)}\n{match[4]}"
         text = gained(table, found) if isinstance(table, Gains) else rendered(table, found[match[2]])
         return match[1] + text + match[4]
 

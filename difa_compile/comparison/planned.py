@@ -38,6 +38,7 @@ from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
 from difa_compile.planner.problem import Outcome, refitted
+from difa_compile.planner.rows import FewRows
 from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Way, Ways
 
@@ -335,9 +336,9 @@ class _Search:
                     outcome, psnr, moved = each, found, True
                     break
         if outcome.columns != kept.outcome.columns:
-            planner = self.ways.planner(self.ways.own)
-            few = self.limit.max_rows is not None
-            self._try(outcome, cost_of_rows(planner, outcome, planner.choose(budget)) if few else "")
+            planner, most = self.ways.planner(self.ways.own), self.limit.max_rows
+            note = "" if most is None else cost_of_rows(FewRows(planner, most), outcome, planner.choose(budget))
+            self._try(outcome, note)
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1

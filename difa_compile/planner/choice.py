@@ -9,10 +9,12 @@ and from even spacing, as long as that lowers the error with its coherence, whic
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -65,6 +67,22 @@ class Planner:
         self.readers = {"outer": Readers(problem, self.outer)}
         if self.inner:
             self.readers["inner"] = Readers(problem, self.inner)
+        self._all_readers: Readers | None = None
+        """Those of the planner that this one is a stricter form of, reuse wherever it is better."""
+        self._set_up()
+
+    def held_to(self, allowed: tuple[frozenset[Decision], ...]) -> Planner:
+        """The planner of the same problem with nothing else allowed; what readers do is not worked out again."""
+        held = copy.copy(self)
+        held.__dict__.pop("_any_reader", None)
+        held.problem = replace(self.problem, allowed=allowed)
+        held.readers = {level: readers.held_to(held.problem) for level, readers in self.readers.items()}
+        held._all_readers = self._any_reader
+        held._set_up()
+        return held
+
+    def _set_up(self) -> None:
+        problem = self.problem
         self.kernel = kernel(problem.steps, problem.coherence)
         self.weight = problem.response**2
         largest = max(float((unit.effects.drift**2).sum(2).max()) for unit in problem.units) * float(self.weight.max())
@@ -124,27 +142,71 @@ class Planner:
 
             max over price p >= 0 of min over paths (error + p cost) - p budget
 
-        0 where units are inside others or have more than full among their computed decisions: there paths are no bound.
-        Takes some twenty paths.
+        Where there is one unit, that for each number of computed steps, and the least of these, which is closer. What
+        units inside others do is taken to be the best that they could do at each step by itself. 0 where units in no
+        other have more than full among their computed decisions: there paths are no bound. Takes some twenty paths.
         """
         self._check(budget)
         problem = self.problem
-        if self.inner or any(len(unit.costs.computed) > 1 for unit in problem.units):
+        if any(problem.computed(unit) != (FULL,) for unit in self.outer):
             return 0.0
         total = budget * problem.full_cost - problem.base * problem.steps
-        everywhere = np.ones((len(self.outer), problem.steps), dtype=bool)
 
-        def dual(price: float) -> float:
-            nodes, carry = self._nodes(self.outer, price)
-            found = best_paths(self._any_reader.priced(price), nodes, everywhere, carry)
-            return float(found.price.sum()) - price * total
+        def dual(logarithm: float) -> float:
+            price = math.exp(logarithm)
+            return float(self._loosest(price).price.sum()) - price * total
 
         top = math.log(self.top)
-        return max(0.0, _greatest(lambda logarithm: dual(math.exp(logarithm)), top - 60, top, _PRICES))
+        price, most = _greatest(dual, top - 60, top, _PRICES)
+        if len(self.outer) == 1:
+            prices = [math.exp(each) for each in (top - 60, price - 1, price, price + 1, top)]
+            counts = [self._loosest(each, counts=True).price[:, 0] - each * total for each in prices]
+            most = max(most, float(np.max(counts, axis=0).min()))
+        return max(0.0, most)
+
+    def price(self, budget: float) -> float:
+        """The price of cost at which paths keep to a budget."""
+        return self._bisected(budget, math.inf)[0]
+
+    def loosely(self, budget: float, price: float) -> float:
+        """What :meth:`bound` comes to at one price, whichever it is: a bound as well where that is one, and quick."""
+        total = budget * self.problem.full_cost - self.problem.base * self.problem.steps
+        return float(self._loosest(price).price.sum()) - price * total
+
+    def _loosest(self, price: float, counts: bool = False) -> Paths:
+        """Paths of the units in no other that cost no more than any plan's do at this price of cost."""
+        nodes, carry = self._nodes(self.outer, price)
+        for place, unit in enumerate(self.outer):
+            for child in self.problem.children(unit):
+                nodes[place] += self._at_best(child, price)
+        everywhere = np.ones_like(nodes, dtype=bool)
+        return best_paths(self._any_reader.priced(price), nodes, everywhere, carry, counts)
+
+    def _at_best(self, unit: int, price: float) -> Array:
+        """(T,): what a unit inside another costs at least at each step, at this price of cost."""
+        problem, costs = self.problem, self.problem.units[unit].costs
+        nodes, _ = self._nodes([unit], price)
+        found = [nodes[0]]
+        for form, residual in problem.units[unit].effects.residual.items():
+            if form in problem.computed(unit):
+                power = (residual**2).sum(2)
+                steps, lags = np.arange(problem.steps)[:, None], np.arange(residual.shape[1])[None]
+                power = np.where((lags > 0) & (lags <= steps), power, np.inf).min(1)
+                found.append(power * self.weight + price * costs.computed[form])
+        readers = self.readers["inner"]
+        least = readers.least(self.inner.index(unit))
+        if problem.computed(unit) != (FULL,):  # what a source has lost may make up for what reading it loses
+            least = np.where(np.isfinite(least), 0.0, np.inf)
+        found += [
+            each + price * costs.read * (reader.order + 1) for each, reader in zip(least, readers.readers, strict=True)
+        ]
+        return np.asarray(np.min(found, axis=0))
 
     @cached_property
     def _any_reader(self) -> Readers:
         """The readers of the units that are in no other, reuse wherever it is better."""
+        if self._all_readers is not None:
+            return self._all_readers.held_to(self.problem)
         problem = self.problem
         if REUSE in problem.readers:
             return self.readers["outer"]
@@ -271,7 +333,7 @@ class Planner:
         nodes, carry = [], []
         for index in units:
             unit = self.problem.units[index]
-            forms = [form for form in unit.costs.computed if form.kind is not Kind.WINDOW_RESIDUAL]
+            forms = [form for form in self.problem.computed(index) if form.kind is not Kind.WINDOW_RESIDUAL]
             power = np.stack([self._own(index, form) for form in forms])
             cost = np.array([unit.costs.computed[form] for form in forms])
             prices = price * cost[:, None] + power * self.weight
@@ -403,8 +465,9 @@ class Planner:
         for unit in free:
             computed = np.zeros(problem.steps, dtype=bool)
             computed[np.linspace(0, problem.steps - 1, columns[unit].count(FULL)).round().astype(int)] = True
-            for begin in problem.begins:  # the nearest computed step that is not needed where it is goes there
-                others = [step for step in np.flatnonzero(computed).tolist() if step and step not in problem.begins]
+            needed = self._needed(unit)
+            for begin in needed:  # the nearest computed step that is not needed where it is goes there
+                others = [step for step in np.flatnonzero(computed).tolist() if step not in needed]
                 if others and not computed[begin]:
                     computed[min((abs(step - begin), step) for step in others)[1]] = False
                     computed[begin] = True
@@ -416,12 +479,43 @@ class Planner:
         """Whether a unit of no other can be computed at these steps (T,) alone: what lies between was measured, and
         every stream begins with a computed step."""
         near = _widest(computed) <= self.problem.units[unit].effects.lags
-        return near and all(computed[begin] for begin in self.problem.begins)
+        if not near or not all(computed[step] for step in self._needed(unit)):
+            return False
+        return self.problem.allows(unit, REUSE) or self._can_forecast(unit, computed)
+
+    def _can_forecast(self, unit: int, computed: Indices) -> bool:
+        """Whether every step between can take something else than reuse, which reads the least."""
+        readers = self.readers["outer"]
+        errors = readers.errors[:, self.outer.index(unit)]
+        done: list[int] = []
+        for step, on in enumerate(computed.tolist()):
+            if on:
+                done = [*done[-2:], step]
+                continue
+            lags = [later - earlier for earlier, later in pairwise(done)][::-1]
+            before, further = (*lags, 0, 0)[:2]
+            if max(lags, default=0) > readers.lags or step - done[-1] > readers.lags:
+                return False
+            if not np.isfinite(
+                errors[:, done[-1], step - done[-1], before, further if readers.shape[3] > 1 else 0]
+            ).any():
+                return False
+        return True
+
+    def _needed(self, unit: int) -> list[int]:
+        """The steps that a unit must be computed at, whatever the plan: as many at the begin of a stream as the least
+        reader reads."""
+        orders = [reader.order for reader in self.readers["outer"].readers if self.problem.allows(unit, reader)]
+        return sorted({
+            step
+            for begin in (0, *self.problem.begins)
+            for step in range(begin, min(self.problem.steps, begin + 1 + min(orders, default=0)))
+            if self.problem.streams[step] == self.problem.streams[begin]
+        })  # fmt: skip
 
     def _free(self) -> list[int]:
         """The units whose computed steps may be moved: none inside or around, computed in full or not."""
-        units = self.problem.units
-        return [u for u in self.outer if not self.problem.children(u) and len(units[u].costs.computed) == 1]
+        return [u for u in self.outer if not self.problem.children(u) and self.problem.computed(u) == (FULL,)]
 
     def _polished(self, start: Outcome, price: float, budget: float) -> Outcome:
         """Computed steps moved while that lowers the error; by up to three steps where there are many units."""
@@ -522,9 +616,9 @@ def _widest(computed: Indices) -> int:
     return int(np.diff(np.append(np.flatnonzero(computed), len(computed))).max())
 
 
-def _greatest(value: Callable[[float], float], low: float, high: float, most: int) -> float:
-    """The greatest ``value`` found between ``low`` and ``high`` in ``most`` tries, by the golden section; that of a
-    function that rises, then falls."""
+def _greatest(value: Callable[[float], float], low: float, high: float, most: int) -> tuple[float, float]:
+    """Where between ``low`` and ``high`` the greatest ``value`` was found in ``most`` tries, by the golden section, and
+    that; of a function that rises, then falls."""
     section = (math.sqrt(5) - 1) / 2
     left, right = high - section * (high - low), low + section * (high - low)
     at_left, at_right = value(left), value(right)
@@ -537,7 +631,7 @@ def _greatest(value: Callable[[float], float], low: float, high: float, most: in
             high, right, at_right = right, left, at_left
             left = high - section * (high - low)
             at_left = value(left)
-    return max(at_left, at_right)
+    return (left, at_left) if at_left >= at_right else (right, at_right)
 
 
 def knapsack(costs: Array, errors: Array, total: float) -> list[int]:

@@ -12,8 +12,8 @@ from difa_compile.plan.cost import flops_saved
 from difa_compile.plan.data import Cell, Promise
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.choice import Planner
-from difa_compile.planner.problem import Outcome, Problem, additive_error, psnr
-from difa_compile.planner.rows import FewRows, check_most, distinct
+from difa_compile.planner.problem import Outcome, Problem, psnr
+from difa_compile.planner.rows import FewRows, check_most, distinct, price_of_rows
 from difa_compile.planner.table import ErrorTable
 from difa_compile.wording import quoted
 
@@ -108,14 +108,16 @@ def chosen(problem: Problem, limit: Limit) -> tuple[Outcome, str]:
         free = planner.choose(limit.budget)
         if limit.max_rows is None:
             return free, ""
-        limited = FewRows(planner, limit.max_rows).choose(limit.budget, free)
-        return limited, cost_of_rows(planner, limited, free)
+        few = FewRows(planner, limit.max_rows)
+        limited = few.choose(limit.budget, free)
+        return limited, cost_of_rows(few, limited, free)
     assert limit.mean_squared is not None
     free = planner.choose_error(limit.mean_squared)
     if limit.max_rows is None or distinct(free.columns) <= limit.max_rows:
         return free, ""
-    limited = _few_rows_for(FewRows(planner, limit.max_rows), limit.mean_squared, free.share)
-    return limited, cost_of_rows(planner, limited, free)
+    few = FewRows(planner, limit.max_rows)
+    limited = _few_rows_for(few, limit.mean_squared, free.share)
+    return limited, cost_of_rows(few, limited, free)
 
 
 def _few_rows_for(few: FewRows, error: float, share: float) -> Outcome:
@@ -139,11 +141,11 @@ def _few_rows_for(few: FewRows, error: float, share: float) -> Outcome:
     return best
 
 
-def cost_of_rows(planner: Planner, limited: Outcome, free: Outcome) -> str:
+def cost_of_rows(few: FewRows, limited: Outcome, free: Outcome) -> str:
     """What a limit on distinct rows costs, in words; empty where it costs nothing.
 
-    Said is what the planner chooses without it, and, where there is a bound on the plain sum of errors
-    (:meth:`~difa_compile.planner.choice.Planner.bound`), what the limit costs of that sum at most.
+    Said is what the planner chooses without it, what the limit costs of the plain sum of errors, at least and at most,
+    and how far the choice is at most from the best of as few rows (:func:`difa_compile.planner.rows.price_of_rows`).
     """
     if limited.columns == free.columns:
         return ""
@@ -151,11 +153,14 @@ def cost_of_rows(planner: Planner, limited: Outcome, free: Outcome) -> str:
         f"any number of rows would give {in_decibels(free.psnr)} at {free.share:.2f} of the time, where these give "
         f"{in_decibels(limited.psnr)} at {limited.share:.2f}"
     )
-    error = additive_error(planner.problem, limited.columns)
-    bound = planner.bound(min(1.0, max(limited.share, free.share))) if error > 0 else 0.0
-    if bound > 0:
-        most = max(0.0, 10 * math.log10(error / bound))
-        text += f"; if errors of different steps did not cancel, that limit would cost at most {most:.1f} dB"
+    price = price_of_rows(few, limited, free)
+    if price.high is None:
+        return text
+    text += (
+        f"; if errors of different steps did not cancel, that limit would cost {price.low:.1f} to {price.high:.1f} dB"
+    )
+    if price.gap is not None and price.gap < price.high:
+        text += f", and no plan of as few rows would be more than {price.gap:.1f} dB better than the best found"
     return text
 
 

@@ -10,6 +10,7 @@ error depends on the state alone, so that the cheapest path is found step by ste
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +57,27 @@ class Readers:
         weights = [_weights(problem, reader, self.shape) for reader in self.readers]
         for index, unit in enumerate(self.units):
             for reader, table in enumerate(weights):
-                self._fill(self.errors[reader, index], problem.units[unit].effects, *table)
+                if problem.allows(unit, self.readers[reader]):
+                    self._fill(self.errors[reader, index], problem.units[unit].effects, *table)
         costs = [problem.units[unit].costs for unit in self.units]
         self.read = np.array([cost.read for cost in costs])
         self.fill = np.array([cost.fill for cost in costs])
+
+    def held_to(self, problem: Problem) -> Readers:
+        """The same of a problem that differs in what is allowed alone, less than here."""
+        held = copy.copy(self)
+        held.problem = problem
+        allowed = [[problem.allows(unit, reader) for unit in self.units] for reader in self.readers]
+        held.errors = np.where(np.array(allowed)[:, :, None, None, None, None], self.errors, np.inf)
+        return held
+
+    def least(self, place: int) -> Array:
+        """(readers, T): the least error of each reader at each step, of the unit at ``place``, whatever it reads."""
+        found = np.full((len(self.readers), self.problem.steps), np.inf)
+        errors = self.errors[:, place].min((3, 4))
+        for lag in range(1, self.lags + 1):
+            found[:, lag:] = np.minimum(found[:, lag:], errors[:, : self.problem.steps - lag, lag])
+        return found
 
     def _fill(self, errors: Array, effects: Effects, places: Indices, weights: Array) -> None:
         """Errors at ``places`` (n, 4), rows of (s, i, a, b), for ``weights`` (n, order + 1) over the newest sources."""
@@ -238,8 +256,9 @@ def forms_of(problem: Problem, unit: int, computed: Indices, active: Indices, co
     """
     own, costs = problem.units[unit].effects, problem.units[unit].costs
     steps = np.flatnonzero(computed)
-    if len(costs.computed) == 1:
-        return [FULL] * len(steps)
+    choice = problem.computed(unit)
+    if len(choice) == 1:
+        return [*choice] * len(steps)
     weight = problem.response**2
     reach = np.append(steps[1:], problem.steps)
     charge = [float(weight[s:n][active[s:n]].sum()) for s, n in zip(steps, reach, strict=True)]
@@ -247,9 +266,9 @@ def forms_of(problem: Problem, unit: int, computed: Indices, active: Indices, co
     for step, share in zip(steps.tolist(), charge, strict=True):
         after: dict[tuple[int, Decision | None], tuple[float, tuple[Decision, ...]]] = {}
         for (full, kept), (price, forms) in states.items():
-            for form, cost in costs.computed.items():
+            for form in choice:
                 state = (full, kept)
-                total = price + cost_price * cost
+                total = price + cost_price * costs.computed[form]
                 if form.kind is Kind.WINDOW_RESIDUAL:
                     window = Decision(form.kind, form.window)
                     if full < 0 or step - full > own.ages(form) or kept not in (None, window):

@@ -63,6 +63,8 @@ class Problem:
     where a forecast has too few outputs. ``coherence`` as in :func:`difa_compile.planner.effects.total_error`.
     ``begins``: the steps, ascending, at which what was kept before is gone (another model takes over, or a call of
     guidance begins), so that all units are computed there and nothing reads across.
+    ``allowed``: for each unit the only decisions that may be chosen; None: all. Where a unit is covered by the one
+    around it, it is FULL all the same.
     """
 
     progress: tuple[float, ...]
@@ -72,6 +74,7 @@ class Problem:
     readers: tuple[Decision, ...] = (FORECAST,)
     coherence: float = COHERENCE
     begins: tuple[int, ...] = ()
+    allowed: tuple[frozenset[Decision], ...] | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.progress)
@@ -104,9 +107,26 @@ class Problem:
             raise ErrorTableError(f"the cost of a step outside of all sites is {self.base}; it must not be negative")
         if not self.full_cost > 0:
             raise ErrorTableError("a full run costs nothing, so there is no share of it")
+        if self.allowed is not None:
+            self._check_allowed(self.allowed)
         taken = [site for unit in self.units for site in unit.sites]
         if len(set(taken)) != len(taken) or any(site < 0 for site in taken):
             raise ErrorTableError("a site belongs to two units of the table of errors")
+
+    def _check_allowed(self, allowed: Sequence[frozenset[Decision]]) -> None:
+        if len(allowed) != len(self.units):
+            raise ErrorTableError(f"decisions are allowed for {len(allowed)} units, and there are {len(self.units)}")
+        for index in range(len(self.units)):
+            if not any(each.kind is not Kind.WINDOW_RESIDUAL for each in self.computed(index)):
+                raise ErrorTableError(f"unit {index} is allowed nothing that needs no earlier step, so it cannot begin")
+
+    def allows(self, unit: int, decision: Decision) -> bool:
+        """Whether a unit may take a decision."""
+        return self.allowed is None or decision in self.allowed[unit]
+
+    def computed(self, unit: int) -> tuple[Decision, ...]:
+        """The decisions that a unit may take where it is computed."""
+        return tuple(each for each in self.units[unit].costs.computed if self.allows(unit, each))
 
     @property
     def steps(self) -> int:
@@ -296,7 +316,10 @@ def outcome(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Outcome:
     """What ``columns[unit][step]`` are predicted to cost and to do."""
     found = accounts(problem, columns)
     error = total_error(found.effects.sum(0), problem.response, problem.coherence)
-    return Outcome(tuple(map(tuple, columns)), found.cost / problem.full_cost, error)
+    share = found.cost / problem.full_cost
+    if math.isclose(share, 1.0, rel_tol=1e-12):  # the same sum, rounded in another order
+        share = 1.0
+    return Outcome(tuple(map(tuple, columns)), share, error)
 
 
 def _check_costs(index: int, unit: Unit) -> None:

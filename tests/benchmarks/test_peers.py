@@ -136,3 +136,27 @@ def test_the_best_within_a_budget_is_taken_of_each_tool():
     ]
     found = [(row["budget"], row["tool"], row["case"]) for row in planner.best(rows, (0.5, 0.35))]
     assert found == [(0.5, "x", "b"), (0.5, "y", "c"), (0.35, "x", "b"), (0.35, "y", "none is as quick")]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_pipelines_with_code_of_their_own_leave_each_other_s_graphs(own):
+    """Without it, what a hook breaks in one pipeline is broken in one that was compiled before."""
+    torch._dynamo.reset()
+    ready = peers.with_own_code if own else lambda pipe: pipe
+    plain, hooked = (ready(tiny_pipeline()) for _ in range(2))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    plain.transformer.compile(backend=count, dynamic=False)
+    expected = sample(plain, STEPS)
+    assert len(graphs) == 1
+    settings = {"of": "projection", "cache_interval": 3, "max_order": 1}
+    peers._enable_diffusers(hooked, STEPS, "TaylorSeerCache", settings)
+    hooked.transformer.compile(backend="eager")
+    sample(hooked, STEPS)
+    assert (sample(plain, STEPS) == expected).all()
+    assert (len(graphs) == 1) == own
+    torch._dynamo.reset()

@@ -184,7 +184,26 @@ def test_the_bound_is_one():
         found = planner.choose(budget, polish=False)
         assert planner.bound(budget) <= additive_error(problem, found.columns) * (1 + 1e-9)
     assert planner.bound(0.5) > 0
-    assert Planner(nested()).bound(0.5) == 0
+    inside = nested()
+    found = choose(inside, 0.5, polish=False)
+    assert 0 < Planner(inside).bound(0.5) <= additive_error(inside, found.columns) * (1 + 1e-9)
+
+
+def test_of_one_unit_the_bound_is_close():
+    """It takes each number of computed steps by itself; one price for all of them is further off."""
+    problem = make_problem(steps=16, readers=(REUSE, FORECAST))
+    planner = Planner(problem)
+    for budget in (0.3, 0.5, 0.7):
+        found = planner.choose(budget, polish=False)
+        assert planner.bound(budget) >= additive_error(problem, found.columns) * 0.97
+
+
+def test_there_is_no_bound_where_more_than_full_is_computed():
+    window = Decision.parse("window(band:3)")
+    problem = make_problem(steps=8)
+    effects = Effects(problem.units[0].effects.drift, {window: np.full((8, 6), 1e-3)})
+    unit = Unit((0,), effects, Costs({FULL: 1.0, window: 0.5}))
+    assert Planner(replace(problem, units=(unit,))).bound(0.5) == 0
 
 
 def test_the_bound_is_one_for_plans_of_other_readers():
