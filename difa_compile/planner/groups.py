@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from difa_compile.decision import FULL, Decision, Kind, Window
+from difa_compile.decision import FULL, Decision, Window
 from difa_compile.errors import CalibrationError
 from difa_compile.planner.effects import Array
 
@@ -53,7 +53,7 @@ def head_groups(
         while wanted and done >= wanted[0] * most:
             found.append(Decision.of_heads(forms))
             wanted.pop(0)
-        forms[head] = Decision(Kind.WINDOW, windows[option])
+        forms[head] = Decision.parse(f"window({windows[option]})")
         done += gain
     if wanted:  # what is left asks for all that can be saved, or nearly
         found.append(Decision.of_heads(forms))

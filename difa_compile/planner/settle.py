@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from difa_compile.decision import FULL, REUSE, Decision, Kind
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.planner.effects import Array, kernel, reader_effect, weights_of
 from difa_compile.planner.problem import Outcome, Problem, covered_steps, outcome
 
@@ -192,7 +192,7 @@ class _Unit:
                 keys.append((step, FULL, ()))
                 continue
             kind = decision.kind
-            if kind is Kind.REUSE or kind is Kind.FORECAST:
+            if kind.reads == "output":
                 sources = tuple(computed[: -2 - decision.order : -1])
                 if len(sources) <= decision.order or step - sources[-1] > own.lags:
                     return None
@@ -208,7 +208,7 @@ class _Unit:
             computed.append(step)
             cost += costs.computed[decision]
             key = (step, decision, ())
-            if kind is Kind.WINDOW_RESIDUAL:
+            if kind.reads == "residual":
                 age = step - last_full
                 if last_full < 0 or age > own.ages(decision) or streams[last_full] != streams[step]:
                     return None
