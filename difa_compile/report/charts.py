@@ -14,13 +14,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 6.0, 12.0, 34.0
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and the numbers it shows as text: ``heads`` and, under each, ``lines``."""
+    """A chart and the numbers it shows as text: ``heads`` and, under each, ``lines``. ``key``: CSS classes and what
+    they stand for."""
 
     title: str
     svg: str
     note: str
     lines: tuple[tuple[str, str, str], ...]
     heads: tuple[str, str, str] = ("step", "full", "planned")
+    key: tuple[tuple[str, str], ...] = ()
 
 
 def step_chart(

@@ -247,9 +247,16 @@ def _front(points: Sequence[Point]) -> Chart | None:
         "images. Those on the line are planned from one measurement; recipes compute every n-th step, come what may."
     )
     svg = front_chart(title, marks, ("plan", "search", "recipe", "planner"))
-    return Chart(title, svg, note, lines, ("plan", "share of full's time", "PSNR"))
+    key = tuple((kind, text) for kind, text in _KEY.items() if any(mark.kind == kind for mark in marks))
+    return Chart(title, svg, note, lines, ("plan", "share of full's time", "PSNR"), key)
 
 
+_KEY = {
+    "plan": "this plan",
+    "planner": "planned for other budgets",
+    "recipe": "fixed recipes",
+    "search": "searches by threshold",
+}
 _SAID = {"planner": "", "plan": " (this plan)", "recipe": " (recipe)", "search": " (search by threshold)"}
 
 

@@ -140,6 +140,9 @@ def test_what_a_budget_buys_is_drawn_and_listed(plan, comparison, tmp_path):
         "budget 1 1.00 the same images",
     ):
         assert words in page.text
+    assert "searches by threshold" in page.text
+    planned = [point for point in POINTS if str(point.origin) != "search"]
+    assert "searches by threshold" not in write(tmp_path / "planned", plan, comparison, front=planned).text
     same = [point for point in POINTS if point.psnr is None]
     assert "What a budget buys" not in write(tmp_path / "same", plan, comparison, front=same).text
 
