@@ -655,6 +655,9 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)) == without_times(whole)
     assert tried == list(range(done, STEPS))
     assert without_times(ErrorTable.load(state)) == without_times(whole)
+    monkeypatch.setattr(Measuring, "call", lambda *_: pytest.fail("what is complete is measured again"))
+    assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)) == without_times(whole)
+    assert state.exists()
 
 
 def test_groups_of_heads_are_ranked_once_and_tried(pipe, tmp_path, monkeypatch):
