@@ -74,8 +74,8 @@ def _check_schedule(table: ErrorTable, steps: int, progress: Sequence[float]) ->
     if len(progress) != len(table.progress):
         raise ScheduleError(
             f"the table of errors was measured over a schedule of {len(table.progress)} steps, and this call, asked "
-            f"for {steps}, goes through {len(progress)}; ask for as many as it was measured with, or measure over "
-            f"{steps}"
+            f"for {steps}, goes through {len(progress)}; ask for as many as it was measured with, measure over "
+            f"{steps}, or make a plan for fewer that is not run (difa plan --steps)"
         )
     pairs = zip(progress, table.progress, strict=True)
     step = next((step for step, (here, then) in enumerate(pairs) if not same_schedule([here], [then])), None)

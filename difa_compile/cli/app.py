@@ -410,6 +410,10 @@ def plan(
     error: AllowedError = None,
     max_rows: MaxRows = None,
     no_blocks: NoBlocks = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Sampling steps of the plan, at most as many as were measured.", show_default="as measured"),
+    ] = None,
 ) -> None:
     """Make the best plan that a table of errors shows under a budget, or for a quality; without either, show both.
 
@@ -425,6 +429,8 @@ def plan(
         Limit(budget, psnr, error, max_rows, blocks=not no_blocks)
     found = ErrorTable.load(table)
     found.check_complete(table)
+    if steps is not None:
+        found = found.thinned(steps)
     if not any(asked):
         print_front(console, attention_alone(found) if no_blocks else found)
         return

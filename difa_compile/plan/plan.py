@@ -42,6 +42,7 @@ from difa_compile.plan.schedule import (
     check_steps,
     nearest_steps,
     scheduler_progress,
+    stretched,
     take_rows,
     uniform_progress,
 )
@@ -286,7 +287,7 @@ class Plan:
         elif scheduler is not None:
             wanted = scheduler_progress(scheduler, steps)
         else:
-            wanted = _stretched(self.progress, steps)
+            wanted = stretched(self.progress, steps)
         if self.settings.method == "rule":
             source_steps = nearest_steps(uniform_progress(self.steps), uniform_progress(len(wanted)))
         else:
@@ -372,19 +373,6 @@ class ResolvedPlan:
     def summary(self) -> str:
         """The schedule to read: cost, promotions, distinct rows, and a map of sites by steps."""
         return plan_text.resolved_summary(self)
-
-
-def _stretched(progress: Sequence[float], steps: int) -> tuple[float, ...]:
-    """``progress`` read at ``steps`` evenly spaced places, linear in between and down to 0; uniform stays uniform."""
-    if steps == len(progress):
-        return tuple(progress)
-    ends = [*progress, 0.0]
-    values: list[float] = []
-    for step in range(steps):
-        whole, rest = divmod(step * len(progress), steps)
-        value = ends[whole] + (ends[whole + 1] - ends[whole]) * rest / steps
-        values.append(min(value, values[-1]) if values else value)
-    return tuple(values)
 
 
 def _site_differences(plan: Sequence[SiteInfo], here: Sequence[SiteInfo]) -> list[str]:

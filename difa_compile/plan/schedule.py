@@ -456,6 +456,19 @@ def _numbers(values: object) -> list[float]:
     return [float(value) for value in listed]
 
 
+def stretched(progress: Sequence[float], steps: int) -> tuple[float, ...]:
+    """``progress`` read at ``steps`` evenly spaced places, linear in between and down to 0; uniform stays uniform."""
+    if steps == len(progress):
+        return tuple(progress)
+    ends = [*progress, 0.0]
+    values: list[float] = []
+    for step in range(steps):
+        whole, rest = divmod(step * len(progress), steps)
+        value = ends[whole] + (ends[whole + 1] - ends[whole]) * rest / steps
+        values.append(min(value, values[-1]) if values else value)
+    return tuple(values)
+
+
 def nearest_steps(own: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
     """For each of ``wanted`` the step of ``own`` with the nearest progress; ties go to the earlier step.
 

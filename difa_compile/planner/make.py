@@ -198,14 +198,20 @@ def plan_from_table(
     error: float | None = None,
     max_rows: int | None = None,
     blocks: bool = True,
+    steps: int | None = None,
 ) -> Plan:
     """The best plan that a table of errors shows under one limit: see :class:`Limit`. Nothing is run.
 
-    Raises :class:`BudgetError`, :class:`RowLimitError`, and :class:`ErrorTableError` for a table that is not complete,
-    or that has no attention where ``blocks`` are to be left alone. Warns where the limit is one of time and another
-    machine has measured the table.
+    ``steps``: of the schedule that the plan is for, by default as many as were measured, or fewer
+    (:meth:`~difa_compile.planner.table.ErrorTable.thinned`).
+
+    Raises :class:`BudgetError`, :class:`RowLimitError`, :class:`ErrorTableError` for a table that is not complete, or
+    that has no attention where ``blocks`` are to be left alone, and :class:`ScheduleError` for a number of ``steps``
+    that the table does not tell of. Warns where the limit is one of time and another machine has measured the table.
     """
     limit = Limit(budget, psnr, error, max_rows, blocks)
+    if steps is not None:
+        table = table.thinned(steps)
     if limit.budget is not None:
         table.tell_machine()
     table = planned_from(table, limit)

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from difa_compile.decision import FULL, REUSE, Basis, Decision, Kind
-from difa_compile.errors import DecisionError, ErrorTableError, PlanMismatchError
+from difa_compile.errors import DecisionError, ErrorTableError, PlanMismatchError, ScheduleError
 from difa_compile.files.documents import Format, as_list, as_mapping, as_number, as_object, as_text, as_whole
 from difa_compile.files.writing import write_whole
 from difa_compile.machine.profile import machines_here
@@ -49,6 +49,7 @@ from difa_compile.plan.json_form import (
     site_json,
 )
 from difa_compile.plan.plan import Plan
+from difa_compile.plan.schedule import check_steps, nearest_steps, stretched
 from difa_compile.planner.effects import Array, Effects
 from difa_compile.planner.problem import Costs, Problem, Unit, check_begins, flat_response
 from difa_compile.wording import quoted, shown
@@ -300,6 +301,33 @@ class ErrorTable:
         """The table with what rows take on a machine."""
         return replace(self, seconds=dict(seconds), calls=calls, machine=machine)
 
+    def thinned(self, steps: int) -> ErrorTable:
+        """The table of a shorter schedule over the same course: each of its ``steps`` is the measured one that is
+        nearest in progress, and what an earlier one left is as old as the distance between the two.
+
+        Raises :class:`ErrorTableError` if steps are missing, and :class:`ScheduleError` for more steps than were
+        measured, for so few that nothing was tried so far back, and for a schedule that visits timesteps several times.
+        """
+        self.check_complete()
+        check_steps(steps)
+        if steps == len(self.progress):
+            return self
+        if steps > len(self.progress):
+            raise ScheduleError(
+                f"the table of errors was measured over {len(self.progress)} steps, which say too little of {steps}; "
+                "plan for fewer, or measure over as many"
+            )
+        if any(one <= other for one, other in pairwise(self.progress)):
+            raise ScheduleError(
+                "the table of errors was measured over a schedule that visits timesteps several times, of which no "
+                "shorter one can be made; measure over as many steps as the plan is for"
+            )
+        progress = stretched(self.progress, steps)
+        source = nearest_steps(self.progress, progress)
+        begins = {next((new for new, old in enumerate(source) if old >= begin), steps) for begin in self.begins}
+        units = tuple(_thinned(unit, source, self.begins) for unit in self.units)
+        return replace(self, progress=progress, units=units, done=steps, begins=tuple(sorted(begins - {steps})))
+
     @property
     def complete(self) -> bool:
         """Whether all steps are measured."""
@@ -426,6 +454,51 @@ class ErrorTable:
             "identity": dict(self.identity),
             "units": [_unit_json(unit) for unit in self.units],
         }
+
+
+def _thinned(unit: MeasuredUnit, source: Sequence[int], begins: Sequence[int]) -> MeasuredUnit:
+    """A unit over a shorter schedule, whose steps are those of ``source``."""
+    effects = unit.effects(begins)
+    lags = _reach(source, effects.lags)
+    if not lags:
+        raise ScheduleError(
+            f"the table of errors looks {effects.lags} steps back at {quoted(unit.name)}, and those of a schedule of "
+            f"{len(source)} steps are further apart; plan for more, or measure over as many"
+        )
+    ages = _reach(source, max((effects.ages(decision) for decision in unit.residual), default=0))
+    nearest = [int(np.abs(np.array(unit.lags) - lag).argmin()) for lag in range(effects.lags + 1)]
+    spread = np.zeros((len(source), len(lags)))
+    for step, old in enumerate(source):
+        for i, lag in enumerate(lags[:step]):
+            spread[step, i] = unit.spread[old, nearest[old - source[step - lag]]]
+    return replace(
+        unit,
+        lags=lags,
+        drift=_at_steps(effects.drift, source, lags),
+        spread=spread,
+        computed={decision: values[list(source)] for decision, values in unit.computed.items()},
+        ages=ages,
+        residual={d: _at_steps(values, source, ages) for d, values in effects.residual.items()} if ages else {},
+    )
+
+
+def _reach(source: Sequence[int], longest: int) -> tuple[int, ...]:
+    """The lags of a shorter schedule, all from 1 on, that are nowhere above ``longest`` in the one it is made of."""
+    lags = []
+    for lag in range(1, len(source)):
+        if max(late - early for early, late in zip(source, source[lag:], strict=False)) > longest:
+            break
+        lags.append(lag)
+    return tuple(lags)
+
+
+def _at_steps(values: Array, source: Sequence[int], lags: Sequence[int]) -> Array:
+    """Of ``values`` (T, longest + 1, K) by lag those of the steps of ``source`` to each other, (steps, lags, K)."""
+    found = np.zeros((len(source), len(lags), values.shape[2]))
+    for step, old in enumerate(source):
+        for i, lag in enumerate(lags[:step]):
+            found[step, i] = values[old, old - source[step - lag]]
+    return found
 
 
 def keeping(decision: Decision) -> str:

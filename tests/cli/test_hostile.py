@@ -173,6 +173,7 @@ HOSTILE = {
     **{(command, "--error"): ["0", "-1", *NUMBERS] for command in ("calibrate", "plan")},
     **{(command, "--max-rows"): ["0", *WHOLE_NUMBERS] for command in ("calibrate", "plan")},
     ("plan", "--output"): [".", "/", "/dev/null", "/proc/difa/plan.json", "a" * 300, "\0"],
+    ("plan", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
     ("measure", "--output"): [".", "/", "/dev/null", "/proc/difa/errors.json", "a" * 300, "\0"],
     ("measure", "--steps"): ["0", "10001", *WHOLE_NUMBERS],
     ("measure", "--window"): ["band", "band:0", "cone:3", *NAMES],

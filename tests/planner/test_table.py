@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
-from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError
+from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError, ScheduleError
 from difa_compile.machine.profile import machine_name
 from difa_compile.plan.schedule import output_sources, take_rows
 from difa_compile.planner.choice import Planner, choose
+from difa_compile.planner.effects import drift_of_values
 from difa_compile.planner.make import attention_alone, plan_from_table, plan_of
 from difa_compile.planner.problem import outcome
 from difa_compile.planner.table import TABLE, ErrorTable, MeasuredUnit
@@ -434,3 +435,60 @@ def test_which_machine_has_measured_is_told_elsewhere():
         warnings.simplefilter("error")
         made_table().with_seconds(SECONDS, 1, machine_name("cpu")).tell_machine()
         made_table().tell_machine()  # nobody knows
+
+
+def test_a_shorter_schedule_over_the_same_course():
+    """Whose effects are those between the steps that are left, and whose plan computes as much as one made for it."""
+    steps, size = 40, 6
+    lags = (*range(1, 13),)
+    whole = [smooth_values(seed, steps, size) for seed in (0, 1)]
+    table = made_table(steps)
+    units = tuple(
+        replace(unit, lags=lags, drift=drift_of_values(values, 12)[:, 1:], spread=np.full((steps, 12), 0.25))
+        for unit, values in zip(table.units, whole, strict=True)
+    )
+    table = replace(table, units=units)
+    short = table.thinned(16)
+    source = [round(step * 2.5 - 1e-9) for step in range(16)]
+    assert short.progress == pytest.approx([(16 - step) / 16 for step in range(16)])
+    assert short.complete
+    for unit, values in zip(short.units, whole, strict=True):
+        assert unit.lags == (1, 2, 3, 4), "five steps may be thirteen of the measured"
+        assert np.allclose(unit.effects().drift, drift_of_values(values[source], 4), atol=1e-12, rtol=0)
+        assert (unit.spread[4:] == 0.25).all()
+    assert short.units[1].computed[WINDOW].tolist() == table.units[1].computed[WINDOW][source].tolist()
+    assert table.thinned(40) is table
+    plan = plan_from_table(table, budget=0.5, steps=16)
+    assert (plan.steps, plan.settings.promise.predicted_share) == (16, pytest.approx(0.5, abs=0.06))
+    carried = plan_from_table(table, budget=0.5).resolve(16)
+    computed = [sum(row[-1] == FULL for row in rows) for rows in (plan.decisions, plan.resolve(16).rows, carried.rows)]
+    assert computed[0] == computed[1] < computed[2], "a plan that is carried over loses what was to be read"
+
+
+def test_residuals_and_streams_of_a_shorter_schedule():
+    table = with_residuals(12)
+    unit = table.units[1]
+    short = replace(table, begins=(5,)).thinned(6)
+    assert short.begins == (3,), "the first step at or behind it"
+    assert short.units[1].ages == (1,)
+    assert set(short.units[1].residual) == set(unit.residual)
+    wanted = unit.effects((5,)).residual[RESIDUAL]
+    for step in (1, 2, 4, 5):
+        assert short.units[1].residual[RESIDUAL][step, 0].tolist() == wanted[2 * step, 2].tolist()
+    assert table.thinned(3).units[1].ages == (), "none was tried four steps old"
+    assert not table.thinned(3).units[1].residual
+
+
+def test_schedules_of_which_a_table_does_not_tell():
+    table = made_table(12)
+    with pytest.raises(ScheduleError, match="measured over 12 steps, which say too little of 13; plan for fewer"):
+        table.thinned(13)
+    with pytest.raises(ScheduleError, match="looks 4 steps back at 'blocks', and those of a schedule of 2 steps"):
+        table.thinned(2)
+    with pytest.raises(ScheduleError, match="at least 1"):
+        plan_from_table(table, budget=0.5, steps=0)
+    twice = replace(table, progress=tuple(value for value in table.progress[::2] for _ in range(2)))
+    with pytest.raises(ScheduleError, match="visits timesteps several times"):
+        twice.thinned(6)
+    with pytest.raises(ErrorTableError, match="holds 3 of 12 steps"):
+        replace(table, done=3).thinned(6)
