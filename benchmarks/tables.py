@@ -393,6 +393,8 @@ DETAILS: dict[str, Table] = {
         Column("budget", "budget", ".1f"),
         Column("computed", "computed", ".0%"),
         Column("psnr_db", "PSNR (dB)", ".1f"),
+        Column("computed_from_table", "computed, from the table", ".0%"),
+        Column("psnr_from_table_db", "PSNR (dB), from the table", ".1f"),
         Column("computed_made_there", "computed, made there", ".0%"),
         Column("psnr_made_there_db", "PSNR (dB), made there", ".1f"),
         Column("images", "images"),

@@ -3,14 +3,16 @@
     python -m benchmarks.travel
 
 One plan of the demo model is made at 50 steps of its own scheduler, for a budget, and carried elsewhere; beside it
-stands a plan that was measured and made there, for the same budget. Both are the planner's first choice: nothing was
-run to better either. Quality is against the full model in the same place, with classes and seeds that neither was
-measured with, unless the name says so.
+stand a plan for so few steps from the same table (``from_table``), and one that was measured and made there, for the
+same budget. All are the planner's first choice: nothing was run to better any. Quality is against the full model in the
+same place, with classes and seeds that none was measured with, unless the name says so. Rows of places that are not
+asked for stay as an earlier run left them; each says of which commit it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -24,9 +26,10 @@ from torch import Tensor
 import difa_compile
 from difa_compile import Plan
 from difa_compile.comparison.planned import psnr_of
+from difa_compile.planner.table import ErrorTable
 
 from . import _demo
-from ._common import RESULTS, Row, write_result
+from ._common import RESULTS, Row, commit, write_result
 
 BUDGETS = (0.5, 0.3)
 MEASURED = (0, 1, 2, 3, 4, 0, 1, 2)
@@ -51,8 +54,11 @@ class Place:
     again: bool = True
 
 
+HOME = Place("where it was made")
+
+
 def places() -> Iterator[Place]:
-    yield Place("where it was made")
+    yield HOME
     yield from (Place(f"{steps} steps", steps=steps) for steps in (100, 30, 20))
     names = ("DDIMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
     yield from (Place(name.removesuffix("Scheduler"), scheduler=name) for name in names)
@@ -81,15 +87,13 @@ def pipeline(place: Place) -> Any:
     return pipe.to(place.dtype)
 
 
-def plans_made(place: Place) -> dict[float, Plan]:
-    """By budget, from one measurement."""
+def measured(place: Place) -> ErrorTable:
     inputs = {
         "class_labels": list(MEASURED),
         "guidance_scale": place.guidance,
         "generator": torch.Generator().manual_seed(MEASURED_SEED),
     }
-    table = difa_compile.measure(pipeline(place), inputs, place.steps, progress=False, inner=INNER)
-    return {budget: difa_compile.plan_from_table(table, budget=budget) for budget in BUDGETS}
+    return difa_compile.measure(pipeline(place), inputs, place.steps, progress=False, inner=INNER)
 
 
 def images(pipe: Any, place: Place) -> list[Tensor]:
@@ -116,26 +120,36 @@ def decibels(psnr: float) -> float | None:
     return round(psnr, 2) if math.isfinite(psnr) else None
 
 
+def rows_of(place: Place, home: ErrorTable) -> Iterator[Row]:
+    """One for each budget. ``home``: the table of the place where plans are made."""
+    full = images(pipeline(place), place)
+    own = (home if place == HOME else measured(place)) if place.again else None
+    for budget in BUDGETS:
+        psnr, computed = under(difa_compile.plan_from_table(home, budget=budget), place, full)
+        row: Row = {"case": place.name, "budget": budget, "images": sum(map(len, full)), "commit": commit()[:12]}
+        row |= {"psnr_db": decibels(psnr), "computed": round(computed, 3)}
+        tables = {"made_there": own, "from_table": home if place.steps < HOME.steps else None}
+        for name, table in tables.items():
+            if table is not None:
+                plan = difa_compile.plan_from_table(table, budget=budget, steps=min(place.steps, len(table.progress)))
+                psnr, computed = under(plan, place, full)
+                row |= {f"psnr_{name}_db": decibels(psnr), f"computed_{name}": round(computed, 3)}
+        yield row
+
+
 def main() -> None:
     args = parse_arguments()
-    rows: list[Row] = []
-    home: dict[float, Plan] = {}
+    earlier = args.output / "travel.json"
+    rows: dict[object, list[Row]] = {}
+    for row in json.loads(earlier.read_text())["rows"] if earlier.exists() else []:
+        rows.setdefault(row["case"], []).append(row)
+    home = measured(HOME)
     for place in places():
-        if home and not re.search(args.places, place.name):
-            continue
-        print(place.name, file=sys.stderr)
-        full = images(pipeline(place), place)
-        made = plans_made(place) if place.again else {}
-        home = home or made
-        for budget in BUDGETS:
-            travelled, computed = under(home[budget], place, full)
-            row: Row = {"case": place.name, "budget": budget, "images": sum(map(len, full))}
-            row |= {"psnr_db": decibels(travelled), "computed": round(computed, 3)}
-            if budget in made:
-                own, share = under(made[budget], place, full)
-                row |= {"psnr_made_there_db": decibels(own), "computed_made_there": round(share, 3)}
-            rows.append(row)
-        write_result("travel", rows, folder=args.output)
+        if re.search(args.places, place.name):
+            print(place.name, file=sys.stderr)
+            rows[place.name] = list(rows_of(place, home))
+            in_order = [row for each in places() for row in rows.get(each.name, [])]
+            write_result("travel", in_order, folder=args.output)
 
 
 if __name__ == "__main__":
