@@ -1,7 +1,7 @@
 """At equal time, what is left of the images: our plans, and the recipes of other tools?
 
-    python -m benchmarks.planner            # hours
-    python -m benchmarks.planner --quick    # some 20 minutes on two quiet cores: fewer recipes, rounds and images
+    python -m benchmarks.planner            # long
+    python -m benchmarks.planner --quick    # fewer recipes, rounds and images
 
 Every recipe of ``benchmarks.peers`` on the demo model, and the plans given. Cases run in groups: all of a group and
 plain inductor in one process, interleaved; ``ratio_to_inductor`` is the median over the rounds of a case's time over

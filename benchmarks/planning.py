@@ -1,7 +1,7 @@
 """How long does it take from a model to a plan? And the plans of ours that ``benchmarks.planner`` compares.
 
-    python -m benchmarks.planning          # minutes
-    python -m benchmarks.planning --make   # makes plans/planner-* anew, then goes on as without; half an hour
+    python -m benchmarks.planning
+    python -m benchmarks.planning --make   # makes plans/planner-* anew, then goes on as without
 
 *Measuring* is timed in generations: what plain inductor takes for the same images, in the same process. It includes
 compiling the variants that measuring runs, once with no compiled code on the machine (``cold``), and once with what the

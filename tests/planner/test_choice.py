@@ -130,7 +130,7 @@ def test_an_error_is_kept_to_with_little_time():
 
 
 def test_an_error_that_only_the_full_model_keeps_to():
-    """Whose share, added up step by step, comes out as a little more than 1."""
+    """Whose share, added up step by step, comes to 1 and not to a rounding above."""
     problem = make_problem(steps=8, costs=Costs({FULL: 0.7}))
     assert outcome(problem, [(FULL,) * 8]).share == 1
     found = choose_error(problem, 1e-300)
