@@ -11,11 +11,11 @@ from torch import Tensor
 
 from difa_compile.backend.capture import Capture
 from difa_compile.backend.two_calls import conditional_role, heads_of, take_over, unshared
-from difa_compile.decision import MAX_ORDER, Basis, Decision
+from difa_compile.decision import MAX_ORDER, Decision
 from difa_compile.errors import PlanMismatchError, RunError
 from difa_compile.ops.reference import extrapolation_dtype
 from difa_compile.passes.caches import CacheName, renew
-from difa_compile.plan.schedule import Promotion, Role, assign_roles, forecast_weights, output_sources, take_rows
+from difa_compile.plan.schedule import Promotion, Role, assign_roles, output_sources, take_rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class RunPart:
         self._promotions = promotions
         resolved = plan.resolve(steps, progress=progress)
         self._source_steps = resolved.source_steps
-        self._progress = resolved.progress
+        self._resolved = resolved
         self._paths = tuple(site.path for site in plan.sites)
         self._sites = {path: index for index, path in enumerate(self._paths)}
         self._course = self._course_from(0)
@@ -146,13 +146,12 @@ class RunPart:
         effective = self.capture.verdicts.effective
         carried_out = [[effective(site, decision) for site, decision in enumerate(row)] for row in rows]
         roles = assign_roles(carried_out, plan.blocks)
-        weights = self._weights_of(roles, self._progress[start:])
+        weights = self._weights_of(roles, start)
         return Course(dict(enumerate(roles, start=step)), {step + i: found for i, found in weights.items()})
 
-    def _weights_of(
-        self, rows: Sequence[Sequence[Role]], progress: Sequence[float]
-    ) -> dict[int, dict[CacheName, Tensor]]:
-        """The weights of all forecasts of a course, by step; moved to each device at once."""
+    def _weights_of(self, rows: Sequence[Sequence[Role]], start: int) -> dict[int, dict[CacheName, Tensor]]:
+        """The weights of all forecasts of a course that begins at ``start``, by step behind that; moved to each device
+        at once."""
         found: dict[tuple[torch.device, torch.dtype], list[tuple[int, CacheName, tuple[float, ...]]]] = {}
         for index, path in enumerate(self._paths):
             column = [row[index].decision for row in rows]
@@ -165,7 +164,8 @@ class RunPart:
             place = device, extrapolation_dtype(dtypes[0])
             for step, (decision, sources) in enumerate(zip(column, read, strict=True)):
                 if decision.order:
-                    weights = forecast_weights(progress, step, sources, decision.basis or Basis.PROGRESS)
+                    behind = [start + source for source in sources]
+                    weights = self._resolved.weights(start + step, index, decision, behind)
                     found.setdefault(place, []).append((step, CacheName.weights(path), weights))
         by_step: dict[int, dict[CacheName, Tensor]] = {}
         for (device, dtype), weights_there in found.items():

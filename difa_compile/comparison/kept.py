@@ -1,7 +1,7 @@
 """What came of plans that were run, on disk after each, so that a search that was interrupted runs none of them again.
 
 A record belongs to one table of errors, one way to call one pipeline, and one machine, whose times it holds, and is
-refused for any other. Plans are known by their decisions, so it serves searches under any limit.
+refused for any other. Plans are known by their decisions and weights, so it serves searches under any limit.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Runs(Protocol):
 class KeptTrials:
     """``runs`` whose results are kept at ``path``, and looked up there first.
 
-    ``tried``: by the digest of a plan's decisions and the number of rounds, what came of it; of one that was judged,
-    without a round, the PSNR alone. There is no file before the first result.
+    ``tried``: by the digest of a plan's decisions and weights and the number of rounds, what came of it; of one that
+    was judged, without a round, the PSNR alone. There is no file before the first result.
     """
 
     runs: Runs
@@ -213,7 +213,8 @@ def _single(values: Array) -> Array:
 def _key(plan: Plan, rounds: int) -> str:
     """A plan by what is done at which step, whatever is said of it."""
     decisions = [[str(decision) for decision in row] for row in plan.decisions]
-    return f"{digest_of([decisions, plan.progress, [site.path for site in plan.sites]])} {rounds}"
+    weights = [[step, site, list(weights)] for (step, site), (_, weights) in sorted(plan.fitted.items())]
+    return f"{digest_of([decisions, plan.progress, [site.path for site in plan.sites], weights])} {rounds}"
 
 
 def _json_of(tried: Mapping[str, tuple[float, ...]]) -> dict[str, list[float | None]]:

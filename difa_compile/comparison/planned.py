@@ -36,9 +36,10 @@ from difa_compile.pipeline.apply import AppliedPlan, apply_for_trials, remove
 from difa_compile.pipeline.transformers import find_transformers
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
+from difa_compile.planner.fitting import FITTINGS, Fitting
 from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
 from difa_compile.planner.problem import Outcome, refitted
-from difa_compile.planner.rows import FewRows
+from difa_compile.planner.rows import FewRows, distinct
 from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Way, Ways
 
@@ -46,8 +47,10 @@ TRIES = 3
 """How many plans are run at most to keep to a limit."""
 MOST_OFF = 1.5
 """By what factor a measured time is taken to differ from the predicted one at most."""
-RUNS = 12
+RUNS = 16
 """How many plans are run at most, all in all."""
+EVEN = 0.01
+"""By how much, as a share of it, a time may be predicted to grow where weights are fitted."""
 SLACK = 0.05
 """By how much, as a share of it, a time may be over the budget; machines are not more even than that."""
 
@@ -174,9 +177,10 @@ def plan_within(
     Measures (:func:`difa_compile.calibration.measure.measure`, with the first of ``seeds``) unless a ``table`` is
     given, chooses, and runs the choice beside the full model. Where it is over the limit or far below it, it is chosen
     anew from what that showed, three times at most. Then others are tried, until ``runs`` plans have been run. Under a
-    budget: other ways to choose (:mod:`difa_compile.planner.ways`), then the best with one of its computed steps moved
-    (where no attention was measured beside the blocks); the one whose images with ``seeds`` are closest is taken. For a
-    quality: what another way, if it comes closer in the same time, needs for it. What the plan does with the seeds
+    budget: other ways to choose (:mod:`difa_compile.planner.ways`), the best of them with the weights of its forecasts
+    fitted (:mod:`difa_compile.planner.fitting`), then with one of its computed steps moved (where no attention was
+    measured beside the blocks); the one whose images with ``seeds`` are closest is taken. For a quality: what another
+    way, or fitted weights, if they come closer in the same time, need for it. What the plan does with the seeds
     ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up
     (``settings.promise``). ``told`` is given a line of text for each run.
 
@@ -322,6 +326,7 @@ class _Search:
                 found = self._judged(each, psnr)
                 if found > psnr:
                     way, outcome, psnr = other, each, found
+        fitting, psnr = self._best_fitting(outcome, psnr)
         moved = True
         while moved and self.left > 1:
             moved = False
@@ -331,14 +336,37 @@ class _Search:
                 if each.columns in seen:
                     continue
                 seen.add(each.columns)
-                found = self._judged(each, psnr)
+                found = self._judged(self._fitted(each, fitting), psnr)
                 if found > psnr:
                     outcome, psnr, moved = each, found, True
                     break
-        if outcome.columns != kept.outcome.columns:
+        if fitting is not None or outcome.columns != kept.outcome.columns:
             planner, most = self.ways.planner(self.ways.own), self.limit.max_rows
             note = "" if most is None else cost_of_rows(FewRows(planner, most), outcome, planner.choose(budget))
-            self._try(outcome, note)
+            self._try(self._fitted(outcome, fitting), note)
+
+    def _best_fitting(self, outcome: Outcome, psnr: float) -> tuple[Fitting | None, float]:
+        """How to fit the weights of a plan's forecasts, and what that comes to; None and ``psnr``, which it comes to as
+        it is, where that is no gain."""
+        best: Fitting | None = None
+        for fitting in FITTINGS:
+            each = self._fitted(outcome, fitting)
+            if self.left > 1 and each is not outcome:
+                found = self._judged(each, psnr)
+                if found > psnr:
+                    best, psnr = fitting, found
+        return best, psnr
+
+    def _fitted(self, outcome: Outcome, fitting: Fitting | None) -> Outcome:
+        """A plan with fitted weights, of forecasts as they are where more sources would take more rows than it may
+        have, or more time; the plan itself where nothing is to be fitted."""
+        if fitting is None:
+            return outcome
+        found, most = fitting(self.problem, outcome), self.limit.max_rows
+        rows = most is None or distinct(found.columns) <= most
+        if not rows or found.share > outcome.share * (1 + EVEN):
+            found = replace(fitting, order=1)(self.problem, outcome)
+        return found if found.weights else outcome
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1
@@ -354,14 +382,18 @@ class _Search:
                 found = self._judged(each, kept.held.psnr)
                 if found > max(kept.held.psnr, better[0] if better else -math.inf):
                     better = found, way, each
-        if better is None or not math.isfinite(better[0]):
+        psnr, way, outcome = better or (kept.held.psnr, self.ways.own, kept.outcome)
+        fitting = None
+        if math.isfinite(psnr):
+            fitting, psnr = self._best_fitting(outcome, psnr)
+        if (better is None and fitting is None) or not math.isfinite(psnr):
             return
-        psnr, way, outcome = better
         problem = refitted(way.problem(self.problem), max(outcome.error, 1e-12), 10 ** (-psnr / 10))
         try:
-            self._try(*chosen(problem, self.limit))
+            each, note = chosen(problem, self.limit)
         except (BudgetError, RowLimitError):
             return  # nothing else is possible
+        self._try(self._fitted(each, fitting), note)
 
 
 def with_promise(plan: Plan, held: Held, note: str) -> Plan:

@@ -25,6 +25,9 @@ LOSSES = ("paper", "code")
 GUIDANCE = ("batched", "two-call", "none")
 MAX_PARAMETERS = 10**18
 MAX_FLOPS = 10**24
+MAX_WEIGHT = 1000.0
+_UNEVEN = 1e-6
+"""By how much the sum of weights may be off 1."""
 
 Sizes = tuple[int, ...]
 
@@ -157,19 +160,41 @@ class Cell:
     """The decision at one step and site, the candidates measured for it, in the order tried, and what it saves.
 
     ``flops_saved``: share of the site's attention FLOPs at this step, projections included, that is not computed; in
-    [0, 1].
+    [0, 1]. ``weights``: of a forecast, those of the outputs that it reads, the newest first, where they were fitted
+    (:mod:`difa_compile.planner.fitting`); they sum to 1. Empty: those of the polynomial
+    (:func:`difa_compile.plan.schedule.forecast_weights`).
     """
 
     decision: Decision
     trials: tuple[Trial, ...] = ()
     flops_saved: float = 0.0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        self._check_weights()
         object.__setattr__(self, "trials", tuple(self.trials))
         saved = _number(self.flops_saved, f"flops_saved of {self.decision}", at_least=0.0)
         if saved > 1.0:
             raise PlanFormatError(f"flops_saved of {self.decision} is {saved:g}; it is a share, at most 1")
         object.__setattr__(self, "flops_saved", saved)
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            return
+        if not self.decision.order:
+            raise PlanFormatError(f"{self.decision} has weights, and forecasts alone sum outputs by weights")
+        if len(self.weights) != self.decision.order + 1:
+            raise PlanFormatError(
+                f"{self.decision} reads {self.decision.order + 1} outputs, and has {len(self.weights)} weights"
+            )
+        for weight in self.weights:
+            _number(weight, f"a weight of {self.decision}", at_least=-MAX_WEIGHT)
+        if abs(sum(self.weights) - 1) > _UNEVEN:
+            raise PlanFormatError(
+                f"the weights of {self.decision} sum to {sum(self.weights):g}; they must sum to 1, so that what does "
+                "not change is forecast as it is"
+            )
 
 
 def _installed(package: str) -> str | None:

@@ -166,7 +166,8 @@ def cell_json(cell: Cell) -> dict[str, object]:
         }
         for trial in cell.trials
     ]
-    return {"decision": str(cell.decision), "flops_saved": cell.flops_saved, "trials": trials}
+    weights = {"weights": list(cell.weights)} if cell.weights else {}
+    return {"decision": str(cell.decision), "flops_saved": cell.flops_saved, "trials": trials, **weights}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def read_site(value: object, where: str) -> SiteInfo:
 
 
 def _read_cell(value: object, where: str) -> Cell:
-    fields = as_object(value, where, ("decision", "flops_saved", "trials"))
+    fields = as_object(value, where, ("decision", "flops_saved", "trials"), optional=("weights",))
     trials = []
     for index, item in enumerate(as_list(fields["trials"], f"{where}.trials")):
         place = f"{where}.trials[{index}]"
@@ -274,7 +275,11 @@ def _read_cell(value: object, where: str) -> Cell:
             )
         )
     saved = as_number(fields["flops_saved"], f"{where}.flops_saved")
-    return Cell(_decision(fields["decision"], where), tuple(trials), saved)
+    weights = tuple(
+        as_number(item, f"{where}.weights[{i}]")
+        for i, item in enumerate(as_list(fields.get("weights", []), f"{where}.weights"))
+    )
+    return Cell(_decision(fields["decision"], where), tuple(trials), saved, weights)
 
 
 def _decision(value: object, where: str) -> Decision:

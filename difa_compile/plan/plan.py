@@ -8,13 +8,13 @@ settings it was made for, and is refused where they differ. See contract 6 of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difa_compile.decision import Decision
+from difa_compile.decision import Basis, Decision
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError, SitesMismatchError
 from difa_compile.files.writing import write_whole
 from difa_compile.plan import json_form
@@ -40,7 +40,9 @@ from difa_compile.plan.schedule import (
     buckets,
     check_progress,
     check_steps,
+    forecast_weights,
     nearest_steps,
+    output_sources,
     scheduler_progress,
     stretched,
     take_rows,
@@ -68,6 +70,8 @@ __all__ = [
 ]
 
 
+SAME_PROGRESS = 1e-3
+"""How far from where they were fitted, in progress, weights are used: rounded timesteps are up to that far off."""
 RESIZES = ("fraction", "tokens")
 """How windows are carried onto another image size: see :meth:`Plan.resized`."""
 
@@ -153,6 +157,21 @@ class Plan:
     def buckets(self) -> tuple[Bucket, ...]:
         """Steps grouped by equal rows of roles: one variant each."""
         return buckets(self.roles)
+
+    @cached_property
+    def fitted(self) -> Mapping[tuple[int, int], tuple[tuple[int, ...], tuple[float, ...]]]:
+        """By step and site of the forecasts whose weights were fitted: the steps that they read, the newest first, and
+        the weights."""
+        found = {}
+        for site in range(len(self.sites)):
+            if not any(row[site].weights for row in self.rows):
+                continue
+            roles = [row[site] for row in self.roles]
+            sources = output_sources([role.decision for role in roles], [role.covered for role in roles])
+            for step, row in enumerate(self.rows):
+                if row[site].weights:
+                    found[step, site] = (sources[step], row[site].weights)
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -256,7 +275,7 @@ class Plan:
             if windows == "fraction" and old.layout and new.layout:
                 grids = old.layout.grid, new.layout.grid
                 decision = decision.with_windows(lambda window: window.scaled(*grids))
-            return Cell(decision, (), flops_saved(decision, new))
+            return Cell(decision, (), flops_saved(decision, new), cell.weights)
 
         rows = tuple(
             tuple(carried(cell, old, new) for cell, old, new in zip(row, self.sites, sites, strict=True))
@@ -364,6 +383,24 @@ class ResolvedPlan:
     def roles(self) -> tuple[tuple[Role, ...], ...]:
         """``roles[step][site]``: decisions and the caches they write."""
         return assign_roles(self.rows, self.plan.blocks)
+
+    def weights(self, step: int, site: int, decision: Decision, sources: Sequence[int]) -> tuple[float, ...]:
+        """The weights by which a forecast at ``step`` sums the outputs of ``sources``, steps of this schedule.
+
+        They are those that the plan has fitted, where the step and its sources are where the plan's own are in the
+        course from noise to image, and those of the polynomial else (:func:`forecast_weights`): by other steps they
+        would not be right.
+        """
+        own = self.plan.fitted.get((self.source_steps[step], site))
+        if own is not None:
+            read = (self.source_steps[step], *own[0])
+            here = (step, *sources)
+            if tuple(self.source_steps[each] for each in here) == read and all(
+                abs(self.progress[mine] - self.plan.progress[theirs]) <= SAME_PROGRESS
+                for mine, theirs in zip(here, read, strict=True)
+            ):
+                return own[1]
+        return forecast_weights(self.progress, step, sources, decision.basis or Basis.PROGRESS)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:

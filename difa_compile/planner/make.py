@@ -177,8 +177,16 @@ def plan_of(table: ErrorTable, outcome: Outcome, limit: Limit | None = None, not
         at_sites = {decision: decision.at_sites(heads) for decision in dict.fromkeys(column)}
         for place, site in enumerate(unit.sites):
             columns[site] = [at_sites[decision][place] for decision in column]
+    fitted = {
+        site: weights
+        for unit, weights in zip(table.units, outcome.weights, strict=bool(outcome.weights))
+        for site in unit.sites
+    }
     rows = tuple(
-        tuple(Cell(columns[i][step], (), flops_saved(columns[i][step], site)) for i, site in enumerate(table.sites))  # type: ignore[arg-type]
+        tuple(
+            Cell(columns[i][step], (), flops_saved(columns[i][step], site), fitted[i][step] if i in fitted else ())  # type: ignore[arg-type]
+            for i, site in enumerate(table.sites)
+        )
         for step in range(len(table.progress))
     )
     promise = None if limit is None else Promise(str(limit), outcome.share, _finite(outcome.psnr), note=note)

@@ -24,6 +24,9 @@ from difa_compile.wording import quoted
 
 FORECAST = Decision(Kind.FORECAST, order=1, basis=Basis.PROGRESS)
 
+Weights = tuple[tuple[tuple[float, ...], ...], ...]
+"""By unit and step those of a forecast, the newest source first; () where they are the polynomial's. () for no unit."""
+
 COHERENCE = 0.97
 """How alike errors of neighbouring steps act on the image: 1 is as one, 0 not at all. Chosen on the demo model."""
 
@@ -161,11 +164,13 @@ class Outcome:
     """``columns[unit][step]``: the decisions of each unit, FULL where it is covered by the unit around it.
 
     ``share``: predicted cost over that of a full run. ``error``: predicted mean squared error of the image.
+    ``weights[unit][step]``: those of forecasts, where they were fitted (:mod:`difa_compile.planner.fitting`), else ().
     """
 
     columns: tuple[tuple[Decision, ...], ...]
     share: float
     error: float
+    weights: Weights = ()
 
     @property
     def psnr(self) -> float:
@@ -219,7 +224,7 @@ class Accounts:
     effects: Array = field(repr=False)
 
 
-def accounts(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Accounts:
+def accounts(problem: Problem, columns: Sequence[Sequence[Decision]], weights: Weights = ()) -> Accounts:
     """The cost and the effects of ``columns[unit][step]``, which must be a plan that can be run.
 
     A reader's effect is that of its sources' drift, plus by the same weights what the sources' own decisions did.
@@ -228,10 +233,10 @@ def accounts(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Account
     """
     cost = problem.base * problem.steps
     effects = []
-    for unit, column in zip(problem.units, columns, strict=True):
+    for index, (unit, column) in enumerate(zip(problem.units, columns, strict=True)):
         covered = covered_steps(unit, columns)
         cost += cost_of(unit, column, covered)
-        effects.append(effects_of(problem, unit, column, covered))
+        effects.append(effects_of(problem, unit, column, covered, weights[index] if weights else ()))
     return Accounts(cost, np.stack(effects))
 
 
@@ -272,8 +277,15 @@ def cost_of(unit: Unit, column: Sequence[Decision], covered: Sequence[bool]) -> 
     return cost + costs.fill * len(kept) + taken
 
 
-def effects_of(problem: Problem, unit: Unit, column: Sequence[Decision], covered: Sequence[bool]) -> Array:
-    """The effects (T, K) of one unit's decisions; zero at ``covered`` steps."""
+def effects_of(
+    problem: Problem,
+    unit: Unit,
+    column: Sequence[Decision],
+    covered: Sequence[bool],
+    fitted: Sequence[tuple[float, ...]] = (),
+) -> Array:
+    """The effects (T, K) of one unit's decisions; zero at ``covered`` steps. ``fitted``: by step the weights of a
+    forecast that are not the polynomial's."""
     own = unit.effects
     done = np.zeros((problem.steps, own.size))
     last_full = -1
@@ -288,7 +300,8 @@ def effects_of(problem: Problem, unit: Unit, column: Sequence[Decision], covered
             if max(lags) > own.lags:
                 raise ErrorTableError(f"step {step}: {decision} reads {max(lags)} steps back; {own.lags} were measured")
             _check_stream(problem, step, min(sources), decision)
-            weights = weights_of(decision, problem.progress, step, sources)
+            weights = fitted[step] if fitted else ()
+            weights = weights or weights_of(decision, problem.progress, step, sources)
             done[step] = reader_effect(own.drift, weights, lags, step) + np.asarray(weights) @ done[list(sources)]
         elif decision.kind is Kind.WINDOW_RESIDUAL:
             ages = own.ages(decision)
@@ -312,14 +325,14 @@ def _check_stream(problem: Problem, step: int, source: int, decision: Decision) 
         )
 
 
-def outcome(problem: Problem, columns: Sequence[Sequence[Decision]]) -> Outcome:
+def outcome(problem: Problem, columns: Sequence[Sequence[Decision]], weights: Weights = ()) -> Outcome:
     """What ``columns[unit][step]`` are predicted to cost and to do."""
-    found = accounts(problem, columns)
+    found = accounts(problem, columns, weights)
     error = total_error(found.effects.sum(0), problem.response, problem.coherence)
     share = found.cost / problem.full_cost
     if math.isclose(share, 1.0, rel_tol=1e-12):  # the same sum, rounded in another order
         share = 1.0
-    return Outcome(tuple(map(tuple, columns)), share, error)
+    return Outcome(tuple(map(tuple, columns)), share, error, weights)
 
 
 def _check_costs(index: int, unit: Unit) -> None:
