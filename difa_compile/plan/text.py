@@ -116,9 +116,7 @@ def summary(plan: PlanView, profile: Profile | None = None) -> str:
     lines += _counts(in_effect(plan.decisions, blocks_of(plan.sites)))
     batch = 1 if settings.guidance == "none" else 2
     lines += ["", *cost_breakdown(plan, profile, batch).lines(), _distinct(len(plan.buckets), plan.steps)]
-    measured = _measured(plan.rows, plan.sites)
-    if measured:
-        lines.append(measured)
+    lines += [text for text in (_fitted(plan.rows), _measured(plan.rows, plan.sites)) if text]
     lines += ["", *_engines(plan, settings.guidance)]
     return "\n".join([*lines, "", *_map(plan.roles, plan.sites)]) + "\n"
 
@@ -259,6 +257,13 @@ def engine_letter(number: int) -> str:
     """One character for an engine in the map, by its number: a digit, then letters, then ``*`` for all others."""
     names = string.digits + string.ascii_lowercase + string.ascii_uppercase
     return names[number] if number < len(names) else "*"
+
+
+def _fitted(rows: Sequence[Sequence[Cell]]) -> str:
+    """Of how many forecasts the weights were fitted; nothing where of none."""
+    forecasts = [cell for row in rows for cell in row if cell.decision.order]
+    count = sum(bool(cell.weights) for cell in forecasts)
+    return f"weights fitted: of {count} of {len(forecasts)} forecasts" if count else ""
 
 
 def _measured(rows: Sequence[Sequence[Cell]], sites: Sequence[SiteInfo]) -> str | None:

@@ -257,6 +257,8 @@ def _text(step: int, path: str, cell: Cell) -> str:
     )
     lines = [f"step {step} · {path}", str(cell.decision), saved]
     lines += [f"{group.form}\theads {heads_text(group.heads)}" for group in cell.decision.groups]
+    if cell.weights:
+        lines.append("weights fitted\t" + ", ".join(f"{weight:.3g}" for weight in cell.weights) + ", the newest first")
     lines += [_trial(trial, cell.decision) for trial in cell.trials]
     if not cell.trials:
         lines[2] += "; no candidate was tried"

@@ -116,6 +116,32 @@ def test_one_variant_forecasts_over_every_gap():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_fitted_weights_are_what_a_forecast_sums_by():
+    """At its own step, by the variant of all forecasts; the others, and runs of other steps, take the polynomial's."""
+    model, inputs, _, _ = captured_plain()
+    column = ["full", "full", "forecast:1", "forecast:1", "full"]
+    plan = plain_plan([D(text) for text in column])
+    own = {2: (0.25, 0.75)}
+    rows = [[replace(cell, weights=own.get(step, ())) for cell in row] for step, row in enumerate(plan.rows)]
+    fast = compiled(model, replace(plan, rows=tuple(map(tuple, rows))))
+    plain = compiled(model, plan)
+
+    def outputs(of, steps=len(column)):
+        with torch.no_grad(), sampling(of, steps=steps) as run:
+            found = []
+            for step in range(steps):
+                run.step(step)
+                found.append(call(of, at_step(inputs, step)))
+            return found
+
+    fitted, polynomial = outputs(fast), outputs(plain)
+    for step in (0, 1, 3, 4):
+        assert_near(fitted[step], polynomial[step])
+    assert (fitted[2] - polynomial[2]).abs().max() > 1e-3
+    for one, other in zip(outputs(fast, 3), outputs(plain, 3), strict=True):
+        assert_near(one, other)
+
+
 def test_caches_of_heads_are_kept_as_long_as_a_step_reads_them():
     model, inputs, _, _ = captured_plain()
     reader, both = D("heads(0:reuse;1:full)"), D("heads(0:reuse;1:window(disc:2)+residual)")

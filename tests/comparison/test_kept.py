@@ -213,12 +213,12 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
             self.left -= 1
             if not self.left:
                 raise KeyboardInterrupt
-            ran.append(plan.decisions)
+            ran.append((plan.decisions, str(plan.fitted)))
             return 39.0 + len(ran)
 
         def run(self, plan, rounds=3):
             self.left -= 1
-            ran.append(plan.decisions)
+            ran.append((plan.decisions, str(plan.fitted)))
             return Held(0.5, 40.0, 39.0)
 
     stops = Stops()

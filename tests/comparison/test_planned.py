@@ -179,6 +179,53 @@ def single(steps=16):
     return replace(table, units=table.units[:1])
 
 
+def same_images(plan):
+    """What plans that make the same images have in common."""
+    return plan.decisions, tuple(plan.fitted.items())
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_weights_are_fitted_where_that_comes_closer(runs, fits, monkeypatch):
+    """A plan with fitted weights is kept, and so are those of its neighbours, where it is closer, and only there."""
+    runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
+
+    class Gains(list):
+        def pop(self, _):
+            return 41.0 + 0.01 * len(runs["others"]) if bool(runs["others"][-1].fitted) == fits else 39.0
+
+    runs["judged"] = Gains([0])
+    plan = within(Limit(0.5), 16, runs=14, table=single())
+    assert any(each.fitted for each in runs["others"])
+    assert not all(each.fitted for each in runs["others"])
+    assert bool(plan.fitted) == fits
+    assert bool(runs["others"][-1].fitted) == fits, "a neighbour"
+    assert plan.settings.promise.measured_psnr == 43.0
+    if fits:
+        assert all(sum(weights) == pytest.approx(1) for _, weights in plan.fitted.values())
+
+
+def test_fitted_weights_take_no_more_rows_than_there_may_be(runs):
+    runs["held"] = [Held(0.5, 40.0, 39.0)]
+    runs["judged"] = [45.0] * 20
+    plan = within(Limit(0.5, max_rows=3), 16, runs=9, table=single())
+    assert any(each.fitted for each in runs["others"])
+    for each in (plan, *runs["others"]):
+        assert len(set(each.decisions)) <= 3
+
+
+def test_for_a_quality_fitted_weights_are_tried(runs):
+    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.4, 50.2, 50.0)]
+
+    class Gains(list):
+        def pop(self, _):
+            return 60.0 if runs["others"][-1].fitted else 40.0
+
+    runs["judged"] = Gains([0])
+    plan = within(Limit(psnr=50.0), 16, runs=9, table=single())
+    assert plan.fitted
+    assert plan.settings.promise.measured_share == 0.4
+
+
 def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
     runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
     runs["judged"] = [39.0, 42.0, 41.0, 43.0]
@@ -188,7 +235,7 @@ def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
     assert plan.settings.promise.held_out_psnr == 42.0
     assert plan.decisions == runs["others"][3].decisions
     assert len(runs["others"]) == 7
-    assert len({each.decisions for each in runs["others"]}) == 7
+    assert len({same_images(each) for each in runs["others"]}) == 7
     assert len(runs["plans"]) + len(runs["others"]) == 9
     assert "42.0 dB" in told[2]
     assert "not the 42.0 so far" in told[3]

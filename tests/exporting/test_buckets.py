@@ -263,6 +263,11 @@ def test_weights_of_forecasts_are_numbers_of_the_course():
     ((name, numbers),) = weights[3].items()
     assert name == "cache.transformer_blocks.1.attn1.weights"
     assert numbers == pytest.approx(((0.1 - 1) / (0.5 - 1), (0.1 - 0.5) / (1 - 0.5)))
+    (site,) = [i for i, info in enumerate(plan.sites) if info.path in name]
+    rows = [list(row) for row in plan.rows]
+    rows[3][site] = replace(rows[3][site], weights=(3.0, -2.0))
+    own = replace(plan, rows=tuple(map(tuple, rows)))
+    assert dict(buckets_of(calls, [Schedule(own, plan.progress)]).courses[0][3].weights)[name] == (3.0, -2.0)
 
 
 def test_calls_that_were_not_captured_are_refused():

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from difa_compile.decision import FULL
+from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.errors import DifaError, LayoutError, PlanFormatError
 from difa_compile.layout import Layout
 from difa_compile.plan.data import Cell, ModelInfo, Promise, Settings, SiteInfo, Trial, model_digest
 from tests.support.plans import Configured, Plain
+
+LINE = Decision.parse("forecast:1")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,11 @@ from tests.support.plans import Configured, Plain
         (lambda: Trial(FULL, 0.1, 0.2, cost=-1.0), PlanFormatError, "cost of full is -1"),
         (lambda: Cell(FULL, (), 1.5), PlanFormatError, "at most 1"),
         (lambda: Cell(FULL, (), -0.1), PlanFormatError, "flops_saved"),
+        (lambda: Cell(REUSE, weights=(1.0,)), PlanFormatError, "reuse has weights, and forecasts alone"),
+        (lambda: Cell(LINE, weights=(1.0,)), PlanFormatError, "forecast:1 reads 2 outputs, and has 1 weights"),
+        (lambda: Cell(LINE, weights=(1.5, -0.4)), PlanFormatError, "forecast:1 sum to 1.1; they must sum to 1"),
+        (lambda: Cell(LINE, weights=(float("nan"), 1.0)), PlanFormatError, "a weight of forecast:1 is nan"),
+        (lambda: Cell(LINE, weights=(-1e5, 1e5 + 1)), PlanFormatError, "a weight of forecast:1 is -100000"),
         (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, planned, rule"),
         (lambda: Settings("rule", loss="mse"), PlanFormatError, "paper, code"),
         (lambda: Settings("rule", guidance="both"), PlanFormatError, "batched, two-call, none"),

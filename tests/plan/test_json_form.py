@@ -85,6 +85,19 @@ def test_json_round_trip(plan: Plan) -> None:
     assert Plan.from_json(text).to_json() == text
 
 
+def test_fitted_weights_are_kept_and_others_take_no_room() -> None:
+    rows = [list(row) for row in plan_of("FFPP").rows]
+    rows[2] = [dataclasses.replace(rows[2][0], weights=(1.75, -0.75))]
+    plan = dataclasses.replace(plan_of("FFPP"), rows=tuple(map(tuple, rows)))
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert text.count('"weights": [1.75, -0.75]') == text.count("weights") == 1
+    assert plan.digest != plan_of("FFPP").digest
+    for wrong in ("[1.75]", "[1.75, -0.7]", '["1.75", -0.75]', "1.75", "[1.75, -0.75, 0.0]"):
+        with pytest.raises(PlanFormatError, match="weight"):
+            Plan.from_json(text.replace("[1.75, -0.75]", wrong))
+
+
 def test_file_is_laid_out_for_reading() -> None:
     """One line per site and per cell."""
     lines = measured_plan().to_json().splitlines()

@@ -154,6 +154,35 @@ def test_fifty_steps_with_forecasts_onto_twenty_by_hand() -> None:
     assert twenty.promotions[2].reason.startswith("it reads the output of the plan's step 8, which no earlier step")
 
 
+def with_weights(plan: Plan, weights: dict[int, tuple[float, ...]]) -> Plan:
+    rows = tuple(
+        tuple(dataclasses.replace(cell, weights=weights.get(step, ())) for cell in row)
+        for step, row in enumerate(plan.rows)
+    )
+    return dataclasses.replace(plan, rows=rows)
+
+
+def test_fitted_weights_hold_where_they_were_fitted_and_nowhere_else() -> None:
+    plan = with_weights(plan_of("FFPFPPFP"), {2: (1.75, -0.75), 4: (1.25, -0.25), 7: (1.5, -0.5)})
+    assert plan.fitted[4, 0] == ((3, 1), (1.25, -0.25))
+    assert sorted(plan.fitted) == [(2, 0), (4, 0), (7, 0)]
+    line = LETTERS["P"]
+    same = plan.resolve(8)
+    assert same.weights(2, 0, line, (1, 0)) == (1.75, -0.75)
+    assert same.weights(5, 0, line, (3, 1)) == pytest.approx((2.0, -1.0)), "that of step 5 was not fitted"
+    assert same.weights(4, 0, line, (3, 0)) == pytest.approx((4 / 3, -1 / 3)), "another source"
+    assert same.weights(4, 0, LETTERS["p"], (3, 1, 0))[1:] != (-0.25, 0.0)
+    near = plan.resolve(8, progress=[value - 5e-4 for value in plan.progress])
+    assert near.weights(2, 0, line, (1, 0)) == (1.75, -0.75)
+    elsewhere = plan.resolve(8, progress=[value**2 for value in plan.progress])
+    assert elsewhere.source_steps[:3] == (0, 2, 3) or elsewhere.weights(2, 0, line, (1, 0)) != (1.75, -0.75)
+    longer = plan.resolve(16)
+    for step, sources in ((4, (3, 2)), (4, (2, 0))):
+        assert longer.weights(step, 0, line, sources) != (1.75, -0.75)
+    smaller = plan.resized([site(0, 8)])
+    assert smaller.fitted == plan.fitted
+
+
 def test_resolve_keeps_the_spacing_of_the_plan() -> None:
     """Without a schedule, a shifted plan is stretched, not mapped onto uniform steps."""
     shifted = (1.0, 0.9, 0.7, 0.3)

@@ -87,6 +87,13 @@ def test_summary_with_forecasts() -> None:
     assert any(line.startswith("attention FLOPs, q k^T and p v    42.9 % of full") for line in lines)
 
 
+def test_summary_with_fitted_weights() -> None:
+    plan = plan_of("FFPPF")
+    rows = tuple((replace(row[0], weights=(1.5, -0.5)) if step == 3 else row[0],) for step, row in enumerate(plan.rows))
+    assert "weights fitted: of 1 of 2 forecasts" in replace(plan, rows=rows).summary().splitlines()
+    assert "fitted" not in plan.summary()
+
+
 def test_summary_of_decisions_by_heads() -> None:
     plan = plan_of("FFFF")
     by_heads = [Decision.parse(f"heads(0-{last}:window(band:8);{last + 1}-5:reuse)+cfg") for last in range(4)]

@@ -68,6 +68,15 @@ def test_cell_tells_why_a_candidate_does_not_apply(plan):
     assert any("a mask stands on this attention\t\tnot tried" in text for text in texts)
 
 
+def test_cell_tells_fitted_weights(plan):
+    rows = [[FULL] * 6, [FULL] * 6, [Decision.parse("forecast:1")] * 6]
+    cells = [[Cell(decision) for decision in row] for row in rows]
+    cells[2][1] = replace(cells[2][1], weights=(1.25, -0.25))
+    made = heat_map(Plan(plan.model, plan.settings, plan.sites, (1.0, 0.8, 0.5), tuple(map(tuple, cells))))
+    assert "weights fitted\t1.25, -0.25, the newest first" in made.rows[1].cells[2].text
+    assert "fitted" not in made.rows[0].cells[2].text
+
+
 def test_groupings_of_heads_share_a_colour_and_a_cell_tells_them(plan):
     def colours(*texts):
         decisions = [Decision.parse(text) for text in texts]
