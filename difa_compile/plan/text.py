@@ -154,6 +154,13 @@ def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Differenc
         lines.append(f"progress differs from step {first} on: {mine.progress[first]:g} -> {theirs.progress[first]:g}")
     cells = mine.steps * len(mine.sites)
     lines.append(f"{len(differences)} of {cells} cells differ")
+    others = sum(
+        a.decision == b.decision and a.weights != b.weights
+        for my_row, their_row in zip(mine.rows, theirs.rows, strict=True)
+        for a, b in zip(my_row, their_row, strict=True)
+    )
+    if others:
+        lines.append(f"forecasts with other weights: {others}")
     if not differences:
         return "\n".join(lines) + "\n"
     for name, a, b in zip(
