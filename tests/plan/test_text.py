@@ -89,7 +89,10 @@ def test_summary_with_forecasts() -> None:
 
 def test_summary_with_fitted_weights() -> None:
     plan = plan_of("FFPPF")
-    rows = tuple((dataclasses.replace(row[0], weights=(1.5, -0.5)) if step == 3 else row[0],) for step, row in enumerate(plan.rows))
+    rows = tuple(
+        (dataclasses.replace(row[0], weights=(1.5, -0.5)) if step == 3 else row[0],)
+        for step, row in enumerate(plan.rows)
+    )
     assert "weights fitted: of 1 of 2 forecasts" in dataclasses.replace(plan, rows=rows).summary().splitlines()
     assert "fitted" not in plan.summary()
     text = plan.diff_text(dataclasses.replace(plan, rows=rows))
