@@ -35,8 +35,8 @@ from difa_compile.passes.graph import plain_shape, tensor_of
 from difa_compile.passes.order import rewrite
 from difa_compile.plan.cost import row_flops
 from difa_compile.plan.data import Cell, Settings, SiteInfo
-from difa_compile.plan.plan import Plan
-from difa_compile.plan.schedule import FULL_ROLE, Role
+from difa_compile.plan.plan import Plan, ResolvedPlan
+from difa_compile.plan.schedule import FULL_ROLE, Role, output_sources
 from difa_compile.planner.rows import check_most
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -327,13 +327,14 @@ def fitted(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: i
     before = _cost(plain, price)
     if most is None or len(plain.rows) <= most:
         return Fitted(plain, tuple(schedules), before, before, weighed)
-    rows = [_carried_out(calls[0].capture, schedule) for schedule in schedules]
+    carried = [_carried_out(calls[0].capture, schedule) for schedule in schedules]
+    rows = [decisions for decisions, _, _ in carried]
     guided = Guided(model.context.two_call, len({id(call.capture) for call in calls if call.expert == calls[0].expert}))
     for limit in range(most, guided.graphs - 1, -1):
         found = merged(rows, sites, limit, guided=guided, cost=price)
         plans = tuple(
-            replace(schedule, plan=_plan_of(schedule, sites, decisions))
-            for schedule, decisions in zip(schedules, found.rows, strict=True)
+            replace(schedule, plan=_weighted(_plan_of(schedule, sites, decisions), resolved, units))
+            for schedule, decisions, (_, resolved, units) in zip(schedules, found.rows, carried, strict=True)
         )
         made = buckets_of(calls, plans)
         wider = widened({(row.call, row.roles): row.calls for row in made.rows}, most, price)
@@ -367,20 +368,21 @@ def _cost(buckets: Buckets, price: Cost) -> float:
     return sum(row.calls * price(row.roles) for row in buckets.rows)
 
 
-def _carried_out(capture: Capture, schedule: Schedule) -> Decisions:
-    """What of a schedule's plan is carried out, by step and unit of the model."""
+def _carried_out(capture: Capture, schedule: Schedule) -> tuple[Decisions, ResolvedPlan, tuple[int, ...]]:
+    """What of a schedule's plan is carried out, by step and unit of the model; the plan on that schedule, and the unit
+    that each of its sites is."""
     follower = _Noting(capture, 0, lambda *_: {})
     follower.follow(schedule.plan)
     plan = follower.plan
     assert plan is not None
-    rows = plan.resolve(len(schedule.progress), progress=schedule.progress).rows
+    resolved = plan.resolve(len(schedule.progress), progress=schedule.progress)
     found = []
-    for row in rows:
+    for row in resolved.rows:
         whole = [FULL] * len(capture.model.units)
         for site, decision in enumerate(row):
             whole[follower.units[site]] = follower.verdicts.effective(site, decision)
         found.append(tuple(whole))
-    return tuple(found)
+    return tuple(found), resolved, tuple(follower.units)
 
 
 def _plan_of(schedule: Schedule, sites: Sequence[SiteInfo], decisions: Decisions) -> Plan:
@@ -389,3 +391,18 @@ def _plan_of(schedule: Schedule, sites: Sequence[SiteInfo], decisions: Decisions
     settings = Settings(method="rule", guidance=own.guidance, conditional_half=own.conditional_half, sample=own.sample)
     cells = tuple(tuple(map(Cell, row)) for row in decisions)
     return Plan(schedule.plan.model, settings, tuple(sites), schedule.progress, cells)
+
+
+def _weighted(plan: Plan, made_from: ResolvedPlan, units: Sequence[int]) -> Plan:
+    """The plan with the fitted weights of the one that it was made from, where its forecasts read the same steps."""
+    if not made_from.plan.fitted:
+        return plan
+    rows = [list(row) for row in plan.rows]
+    for site, unit in enumerate(units):
+        roles = [row[unit] for row in plan.roles]
+        read = output_sources([role.decision for role in roles], [role.covered for role in roles])
+        for step, sources in enumerate(read):
+            if roles[step].decision.order:
+                own = made_from.fitted_weights(step, site, sources)
+                rows[step][unit] = replace(rows[step][unit], weights=own)
+    return replace(plan, rows=tuple(map(tuple, rows)))

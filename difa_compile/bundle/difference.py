@@ -46,12 +46,13 @@ class WeightChange:
 @dataclass(frozen=True)
 class PlanChange:
     """A plan of one tier that is another. ``cells``: how many decisions differ, of ``of``; None where the plans cannot
-    be compared cell by cell, for the reason ``why``."""
+    be compared cell by cell, for the reason ``why``. ``weights``: how many forecasts have others."""
 
     tier: str
     cells: int | None
     of: int
     why: str
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def _plans(one: _Side, other: _Side) -> Iterator[PlanChange]:
             continue
         cells = sum(len(row) for row in mine.decisions)
         try:
-            yield PlanChange(tier, len(mine.diff(theirs)), cells, "")
+            yield PlanChange(tier, len(mine.diff(theirs)), cells, "", mine.other_weights(theirs))
         except PlanMismatchError as error:
             yield PlanChange(tier, None, cells, str(error))
 

@@ -373,7 +373,10 @@ def _print_difference(console: Console, found: BundleDifference) -> None:
         table = _table("plan of", "differs in")
         for plan in found.plans:
             cells = visible(plan.why) if plan.cells is None else f"{plan.cells} of {plan.of} decisions"
-            table.add_row(foreign(plan.tier), Text(cells if plan.cells != 0 else "figures and settings alone"))
+            if plan.cells == 0:
+                cells = "" if plan.weights else "figures and settings alone"
+            weights = f"weights of {plan.weights} forecasts" if plan.weights else ""
+            table.add_row(foreign(plan.tier), Text(", ".join(text for text in (cells, weights) if text)))
         console.print(table, "")
     if found.added or found.removed or found.changed:
         table = _table("weight", "change")

@@ -214,7 +214,8 @@ def _key(plan: Plan, rounds: int) -> str:
     """A plan by what is done at which step, whatever is said of it."""
     decisions = [[str(decision) for decision in row] for row in plan.decisions]
     weights = [[step, site, list(weights)] for (step, site), (_, weights) in sorted(plan.fitted.items())]
-    return f"{digest_of([decisions, plan.progress, [site.path for site in plan.sites], weights])} {rounds}"
+    done = [decisions, plan.progress, [site.path for site in plan.sites], *([weights] if weights else [])]
+    return f"{digest_of(done)} {rounds}"
 
 
 def _json_of(tried: Mapping[str, tuple[float, ...]]) -> dict[str, list[float | None]]:

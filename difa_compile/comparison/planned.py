@@ -393,7 +393,7 @@ class _Search:
             each, note = chosen(problem, self.limit)
         except (BudgetError, RowLimitError):
             return  # nothing else is possible
-        self._try(self._fitted(each, fitting), note)
+        self._try(replace(self._fitted(each, fitting), error=each.error), note)  # by what was measured of fitted ones
 
 
 def with_promise(plan: Plan, held: Held, note: str) -> Plan:

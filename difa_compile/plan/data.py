@@ -171,30 +171,32 @@ class Cell:
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
-        self._check_weights()
+        object.__setattr__(self, "weights", self._checked_weights())
         object.__setattr__(self, "trials", tuple(self.trials))
         saved = _number(self.flops_saved, f"flops_saved of {self.decision}", at_least=0.0)
         if saved > 1.0:
             raise PlanFormatError(f"flops_saved of {self.decision} is {saved:g}; it is a share, at most 1")
         object.__setattr__(self, "flops_saved", saved)
 
-    def _check_weights(self) -> None:
+    def _checked_weights(self) -> tuple[float, ...]:
         if not self.weights:
-            return
+            return ()
         if not self.decision.order:
             raise PlanFormatError(f"{self.decision} has weights, and forecasts alone sum outputs by weights")
         if len(self.weights) != self.decision.order + 1:
             raise PlanFormatError(
                 f"{self.decision} reads {self.decision.order + 1} outputs, and has {len(self.weights)} weights"
             )
-        for weight in self.weights:
-            _number(weight, f"a weight of {self.decision}", at_least=-MAX_WEIGHT)
-        if abs(sum(self.weights) - 1) > _UNEVEN:
+        what = f"a weight of {self.decision}"
+        weights = tuple(_number(weight, what, -MAX_WEIGHT) for weight in self.weights)
+        if max(weights) > MAX_WEIGHT:
+            raise PlanFormatError(f"{what} is {max(weights):g}; it must be at most {MAX_WEIGHT:g}")
+        if abs(sum(weights) - 1) > _UNEVEN:
             raise PlanFormatError(
-                f"the weights of {self.decision} sum to {sum(self.weights):g}; they must sum to 1, so that what does "
-                "not change is forecast as it is"
+                f"the weights of {self.decision} sum to {sum(weights):g}; they must sum to 1, so that what does not "
+                "change is forecast as it is"
             )
+        return weights
 
 
 def _installed(package: str) -> str | None:

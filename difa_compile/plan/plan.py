@@ -70,8 +70,8 @@ __all__ = [
 ]
 
 
-SAME_PROGRESS = 1e-3
-"""How far from where they were fitted, in progress, weights are used: rounded timesteps are up to that far off."""
+SAME_PROGRESS = 1.5e-3
+"""How far from where they were fitted, in progress, weights are used: rounded timesteps are a thousandth off."""
 RESIZES = ("fraction", "tokens")
 """How windows are carried onto another image size: see :meth:`Plan.resized`."""
 
@@ -254,7 +254,8 @@ class Plan:
 
         ``windows``: ``"fraction"`` lets a window cover the same share of the image (a band's radius grows with the
         number of image tokens, that of a disc or box with the side of the grid), ``"tokens"`` keeps its radius. The
-        losses of the plan were measured at its own size and are left out.
+        losses of the plan were measured, and weights fitted, at its own size; they are left out, weights only where the
+        image is another one and not just its text.
 
         Raises :class:`PlanMismatchError` if the sites differ in more than tokens and grid, :class:`DecisionError` for
         another word in ``windows``.
@@ -270,18 +271,20 @@ class Plan:
             same = list(sites)
         self.validate(sites=same)
 
+        same_image = same_but_for_text(sites, self.sites)
+
         def carried(cell: Cell, old: SiteInfo, new: SiteInfo) -> Cell:
             decision = cell.decision
             if windows == "fraction" and old.layout and new.layout:
                 grids = old.layout.grid, new.layout.grid
                 decision = decision.with_windows(lambda window: window.scaled(*grids))
-            return Cell(decision, (), flops_saved(decision, new), cell.weights)
+            return Cell(decision, (), flops_saved(decision, new), cell.weights if same_image else ())
 
         rows = tuple(
             tuple(carried(cell, old, new) for cell, old, new in zip(row, self.sites, sites, strict=True))
             for row in self.rows
         )
-        sample = self.settings.sample if same_but_for_text(sites, self.sites) else None
+        sample = self.settings.sample if same_image else None
         return replace(self, sites=tuple(sites), rows=rows, settings=replace(self.settings, sample=sample))
 
     def resolve(
@@ -339,9 +342,18 @@ class Plan:
             if mine != theirs
         )
 
+    def other_weights(self, other: Plan) -> int:
+        """How many forecasts, alike in both plans, have other weights. As :meth:`diff`, for plans of the same sites and
+        steps."""
+        return sum(
+            mine.decision == theirs.decision and mine.weights != theirs.weights
+            for my_row, their_row in zip(self.rows, other.rows, strict=True)
+            for mine, theirs in zip(my_row, their_row, strict=True)
+        )
+
     def diff_text(self, other: Plan) -> str:
         """What differs from ``other``, to read: settings, cost, which decisions became which, and where."""
-        return plan_text.difference(self, other, self.diff(other))
+        return plan_text.difference(self, other, self.diff(other), self.other_weights(other))
 
     def summary(self, profile: Profile | None = None) -> str:
         """The plan to read: origin, counts per decision, cost, distinct rows, and a map of sites by steps.
@@ -385,22 +397,29 @@ class ResolvedPlan:
         return assign_roles(self.rows, self.plan.blocks)
 
     def weights(self, step: int, site: int, decision: Decision, sources: Sequence[int]) -> tuple[float, ...]:
-        """The weights by which a forecast at ``step`` sums the outputs of ``sources``, steps of this schedule.
+        """The weights by which a forecast at ``step`` sums the outputs of ``sources``, steps of this schedule, the
+        newest first: the fitted ones where these hold, else those of the polynomial (:func:`forecast_weights`)."""
+        own = self.fitted_weights(step, site, sources)
+        return own or forecast_weights(self.progress, step, sources, decision.basis or Basis.PROGRESS)
 
-        They are those that the plan has fitted, where the step and its sources are where the plan's own are in the
-        course from noise to image, and those of the polynomial else (:func:`forecast_weights`): by other steps they
-        would not be right.
-        """
+    def fitted_weights(self, step: int, site: int, sources: Sequence[int]) -> tuple[float, ...]:
+        """The weights that the plan has fitted for a forecast at ``step`` from ``sources``, steps of this schedule; ()
+        unless these are the steps that the plan's own forecast reads, and the run goes as the plan does
+        (:attr:`goes_as_planned`): for others they are not right."""
         own = self.plan.fitted.get((self.source_steps[step], site))
-        if own is not None:
-            read = (self.source_steps[step], *own[0])
-            here = (step, *sources)
-            if tuple(self.source_steps[each] for each in here) == read and all(
-                abs(self.progress[mine] - self.plan.progress[theirs]) <= SAME_PROGRESS
-                for mine, theirs in zip(here, read, strict=True)
-            ):
-                return own[1]
-        return forecast_weights(self.progress, step, sources, decision.basis or Basis.PROGRESS)
+        if own is None or not self.goes_as_planned:
+            return ()
+        return own[1] if tuple(self.source_steps[each] for each in sources) == own[0] else ()
+
+    @cached_property
+    def goes_as_planned(self) -> bool:
+        """Whether this schedule is the plan's, or a part of it without a gap. Weights are fitted for all steps at once,
+        so that the errors of one make up for those of others; on other schedules they do not."""
+        first = self.source_steps[0]
+        return self.source_steps == tuple(range(first, first + self.steps)) and all(
+            abs(mine - self.plan.progress[step]) <= SAME_PROGRESS
+            for mine, step in zip(self.progress, self.source_steps, strict=True)
+        )
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -51,6 +51,8 @@ class ResolvedView(Costed, Protocol):
     @property
     def promotions(self) -> tuple[Promotion, ...]: ...
     @property
+    def goes_as_planned(self) -> bool: ...
+    @property
     def steps(self) -> int: ...
 
 
@@ -134,6 +136,8 @@ def resolved_summary(resolved: ResolvedView) -> str:
         _distinct(len(resolved.buckets), resolved.steps),
         f"promoted to full, because the step that fills the cache fell out: {len(resolved.promotions)}",
     ]
+    if _fitted(plan.rows) and not resolved.goes_as_planned:
+        lines.insert(-1, f"{_fitted(plan.rows)}, used on the plan's own schedule alone, so not here")
     lines += [
         f"  step {promotion.step}, {_path(plan.sites[promotion.site])}: {promotion.wanted}; {promotion.reason}"
         for promotion in resolved.promotions
@@ -141,8 +145,8 @@ def resolved_summary(resolved: ResolvedView) -> str:
     return "\n".join([*lines, "", *_map(resolved.roles, plan.sites)]) + "\n"
 
 
-def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Difference]) -> str:
-    """The text of :meth:`Plan.diff_text`."""
+def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Difference], weights: int) -> str:
+    """The text of :meth:`Plan.diff_text`; ``weights``: how many forecasts have others."""
     lines = [f"plan {mine.digest[:12]} (mine) and plan {theirs.digest[:12]} (theirs)"]
     lines += _fields("model", mine.model.__dict__, theirs.model.__dict__)
     lines += _fields("settings", mine.settings.__dict__, theirs.settings.__dict__)
@@ -154,13 +158,8 @@ def difference(mine: PlanView, theirs: PlanView, differences: Sequence[Differenc
         lines.append(f"progress differs from step {first} on: {mine.progress[first]:g} -> {theirs.progress[first]:g}")
     cells = mine.steps * len(mine.sites)
     lines.append(f"{len(differences)} of {cells} cells differ")
-    others = sum(
-        a.decision == b.decision and a.weights != b.weights
-        for my_row, their_row in zip(mine.rows, theirs.rows, strict=True)
-        for a, b in zip(my_row, their_row, strict=True)
-    )
-    if others:
-        lines.append(f"forecasts with other weights: {others}")
+    if weights:
+        lines.append(f"forecasts with other weights: {weights}")
     if not differences:
         return "\n".join(lines) + "\n"
     for name, a, b in zip(

@@ -8,7 +8,8 @@ kept to by writing them as the polynomial's p plus differences d from it, and ne
 
     least over d of  E(p + d) + firmness * sum over i of H_ii d_i^2,     H the second derivatives of E / 2
 
-which is one linear system. It costs no run and no time when sampling: weights are numbers that a variant is given.
+which is one linear system. Weights are numbers that a variant is given: they cost no time when sampling. Forecasts of
+more sources, which have more to fit, cost what these take.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Fitting:
 
     def __call__(self, problem: Problem, start: Outcome) -> Outcome:
         """The plan with fitted weights; the same one where it forecasts nothing."""
-        return fitted(problem, raised(problem, start, self.order), self.firmness)
+        return fit(problem, raised(problem, start, self.order), self.firmness)
 
 
 FITTINGS = (Fitting(2, 1.0), Fitting(2, 0.1), Fitting(2, 5.0))
@@ -75,17 +76,29 @@ class _Forecast:
     ways: Array
 
 
-def fitted(problem: Problem, start: Outcome, firmness: float) -> Outcome:
+def fit(problem: Problem, start: Outcome, firmness: float) -> Outcome:
     """The plan with the weights of its forecasts fitted (see the module); the same one where it forecasts nothing, or
     where the table tells nothing of them."""
-    forecasts = [
-        each
-        for index in range(len(problem.units))
-        for each in _forecasts(problem, index, start.columns)
-    ]  # fmt: skip
-    if not forecasts:
-        return start
+    forecasts = [each for index in range(len(problem.units)) for each in _forecasts(problem, index, start.columns)]
     effects = accounts(problem, start.columns).effects.sum(0)
+    while forecasts:
+        moved = _solved(problem, forecasts, effects, firmness)
+        found = [_rounded(np.asarray(each.known) + own) for each, own in zip(forecasts, moved, strict=True)]
+        usable = [each for each, weights in zip(forecasts, found, strict=True) if max(map(abs, weights)) <= _MOST]
+        if len(usable) < len(forecasts):
+            forecasts = usable  # the others stay the polynomial's, and are to be made up for as such
+            continue
+        if not any(own.any() for own in moved):
+            return start
+        weights: list[list[tuple[float, ...]]] = [[()] * problem.steps for _ in problem.units]
+        for each, own_weights in zip(forecasts, found, strict=True):
+            weights[each.unit][each.step] = own_weights
+        return outcome(problem, start.columns, tuple(map(tuple, weights)))
+    return start
+
+
+def _solved(problem: Problem, forecasts: Sequence[_Forecast], effects: Array, firmness: float) -> list[Array]:
+    """By forecast how its weights differ from the polynomial's (order + 1,), where the error is least."""
     ways = np.concatenate([each.ways for each in forecasts])
     steps = np.concatenate([np.full(len(each.ways), each.step) for each in forecasts])
     felt = kernel(problem.steps, problem.coherence) * np.outer(problem.response, problem.response)
@@ -93,20 +106,18 @@ def fitted(problem: Problem, start: Outcome, firmness: float) -> Outcome:
     slope = ((felt @ effects)[steps] * ways).sum(1)
     size = np.diag(curvature)
     told = size > 1e-12 * size.max()
-    if not told.any():
-        return start
     moved = np.zeros(len(size))
-    system = (curvature + firmness * np.diag(size))[np.ix_(told, told)]
-    moved[told] = np.linalg.lstsq(system, -slope[told], rcond=None)[0]
-    weights = [[() for _ in range(problem.steps)] for _ in problem.units]  # type: list[list[tuple[float, ...]]]
-    place = 0
-    for each in forecasts:
-        own = moved[place : place + len(each.ways)]
-        place += len(own)
-        found = np.asarray(each.known) + np.concatenate([[-own.sum()], own])
-        if np.abs(found).max() <= _MOST:
-            weights[each.unit][each.step] = tuple(float(weight) for weight in found)
-    return outcome(problem, start.columns, tuple(map(tuple, weights)))
+    if told.any():
+        system = (curvature + firmness * np.diag(size))[np.ix_(told, told)]
+        moved[told] = np.linalg.lstsq(system, -slope[told], rcond=None)[0]
+    ends = np.cumsum([len(each.ways) for each in forecasts])[:-1]
+    return [np.concatenate([[-own.sum()], own]) for own in np.split(moved, ends)]
+
+
+def _rounded(weights: Array) -> tuple[float, ...]:
+    """Weights to eight decimals, the same on every machine, that sum to 1."""
+    others = [round(float(weight), 8) for weight in weights[1:]]
+    return (round(1 - sum(others), 8), *others)
 
 
 def _forecasts(problem: Problem, index: int, columns: Sequence[Sequence[Decision]]) -> list[_Forecast]:

@@ -136,6 +136,20 @@ def test_another_plan(folder, tmp_path):
     assert "cannot be compared cell by cell" in change.why
 
 
+def test_other_weights_of_a_forecast(folder, tmp_path):
+    pipe = bundles.pipeline()
+    one = plan_from_rule(pipe, 3, lambda step, site: bundles.FORECAST if step == 2 else FULL)
+    rows = [[replace(cell, weights=(1.5, -0.5)) if cell.decision.order else cell for cell in row] for row in one.rows]
+    second = tmp_path / "second"
+    shutil.copytree(folder, second)
+    for place, plan in ((folder, one), (second, replace(one, rows=tuple(map(tuple, rows))))):
+        plan.save(tmp_path / "plan.json")
+        exchanged(place, read_manifest(place).plans["quick"], tmp_path / "plan.json")
+    cells = 3 * len(one.sites)
+    changes = bundle_difference(folder, second).plans
+    assert changes == (PlanChange("quick", 0, cells, "", weights=len(one.sites)),)
+
+
 def test_damage_is_no_difference(folder, tmp_path):
     with pytest.raises(BundleFormatError):
         bundle_difference(bundles.kept(), tmp_path / "nowhere")

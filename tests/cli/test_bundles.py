@@ -196,7 +196,13 @@ def test_diff_tells_of_everything(monkeypatch):
         source={"name": Sides("one", "other")},
         versions={"torch": Sides("1", "2")},
         settings={"images": Sides("1-2", "1-8")},
-        plans=(PlanChange("fast", 3, 8, ""), PlanChange("slow", None, 8, "other sites"), PlanChange("best", 0, 8, "")),
+        plans=(
+            PlanChange("fast", 3, 8, ""),
+            PlanChange("slow", None, 8, "other sites"),
+            PlanChange("best", 0, 8, ""),
+            PlanChange("mild", 0, 8, "", 2),
+            PlanChange("mixed", 1, 8, "", 3),
+        ),
         programs={"fast, 4 steps": Sides("DDIM", "Euler")},
         engines={"onnx row-00": Sides("121 weights", "")},
         kept=2,
@@ -211,7 +217,8 @@ def test_diff_tells_of_everything(monkeypatch):
     lines = " ".join(result.stdout.split())
     for text in (
         "name one other", "torch 1 2", "images 1-2 1-8", "fast 3 of 8 decisions", "slow other sites",
-        "best figures and settings alone", "fast, 4 steps DDIM Euler", "onnx row-00 121 weights", "old in A alone",
+        "best figures and settings alone", "mild weights of 2 forecasts",
+        "mixed 1 of 8 decisions, weights of 3 forecasts", "fast, 4 steps DDIM Euler", "onnx row-00 121 weights", "old in A alone",
         "new in B alone", "inf inf a -> b", "w29 2.9", "and 13 more (--json has all)",
         "31 weights changed; 2 engines in both; 0.977 KiB and 1.95 KiB on the disk",
     ):  # fmt: skip

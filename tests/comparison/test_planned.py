@@ -204,13 +204,16 @@ def test_weights_are_fitted_where_that_comes_closer(runs, fits, monkeypatch):
         assert all(sum(weights) == pytest.approx(1) for _, weights in plan.fitted.values())
 
 
-def test_fitted_weights_take_no_more_rows_than_there_may_be(runs):
+@pytest.mark.parametrize("most", [2, 3])
+def test_fitted_weights_take_no_more_rows_than_there_may_be(runs, most):
     runs["held"] = [Held(0.5, 40.0, 39.0)]
     runs["judged"] = [45.0] * 20
-    plan = within(Limit(0.5, max_rows=3), 16, runs=9, table=single())
+    plan = within(Limit(0.5, max_rows=most), 16, runs=9, table=single())
     assert any(each.fitted for each in runs["others"])
+    orders = {cell.decision.order for each in runs["others"] if each.fitted for row in each.rows for cell in row}
+    assert (2 in orders) == (most > 2)
     for each in (plan, *runs["others"]):
-        assert len(set(each.decisions)) <= 3
+        assert len(set(each.decisions)) <= most
 
 
 def test_for_a_quality_fitted_weights_are_tried(runs):
@@ -224,6 +227,7 @@ def test_for_a_quality_fitted_weights_are_tried(runs):
     plan = within(Limit(psnr=50.0), 16, runs=9, table=single())
     assert plan.fitted
     assert plan.settings.promise.measured_share == 0.4
+    assert plan.settings.promise.predicted_psnr == pytest.approx(50.0, abs=1.5), "by what fitted ones were measured at"
 
 
 def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):

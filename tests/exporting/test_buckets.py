@@ -20,11 +20,12 @@ from difa_compile.exporting.buckets import (
     fitted,
 )
 from difa_compile.exporting.captured import captured, more_images, progress_of
+from difa_compile.passes.caches import CacheName
 from difa_compile.pipeline.apply import apply, remove
 from difa_compile.pipeline.rules import plan_from_rule
 from difa_compile.plan.data import Cell
 from difa_compile.plan.engines import engine_of_steps, engines_of
-from difa_compile.plan.schedule import FULL_ROLE
+from difa_compile.plan.schedule import FULL_ROLE, uniform_progress
 from tests.support.image_cases import CASES
 from tests.support.played import Played
 from tests.support.tiny_pipelines import sample, tiny_pipeline
@@ -263,11 +264,28 @@ def test_weights_of_forecasts_are_numbers_of_the_course():
     ((name, numbers),) = weights[3].items()
     assert name == "cache.transformer_blocks.1.attn1.weights"
     assert numbers == pytest.approx(((0.1 - 1) / (0.5 - 1), (0.1 - 0.5) / (1 - 0.5)))
-    (site,) = [i for i, info in enumerate(plan.sites) if info.path in name]
-    rows = [list(row) for row in plan.rows]
-    rows[3][site] = replace(rows[3][site], weights=(3.0, -2.0))
-    own = replace(plan, rows=tuple(map(tuple, rows)))
-    assert dict(buckets_of(calls, [Schedule(own, plan.progress)]).courses[0][3].weights)[name] == (3.0, -2.0)
+
+
+def test_fitted_weights_of_forecasts_are_those_of_the_course():
+    """Also where rows are merged, for the forecasts that are left."""
+    _, plan, calls = tiny()
+    name = CacheName.weights("transformer_blocks.1.attn1")
+    site = next(index for index, info in enumerate(plan.sites) if info.path == name.site)
+    rows = [[Cell(FULL) for _ in plan.sites] for _ in range(6)]
+    for step, weights in enumerate([(3.0, -2.0), (), (0.5, 0.5)], 2):
+        rows[step][site] = Cell(Decision.parse("forecast:1"), weights=weights)
+    rows[5][1 - site] = Cell(Decision.parse("window(band:3)"))
+    schedule = Schedule(replace(plan, rows=tuple(map(tuple, rows)), progress=uniform_progress(6)), uniform_progress(6))
+    plain = buckets_of(calls, [schedule])
+    merged = fitted(calls, [schedule], len(plain.rows) - 1)
+    assert len(merged.buckets.rows) < len(plain.rows)
+    for made in (plain, merged.buckets):
+        numbers = [dict(call.weights).get(name) for call in made.courses[0]]
+        assert numbers[2] == (3.0, -2.0)
+        assert numbers[3] == pytest.approx((3.0, -2.0)), "the polynomial's, as it happens"
+        assert numbers[4] == (0.5, 0.5)
+    assert merged.schedules[0].plan.rows[4][site].weights == (0.5, 0.5)
+    assert merged.schedules[0].plan.rows[3][site].weights == ()
 
 
 def test_calls_that_were_not_captured_are_refused():

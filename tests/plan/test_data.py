@@ -33,6 +33,7 @@ LINE = Decision.parse("forecast:1")
         (lambda: Cell(LINE, weights=(1.5, -0.4)), PlanFormatError, "forecast:1 sum to 1.1; they must sum to 1"),
         (lambda: Cell(LINE, weights=(float("nan"), 1.0)), PlanFormatError, "a weight of forecast:1 is nan"),
         (lambda: Cell(LINE, weights=(-1e5, 1e5 + 1)), PlanFormatError, "a weight of forecast:1 is -100000"),
+        (lambda: Cell(LINE, weights=(1e5, 1 - 1e5)), PlanFormatError, "a weight of forecast:1 is (100000|-99999)"),
         (lambda: Settings("guess"), PlanFormatError, "greedy, weighed, planned, rule"),
         (lambda: Settings("rule", loss="mse"), PlanFormatError, "paper, code"),
         (lambda: Settings("rule", guidance="both"), PlanFormatError, "batched, two-call, none"),
@@ -42,6 +43,11 @@ LINE = Decision.parse("forecast:1")
 def test_odd_parts_are_refused(make: Callable[[], object], error: type[DifaError], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_weights_are_floats_so_that_the_file_says_the_same() -> None:
+    (first, _) = Cell(LINE, weights=(2, -1)).weights
+    assert isinstance(first, float)
 
 
 def test_settings_name_the_installed_versions() -> None:

@@ -13,7 +13,7 @@ from difa_compile.decision import FULL, REUSE, Decision, Kind
 from difa_compile.errors import DecisionError, PlanFormatError, PlanMismatchError, ScheduleError
 from difa_compile.layout import Layout
 from difa_compile.plan.plan import Cell, Plan, Settings, SiteInfo, Trial, model_digest, same_but_for_text
-from difa_compile.plan.schedule import assign_roles, uniform_progress
+from difa_compile.plan.schedule import assign_roles, forecast_weights, uniform_progress
 from tests.support.plans import BAND, GREEDY, LETTERS, MODEL, Configured, Plain, letters, plan_of, site
 
 # --- construction ----------------------------------------------------------------------------------------------------
@@ -171,16 +171,34 @@ def test_fitted_weights_hold_where_they_were_fitted_and_nowhere_else() -> None:
     assert same.weights(2, 0, line, (1, 0)) == (1.75, -0.75)
     assert same.weights(5, 0, line, (3, 1)) == pytest.approx((2.0, -1.0)), "that of step 5 was not fitted"
     assert same.weights(4, 0, line, (3, 0)) == pytest.approx((4 / 3, -1 / 3)), "another source"
-    assert same.weights(4, 0, LETTERS["p"], (3, 1, 0))[1:] != (-0.25, 0.0)
-    near = plan.resolve(8, progress=[value - 5e-4 for value in plan.progress])
+    two = LETTERS["p"]
+    assert same.weights(4, 0, two, (3, 1, 0)) == pytest.approx(forecast_weights(plan.progress, 4, (3, 1, 0), "step"))
+    near = plan.resolve(8, progress=[value - 1e-3 for value in plan.progress])
     assert near.weights(2, 0, line, (1, 0)) == (1.75, -0.75)
-    elsewhere = plan.resolve(8, progress=[value**2 for value in plan.progress])
-    assert elsewhere.source_steps[:3] == (0, 2, 3) or elsewhere.weights(2, 0, line, (1, 0)) != (1.75, -0.75)
+    shifted = plan.resolve(8, progress=[value - 5e-3 for value in plan.progress])
+    assert shifted.source_steps == near.source_steps == tuple(range(8))
+    assert shifted.weights(2, 0, line, (1, 0)) == pytest.approx((2.0, -1.0))
     longer = plan.resolve(16)
-    assert longer.weights(4, 0, line, (2, 0)) == (1.75, -0.75), "the same places in the course"
-    assert longer.weights(4, 0, line, (3, 2)) == pytest.approx((2.0, -1.0))
-    smaller = plan.resized([site(0, 8)])
-    assert smaller.fitted == plan.fitted
+    assert longer.progress[4] == plan.progress[2]
+    assert longer.weights(4, 0, line, (2, 0)) == pytest.approx((2.0, -1.0)), "all were fitted together"
+    part = plan.resolve(5, progress=plan.progress[3:])
+    assert part.weights(1, 0, line, (0, -1)) != (1.25, -0.25)
+    assert part.weights(4, 0, line, (3, 0)) == pytest.approx((4 / 3, -1 / 3))
+    assert "weights fitted: of 3 of 4 forecasts, used on the plan's own schedule alone, so not here" in longer.summary()
+    assert "fitted" not in same.summary()
+
+
+def test_weights_fitted_in_a_part_of_the_schedule_hold_there() -> None:
+    plan = with_weights(plan_of("FFFPFFPP"), {6: (1.75, -0.75)})
+    part = plan.resolve(5, progress=plan.progress[3:])
+    assert part.source_steps == (3, 4, 5, 6, 7)
+    assert part.weights(3, 0, LETTERS["P"], (2, 1)) == (1.75, -0.75)
+
+
+def test_weights_are_of_one_image_size() -> None:
+    plan = with_weights(plan_of("FFPF"), {2: (1.75, -0.75)})
+    assert plan.resized([site(0)]).fitted == plan.fitted
+    assert plan.resized([site(0, 8)]).fitted == {}
 
 
 def test_resolve_keeps_the_spacing_of_the_plan() -> None:

@@ -9,7 +9,7 @@ from difa_compile.decision import FULL, REUSE, Decision
 from difa_compile.plan.schedule import forecast_weights, output_sources
 from difa_compile.planner.choice import choose
 from difa_compile.planner.effects import Effects, drift_of_values
-from difa_compile.planner.fitting import FITTINGS, Fitting, fitted, raised
+from difa_compile.planner.fitting import FITTINGS, Fitting, fit, raised
 from difa_compile.planner.problem import FORECAST, Costs, Problem, Unit, outcome
 from tests.planner.test_problem import BAND, WINDOW, windowed
 from tests.support.planner_problems import make_problem
@@ -35,7 +35,7 @@ def test_outputs_that_grow_by_a_factor_are_forecast_without_error():
     problem = of_values(2.0 ** np.arange(8)[:, None] * [[1.0, -3.0]])
     (column,) = columns_of("FFPFPPFP")
     plain = outcome(problem, [column])
-    found = fitted(problem, plain, 0.0)
+    found = fit(problem, plain, 0.0)
     assert plain.error > 1
     assert found.error < 1e-20 * plain.error
     for step, sources in enumerate(output_sources(column)):
@@ -54,7 +54,7 @@ def test_outputs_that_grow_by_a_factor_are_forecast_without_error():
 def test_no_other_weights_have_less_error(coherence, firmness):
     problem = make_problem(steps=12, units=2, coherence=coherence)
     plain = outcome(problem, columns_of("FFPPFFQPF.FP", "FFFPPPPFQQFF"))
-    found = fitted(problem, plain, firmness)
+    found = fit(problem, plain, firmness)
 
     def objective(weights):
         differing = 0.0
@@ -85,9 +85,9 @@ def test_weights_sum_to_one_and_firmly_held_they_are_the_polynomials():
     problem = make_problem(steps=10, coherence=0.97)
     plain = outcome(problem, columns_of("FFPPFPQFPP"))
     for firmness in (0.0, 0.1, 5.0):
-        for own in fitted(problem, plain, firmness).weights[0]:
+        for own in fit(problem, plain, firmness).weights[0]:
             assert not own or sum(own) == pytest.approx(1)
-    firm = fitted(problem, plain, 1e9)
+    firm = fit(problem, plain, 1e9)
     assert firm.error == pytest.approx(plain.error, rel=1e-6)
     sources = output_sources(plain.columns[0])
     assert firm.weights[0][6] == pytest.approx(forecast_weights(problem.progress, 6, sources[6]), abs=1e-6)
@@ -98,7 +98,7 @@ def test_what_a_window_did_to_a_source_is_told():
     problem = windowed(steps=6, read=0.1)
     problem = replace(problem, readers=(FORECAST, REUSE))
     plain = outcome(problem, columns_of("FFFFFF", "FFWPFF"))
-    found = fitted(problem, plain, 0.0)
+    found = fit(problem, plain, 0.0)
     assert found.error < plain.error
     assert found.weights[0] == ((),) * 6
     assert abs(found.weights[1][3][0]) < 0.9, "the window's error is much larger than the drift of the full step"
@@ -113,15 +113,19 @@ def test_nothing_is_fitted_where_nothing_is_forecast_or_known():
             assert fitting(problem, plain) is plain
     constant = of_values(np.ones((6, 2)))
     plain = outcome(constant, columns_of("FFPFPP"))
-    assert fitted(constant, plain, 0.0) is plain
+    assert fit(constant, plain, 0.0) is plain
 
 
 def test_weights_that_would_amplify_noise_are_the_polynomials():
     """Two sources that hardly differ tell a line of any slope: 1e4 times their difference would fit best."""
     values = np.array([[0.0], [1e-4], [1.0], [2.0]])
     problem = of_values(values)
-    found = fitted(problem, outcome(problem, columns_of("FFPF")), 0.0)
-    assert found.weights[0] == ((),) * 4
+    found = fit(problem, outcome(problem, columns_of("FFPF")), 0.0)
+    assert found.weights == ()
+    more = of_values(np.concatenate([values, 2.0 ** np.arange(4)[:, None]]))
+    found = fit(more, outcome(more, columns_of("FFPFFPFF")), 0.0)
+    assert found.weights[0][2] == ()
+    assert found.weights[0][5] != ()
 
 
 def test_forecasts_are_raised_where_there_are_sources():
