@@ -218,8 +218,8 @@ def test_diff_tells_of_everything(monkeypatch):
     for text in (
         "name one other", "torch 1 2", "images 1-2 1-8", "fast 3 of 8 decisions", "slow other sites",
         "best figures and settings alone", "mild weights of 2 forecasts",
-        "mixed 1 of 8 decisions, weights of 3 forecasts", "fast, 4 steps DDIM Euler", "onnx row-00 121 weights", "old in A alone",
-        "new in B alone", "inf inf a -> b", "w29 2.9", "and 13 more (--json has all)",
+        "mixed 1 of 8 decisions, weights of 3 forecasts", "fast, 4 steps DDIM Euler", "onnx row-00 121 weights",
+        "old in A alone", "new in B alone", "inf inf a -> b", "w29 2.9", "and 13 more (--json has all)",
         "31 weights changed; 2 engines in both; 0.977 KiB and 1.95 KiB on the disk",
     ):  # fmt: skip
         assert text in lines.replace("\N{NO-BREAK SPACE}", " "), (text, lines)

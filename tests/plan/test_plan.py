@@ -182,8 +182,8 @@ def test_fitted_weights_hold_where_they_were_fitted_and_nowhere_else() -> None:
     assert longer.progress[4] == plan.progress[2]
     assert longer.weights(4, 0, line, (2, 0)) == pytest.approx((2.0, -1.0)), "all were fitted together"
     part = plan.resolve(5, progress=plan.progress[3:])
-    assert part.weights(1, 0, line, (0, -1)) != (1.25, -0.25)
-    assert part.weights(4, 0, line, (3, 0)) == pytest.approx((4 / 3, -1 / 3))
+    assert part.weights(4, 0, line, (3, 0)) == (1.5, -0.5)
+    assert part.weights(4, 0, line, (3, 2)) == pytest.approx((2.0, -1.0)), "of steps that the plan's own does not read"
     assert "weights fitted: of 3 of 4 forecasts, used on the plan's own schedule alone, so not here" in longer.summary()
     assert "fitted" not in same.summary()
 

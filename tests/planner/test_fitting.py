@@ -37,7 +37,7 @@ def test_outputs_that_grow_by_a_factor_are_forecast_without_error():
     plain = outcome(problem, [column])
     found = fit(problem, plain, 0.0)
     assert plain.error > 1
-    assert found.error < 1e-20 * plain.error
+    assert found.error < 1e-15 * plain.error  # weights are rounded to eight decimals
     for step, sources in enumerate(output_sources(column)):
         if sources:
             newest, before = (2.0**source for source in sources)
