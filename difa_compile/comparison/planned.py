@@ -39,6 +39,7 @@ from difa_compile.plan.plan import Plan
 from difa_compile.planner.fitting import FITTINGS, Fitting
 from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
 from difa_compile.planner.problem import Outcome, refitted
+from difa_compile.planner.problem import outcome as accounted
 from difa_compile.planner.rows import FewRows, distinct
 from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Way, Ways
@@ -388,12 +389,21 @@ class _Search:
             fitting, psnr = self._best_fitting(outcome, psnr)
         if (better is None and fitting is None) or not math.isfinite(psnr):
             return
-        problem = refitted(way.problem(self.problem), max(outcome.error, 1e-12), 10 ** (-psnr / 10))
-        try:
-            each, note = chosen(problem, self.limit)
-        except (BudgetError, RowLimitError):
-            return  # nothing else is possible
-        self._try(replace(self._fitted(each, fitting), error=each.error), note)  # by what was measured of fitted ones
+        problem, known = way.problem(self.problem), {kept.outcome.columns}
+        for _ in range(min(TRIES, self.left)):
+            now = accounted(problem, outcome.columns).error  # that of the outcome is by the response at its time
+            problem = refitted(problem, max(now, 1e-12), 10 ** (-psnr / 10))
+            try:
+                outcome, note = chosen(problem, self.limit)
+            except (BudgetError, RowLimitError):
+                return  # nothing else is possible
+            if outcome.columns in known:
+                return
+            known.add(outcome.columns)
+            fitted = replace(self._fitted(outcome, fitting), error=outcome.error)  # fitted ones were measured
+            psnr = self._try(fitted, note).held.psnr
+            if not math.isfinite(psnr) or (self.kept is not None and self.kept.outcome is fitted):
+                return
 
 
 def with_promise(plan: Plan, held: Held, note: str) -> Plan:

@@ -21,6 +21,7 @@
 }
 ```
 
+The cell of a forecast may have ``"weights": [1.4, -0.5, 0.1]``, fitted to what was measured (:class:`~.data.Cell`).
 The frame, the digest and what guards the reading are those of all files of the package (:mod:`documents`); the file
 itself is laid out for reading, one line per site and per cell.
 """

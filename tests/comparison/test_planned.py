@@ -233,6 +233,16 @@ def test_for_a_quality_fitted_weights_are_tried(runs):
     assert plan.settings.promise.predicted_psnr == pytest.approx(50.0, abs=1.5), "by what fitted ones were measured at"
 
 
+def test_a_quicker_plan_that_misses_the_quality_is_tried_again_with_more_time(runs):
+    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.3, 44.0, 44.0), Held(0.42, 50.2, 50.0)]
+    runs["judged"] = [58.0]
+    plan = within(Limit(psnr=50.0), 16, runs=9, table=single())
+    shares = [each.settings.promise.predicted_share for each in runs["plans"]]
+    assert len(shares) == 3
+    assert shares[1] < shares[2] < shares[0]
+    assert plan.settings.promise.measured_share == 0.42
+
+
 def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
     runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
     runs["judged"] = [39.0, 42.0, 41.0, 43.0]
