@@ -11,7 +11,7 @@ DEFAULT_BUDGET = 0.5
 """What is planned for where no limit is given."""
 DEMO_BUDGET = 0.3
 DEFAULT_THRESHOLD = 0.05
-RUNS = 12
+RUNS = 16
 """How many plans are tried at most, unless told otherwise."""
 MOST_RUNS = 10_000
 
