@@ -257,10 +257,10 @@ PLAIN = "`torch.compile`"
 
 
 def budget_gain(budget: str) -> Gain:
-    case = f"difa, planner-budget-{budget}-steps-50"
-    return Gain(
-        "planner", f"demo model, at most {budget} of the time", PLAIN, {"case": "inductor, full"}, {"case": case}
-    )
+    """Of a plan, by what it takes where it was timed among all of ours, and not where it stands beside others."""
+    planned = {"case": f"difa, planner-budget-{budget}-steps-50", "beside": False}
+    runs = f"demo model, plan made for {budget} of the time"
+    return Gain("planner", runs, PLAIN, {"case": "inductor, full"}, planned)
 
 
 def attention_gain(threshold: str) -> Gain:
