@@ -340,6 +340,8 @@ DETAILS: dict[str, Table] = {
     "planner": (
         *RECIPE,
         Column("group", "group"),
+        Column("ratio_of_calls", "of calls", ".3f"),
+        Column("promised_ratio", "said", ".3f"),
         *BESIDE,
         Column("repeats", "repeats"),
         Column("images", "images"),

@@ -247,6 +247,17 @@ class Call:
     images: Tensor
 
 
+def undisturbed(calls: Sequence[Call]) -> float:
+    """Seconds that a call would take with nothing else on the machine: the least of each step's times over ``calls``,
+    and of what is beside the steps.
+
+    Company only adds to a time, in bursts of a few steps, so that no whole call may be without. All calls take the same
+    steps.
+    """
+    steps = [min(times) for times in zip(*(call.step_seconds for call in calls), strict=True)]
+    return sum(steps) + min(call.seconds - sum(call.step_seconds) for call in calls)
+
+
 @dataclass(frozen=True)
 class Caller:
     """Calls one pipeline with everything but the seed held fixed."""

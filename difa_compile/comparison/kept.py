@@ -48,9 +48,9 @@ TRIALS = Format(
 
 @dataclass(frozen=True)
 class Held:
-    """What came of a plan in a run: ``share`` of the full model's time (median of the rounds' ratios), and PSNR in dB
-    against its images, with the seeds that plans are chosen by and with the held-out ones; infinite for equal
-    images."""
+    """What came of a plan in a run: ``share`` of the full model's time, both undisturbed
+    (:func:`difa_compile.comparison.compare.undisturbed`), and PSNR in dB against its images, with the seeds that plans
+    are chosen by and with the held-out ones; infinite for equal images."""
 
     share: float
     psnr: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from difa_compile.calibration.measure import measure
 from difa_compile.calibration.sampling import identity_of, models_of
 from difa_compile.calibration.state import default_path
 from difa_compile.comparison import metrics
-from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet
+from difa_compile.comparison.compare import Call, Caller, compiled_by, quiet, undisturbed
 from difa_compile.comparison.kept import (
     ROUNDS,
     Held,
@@ -83,13 +82,13 @@ class Trials:
         self._follow(plan)
         quality = self._psnr(self._seeds)
         held_out = self._psnr(self._held_out)
-        ratios = []
+        full: list[Call] = []
+        planned: list[Call] = []
         for turn in range(rounds):
-            sides: list[Callable[[int], Call]] = [self._full, self._planned]
-            times = [side(self._seeds[0]).seconds for side in (sides if turn % 2 else reversed(sides))]
-            full, own = times if turn % 2 else reversed(times)
-            ratios.append(own / full)
-        return Held(statistics.median(ratios), quality, held_out)
+            sides = [(self._full, full), (self._planned, planned)]
+            for side, calls in sides if turn % 2 else reversed(sides):
+                calls.append(side(self._seeds[0]))
+        return Held(undisturbed(planned) / undisturbed(full), quality, held_out)
 
     def close(self) -> None:
         """Take the plan off the pipeline."""

@@ -110,7 +110,7 @@ def test_plans_are_made_within_their_limits(monkeypatch, tmp_path):
     planning.make(planning.parse_arguments(["--make", "--attention", "--budgets", "0.5", "0.2", *place]))
     assert asked == [
         (0.485, None, True, (1234, 1235)),
-        (0.2, None, True, (1234, 1235)),
+        (0.194, None, True, (1234, 1235)),
         (None, 33.0, False, (1234, 1235)),
     ]
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == [

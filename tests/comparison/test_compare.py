@@ -373,6 +373,15 @@ def test_inputs_that_compare_sets_are_refused(pipe, plan, wiring):
         compare(pipe, plan, INPUTS | {"generator": None}, steps=STEPS)
 
 
+def test_what_else_runs_on_the_machine_is_left_out_step_by_step():
+    image = torch.zeros(1, 3, 8, 8)
+    calls = [module.Call(9.5, (1.0, 5.0, 3.0), image), module.Call(8.25, (4.0, 2.0, 2.0), image)]
+    assert module.undisturbed(calls) == 1.0 + 2.0 + 2.0 + 0.25
+    assert module.undisturbed(calls[:1]) == 9.5
+    with pytest.raises(ValueError, match="shorter"):
+        module.undisturbed([*calls, module.Call(1.0, (1.0,), image)])
+
+
 def test_video_frames_count_as_images():
     frames = torch.rand(2, 3, 1, 4, 4)
     images = module._images(SimpleNamespace(frames=frames))
