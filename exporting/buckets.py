@@ -298,7 +298,7 @@ def _slot(node: Any) -> Slot:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Limited:
     """``buckets`` of at most so many engines. ``schedules``: as they are now, each plan on its own steps. ``before``
     and ``after``: what all steps cost, without and with the limit, in ``weighed``: ``"predicted time"`` or
     ``"operations"``."""
@@ -310,7 +310,7 @@ class Fitted:
     weighed: str
 
 
-def fitted(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: int | None = None) -> Fitted:
+def limited(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: int | None = None) -> Limited:
     """The buckets of schedules, rows merged where there would be more than ``most`` engines.
 
     Rows are weighed by their predicted time where this machine has been measured (``difa tune``), else by their
@@ -326,7 +326,7 @@ def fitted(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: i
     price = cache(cost)
     before = _cost(plain, price)
     if most is None or len(plain.rows) <= most:
-        return Fitted(plain, tuple(schedules), before, before, weighed)
+        return Limited(plain, tuple(schedules), before, before, weighed)
     carried = [_carried_out(calls[0].capture, schedule) for schedule in schedules]
     rows = [decisions for decisions, _, _ in carried]
     guided = Guided(model.context.two_call, len({id(call.capture) for call in calls if call.expert == calls[0].expert}))
@@ -342,7 +342,7 @@ def fitted(calls: Sequence[CapturedCall], schedules: Sequence[Schedule], most: i
             made = buckets_of(calls, plans, wider)
         plain = made
         if len(made.rows) <= most:
-            return Fitted(made, plans, before, _cost(made, price), weighed)
+            return Limited(made, plans, before, _cost(made, price), weighed)
     raise RowLimitError(
         f"{most} engines were allowed, but even if everything is full at every step {len(plain.rows)} are needed, "
         "since transformers, or the calls of guidance's branches, differ; allow as many"

@@ -66,7 +66,7 @@ from difa_compile.exporting import engines as engines_module
 from difa_compile.exporting.after_loop import after_loop, first_result, in_bytes
 from difa_compile.exporting.before_loop import BeforeLoop, before_loop
 from difa_compile.exporting.buckets import EngineCall as PlannedCall
-from difa_compile.exporting.buckets import EngineRow, Fitted, engines_for, fitted
+from difa_compile.exporting.buckets import EngineRow, Limited, engines_for, limited
 from difa_compile.exporting.buckets import Schedule as PlannedSchedule
 from difa_compile.exporting.captured import CapturedCall, captured, more_images, owned_names, progress_of
 from difa_compile.exporting.engines import IMAGES, held_tensors
@@ -258,7 +258,7 @@ class _Part:
     size: Size
     inputs: dict[str, Any]
     first: int
-    fitted: Fitted
+    limited: Limited
     schedules: Mapping[tuple[str, int], PlannedSchedule]
     probed: Mapping[int, Probed]
     calls: Sequence[CapturedCall]
@@ -267,7 +267,7 @@ class _Part:
 
     @property
     def rows(self) -> tuple[EngineRow, ...]:
-        return self.fitted.buckets.rows
+        return self.limited.buckets.rows
 
 
 @dataclass
@@ -316,7 +316,7 @@ class _Exporting:
         manifest = msgspec.structs.replace(manifest, compared=self._compare(manifest))
         write_whole(self.folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n", "the manifest")
         self._clean(manifest)
-        dearest = max((part.fitted for part in parts), key=lambda each: each.after / each.before if each.before else 1)
+        dearest = max((part.limited for part in parts), key=lambda each: each.after / each.before if each.before else 1)
         return Exported(
             self.folder,
             manifest,
@@ -339,7 +339,7 @@ class _Exporting:
             PlannedSchedule(plans[tier], progress_of(self.pipe, inputs, steps), self._order(probed[steps]))
             for tier, steps in keys
         ]
-        found = fitted(calls[1], planned, self.max_engines)
+        found = limited(calls[1], planned, self.max_engines)
         rows = found.buckets.rows
         self.told(f"{len(rows)} engines for {', '.join(f'{tier} at {steps} steps' for tier, steps in keys)}")
         pieces = [piece for i, row in enumerate(rows) for piece in self._row(first + i, row, calls)]
@@ -548,11 +548,11 @@ class _Exporting:
                 content = json.dumps(each.program.to_json()).encode()
                 programs[steps] = f"programs/{steps}-{_digest(content)[:12]}.json"
                 self._write(programs[steps], content, files)
-            for (tier, steps), course in zip(part.schedules, part.fitted.buckets.courses, strict=True):
+            for (tier, steps), course in zip(part.schedules, part.limited.buckets.courses, strict=True):
                 calls = tuple(_call(call, part.first, len(slots)) for call in course)
                 schedules.append(Schedule(tier, steps, programs[steps], calls, place))
             slots += [
-                Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in part.fitted.buckets.slots
+                Slot(str(slot.dtype).removeprefix("torch."), tuple(slot.shape)) for slot in part.limited.buckets.slots
             ]
         for name, content in tokenizers.items():
             self._write(name, content, files)

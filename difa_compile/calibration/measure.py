@@ -12,7 +12,7 @@ one by one on the very inputs of the step, on the variants that a plan runs:
 3. *Groups of heads* that nobody has named are found beforehand, in a short call
    (:mod:`difa_compile.calibration.ranking`, :mod:`difa_compile.planner.groups`), and tried as one decision for all
    sites.
-4. *Seconds*: rows of each kind are timed against one another, on the inputs of the second step.
+4. *Seconds*: rows of each kind are timed against one another, from the second step on.
 
 How outputs are guided shows in what the scheduler is given (:mod:`difa_compile.calibration.guiding`), whatever scales
 the call names. Changes are kept as a random projection to a few hundred numbers (Johnson-Lindenstrauss), the same one
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ AGES = (1, 3, 8)
 ROUNDING = 1e-5
 """By how much the progress of a step may differ from machine to machine: timesteps are numbers in float32."""
 ROUNDS = 11
-"""How often each kind of row is timed."""
+"""How often each kind of row is timed, at least."""
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,15 @@ class Measuring:
         self._begins = False
         """Whether a call of the step in progress had nothing of the step before to take."""
         self._seconds: dict[str, float] = {}
+        self._timed_on: Capture | None = None
+        """What rows are timed on."""
+        self._rounds = 0
+        """How often they have been."""
         self._machine = ""
         self._left = 0.0
-        """When the last call of the model ended."""
+        """When the last call of the model ended, and later by what measuring has done since."""
         self._gaps: list[float] = []
-        """Seconds between calls of the model."""
+        """Seconds between calls of the model, without those of measuring."""
 
     @property
     def done(self) -> int:
@@ -249,6 +254,7 @@ class Measuring:
 
         Raises :class:`CalibrationError` if the pipeline stopped early.
         """
+        ended = time.perf_counter()
         self._finish_step()
         if self.table is None or self.table.done != len(self.progress):
             raise CalibrationError(
@@ -256,7 +262,7 @@ class Measuring:
                 "through the whole schedule"
             )
         if "pipeline" not in self.table.seconds:
-            after = (time.perf_counter() - self._left) / len(self.progress)  # decoding, say
+            after = (ended - self._left) / len(self.progress)  # decoding, say
             beside = statistics.median(self._gaps or [0.0]) * self.table.calls + after
             self.table = replace(self.table, seconds={**self.table.seconds, "pipeline": beside})
             self._keep(self.table)
@@ -289,9 +295,10 @@ class Measuring:
         if step >= self.done:
             self._outputs.append(GuidedCall(branch, self._latent(floats_of(outputs)[0]).clone()))
             self._try_all(capture, args, stream, outputs, step)
-        untimed = self.table is not None and not self.table.seconds and not self._seconds
-        if step >= min(1, len(self.progress) - 1) and self._calls == 1 and untimed:
-            self._time(capture, args, written)
+        if self._timed_on is None and self.table is not None and not self.table.seconds:
+            self._timed_on = capture  # of several models, or after an interruption, rows of one are timed
+        if self._timed_on is capture and self._calls == 1:
+            self._time(capture, args, written, stream, step)
         paths = [(group.lags[-1], {capture.model.units[i].path for i in group.units}) for group in self._groups]
         stream.keep(step, written, paths)
         for group in self._groups:
@@ -467,8 +474,13 @@ class Measuring:
     def given(self, output: object) -> None:
         """The scheduler is given ``output``, so the calls of the step in progress are all made: what trials have
         changed of them becomes what they change of that."""
-        if not self._outputs:
-            return
+        if self._outputs:
+            began = time.perf_counter()
+            self._guide(output)
+            self._left += time.perf_counter() - began  # no time of the pipeline
+
+    def _guide(self, output: object) -> None:
+        """Make what trials have changed of the calls what they change of ``output``, if that is a tensor."""
         settings = self.settings
         target = self._latent(output) if isinstance(output, Tensor) else None
         stated = StatedWeights(settings.guidance, settings.half, settings.two_call)
@@ -508,7 +520,7 @@ class Measuring:
             self._calls, self._begins = 0, False
             return
         if self._outputs:  # the pipeline went on without a step of its scheduler
-            self.given(None)
+            self._guide(None)
         found = {(self._groups[group].name, what): value.numpy() for (group, what), value in self._found.items()}
         spread: dict[tuple[str, object], float] = {
             (self._groups[group].name, lag): each for (group, lag), each in self._spread.items()
@@ -523,9 +535,39 @@ class Measuring:
 
     # --- seconds -----------------------------------------------------------------------------------------------------
 
-    def _time(self, capture: Capture, args: list[Any], written: Mapping[CacheName, Tensor]) -> None:
-        """Time one row of each kind in turn; the seconds of a row are the least of the rounds, since whatever else the
-        machine does only adds to them."""
+    def _time(
+        self, capture: Capture, args: list[Any], written: Mapping[CacheName, Tensor], stream: Stream, step: int
+    ) -> None:
+        """Time one row of each kind in turn, as often as is due at this step; the seconds of a row are the least of all
+        rounds, since whatever else the machine does only adds to them. Rounds are spread over the steps, because that
+        goes on for seconds."""
+        first = min(1, len(self.progress) - 1)
+        due = math.ceil(ROUNDS * (step - first + 1) / (len(self.progress) - first)) - self._rounds
+        if step < first or due <= 0:
+            return
+        rows = self._timed_rows(capture, args, written, stream)
+        cuda = any(value.is_cuda for value in written.values())
+        if not self._rounds:  # what compiles
+            for row, given in rows.values():
+                capture.execute(args, row, given)
+        for _ in range(due):
+            self._rounds += 1
+            for name in list(rows)[:: -1 if self._rounds % 2 else 1]:
+                row, given = rows[name]
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                capture.execute(args, row, given)
+                if cuda:
+                    torch.cuda.synchronize()
+                taken = time.perf_counter() - start
+                self._seconds[name] = min(taken, self._seconds.get(name, taken))
+        self._machine = machine_name(next(iter(written.values())).device)
+
+    def _timed_rows(
+        self, capture: Capture, args: list[Any], written: Mapping[CacheName, Tensor], stream: Stream
+    ) -> dict[str, tuple[tuple[Role, ...], Mapping[CacheName, Tensor]]]:
+        """One row of each kind, by its name in tables, with the caches that it takes."""
         rows: dict[str, tuple[tuple[Role, ...], Mapping[CacheName, Tensor]]] = {
             "full": ((FULL_ROLE,) * len(capture.model.units), {})
         }
@@ -543,7 +585,8 @@ class Measuring:
             if all(capture.model.why_not(i, forecast) is None for i in group.units):
                 rows[f"{group.name} forecast"] = (self._group_row(capture, group, Role(forecast)), caches)
             for window in group.residual_windows:
-                caches |= self._residuals(capture, args, group, window)
+                taken = stream.residuals.get(window)
+                caches |= taken[0] if taken else self._residuals(capture, args, group, window)
             for decision in group.decisions:
                 reads = decision.kind is Kind.WINDOW_RESIDUAL
                 kept = {name: value for name, value in caches.items() if reads and name.kind == "residual"}
@@ -551,18 +594,7 @@ class Measuring:
                 if reads:
                     taking = Role(FULL, emit_residual=True, residual_window=decision.window)
                     rows[f"{group.name} {keeping(decision)}"] = (self._group_row(capture, group, taking), {})
-        seconds: dict[str, list[float]] = {name: [] for name in rows}
-        for turn in range(ROUNDS + 1):
-            for name in list(rows)[:: -1 if turn % 2 else 1]:
-                row, given = rows[name]
-                start = time.perf_counter()
-                capture.execute(args, row, given)
-                if any(value.is_cuda for value in written.values()):
-                    torch.cuda.synchronize()
-                if turn:  # the first compiles
-                    seconds[name].append(time.perf_counter() - start)
-        self._seconds = {name: min(found) for name, found in seconds.items()}
-        self._machine = machine_name(next(iter(written.values())).device)
+        return rows
 
 
 def same_schedule(one: Sequence[float], other: Sequence[float]) -> bool:

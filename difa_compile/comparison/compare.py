@@ -255,7 +255,8 @@ def undisturbed(calls: Sequence[Call]) -> float:
     steps.
     """
     steps = [min(times) for times in zip(*(call.step_seconds for call in calls), strict=True)]
-    return sum(steps) + min(call.seconds - sum(call.step_seconds) for call in calls)
+    beside: float = min(call.seconds - sum(call.step_seconds) for call in calls)
+    return sum(steps, beside)
 
 
 @dataclass(frozen=True)

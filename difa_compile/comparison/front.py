@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from difa_compile.planner.fitting import FITTINGS
 from difa_compile.planner.make import plan_of
 from difa_compile.planner.recipes import recipes
 from difa_compile.planner.table import ErrorTable
@@ -15,6 +16,7 @@ from difa_compile.planner.ways import Ways
 if TYPE_CHECKING:
     from difa_compile.comparison.kept import Runs
     from difa_compile.plan.plan import Plan
+    from difa_compile.planner.problem import Outcome, Problem
 
 BUDGETS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Of a front that is run."""
@@ -48,15 +50,11 @@ class Point:
         return {"name": self.name, "origin": str(self.origin), "share": self.share, "psnr": self.psnr}
 
 
-def plans_of_budgets(table: ErrorTable, budgets: Sequence[float] = BUDGETS) -> dict[float, list[Plan]]:
+def choices_for_budgets(problem: Problem, budgets: Sequence[float] = BUDGETS) -> dict[float, list[Outcome]]:
     """For each budget that is possible what several ways choose for it: none of them is the best at all budgets."""
-    ways = Ways(table.problem())
+    ways = Ways(problem)
     found = {budget: ways.candidates(budget, None) for budget in budgets}
-    return {
-        budget: [plan_of(table, outcome) for way, outcome in each if way in ways.few]
-        for budget, each in found.items()
-        if each
-    }
+    return {budget: [outcome for way, outcome in each if way in ways.few] for budget, each in found.items() if each}
 
 
 def measured_front(
@@ -68,9 +66,10 @@ def measured_front(
 ) -> tuple[Point, ...]:
     """Run plans for several budgets, and fixed recipes, beside the full model; quickest first.
 
-    Of each budget what several ways choose is tried, and the best timed. ``own``: the plan in question, which has been
-    run: its promise says what came of it, and its budget is not planned for again. ``others``: plans of other searches,
-    by name. ``told`` is given a line of text for each plan.
+    Of each budget what several ways choose is tried, then the best with fitted weights, and the best of these timed.
+    ``own``: the plan in question, which has been run, maybe after more trials than that: its promise says what came of
+    it, and its budget is not planned for again. ``others``: plans of other searches, by name. ``told`` is given a line
+    of text for each plan.
     """
     points = []
     promise = None if own is None else own.settings.promise
@@ -78,13 +77,24 @@ def measured_front(
         points.append(Point(promise.limit, Origin.PLAN, promise.measured_share, promise.measured_psnr))
     taken = [point.share for point in points]
     plans: list[tuple[str, Origin, Plan]] = []
-    for budget, tried in plans_of_budgets(table).items():
+    problem = table.problem()
+    for budget, choices in choices_for_budgets(problem).items():
         if all(abs(budget - share) > NEAR for share in taken):
-            plans.append((f"budget {budget:g}", Origin.PLANNER, max(tried, key=run.judge)))
-    plans += [(name, Origin.RECIPE, plan_of(table, each)) for name, each in recipes(table.problem()).items()]
+            plans.append((f"budget {budget:g}", Origin.PLANNER, _best(table, problem, choices, run)))
+    plans += [(name, Origin.RECIPE, plan_of(table, each)) for name, each in recipes(problem).items()]
     plans += [(name, Origin.SEARCH, plan) for name, plan in (others or {}).items()]
     for name, origin, plan in plans:
         held = run.run(plan, rounds=ROUNDS)
         points.append(Point(name, origin, held.share, held.decibels))
         told(f"{name}: {held}")
     return tuple(sorted(points, key=lambda point: point.share))
+
+
+def _best(table: ErrorTable, problem: Problem, choices: Sequence[Outcome], run: Runs) -> Plan:
+    """The plan whose images are closest, of these choices and of the best of them with fitted weights."""
+    judged = [(run.judge(plan_of(table, each)), each) for each in choices]
+    psnr, outcome = max(judged, key=lambda each: each[0])
+    fitted = FITTINGS[0].within(problem, outcome)
+    if fitted is not outcome and run.judge(plan_of(table, fitted)) > psnr:
+        outcome = fitted
+    return plan_of(table, outcome)

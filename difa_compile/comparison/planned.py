@@ -37,9 +37,9 @@ from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
 from difa_compile.planner.fitting import FITTINGS, Fitting
 from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
-from difa_compile.planner.problem import Outcome, refitted
+from difa_compile.planner.problem import Outcome, rescaled
 from difa_compile.planner.problem import outcome as accounted
-from difa_compile.planner.rows import FewRows, distinct
+from difa_compile.planner.rows import FewRows
 from difa_compile.planner.table import ErrorTable
 from difa_compile.planner.ways import Way, Ways
 
@@ -49,8 +49,6 @@ MOST_OFF = 1.5
 """By what factor a measured time is taken to differ from the predicted one at most."""
 RUNS = 16
 """How many plans are run at most, all in all."""
-EVEN = 0.01
-"""By how much, as a share of it, a time may be predicted to grow where weights are fitted."""
 SLACK = 0.05
 """By how much, as a share of it, a time may be over the budget; machines are not more even than that."""
 
@@ -308,7 +306,7 @@ class _Search:
                 at_once = min(MOST_OFF, max(1 / MOST_OFF, off))  # more than that is the machine's doing
                 self.aimed = replace(self.limit, budget=min(1.0, self.limit.budget / at_once))
             elif math.isfinite(held.psnr):
-                self.problem = refitted(self.problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
+                self.problem = rescaled(self.problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))
             else:
                 return  # the same images, which say nothing of the response
 
@@ -358,15 +356,8 @@ class _Search:
         return best, psnr
 
     def _fitted(self, outcome: Outcome, fitting: Fitting | None) -> Outcome:
-        """A plan with fitted weights, of forecasts as they are where more sources would take more rows than it may
-        have, or more time; the plan itself where nothing is to be fitted."""
-        if fitting is None:
-            return outcome
-        found, most = fitting(self.problem, outcome), self.limit.max_rows
-        rows = most is None or distinct(found.columns) <= most
-        if not rows or found.share > outcome.share * (1 + EVEN):
-            found = replace(fitting, order=1)(self.problem, outcome)
-        return found if found.weights else outcome
+        """A plan with fitted weights; the plan itself where nothing is to be fitted."""
+        return outcome if fitting is None else fitting.within(self.problem, outcome, self.limit.max_rows)
 
     def _judged(self, outcome: Outcome, best: float) -> float:
         self.left -= 1
@@ -391,7 +382,7 @@ class _Search:
         problem, known = way.problem(self.problem), {kept.outcome.columns}
         for _ in range(min(TRIES, self.left)):
             now = accounted(problem, outcome.columns).error  # that of the outcome is by the response at its time
-            problem = refitted(problem, max(now, 1e-12), 10 ** (-psnr / 10))
+            problem = rescaled(problem, max(now, 1e-12), 10 ** (-psnr / 10))
             try:
                 outcome, note = chosen(problem, self.limit)
             except (BudgetError, RowLimitError):

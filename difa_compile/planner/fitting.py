@@ -30,7 +30,10 @@ from difa_compile.planner.problem import (
     effects_of,
     outcome,
 )
+from difa_compile.planner.rows import distinct
 
+EVEN = 0.01
+"""By how much, as a share of it, a time may be predicted to grow where forecasts are raised."""
 _MOST = 100.0
 """Weights of greater size are not taken: they would amplify what is noise in the outputs."""
 
@@ -46,6 +49,15 @@ class Fitting:
     def __call__(self, problem: Problem, start: Outcome) -> Outcome:
         """The plan with fitted weights; the same one where it forecasts nothing."""
         return fit(problem, raised(problem, start, self.order), self.firmness)
+
+    def within(self, problem: Problem, start: Outcome, max_rows: int | None = None) -> Outcome:
+        """The plan with fitted weights, of forecasts as they are where raised ones would take more rows than
+        ``max_rows``, or more time; the plan itself where nothing is to be fitted."""
+        found = self(problem, start)
+        rows = max_rows is None or distinct(found.columns) <= max_rows
+        if not rows or found.share > start.share * (1 + EVEN):
+            found = replace(self, order=1)(problem, start)
+        return found if found.weights else start
 
 
 FITTINGS = (Fitting(2, 1.0), Fitting(2, 0.1), Fitting(2, 5.0))

@@ -197,7 +197,7 @@ def flat_response(steps: int, level: float = 0.025, last: float = 2.5) -> Array:
     """The response (T,) of a sampler that corrects itself: ``level`` everywhere, ``last`` times as much at the last
     step, which no later one corrects, and half the way there (as a factor) at the last but one.
 
-    Its form is that of the demo model. A joint run gives the true level (:func:`refitted`); the choice for a budget of
+    Its form is that of the demo model. A joint run gives the true level (:func:`rescaled`); the choice for a budget of
     time does not depend on it.
     """
     response = np.full(steps, level)
@@ -207,7 +207,7 @@ def flat_response(steps: int, level: float = 0.025, last: float = 2.5) -> Array:
     return response
 
 
-def refitted(problem: Problem, predicted: float, measured: float) -> Problem:
+def rescaled(problem: Problem, predicted: float, measured: float) -> Problem:
     """The problem with its response scaled so that an outcome's ``predicted`` error becomes what was ``measured``."""
     if not (predicted > 0 and measured > 0 and math.isfinite(predicted) and math.isfinite(measured)):
         raise ErrorTableError(

@@ -3,7 +3,9 @@
 import math
 from dataclasses import replace
 
-from difa_compile.comparison.front import Origin, measured_front, plans_of_budgets
+import pytest
+
+from difa_compile.comparison.front import Origin, choices_for_budgets, measured_front
 from difa_compile.comparison.kept import Held
 from difa_compile.plan.data import Promise
 from difa_compile.planner.make import plan_from_table
@@ -32,10 +34,19 @@ def table():
 
 
 def test_several_plans_for_each_budget_that_is_possible():
-    found = plans_of_budgets(table(), (0.1, 0.5, 0.8))
+    found = choices_for_budgets(table().problem(), (0.1, 0.5, 0.8))
     assert list(found) == [0.5, 0.8]
-    assert all(1 <= len(plans) <= 3 for plans in found.values())
-    assert all(plan.settings.promise is None for plans in found.values() for plan in plans)
+    assert all(1 <= len(choices) <= 3 for choices in found.values())
+    assert all(choice.share <= budget for budget, choices in found.items() for choice in choices)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_best_is_tried_with_fitted_weights(better):
+    run = Fake()
+    run.judge = lambda plan: run.judged.append(plan) or (10 + better if plan.fitted else 10.5)
+    measured_front(table(), run)
+    assert any(plan.fitted for plan in run.judged)
+    assert any(plan.fitted for plan in run.ran) == better
 
 
 def test_of_each_budget_the_best_is_timed():

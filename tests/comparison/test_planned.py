@@ -133,7 +133,7 @@ def test_the_best_that_keeps_to_the_limit_is_taken(runs):
     assert len(runs["plans"]) == 2
 
 
-def test_a_quality_is_refitted_to_what_was_measured(runs):
+def test_a_quality_is_rescaled_to_what_was_measured(runs):
     runs["held"] = [Held(0.5, 30.0, 30.0), Held(0.8, 40.5, 40.0)]
     plan = within(Limit(psnr=40.0))
     first, second = runs["plans"]

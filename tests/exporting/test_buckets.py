@@ -17,7 +17,7 @@ from difa_compile.exporting.buckets import (
     Slot,
     buckets_of,
     engines_for,
-    fitted,
+    limited,
 )
 from difa_compile.exporting.captured import captured, more_images, progress_of
 from difa_compile.passes.caches import CacheName
@@ -93,7 +93,7 @@ def test_engines_make_the_images_of_a_pipeline_with_its_plan(name):
     counts = (6, 4)
     schedules = [Schedule(plan, progress_of(pipe, inputs, steps * case.asked)) for steps in counts]
     for most in (None, 3) if case.two_calls else (None,):
-        found = fitted(calls, schedules, most)
+        found = limited(calls, schedules, most)
         assert most is None or len(found.buckets.rows) <= most < len(buckets_of(calls, schedules).rows)
         engines = made_of(calls, found.buckets)
         for steps, course, schedule in zip(counts, found.buckets.courses, found.schedules, strict=True):
@@ -134,10 +134,10 @@ def test_engines_of_two_experts_over_two_calls_with_blocks(tmp_path):
     assert stats.promotions
     assert {calls[row.call].expert for row in buckets.rows} == {0, 1}
     assert (play(pipe, run, buckets.courses[0], made_of(calls, buckets)) == wanted).all()
-    two = fitted(calls, [schedule], 2)
+    two = limited(calls, [schedule], 2)
     assert [calls[row.call].expert for row in two.buckets.rows] == [0, 1]
     with pytest.raises(RowLimitError, match="even if everything is full at every step 2 are needed"):
-        fitted(calls, [schedule], 1)
+        limited(calls, [schedule], 1)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_engines_of_two_calls_with_texts_of_two_lengths(tmp_path):
     plan = plan_of(tiny_wan, WAN_ROWS, **texts_of_two_lengths())
     calls = captured(pipe, inputs, plan)
     assert calls[0].capture is not calls[1].capture
-    found = fitted(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], 5)
+    found = limited(calls, [Schedule(plan, progress_of(pipe, inputs, len(WAN_ROWS)))], 5)
     assert {row.call for row in found.buckets.rows} == {0, 1}
     assert len(found.buckets.rows) <= 5
     run = partial(tiny_wan.frames, **texts_of_two_lengths())
@@ -277,7 +277,7 @@ def test_fitted_weights_of_forecasts_are_those_of_the_course():
     rows[5][1 - site] = Cell(Decision.parse("window(band:3)"))
     schedule = Schedule(replace(plan, rows=tuple(map(tuple, rows)), progress=uniform_progress(6)), uniform_progress(6))
     plain = buckets_of(calls, [schedule])
-    merged = fitted(calls, [schedule], len(plain.rows) - 1)
+    merged = limited(calls, [schedule], len(plain.rows) - 1)
     assert len(merged.buckets.rows) < len(plain.rows)
     for made in (plain, merged.buckets):
         numbers = [dict(call.weights).get(name) for call in made.courses[0]]
@@ -305,35 +305,35 @@ def test_few_engines_write_what_any_step_needs():
     """One that writes caches runs also where nobody reads them: they are written to no slot."""
     pipe, plan, calls = tiny()
     schedule = Schedule(plan, progress_of(pipe, LABELS, 4))
-    least = fitted(calls, [schedule], 3)
+    least = limited(calls, [schedule], 3)
     assert len(least.buckets.rows) <= 3
     assert least.before < least.after
     run = partial(sample, pipe, steps=4)
     wanted, _ = applied(pipe, least.schedules[0].plan, run)
     engines = made_of(calls, least.buckets)
     assert (play(pipe, run, least.buckets.courses[0], engines) == wanted).all()
-    one = fitted(calls, [schedule], 1)
+    one = limited(calls, [schedule], 1)
     assert one.buckets.rows[0].roles == (FULL_ROLE,) * len(calls[0].capture.model.units)
-    same = fitted(calls, [schedule], 9)
+    same = limited(calls, [schedule], 9)
     assert same.schedules == (schedule,)
     assert same.before == same.after
     for wrong in (0, -1, True, 1.5):
         with pytest.raises(RowLimitError, match="give a whole number, at least 1"):
-            fitted(calls, [schedule], wrong)
+            limited(calls, [schedule], wrong)
 
 
 def test_rows_are_weighed_by_predicted_time_where_the_machine_was_measured(profile_at):
     """Where attention in full is all that takes long, other rows are merged than by operations."""
     pipe, plan, calls = tiny()
     schedule = Schedule(plan, progress_of(pipe, LABELS, 4))
-    assert fitted(calls, [schedule], 3).weighed == "operations"
+    assert limited(calls, [schedule], 3).weighed == "operations"
     profile_at(full=1.0, window=1e-9)
     timed = captured(pipe, LABELS, plan)
-    found = fitted(timed, [schedule], 3)
+    found = limited(timed, [schedule], 3)
     assert found.weighed == "predicted time"
     predicted = timed[0].capture.prediction.row_seconds
     buckets = buckets_of(timed, [schedule])
     assert found.before == pytest.approx(sum(row.calls * predicted(row.roles) for row in buckets.rows))
     assert found.before < found.after
     profile_at(dtype="bfloat16")
-    assert fitted(captured(pipe, LABELS, plan), [schedule], 3).weighed == "operations", "another dtype"
+    assert limited(captured(pipe, LABELS, plan), [schedule], 3).weighed == "operations", "another dtype"

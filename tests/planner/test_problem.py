@@ -18,7 +18,7 @@ from difa_compile.planner.problem import (
     flat_response,
     outcome,
     psnr,
-    refitted,
+    rescaled,
 )
 from tests.support.planner_problems import make_problem, smooth_values
 
@@ -108,15 +108,15 @@ def test_errors_add_up_over_units_within_a_step_and_by_coherence_over_steps():
     assert additive_error(problem, columns) == pytest.approx(alone)
 
 
-def test_the_response_is_refitted():
+def test_the_response_is_rescaled():
     problem = make_problem()
     columns = [[FULL, FULL, FORECAST, FORECAST, FULL, FORECAST, FULL, FULL]]
     predicted = outcome(problem, columns).error
-    again = refitted(problem, predicted, predicted / 4)
+    again = rescaled(problem, predicted, predicted / 4)
     assert outcome(again, columns).error == pytest.approx(predicted / 4)
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ErrorTableError, match="must be positive"):
-            refitted(problem, predicted, wrong)
+            rescaled(problem, predicted, wrong)
 
 
 def test_flat_response():
