@@ -45,6 +45,10 @@ from difa_compile.planner.ways import Way, Ways
 
 TRIES = 3
 """How many plans are run at most to keep to a limit."""
+OFF = 0.05
+"""By how much a measured time may differ from the expected one, as a share of it, before it is measured again."""
+AGAIN = 2 * ROUNDS
+"""How often a plan is timed then."""
 MOST_OFF = 1.5
 """By what factor a measured time is taken to differ from the predicted one at most."""
 RUNS = 16
@@ -252,6 +256,8 @@ class _Search:
         self.first: Held | None = None
         """What came of the choice for the limit itself."""
         self.kept: _Tried | None = None
+        self.off = 1.0
+        """By what factor times differ from the predicted ones, as the last plan showed it."""
         self.timed = 0
         self.exhausted = False
         """Whether the table has no plan of as little time as would have to be tried next."""
@@ -274,6 +280,9 @@ class _Search:
         self.timed += 1
         plan = plan_of(self.table, outcome, self.limit, note)
         held = self.run.run(plan)
+        if abs(held.share - outcome.share * self.off) > OFF * outcome.share * self.off:
+            held = self.run.run(plan, AGAIN)  # the machine's doing, or else it says the same again
+        self.off = held.share / outcome.share if outcome.share else 1.0
         plan = with_promise(plan, held, _over(self.limit, held))
         if self.first is None:
             self.first = held
@@ -302,8 +311,7 @@ class _Search:
                 return
             held = tried.held
             if self.limit.budget is not None:
-                off = held.share / outcome.share if outcome.share else 1.0
-                at_once = min(MOST_OFF, max(1 / MOST_OFF, off))  # more than that is the machine's doing
+                at_once = min(MOST_OFF, max(1 / MOST_OFF, self.off))  # more than that is the machine's doing
                 self.aimed = replace(self.limit, budget=min(1.0, self.limit.budget / at_once))
             elif math.isfinite(held.psnr):
                 self.problem = rescaled(self.problem, max(outcome.error, 1e-12), 10 ** (-held.psnr / 10))

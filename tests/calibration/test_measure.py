@@ -4,10 +4,12 @@ By hand: every call of the transformer in a plain run of the pipeline is made ag
 plus what they added so many steps before.
 """
 
+import functools
 import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -580,6 +582,34 @@ def test_the_table_makes_plans_that_run(pipe, whole):
     applied = apply(pipe, plan, inner="eager")
     assert not np.array_equal(sample(pipe, steps=STEPS), full)
     assert [record for record in applied.records if record.outcome == "skipped"] == []
+
+
+def test_rows_are_timed_all_over_the_run(pipe, monkeypatch):
+    monkeypatch.setattr(module, "ROUNDS", 2)
+    steps = []
+    rows = Measuring._timed_rows
+    monkeypatch.setattr(Measuring, "_timed_rows", lambda self, *given: steps.append(self._step) or rows(self, *given))
+    briefly(pipe)
+    assert steps == [1, 3]
+
+
+def test_what_measuring_does_is_no_time_of_the_pipeline(pipe, monkeypatch):
+    """By a clock on which a step of the scheduler takes 1, and working out an effect 100."""
+    clock = SimpleNamespace(now=1.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def taking(seconds, function):
+        @functools.wraps(function)
+        def call(*given, **named):
+            clock.now += seconds
+            return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(module, "guided_change", taking(100, module.guided_change))
+    scheduler = type(pipe.scheduler)
+    monkeypatch.setattr(scheduler, "step", taking(1, scheduler.step))
+    assert briefly(pipe).seconds["pipeline"] == pytest.approx(1 + 1 / STEPS)
 
 
 def test_one_image_has_no_spread_and_its_table_is_read_again(pipe, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiTPipeline
 
 from difa_compile.comparison import planned
-from difa_compile.comparison.kept import Held
-from difa_compile.comparison.planned import RUNS, TRIES, Trials, plan_within, psnr_of
+from difa_compile.comparison.kept import ROUNDS, Held
+from difa_compile.comparison.planned import AGAIN, RUNS, TRIES, Trials, plan_within, psnr_of
 from difa_compile.decision import Kind
 from difa_compile.errors import BudgetError, ErrorTableError, ScheduleError
 from difa_compile.pipeline.apply import apply_for_trials
@@ -25,16 +25,22 @@ from tests.support.tiny_pipelines import tiny_pipeline
 def runs(monkeypatch):
     """Stands in for running plans: gives what is in ``held``, in turn, the last again and again; notes the rest.
 
+    A plan that is timed again shows the same, or ``later``.
     ``judged``: PSNR of plans that are not timed, in turn; worse than any when there are no more.
     """
     seen = {
         "held": [], "plans": [], "seeds": None, "judged": [], "others": [], "checked": [], "state": None,
+        "again": [], "later": None,
     }  # fmt: skip
 
     class Fake:
-        def run(self, plan, rounds=3):
-            seen["plans"].append(plan)
-            return seen["held"].pop(0) if len(seen["held"]) > 1 else seen["held"][0]
+        def run(self, plan, rounds=ROUNDS):
+            if rounds == ROUNDS:
+                seen["plans"].append(plan)
+                seen["last"] = seen["held"].pop(0) if len(seen["held"]) > 1 else seen["held"][0]
+            else:
+                seen["again"].append((plan, rounds))
+            return seen["later"] if seen["later"] and rounds > ROUNDS else seen["last"]
 
         def judge(self, plan):
             seen["others"].append(plan)
@@ -94,6 +100,27 @@ def test_what_a_plan_gives_up_for_the_budget_is_said(runs):
     assert within(Limit(0.8)).settings.promise.note == "the first choice took 0.95 of the time"
     runs["held"] = [Held(1.2, math.inf, math.inf), Held(0.78, 41.5, 41.0)]
     assert within(Limit(0.8)).settings.promise.note == "the first choice took 1.20 of the time, at the same images"
+
+
+def test_a_time_that_was_not_expected_is_measured_again(runs):
+    runs["held"] = [Held(0.9, 41.0, 39.5)]
+    runs["later"] = Held(0.79, 41.0, 39.5)
+    plan = within(Limit(0.8))
+    assert plan.settings.promise.measured_share == 0.79
+    assert [rounds for _, rounds in runs["again"]] == [AGAIN]
+    assert len(runs["plans"]) == 1
+    expected = plan.settings.promise.predicted_share
+    runs.update(held=[Held(expected * 1.04, 41.0, 39.5)], again=[])
+    within(Limit(0.8), runs=1)
+    assert not runs["again"]
+
+
+def test_times_that_all_differ_from_the_prediction_are_expected(runs):
+    runs["held"] = [Held(0.95, 41.0, 39.5)]
+    within(Limit(0.8))
+    assert len(runs["plans"]) > 1
+    shares = [each.settings.promise.predicted_share for each in runs["plans"]]
+    assert len(runs["again"]) < len(runs["plans"]), shares
 
 
 def test_a_time_within_what_timings_differ_by_is_said(runs):
