@@ -265,13 +265,14 @@ class Quality:
 
 
 def earlier(folder: Path, args: argparse.Namespace) -> list[Row]:
-    """The timed rows of the result that is there; none of a result whose cases were not compared in their groups.
+    """The timed rows of the result that is there; none of a result whose cases were not compared in their groups, or
+    whose ratios are of whole calls.
 
     Raises ``SystemExit`` for a result of other step counts or batches.
     """
     path = folder / "planner.json"
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in rows if "group" in row]
+    rows = [row for row in rows if "group" in row and "ratio_of_calls" in row]
     other = [row for row in rows if (row["steps"], row["batch"]) != (args.steps, args.batch)]
     if other:
         raise SystemExit(

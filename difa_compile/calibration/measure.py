@@ -78,7 +78,7 @@ AGES = (1, 3, 8)
 ROUNDING = 1e-5
 """By how much the progress of a step may differ from machine to machine: timesteps are numbers in float32."""
 ROUNDS = 11
-"""How often each kind of row is timed, at least."""
+"""How often each kind of row is timed, where one graph serves all steps."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,8 @@ class Measuring:
         self._step = -1
         self._calls = 0
         """Calls made in the step in progress."""
+        self._most_calls = 0
+        """Of those, in any step."""
         self._outputs: list[GuidedCall] = []
         """What the calls of the step in progress have computed in full."""
         self._changes: dict[tuple[int, object], list[list[Tensor]]] = {}
@@ -221,8 +223,8 @@ class Measuring:
         self._machine = ""
         self._left = 0.0
         """When the last call of the model ended, and later by what measuring has done since."""
-        self._gaps: list[float] = []
-        """Seconds between calls of the model, without those of measuring."""
+        self._gaps: dict[int, list[float]] = {}
+        """Seconds between calls of the model without those of measuring, by the later call's number in its step."""
 
     @property
     def done(self) -> int:
@@ -263,7 +265,7 @@ class Measuring:
             )
         if "pipeline" not in self.table.seconds:
             after = (ended - self._left) / len(self.progress)  # decoding, say
-            beside = statistics.median(self._gaps or [0.0]) * self.table.calls + after
+            beside = sum(map(statistics.median, self._gaps.values())) + after
             self.table = replace(self.table, seconds={**self.table.seconds, "pipeline": beside})
             self._keep(self.table)
         return self.table
@@ -273,7 +275,8 @@ class Measuring:
     def call(self, capture: Capture, args: list[Any], step: int, branch: str | None) -> list[Any]:
         """One transformer call: in full, with all that is tried beside it."""
         if self._left:
-            self._gaps.append(time.perf_counter() - self._left)
+            place = self._calls if step == self._step else 0
+            self._gaps.setdefault(place, []).append(time.perf_counter() - self._left)
         try:
             return self._call(capture, args, step, branch)
         finally:
@@ -295,9 +298,7 @@ class Measuring:
         if step >= self.done:
             self._outputs.append(GuidedCall(branch, self._latent(floats_of(outputs)[0]).clone()))
             self._try_all(capture, args, stream, outputs, step)
-        if self._timed_on is None and self.table is not None and not self.table.seconds:
-            self._timed_on = capture  # of several models, or after an interruption, rows of one are timed
-        if self._timed_on is capture and self._calls == 1:
+        if self._calls == 1 and self.table is not None and not self.table.seconds:
             self._time(capture, args, written, stream, step)
         paths = [(group.lags[-1], {capture.model.units[i].path for i in group.units}) for group in self._groups]
         stream.keep(step, written, paths)
@@ -526,8 +527,9 @@ class Measuring:
             (self._groups[group].name, lag): each for (group, lag), each in self._spread.items()
         }
         self.table = self.table.with_step(found, spread, self._begins)
-        if self._seconds:
-            self.table = self.table.with_seconds(self._seconds, self._calls, self._machine)
+        self._most_calls = max(self._most_calls, self._calls)
+        if self._seconds and self.table.complete:  # not before: what goes on after an interruption has all rounds anew
+            self.table = self.table.with_seconds(self._seconds, self._most_calls, self._machine)
         self._found, self._spread, self._calls, self._begins = {}, {}, 0, False
         self._keep(self.table)
         if self._bar is not None:
@@ -540,11 +542,12 @@ class Measuring:
     ) -> None:
         """Time one row of each kind in turn, as often as is due at this step; the seconds of a row are the least of all
         rounds, since whatever else the machine does only adds to them. Rounds are spread over the steps, because that
-        goes on for seconds."""
+        goes on for seconds. Of several graphs the first is timed, as long as it is called."""
         first = min(1, len(self.progress) - 1)
         due = math.ceil(ROUNDS * (step - first + 1) / (len(self.progress) - first)) - self._rounds
-        if step < first or due <= 0:
+        if step < first or due <= 0 or self._timed_on not in (None, capture):
             return
+        self._timed_on = capture
         rows = self._timed_rows(capture, args, written, stream)
         cuda = any(value.is_cuda for value in written.values())
         if not self._rounds:  # what compiles

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -245,6 +245,10 @@ class Call:
     seconds: float
     step_seconds: tuple[float, ...]
     images: Tensor
+
+    def timing(self) -> Call:
+        """The call without its images, which may be large."""
+        return replace(self, images=self.images.new_empty(0))
 
 
 def undisturbed(calls: Sequence[Call]) -> float:

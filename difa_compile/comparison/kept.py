@@ -35,7 +35,7 @@ ROUNDS = 3
 TRIALS = Format(
     name="record of trials",
     version_key="trials_version",
-    version=1,
+    version=2,
     keys=("identity", "tried"),
     most_bytes=2**26,
     damaged=CalibrationStateError,
@@ -50,7 +50,7 @@ TRIALS = Format(
 class Held:
     """What came of a plan in a run: ``share`` of the full model's time, both undisturbed
     (:func:`difa_compile.comparison.compare.undisturbed`), and PSNR in dB against its images, with the seeds that plans
-    are chosen by and with the held-out ones; infinite for equal images."""
+    are chosen by and with the held-out ones; infinite for equal images. Of one round nothing can be left out."""
 
     share: float
     psnr: float

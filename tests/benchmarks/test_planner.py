@@ -81,8 +81,9 @@ def test_a_plan_in_several_groups_takes_the_median_of_its_times():
 
 
 def test_what_is_not_asked_for_stays(tmp_path):
+    kept = {"steps": 50, "batch": 8, "ratio_of_calls": 1.0}
     (tmp_path / "planner.json").write_text(
-        json.dumps({"rows": [{"case": "x", "note": "no"}, *({"steps": 50, "batch": 8} | row for row in ROWS)]})
+        json.dumps({"rows": [{"case": "x", "note": "no"}, {"case": "old", "group": 1}, *(kept | row for row in ROWS)]})
     )
     args = planner.parse_arguments(["--output", str(tmp_path)])
     rows = planner.earlier(tmp_path, args)

@@ -593,7 +593,15 @@ def test_rows_are_timed_all_over_the_run(pipe, monkeypatch):
     assert steps == [1, 3]
 
 
-def test_what_measuring_does_is_no_time_of_the_pipeline(pipe, monkeypatch):
+def test_rows_are_timed_where_another_graph_takes_over_at_once(pipe):
+    config = {**tiny_pipeline(layers=LAYERS).transformer.config, "activation_fn": "geglu"}
+    pipe.transformer_2 = DiTTransformer2DModel.from_config(config).eval()
+    pipe, given = looped(pipe, switch=1)
+    assert "full" in briefly(pipe, given).seconds
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_measuring_does_is_no_time_of_the_pipeline(pipe, monkeypatch, calls):
     """By a clock on which a step of the scheduler takes 1, and working out an effect 100."""
     clock = SimpleNamespace(now=1.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
@@ -609,7 +617,9 @@ def test_what_measuring_does_is_no_time_of_the_pipeline(pipe, monkeypatch):
     monkeypatch.setattr(module, "guided_change", taking(100, module.guided_change))
     scheduler = type(pipe.scheduler)
     monkeypatch.setattr(scheduler, "step", taking(1, scheduler.step))
-    assert briefly(pipe).seconds["pipeline"] == pytest.approx(1 + 1 / STEPS)
+    table = briefly(*looped(pipe, scales=[4.0 if calls == 2 else 1.0] * STEPS))
+    assert table.calls == calls
+    assert table.seconds["pipeline"] == pytest.approx(1 + 1 / STEPS)
 
 
 def test_one_image_has_no_spread_and_its_table_is_read_again(pipe, tmp_path):
@@ -679,11 +689,14 @@ def test_goes_on_after_an_interrupt_as_if_nothing_had_happened(pipe, whole, tmp_
     assert (str(state) in caught.value.__notes__[0]) == (done > 0)
     assert state.exists() == (done > 0)
     assert type(pipe) is DiTPipeline
-    tried = []
+    tried, rounds = [], []
+    finished = Measuring.finished
+    monkeypatch.setattr(Measuring, "finished", lambda self: rounds.append(self._rounds) or finished(self))
     try_all = Measuring._try_all
     monkeypatch.setattr(Measuring, "_try_all", lambda self, *given: tried.append(given[4]) or try_all(self, *given))
     assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)) == without_times(whole)
     assert tried == list(range(done, STEPS))
+    assert rounds == [module.ROUNDS], "those of before the interruption were not all"
     assert without_times(ErrorTable.load(state)) == without_times(whole)
     monkeypatch.setattr(Measuring, "call", lambda *_: pytest.fail("what is complete is measured again"))
     assert without_times(briefly(pipe, decisions=(*TRIED, *RESIDUALS), state=state)) == without_times(whole)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from difa_compile.comparison.kept import (
+    ROUNDS,
     TRIALS,
     Held,
     KeptTrials,
@@ -216,9 +217,10 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
             ran.append((plan.decisions, str(plan.fitted)))
             return 39.0 + len(ran)
 
-        def run(self, plan, rounds=3):
-            self.left -= 1
-            ran.append((plan.decisions, str(plan.fitted)))
+        def run(self, plan, rounds=ROUNDS):
+            if rounds == ROUNDS:  # more of them are of a plan that was run
+                self.left -= 1
+                ran.append((plan.decisions, str(plan.fitted)))
             return Held(0.5, 40.0, 39.0)
 
     stops = Stops()
