@@ -6,7 +6,7 @@
 Every recipe of ``benchmarks.peers`` on the demo model, and the plans given. Cases run in groups: all of a group and
 plain inductor in one process, interleaved. ``ratio_to_inductor`` is a case's time over plain inductor's, each the sum
 over the steps of the least of a step's times in all rounds: on a machine with company, the median over the rounds of
-whole calls' ratios (``ratio_of_calls``) differs two to three times as much from run to run. Our plans are the first
+whole calls' ratios (``ratio_of_calls``) differs more from run to run. Our plans are the first
 group. The others are put in order of time, by one eager call each, and every group has beside it the two plans of ours
 that are nearest to it in time, so that each recipe is compared with ours in the same rounds:
 ``ours_at_equal_time_db`` is our PSNR at its time, interpolated between plans. ``promised_ratio`` is what a plan of ours
