@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from difa_compile.planner.make import Limit
 
 TABLE_NAME = "errors.json"
-STATE_NAME, SEARCH_NAME, TRIALS_NAME = "measuring.json", "searching.json", "trying.json"
-"""What is there while the demo is under way."""
+STATE_NAME, SEARCH_NAME, TRIALS_NAME = "measuring", "searching", "trying"
+"""How the names of files begin that are there while the demo is under way; each call for other images has its own."""
 THRESHOLD = 0.1
 """Of the published search that the page has for comparison."""
 
@@ -119,7 +119,10 @@ def _planned(
     def kept() -> str:
         return f"What was measured is in {table_file}; the same command goes on from there."
 
-    table_file, search_file, trials_file = output / STATE_NAME, output / SEARCH_NAME, output / TRIALS_NAME
+    table_file, search_file, trials_file = (
+        output / f"{name}-{options.steps}-steps-seed-{options.seed}.json"
+        for name in (STATE_NAME, SEARCH_NAME, TRIALS_NAME)
+    )
     again = " (going on with what is there)" if table_file.is_file() else ""
     console.print(f"[bold]1 of 4[/]  measuring what may be left out at {options.steps} steps{again}")
     with interruptible(lambda: state_kept(table_file)):

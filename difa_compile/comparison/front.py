@@ -69,24 +69,29 @@ def measured_front(
     Of each budget what several ways choose is tried, then the best with fitted weights, and the best of these timed.
     ``own``: the plan in question, which has been run, maybe after more trials than that: its promise says what came of
     it, and its budget is not planned for again. ``others``: plans of other searches, by name. ``told`` is given a line
-    of text for each plan.
+    of text for each budget and for each plan that is timed.
     """
     points = []
     promise = None if own is None else own.settings.promise
     if promise is not None and promise.measured_share is not None:
         points.append(Point(promise.limit, Origin.PLAN, promise.measured_share, promise.measured_psnr))
     taken = [point.share for point in points]
-    plans: list[tuple[str, Origin, Plan]] = []
-    problem = table.problem()
-    for budget, choices in choices_for_budgets(problem).items():
-        if all(abs(budget - share) > NEAR for share in taken):
-            plans.append((f"budget {budget:g}", Origin.PLANNER, _best(table, problem, choices, run)))
-    plans += [(name, Origin.RECIPE, plan_of(table, each)) for name, each in recipes(problem).items()]
-    plans += [(name, Origin.SEARCH, plan) for name, plan in (others or {}).items()]
-    for name, origin, plan in plans:
+
+    def add(name: str, origin: Origin, plan: Plan) -> None:
         held = run.run(plan, rounds=ROUNDS)
         points.append(Point(name, origin, held.share, held.decibels))
         told(f"{name}: {held}")
+
+    problem = table.problem()
+    for budget, choices in choices_for_budgets(problem).items():
+        if all(abs(budget - share) > NEAR for share in taken):
+            name = f"budget {budget:g}"
+            told(f"{name}: trying what several ways choose, and fitted weights")
+            add(name, Origin.PLANNER, _best(table, problem, choices, run))
+    for name, outcome in recipes(problem).items():
+        add(name, Origin.RECIPE, plan_of(table, outcome))
+    for name, plan in (others or {}).items():
+        add(name, Origin.SEARCH, plan)
     return tuple(sorted(points, key=lambda point: point.share))
 
 

@@ -210,12 +210,16 @@ def _single(values: Array) -> Array:
     return values.astype(np.float32).astype(np.float64)
 
 
-def _key(plan: Plan, rounds: int) -> str:
+def digest_of_decisions(plan: Plan) -> str:
     """A plan by what is done at which step, whatever is said of it."""
     decisions = [[str(decision) for decision in row] for row in plan.decisions]
     weights = [[step, site, list(weights)] for (step, site), (_, weights) in sorted(plan.fitted.items())]
     done = [decisions, plan.progress, [site.path for site in plan.sites], *([weights] if weights else [])]
-    return f"{digest_of(done)} {rounds}"
+    return digest_of(done)
+
+
+def _key(plan: Plan, rounds: int) -> str:
+    return f"{digest_of_decisions(plan)} {rounds}"
 
 
 def _json_of(tried: Mapping[str, tuple[float, ...]]) -> dict[str, list[float | None]]:

@@ -26,6 +26,7 @@ from difa_compile.comparison.kept import (
     Runs,
     as_stored,
     delete_kept,
+    digest_of_decisions,
     identity_of_trials,
     trials_file,
 )
@@ -73,20 +74,18 @@ class Trials:
         self._planned = Caller(pipe, inputs, steps)
         self._images: dict[int, Tensor] = {}
         self._applied: AppliedPlan | None = None
-        self._known: tuple[Plan, float, float] | None = None
-        """The plan that was run last, and its PSNR with both kinds of seeds."""
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        """By what a plan does and the seeds its PSNR in dB."""
 
     def judge(self, plan: Plan) -> float:
         """The PSNR in dB of a plan with the seeds that plans are chosen by."""
         self._follow(plan)
-        return self._psnr(self._seeds)
+        return self._psnr(plan, self._seeds)
 
     def run(self, plan: Plan, rounds: int = ROUNDS) -> Held:
         """Run a plan beside the full model, timed so many times."""
         self._follow(plan)
-        if self._known is None or self._known[0] is not plan:
-            self._known = plan, self._psnr(self._seeds), self._psnr(self._held_out)
-        _, quality, held_out = self._known
+        quality, held_out = self._psnr(plan, self._seeds), self._psnr(plan, self._held_out)
         full: list[Call] = []
         planned: list[Call] = []
         for turn in range(rounds):
@@ -108,11 +107,15 @@ class Trials:
         else:
             self._applied.follow(plan)
 
-    def _psnr(self, seeds: Sequence[int]) -> float:
-        """The mean over the pairs of images that differ, in dB; infinite if none does, 0 for images with NaN.
+    def _psnr(self, plan: Plan, seeds: tuple[int, ...]) -> float:
+        """The mean over the pairs of images that differ, in dB; infinite if none does, 0 for images with NaN. Of the
+        plan on the pipeline, whose images are made once.
 
         Raises :class:`NonFiniteError` if the full model's have some.
         """
+        key = digest_of_decisions(plan), seeds
+        if key in self._known:
+            return self._known[key]
         for seed in seeds:
             if seed not in self._images:
                 self._images[seed] = self._full(seed).images
@@ -121,7 +124,9 @@ class Trials:
                         f"the full model's images with seed {seed} hold NaN or infinity; load the model in float32"
                     )
         pairs = [(self._images[seed], self._planned(seed).images) for seed in seeds]
-        return psnr_of(pairs) if all(planned.isfinite().all() for _, planned in pairs) else 0.0
+        finite = all(planned.isfinite().all() for _, planned in pairs)
+        self._known[key] = psnr_of(pairs) if finite else 0.0
+        return self._known[key]
 
 
 def psnr_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

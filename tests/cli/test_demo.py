@@ -21,7 +21,7 @@ def test_demo_goes_all_the_way(planning, search, measure, plan, tmp_path):
     assert result.exit_code == 0, result.output
     assert (planning["steps"], planning["limit"]) == (50, "budget 0.4")
     assert (planning["seeds"], planning["held_out"]) == ((3, 4), (5,))
-    assert planning["trials"] == tmp_path / "out" / "trying.json"
+    assert planning["trials"] == tmp_path / "out" / "trying-50-steps-seed-3.json"
     assert planning["others"] == {"DiTFastAttn": plan}
     assert (search["rank"], search["loss"], search["steps"]) == ("published", "code", 50)
     assert len(measure["seeds"]) == 2
@@ -56,12 +56,14 @@ def test_demo_interrupted_in_each_part(planning, search, measure, plan, tmp_path
     assert list(output.iterdir()) == []
     del planning["raises"]
     search["raises"] = KeyboardInterrupt()
-    assert f"What was measured is in {output / 'measuring.json'}" in fails("demo", "--output", output, code=130)
+    assert f"What was measured is in {output / 'measuring-50-steps-seed-0.json'}" in fails(
+        "demo", "--output", output, code=130
+    )
     del search["raises"]
     planning["stops"] = KeyboardInterrupt()
     message = fails("demo", "--output", output, "--quick", code=130)
-    assert f"What was measured is in {output / 'measuring.json'}; the same command goes on" in message
-    assert (output / "trying.json").is_file()
+    assert f"What was measured is in {output / 'measuring-20-steps-seed-0.json'}; the same command goes on" in message
+    assert (output / "trying-20-steps-seed-0.json").is_file()
     del planning["stops"]
     measure["raises"] = KeyboardInterrupt()
     message = fails("demo", "--output", output, "--quick", code=130)
@@ -70,6 +72,7 @@ def test_demo_interrupted_in_each_part(planning, search, measure, plan, tmp_path
     planning.clear()
     result = run("demo", "--output", output, "--plan", output / "plan.json")
     assert result.exit_code == 0
+    assert (output / "measuring-50-steps-seed-0.json").is_file()  # of the call before --quick
     assert planning == {}
     assert "1 of 2" in result.stdout
 

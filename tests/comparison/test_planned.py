@@ -418,15 +418,26 @@ def test_a_pipeline_is_left_as_it_was_also_after_an_error(monkeypatch, tmp_path)
     assert held.share > 0
     assert held.psnr > 60
     assert held.psnr > trials.judge(half)
-    assert trials.judge(full) == held.psnr
-    images = trials._planned
+    images, called = trials._planned, []
+
+    def counted(seed):
+        called.append(seed)
+        return images(seed)
+
+    monkeypatch.setattr(trials, "_planned", counted)
+    assert trials.judge(full) == held.psnr  # whose images are known
+    assert called == []
+    trials.run(half, rounds=1)
+    assert called == [2, 0]  # the held-out one, and the one that is timed
 
     def with_nan(seed):
         call = images(seed)
         return replace(call, images=call.images * math.nan)
 
     monkeypatch.setattr(trials, "_planned", with_nan)
-    assert trials.judge(half) == 0
+    other = plan_from_table(table, budget=0.9)
+    assert other.decisions not in (full.decisions, half.decisions)
+    assert trials.judge(other) == 0
     trials.close()
     assert type(pipe) is DiTPipeline
     with planned.trials(pipe, given, 4, (0,), (1,), table, tmp_path / "trials") as run:
