@@ -71,7 +71,7 @@ NUMBERS = 512
 """To how many numbers a change of the output is projected: squared sizes are right to some six per cent."""
 LAGS = 20
 """How many steps back blocks are tried: as far as a plan may reach without computing."""
-ATTENTION_LAGS = (1, 2, 3, 5, 8)
+ATTENTION_LAGS = (1, 2, 3, 5, 8, 13, 20)
 """The same of attention, which takes most of a call for each; those between are interpolated."""
 AGES = (1, 3, 8)
 """How old residuals are tried with a window, a call for each."""

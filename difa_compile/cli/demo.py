@@ -107,8 +107,9 @@ def _planned(
     from difa_compile.calibration.calibrate import calibrate
     from difa_compile.calibration.measure import measure
     from difa_compile.comparison.front import measured_front
+    from difa_compile.comparison.holding import held_to
     from difa_compile.comparison.kept import as_stored
-    from difa_compile.comparison.planned import held_to, trials
+    from difa_compile.comparison.planned import trials
 
     def seeded() -> dict[str, Any]:
         return inputs | {"generator": torch.Generator().manual_seed(options.seed)}

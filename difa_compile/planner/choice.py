@@ -426,7 +426,10 @@ class Planner:
 
     def neighbours(self, start: Outcome, budget: float) -> list[Outcome]:
         """What comes of moving one computed step of a unit, within the budget, the least error first; of all moves of a
-        step the best one comes before the second best of any. None for units that are inside or around others."""
+        step the best one comes before the second best of any. None for units that are inside or around others, or that
+        ``start`` computes in another way than in full."""
+        if self._formed_units and all(_all_in_full(start.columns[unit]) for unit in self._formed_units):
+            return self._in_full.neighbours(start, budget)
         problem = self.problem
         prices = self.readers["outer"].priced(0.0)
         everywhere = np.ones(problem.steps, dtype=bool)
@@ -609,6 +612,11 @@ class _Cells:
         sources = (newest, before, further)[: reader.order + 1]
         weights = weights_of(reader, self.problem.progress, step, sources)
         return reader_effect(self.drift, weights, [step - source for source in sources], step)
+
+
+def _all_in_full(column: Sequence[Decision]) -> bool:
+    """Whether everything that is computed is computed in full."""
+    return all(decision == FULL or decision.kind.reads == "output" for decision in column)
 
 
 def _widest(computed: Indices) -> int:

@@ -55,16 +55,22 @@ class Ways:
         problem's own way. A way that has no such plan is left out."""
         found: dict[object, tuple[Way, Outcome]] = {}
         for way in self.all:
-            try:
-                outcome = self.planner(way).choose(budget, worst=way.worst)
-                if most is not None and distinct(outcome.columns) > most:
-                    if way.worst:
-                        continue  # held to few rows it is what the way of these readers is that is not ``worst``
-                    outcome = FewRows(self.planner(way), most).choose(budget, outcome)
-            except (BudgetError, RowLimitError):
-                continue
-            found.setdefault(outcome.columns, (way, outcome))
+            outcome = self.choose(way, budget, most)
+            if outcome is not None:
+                found.setdefault(outcome.columns, (way, outcome))
         return list(found.values())
+
+    def choose(self, way: Way, budget: float, most: int | None) -> Outcome | None:
+        """What a way chooses for a budget, with at most ``most`` distinct rows; None where it has no such plan."""
+        try:
+            outcome = self.planner(way).choose(budget, worst=way.worst)
+            if most is None or distinct(outcome.columns) <= most:
+                return outcome
+            if way.worst:
+                return None  # held to few rows it is what the way of these readers is that is not ``worst``
+            return FewRows(self.planner(way), most).choose(budget, outcome)
+        except (BudgetError, RowLimitError):
+            return None
 
     def neighbours(self, way: Way, start: Outcome, budget: float, most: int | None) -> list[Outcome]:
         """Plans that differ from ``start`` in one computed step, the most promising first."""

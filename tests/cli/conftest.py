@@ -79,7 +79,7 @@ def planning(monkeypatch, plan):
     monkeypatch.setattr("difa_compile.pipeline.loading.load_pipeline", lambda name, dtype: Loaded())
     monkeypatch.setattr("difa_compile.calibration.measure.measure", measured)
     monkeypatch.setattr("difa_compile.comparison.planned.trials", trials)
-    monkeypatch.setattr("difa_compile.comparison.planned.held_to", held_to)
+    monkeypatch.setattr("difa_compile.comparison.holding.held_to", held_to)
     monkeypatch.setattr("difa_compile.comparison.front.measured_front", measured_front)
     return seen
 

@@ -4,7 +4,7 @@ import pytest
 import typer
 
 from difa_compile.cli.methods import RUNS, Method, check_options_of
-from difa_compile.comparison import planned
+from difa_compile.comparison import holding
 
 
 def test_options_of_the_method_and_those_not_given_pass():
@@ -19,4 +19,4 @@ def test_an_option_of_another_method_is_refused():
 
 
 def test_as_many_plans_are_tried_as_by_the_library():
-    assert planned.RUNS == RUNS
+    assert holding.RUNS == RUNS

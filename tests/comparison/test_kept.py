@@ -202,7 +202,7 @@ def test_what_trials_depend_on():
 
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
     """The whole way: the plans of the second search are those of the first, so it runs what is left of them."""
-    from difa_compile.comparison.planned import held_to
+    from difa_compile.comparison.holding import held_to
 
     table = replace(made_table(16), units=made_table(16).units[:1])
     ran = []

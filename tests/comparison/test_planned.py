@@ -1,9 +1,8 @@
-"""Plans held to their word: what a run makes of a promise, when another plan is tried, and what is left behind."""
+"""Trials of a pipeline's plans: what they are given, and what is left behind."""
 
 import functools
 import math
 import warnings
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,185 +10,15 @@ import torch
 from diffusers import DiTPipeline
 
 from difa_compile.comparison import planned
-from difa_compile.comparison.kept import ROUNDS, Held
-from difa_compile.comparison.planned import AGAIN, RUNS, TRIES, Trials, plan_within, psnr_of
+from difa_compile.comparison.kept import Held
+from difa_compile.comparison.planned import Trials, plan_within, psnr_of
 from difa_compile.decision import Kind
-from difa_compile.errors import BudgetError, ErrorTableError, ScheduleError
+from difa_compile.errors import ErrorTableError, ScheduleError
 from difa_compile.pipeline.apply import apply_for_trials
 from difa_compile.planner.make import Limit, plan_from_table
-from tests.support.tables import made_table, measured_unit
+from tests.support.held import within
+from tests.support.tables import made_table
 from tests.support.tiny_pipelines import tiny_pipeline
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Stands in for running plans: gives what is in ``held``, in turn, the last again and again; notes the rest.
-
-    A plan that is timed again shows the same, or ``later``.
-    ``judged``: PSNR of plans that are not timed, in turn; worse than any when there are no more.
-    """
-    seen = {
-        "held": [], "plans": [], "seeds": None, "judged": [], "others": [], "checked": [], "state": None,
-        "again": [], "later": None,
-    }  # fmt: skip
-
-    class Fake:
-        def run(self, plan, rounds=ROUNDS):
-            if rounds == ROUNDS:
-                seen["plans"].append(plan)
-                found = seen["held"].pop(0) if len(seen["held"]) > 1 else seen["held"][0]
-                seen["last"] = found(plan) if callable(found) else found
-            else:
-                seen["again"].append((plan, rounds))
-            return seen["later"] if seen["later"] and rounds > ROUNDS else seen["last"]
-
-        def judge(self, plan):
-            seen["others"].append(plan)
-            return seen["judged"].pop(0) if seen["judged"] else 0.0
-
-    @contextmanager
-    def trials(pipe, inputs, steps, seeds, held_out, table, state):
-        seen.update(seeds=(tuple(seeds), tuple(held_out)), state=state)
-        yield Fake()
-
-    monkeypatch.setattr(planned, "trials", trials)
-    monkeypatch.setattr(planned, "check_table", lambda *given: seen["checked"].append(given))
-    return seen
-
-
-def within(limit, steps=6, runs=TRIES, **options):
-    return plan_within(object(), {}, limit, steps, **{"table": made_table(steps), "runs": runs, **options})
-
-
-def test_the_promise_says_what_was_measured(runs):
-    runs["held"] = [Held(0.49, 41.0, 39.5)]
-    told = []
-    plan = within(Limit(0.5), seeds=(3, 6), held_out=(4, 5), told=told.append, runs=1)
-    promise = plan.settings.promise
-    assert (promise.measured_share, promise.measured_psnr, promise.held_out_psnr) == (0.49, 41.0, 39.5)
-    assert promise.limit == "budget 0.5"
-    assert promise.predicted_share <= 0.5
-    assert promise.note == ""
-    assert runs["seeds"] == ((3, 6), (4, 5))
-    assert len(runs["plans"]) == 1
-    assert told == [str(promise)]
-
-
-def test_what_is_over_the_budget_is_tried_with_less_and_said(runs):
-    runs["held"] = [Held(0.9, 41.0, 39.5)]
-    plan = within(Limit(0.8))
-    assert 1 < len(runs["plans"]) <= TRIES
-    shares = [each.settings.promise.predicted_share for each in runs["plans"]]
-    assert shares[1] < shares[0]
-    assert plan.settings.promise.note == (
-        f"over the budget by 12 %; the limit is relaxed to 0.90 of the time: none of {len(shares)} plans that were run "
-        "takes less"
-    )
-    assert plan.settings.promise.limit == "budget 0.8"
-
-
-def test_what_a_plan_gives_up_for_the_budget_is_said(runs):
-    runs["held"] = [Held(0.95, 44.0, 43.0), Held(0.78, 41.5, 41.0)]
-    told = []
-    plan = within(Limit(0.8), told=told.append)
-    assert plan.settings.promise.note == (
-        "the first choice took 0.95 of the time, at 44.0 dB; given up for the budget: 2.5 dB"
-    )
-    assert told == [told[0], str(plan.settings.promise)]
-    assert "over the budget by 19 %" in told[0]
-    runs["held"] = [Held(0.95, 41.0, 41.0), Held(0.78, 41.5, 41.0)]
-    assert within(Limit(0.8)).settings.promise.note == "the first choice took 0.95 of the time"
-    runs["held"] = [Held(1.2, math.inf, math.inf), Held(0.78, 41.5, 41.0)]
-    assert within(Limit(0.8)).settings.promise.note == "the first choice took 1.20 of the time, at the same images"
-
-
-def test_a_time_that_was_not_expected_is_measured_again(runs):
-    runs["held"] = [Held(0.9, 41.0, 39.5)]
-    runs["later"] = Held(0.79, 41.0, 39.5)
-    plan = within(Limit(0.8))
-    assert plan.settings.promise.measured_share == 0.79
-    assert [rounds for _, rounds in runs["again"]] == [AGAIN]
-    assert len(runs["plans"]) == 1
-    expected = plan.settings.promise.predicted_share
-    runs.update(held=[Held(expected * 1.04, 41.0, 39.5)], again=[])
-    within(Limit(0.8), runs=1)
-    assert not runs["again"]
-
-
-def test_times_that_all_differ_from_the_prediction_are_expected(runs):
-    runs["held"] = [lambda plan: Held(1.3 * plan.settings.promise.predicted_share, 41.0, 39.5)]
-    within(Limit(0.8))
-    assert len(runs["plans"]) > 1
-    assert len(runs["again"]) == 1
-
-
-def test_a_time_within_what_timings_differ_by_is_said(runs):
-    runs["held"] = [Held(0.82, 41.0, 41.0)]
-    note = "over the budget by 2 %, which is within what timings differ by"
-    assert within(Limit(0.8), runs=1).settings.promise.note == note
-    runs["held"] = [Held(0.803, 41.0, 41.0)]
-    assert within(Limit(0.8), runs=1).settings.promise.note == ""
-
-
-def test_of_one_plan_nothing_else_is_said_but_that(runs):
-    runs["held"] = [Held(0.9, 41.0, 39.5)]
-    note = "over the budget by 12 %; the limit is relaxed to 0.90 of the time: no other plan was run"
-    assert within(Limit(0.8), runs=1).settings.promise.note == note
-
-
-def test_the_first_plan_stays_where_less_time_is_not_possible(runs):
-    least = 0.45
-    runs["held"] = [Held(0.9, 41.0, 39.5)]
-    plan = within(Limit(least))
-    assert plan.settings.promise.note == (
-        "over the budget by 100 %; the limit is relaxed to 0.90 of the time: no other plan was run, and the table has "
-        "none that would take little enough"
-    )
-
-
-def test_a_budget_that_is_not_possible_at_all(runs):
-    with pytest.raises(BudgetError, match="the least is"):
-        within(Limit(0.05))
-    assert runs["plans"] == []
-
-
-def test_the_best_that_keeps_to_the_limit_is_taken(runs):
-    runs["held"] = [Held(0.6, 30.0, 30.0), Held(0.78, 44.0, 44.0)]
-    plan = within(Limit(0.8))
-    assert plan.settings.promise.measured_psnr == 44.0
-    assert len(runs["plans"]) == 2
-
-
-def test_a_quality_is_rescaled_to_what_was_measured(runs):
-    runs["held"] = [Held(0.5, 30.0, 30.0), Held(0.8, 40.5, 40.0)]
-    plan = within(Limit(psnr=40.0))
-    first, second = runs["plans"]
-    assert second.settings.promise.predicted_share > first.settings.promise.predicted_share
-    assert plan.settings.promise.measured_psnr == 40.5
-    assert plan.settings.promise.note == (
-        "the first choice came to 30.0 dB, at 0.50 of the time; given up for the quality: 0.30 of it"
-    )
-
-
-def test_what_is_below_the_quality_is_said(runs):
-    runs["held"] = [Held(0.5, 37.5, 37.0)]
-    note = within(Limit(psnr=40.0)).settings.promise.note
-    first, _, second = note.partition("; ")
-    assert first == "2.5 dB below what was asked for"
-    assert second == f"the limit is relaxed to 37.5 dB: none of {len(runs['plans'])} plans that were run comes closer"
-    assert len(runs["plans"]) > 1
-
-
-def test_images_that_are_nothing_are_said(runs):
-    runs["held"] = [Held(0.4, 0.0, 0.0)]
-    assert "hold NaN or infinity" in within(Limit(0.8), runs=1).settings.promise.note
-
-
-def test_the_same_images_end_the_search(runs):
-    runs["held"] = [Held(1.0, math.inf, math.inf)]
-    plan = within(Limit(psnr=40.0))
-    assert len(runs["plans"]) == 1
-    assert (plan.settings.promise.measured_psnr, plan.settings.promise.held_out_psnr) == (None, None)
 
 
 def test_psnr_is_of_the_pairs_that_differ():
@@ -198,117 +27,6 @@ def test_psnr_is_of_the_pairs_that_differ():
     other = full.clone()
     other[0] += 0.1
     assert psnr_of([(full, full), (full, other)]) == pytest.approx(20.0, abs=1e-3)
-
-
-def single(steps=16):
-    """A table of blocks alone, whose steps may be moved."""
-    table = made_table(steps)
-    return replace(table, units=table.units[:1])
-
-
-def same_images(plan):
-    """What plans that make the same images have in common."""
-    return plan.decisions, tuple(plan.fitted.items())
-
-
-@pytest.mark.parametrize("fits", [False, True])
-def test_weights_are_fitted_where_that_comes_closer(runs, fits, monkeypatch):
-    """A plan with fitted weights is kept, and so are those of its neighbours, where it is closer, and only there."""
-    runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
-
-    class Gains(list):
-        def pop(self, _):
-            return 41.0 + 0.01 * len(runs["others"]) if bool(runs["others"][-1].fitted) == fits else 39.0
-
-    runs["judged"] = Gains([0])
-    plan = within(Limit(0.5), 16, runs=14, table=single())
-    assert any(each.fitted for each in runs["others"])
-    assert not all(each.fitted for each in runs["others"])
-    assert bool(plan.fitted) == fits
-    assert bool(runs["others"][-1].fitted) == fits, "a neighbour"
-    assert plan.settings.promise.measured_psnr == 43.0
-    if fits:
-        assert all(sum(weights) == pytest.approx(1) for _, weights in plan.fitted.values())
-
-
-@pytest.mark.parametrize("most", [3, 4])
-def test_fitted_weights_take_no_more_rows_than_there_may_be(runs, most):
-    """Forecasts are raised to order 2 where a row for them is left, and fitted as they are where none is."""
-    runs["held"] = [Held(0.5, 40.0, 39.0)]
-    runs["judged"] = [45.0] * 20
-    table = replace(made_table(16), units=(measured_unit("blocks", [2], None, tuple(range(1, 9)), 16),))
-    plan = within(Limit(0.5, max_rows=most), 16, runs=9, table=table)
-    fitted = [each for each in runs["others"] if each.fitted]
-    assert fitted
-    orders = {cell.decision.order for each in fitted for row in each.rows for cell in row}
-    assert (2 in orders) == (most > 3)
-    for each in (plan, *runs["others"]):
-        assert len(set(each.decisions)) <= most
-
-
-def test_for_a_quality_fitted_weights_are_tried(runs):
-    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.4, 50.2, 50.0)]
-
-    class Gains(list):
-        def pop(self, _):
-            return 60.0 if runs["others"][-1].fitted else 40.0
-
-    runs["judged"] = Gains([0])
-    plan = within(Limit(psnr=50.0), 16, runs=9, table=single())
-    assert plan.fitted
-    assert plan.settings.promise.measured_share == 0.4
-    assert plan.settings.promise.predicted_psnr == pytest.approx(50.0, abs=1.5), "by what fitted ones were measured at"
-
-
-def test_a_quicker_plan_that_misses_the_quality_is_tried_again_with_more_time(runs):
-    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.3, 44.0, 44.0), Held(0.42, 50.2, 50.0)]
-    runs["judged"] = [58.0]
-    plan = within(Limit(psnr=50.0), 16, runs=9, table=single())
-    shares = [each.settings.promise.predicted_share for each in runs["plans"]]
-    assert len(shares) == 3
-    assert shares[1] < shares[2] < shares[0]
-    assert plan.settings.promise.measured_share == 0.42
-
-
-def test_other_plans_of_the_same_time_are_tried_and_the_closest_kept(runs):
-    runs["held"] = [Held(0.5, 40.0, 39.0), Held(0.5, 43.0, 42.0)]
-    runs["judged"] = [39.0, 42.0, 41.0, 43.0]
-    told = []
-    plan = within(Limit(0.5), 16, runs=9, table=single(), told=told.append)
-    assert plan.settings.promise.measured_psnr == 43.0
-    assert plan.settings.promise.held_out_psnr == 42.0
-    assert plan.decisions == runs["others"][3].decisions
-    assert len(runs["others"]) == 7
-    assert len({same_images(each) for each in runs["others"]}) == 7
-    assert len(runs["plans"]) + len(runs["others"]) == 9
-    assert "42.0 dB" in told[2]
-    assert "not the 42.0 so far" in told[3]
-
-
-def test_the_first_is_kept_where_none_is_closer(runs):
-    runs["held"] = [Held(0.5, 40.0, 39.0)]
-    plan = within(Limit(0.5), 16, runs=4, table=single())
-    assert len(runs["plans"]) == 1
-    assert len(runs["others"]) == 2, "one run is left for a closer one"
-    assert plan.decisions == runs["plans"][0].decisions
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, RUNS])
-@pytest.mark.parametrize("limit", [Limit(0.5), Limit(psnr=50.0)], ids=str)
-def test_no_more_plans_are_run_than_was_said(runs, count, limit):
-    runs["held"] = [Held(0.5, 51.0, 50.0)]
-    runs["judged"] = [52.0 + number for number in range(count)]
-    within(limit, 16, runs=count, table=single())
-    assert 1 <= len(runs["plans"]) + len(runs["others"]) <= count
-
-
-def test_for_a_quality_a_quicker_way_is_looked_for(runs):
-    runs["held"] = [Held(0.5, 50.5, 50.0), Held(0.4, 50.2, 50.0)]
-    runs["judged"] = [70.0]
-    plan = within(Limit(psnr=50.0), 16, runs=6, table=single())
-    first, second = runs["plans"]
-    assert plan.settings.promise.measured_share == 0.4
-    assert second.settings.promise.predicted_share < first.settings.promise.predicted_share
 
 
 def test_a_table_is_held_against_the_pipeline_before_anything_is_run(runs, monkeypatch):

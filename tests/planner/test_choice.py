@@ -253,3 +253,17 @@ def test_no_choice_reads_across_the_begin_of_a_stream(make):
     start = planner.choose(0.6)
     for each in planner.neighbours(start, 0.6):
         assert outcome(problem, each.columns) == each
+
+
+def test_steps_of_units_that_can_be_computed_in_several_ways_move_where_all_are_in_full():
+    plain = make_problem(steps=16, readers=(REUSE, FORECAST))
+    (unit,) = plain.units
+    own = {SHARED: 0.01 * np.random.default_rng(0).standard_normal((16, 6))}
+    unit = replace(unit, effects=replace(unit.effects, computed=own), costs=Costs({FULL: 1.0, SHARED: 0.5}))
+    planner = Planner(replace(plain, units=(unit,)))
+    start = Planner(plain).choose(0.5)
+    moved = planner.neighbours(start, 0.5)
+    assert [each.columns for each in moved] == [each.columns for each in Planner(plain).neighbours(start, 0.5)]
+    assert moved
+    columns = [tuple(SHARED if place == 15 else each for place, each in enumerate(start.columns[0]))]
+    assert planner.neighbours(outcome(planner.problem, columns), 1.0) == []
