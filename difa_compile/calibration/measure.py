@@ -677,6 +677,7 @@ def measure(
         **asdict(settings),
         "decisions": None if tried is None else [str(decision) for decision in tried],
         "heads": [str(window) for window in windows],
+        "tried": [ATTENTION_LAGS, AGES],
         "table": TABLE.version,
     }
     identity = identity_of(pipe, models, call, described, steps)

@@ -11,9 +11,10 @@ from difa_compile.comparison.kept import ROUNDS, Held, Runs
 from difa_compile.errors import BudgetError, RowLimitError
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
+from difa_compile.planner.choice import Planner
 from difa_compile.planner.fitting import FITTINGS, Fitting
 from difa_compile.planner.make import Limit, chosen, cost_of_rows, in_decibels, plan_of, planned_from
-from difa_compile.planner.problem import Outcome, Problem, rescaled
+from difa_compile.planner.problem import Outcome, rescaled
 from difa_compile.planner.problem import outcome as accounted
 from difa_compile.planner.rows import FewRows
 from difa_compile.planner.table import ErrorTable
@@ -29,8 +30,6 @@ MOST_OFF = 1.5
 """By what factor a measured time is taken to differ from the predicted one at most."""
 RUNS = 16
 """How many plans are run at most, all in all."""
-EVEN = 0.01
-"""Times of the full model that are no further apart than that are not told apart."""
 SLACK = 0.05
 """By how much, as a share of it, a time may be over the budget; machines are not more even than that."""
 
@@ -80,6 +79,10 @@ class _Search:
             self._closer(self.kept)
         elif self.kept.rank[0]:
             self._quicker(self.kept)
+        elif math.isfinite(self.kept.held.psnr):
+            fitting, _ = self._best_fitting(self.kept.outcome, self.kept.held.psnr)
+            if fitting is not None and self.left:
+                self._try(self._fitted(self.kept.outcome, fitting))
         if self.kept.rank[0]:
             return self.kept.plan
         return with_note(self.kept.plan, _relaxed(self.limit, self.kept.held, self.timed, self.exhausted))
@@ -108,7 +111,7 @@ class _Search:
         """Choose, run, and choose anew from what that showed."""
         for _ in range(min(TRIES, self.left)):
             try:
-                outcome, note = chosen(self.problem, self.aimed)
+                outcome, note = chosen(Planner(self.problem), self.aimed)
             except (BudgetError, RowLimitError):
                 if self.kept is None:
                     raise
@@ -157,9 +160,14 @@ class _Search:
                     outcome, psnr, moved = each, found, True
                     break
         if fitting is not None or outcome.columns != kept.outcome.columns:
-            planner, most = self.ways.planner(self.ways.own), self.limit.max_rows
-            note = "" if most is None else cost_of_rows(FewRows(planner, most), outcome, planner.choose(budget))
-            self._try(self._fitted(outcome, fitting), note)
+            self._try(self._fitted(outcome, fitting), self._cost_of_rows(outcome, budget))
+
+    def _cost_of_rows(self, outcome: Outcome, budget: float) -> str:
+        """What the limit on rows costs a choice for a budget, in words."""
+        if self.limit.max_rows is None:
+            return ""
+        planner = self.ways.planner(self.ways.own)
+        return cost_of_rows(FewRows(planner, self.limit.max_rows), outcome, planner.choose(budget))
 
     def _best_fitting(self, outcome: Outcome, psnr: float) -> tuple[Fitting | None, float]:
         """How to fit the weights of a plan's forecasts, and what that comes to; None and ``psnr``, which it comes to as
@@ -184,8 +192,8 @@ class _Search:
         return found
 
     def _quicker(self, kept: _Tried) -> None:
-        """Where another way to choose, or fitted weights, come closer in the same time, see how little time these need
-        for the quality asked for. One run is left for what is found, to be timed."""
+        """Where another way to choose, or fitted weights, come closer in the same time, or the plan itself closer than
+        was asked for, see how little time that needs. One run is left for what is found, to be timed."""
         better: tuple[float, Way, Outcome] | None = None
         for way, each in self.ways.candidates(min(1.0, kept.outcome.share), self.limit.max_rows):
             if self.left > 1 and not way.worst and each.columns != kept.outcome.columns:
@@ -193,49 +201,63 @@ class _Search:
                 if found > max(kept.held.psnr, better[0] if better else -math.inf):
                     better = found, way, each
         psnr, way, outcome = better or (kept.held.psnr, self.ways.own, kept.outcome)
-        fitting = None
-        if math.isfinite(psnr):
-            fitting, psnr = self._best_fitting(outcome, psnr)
-        if (better is not None or fitting is not None) and math.isfinite(psnr):
-            quickest = self._least_time(way, fitting, outcome, psnr)
-            if quickest.share < kept.outcome.share - EVEN:
-                self._try(quickest)
+        if not math.isfinite(psnr):
+            return
+        fitting, psnr = self._best_fitting(outcome, psnr)
+        if not self.left or not math.isfinite(psnr):
+            return
+        if better is not None or fitting is not None or not _close(self.limit, kept.held):
+            quickest, columns = self._least_time(way, fitting, outcome, psnr)
+            if quickest.share < kept.outcome.share - self._even:
+                self._try(quickest, self._cost_of_rows(columns, quickest.share))
 
-    def _least_time(self, way: Way, fitting: Fitting | None, start: Outcome, psnr: float) -> Outcome:
+    @property
+    def _even(self) -> float:
+        """Shares of the full model's time that are no further apart are not told apart: half a step's."""
+        return 0.5 / self.problem.steps
+
+    def _least_time(self, way: Way, fitting: Fitting | None, start: Outcome, psnr: float) -> tuple[Outcome, Outcome]:
         """The quickest plan found that has the quality asked for, fitted: ``start``, whose images come to ``psnr``, or
-        one that takes less.
+        one that takes less; and the same not fitted. With one run left it is what is expected to have that quality.
 
-        First bisecting the time, the error that the last plan showed for a guess; then moving computed steps of the
-        best plan that takes less and fell short.
+        First the time is bisected, the error that the last plan showed for a guess; then computed steps are moved of
+        the plan that takes less and fell short by the least.
         """
         assert self.limit.mean_squared is not None
-        asked, most = -10 * math.log10(self.limit.mean_squared), self.limit.max_rows
-        problem = self._rescaled(way.problem(self.problem), start, psnr)
-        quickest, seen = self._as_expected(problem, start, fitting), {start.columns}
+        asked, factor = -10 * math.log10(self.limit.mean_squared), self._factor(way, start, psnr)
+        quickest, seen = start, {start.columns}
+        expected = self._as_expected(way, start, fitting, factor)
         nearest: tuple[float, Outcome] | None = None
         most_time, least_time = start.share, self.ways.planner(way).least.share
-        while self.left > 1 and most_time - least_time > EVEN:
-            each = self._between(problem, way, least_time, most_time)
-            if each is None or each.columns in seen:
+        guess = True
+        while most_time - least_time > self._even:
+            between = most_time - least_time
+            each = self._between(way, factor if guess else None, least_time, most_time)
+            if each is None:
                 break
+            if self.left < 2:
+                return (
+                    (self._as_expected(way, each, fitting, factor), each) if quickest is start else (expected, quickest)
+                )
             seen.add(each.columns)
             psnr = self._reached(self._fitted(each, fitting), asked)
-            if not math.isfinite(psnr):
-                return self._as_expected(problem, each, fitting)
             if psnr >= asked:
-                most_time = each.share
-                quickest = self._as_expected(problem, each, fitting)
+                quickest, most_time = each, each.share
+                expected = self._as_expected(way, each, fitting, factor)
             else:
                 least_time = each.share
                 if nearest is None or psnr > nearest[0]:
                     nearest = psnr, each
-            problem = self._rescaled(problem, each, psnr)
+            if not math.isfinite(psnr):
+                return expected, quickest
+            factor = self._factor(way, each, psnr)
+            guess = most_time - least_time <= between / 2
         moved = nearest is not None
         while moved and self.left > 1:
             assert nearest is not None
             moved = False
-            between = (nearest[1].share + most_time) / 2
-            for each in self.ways.neighbours(way, nearest[1], between, most):
+            most = (nearest[1].share + most_time) / 2
+            for each in self.ways.neighbours(way, nearest[1], most, self.limit.max_rows):
                 if self.left < 2:
                     break
                 if each.columns in seen:
@@ -243,29 +265,37 @@ class _Search:
                 seen.add(each.columns)
                 psnr = self._reached(self._fitted(each, fitting), asked)
                 if psnr >= asked:
-                    return self._as_expected(problem, each, fitting)
+                    return self._as_expected(way, each, fitting, factor), each
                 if psnr > nearest[0]:
                     nearest, moved = (psnr, each), True
                     break
-        return quickest
+        return expected, quickest
 
-    def _rescaled(self, problem: Problem, outcome: Outcome, psnr: float) -> Problem:
-        """The problem by which a plan has the quality that it was measured to have."""
-        now = accounted(problem, outcome.columns).error  # that of an outcome is by the response at its time
-        return rescaled(problem, max(now, 1e-12), 10 ** (-psnr / 10))
+    def _factor(self, way: Way, outcome: Outcome, psnr: float) -> float:
+        """By what factor a plan's error, as a way sees it, differs from the measured one."""
+        predicted = accounted(self.ways.planner(way).problem, outcome.columns).error  # fitted ones have another
+        return 10 ** (-psnr / 10) / max(predicted, 1e-12)
 
-    def _between(self, problem: Problem, way: Way, least_time: float, most_time: float) -> Outcome | None:
-        """A choice that takes more time than one and less than the other: that which ``problem`` says is of the quality
-        asked for, or one in the middle; None where there is none."""
-        with suppress(BudgetError, RowLimitError):
-            outcome, _ = chosen(problem, self.limit)
-            if least_time < outcome.share < most_time:
-                return outcome
+    def _between(self, way: Way, factor: float | None, least_time: float, most_time: float) -> Outcome | None:
+        """A choice that takes more time than one and less than the other: that which is expected to have the quality
+        asked for, or (without a ``factor``, too) one in the middle; None where there is none."""
+        assert self.limit.mean_squared is not None
+        if factor is not None:
+            aimed = replace(self.limit, psnr=None, error=self.limit.mean_squared / factor)
+            with suppress(BudgetError, RowLimitError):
+                outcome, _ = chosen(self.ways.planner(way), aimed)
+                if least_time < outcome.share < most_time:
+                    return outcome
         for part in (1 / 2, 7 / 8):
             found = self.ways.choose(way, least_time + part * (most_time - least_time), self.limit.max_rows)
             if found is not None and least_time < found.share < most_time:
                 return found
         return None
+
+    def _as_expected(self, way: Way, outcome: Outcome, fitting: Fitting | None, factor: float) -> Outcome:
+        """The plan with fitted weights, and the error that it is expected to have after what came of others."""
+        error = accounted(self.ways.planner(way).problem, outcome.columns).error * factor
+        return replace(self._fitted(outcome, fitting), error=error)
 
     def _reached(self, outcome: Outcome, asked: float) -> float:
         """The PSNR that a plan comes to where ``asked`` dB are wanted."""
@@ -274,10 +304,6 @@ class _Search:
         short = "" if found >= asked else f", not the {asked:.1f} asked for"
         self.told(f"another of {outcome.share:.2f} of full's time: {found:.1f} dB{short}")
         return found
-
-    def _as_expected(self, problem: Problem, outcome: Outcome, fitting: Fitting | None) -> Outcome:
-        """The plan with fitted weights, and the error that it has by ``problem``, which knows what came of others."""
-        return replace(self._fitted(outcome, fitting), error=accounted(problem, outcome.columns).error)
 
 
 def with_promise(plan: Plan, held: Held, note: str) -> Plan:

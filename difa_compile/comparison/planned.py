@@ -170,7 +170,7 @@ def plan_within(
     anew from what that showed, three times at most. A time that was not expected is measured again. Then others are
     tried, until ``runs`` plans have been run. Under a budget: other ways to choose (:mod:`difa_compile.planner.ways`),
     the best of them with the weights of its forecasts fitted (:mod:`difa_compile.planner.fitting`), then with one of
-    its computed steps moved (where attention is not planned beside the blocks); the one whose images with ``seeds`` are
+    its computed steps moved (of blocks alone, or of attention alone in full); the one whose images with ``seeds`` are
     closest is taken. For a quality: how little time another way, or fitted weights, if they come closer in the same
     time, need for it, with computed steps moved where that falls just short. What the plan does with the seeds
     ``held_out`` is said beside that. The plan says what was predicted, what was measured, and what was given up

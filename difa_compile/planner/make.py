@@ -98,12 +98,11 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def chosen(problem: Problem, limit: Limit) -> tuple[Outcome, str]:
+def chosen(planner: Planner, limit: Limit) -> tuple[Outcome, str]:
     """The best decisions under a limit, and what is to be said of them.
 
     Raises :class:`BudgetError`, naming the nearest possible budget, and :class:`RowLimitError`.
     """
-    planner = Planner(problem)
     if limit.budget is not None:
         free = planner.choose(limit.budget)
         if limit.max_rows is None:
@@ -223,7 +222,7 @@ def plan_from_table(
     if limit.budget is not None:
         table.tell_machine()
     table = planned_from(table, limit)
-    outcome, note = chosen(table.problem(), limit)
+    outcome, note = chosen(Planner(table.problem()), limit)
     return plan_of(table, outcome, limit, note)
 
 

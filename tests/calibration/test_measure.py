@@ -221,6 +221,7 @@ def test_attention_alone_and_other_decisions(pipe, whole):
     """Attention written out plainly: that of earlier steps in its place, only what is near, half of the batch."""
     (unit,) = (unit for unit in whole.units if unit.name == "attention")
     assert unit.lags == ATTENTION_LAGS
+    assert ATTENTION_LAGS[-1] == LAGS, "as far back as blocks are"
     assert whole.units[unit.inside].name == "blocks"
     assert [whole.sites[site].path for site in unit.sites] == [
         f"transformer_blocks.{block}.attn1" for block in range(LAYERS)

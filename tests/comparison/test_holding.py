@@ -246,20 +246,75 @@ def test_for_a_quality_a_step_is_moved_where_that_reaches_it(runs, monkeypatch):
     def psnr(plan):
         if not plan.fitted:
             return 40.0
-        places = [rank for found in moved for rank, each in enumerate(found) if each == steps_of(last_of(plan))]
-        if places:
-            return 48.0 + min(places) + len(moved)  # the second one is closer, and those that are near it reach 50
+        steps = steps_of(last_of(plan))
+        if len(moved) > 1 and steps in moved[-1]:
+            return 50.2
+        if moved and steps in moved[0]:  # the second of them is closer than what they come from
+            return 49.7 if moved[0].index(steps) else 49.0
         return 50.0 + 40 * (said_share(plan) - needed)
 
     monkeypatch.setattr(Ways, "neighbours", neighbours)
     runs["judged"] = ByPlan(runs, psnr)
     told = []
     plan = within(Limit(psnr=50.0), 16, table=table, runs=30, told=told.append)
-    assert len(moved) >= 1
+    assert len(moved) > 1, "from one that is closer it goes on"
     assert plan.fitted
     assert steps_of(last_of(plan)) in moved[-1]
     assert said_share(plan) < said_share(runs["plans"][0])
     assert any("not the 50.0 asked for" in text for text in told)
+
+
+def test_for_a_quality_one_run_that_is_left_is_of_what_is_expected_to_have_it(runs):
+    runs["held"] = [lambda plan: Held(said_share(plan), 50.5, 50.0), as_long_as_predicted]
+    runs["judged"] = ByPlan(runs, lambda plan: 60.0 if plan.fitted else 40.0)
+    plan = within(Limit(psnr=50.0), 16, table=single(), runs=6)
+    first, second = runs["plans"]
+    assert len(runs["others"]) == 4
+    assert said_share(second) < said_share(first)
+    assert same_images(plan) == same_images(second)
+    assert plan.settings.promise.predicted_psnr == pytest.approx(50.0, abs=3)
+
+
+def test_for_a_quality_what_is_no_quicker_is_not_kept(runs):
+    runs["held"] = [Held(0.8, 50.5, 50.0), Held(0.81, 50.2, 50.0)]
+    runs["judged"] = ByPlan(runs, lambda plan: 60.0 if plan.fitted else 40.0)
+    plan = within(Limit(psnr=50.0), 16, table=single(), runs=RUNS)
+    assert len(runs["plans"]) == 2
+    assert same_images(plan) == same_images(runs["plans"][0])
+
+
+def test_for_a_quality_time_is_saved_where_the_plan_is_closer_than_asked_for(runs):
+    """Also where nothing forecasts, so that there is no other way and nothing is fitted."""
+    runs["held"] = [lambda plan: Held(said_share(plan), 58.0, 58.0), as_long_as_predicted]
+    runs["judged"] = ByPlan(runs, lambda plan: 40.0)
+    plan = within(Limit(psnr=50.0), 16, table=single(), runs=TRIES)
+    assert same_images(plan) == same_images(runs["plans"][-1])
+    runs["judged"] = ByPlan(runs, lambda plan: 51.0)
+    quicker = within(Limit(psnr=50.0), 16, table=single(), runs=RUNS)
+    assert said_share(quicker) < said_share(plan)
+
+
+def test_for_a_quality_that_is_not_reached_fitted_weights_are_tried(runs):
+    runs["held"] = [lambda plan: Held(said_share(plan), 50.2 if plan.fitted else 49.0, 50.0)]
+    runs["judged"] = ByPlan(runs, lambda plan: 50.2)
+    plan = within(Limit(psnr=50.0), 16, table=single(), runs=RUNS)
+    assert plan.fitted
+    assert plan.settings.promise.note.startswith("the first choice came to 49.0 dB")
+    runs["judged"] = ByPlan(runs, lambda plan: 48.0)
+    plan = within(Limit(psnr=50.0), 16, table=single(), runs=RUNS)
+    assert not plan.fitted
+    assert "the limit is relaxed to 49.0 dB" in plan.settings.promise.note
+
+
+def test_for_a_quality_few_rows_stay_few_and_what_they_cost_is_said(runs):
+    runs["held"] = [lambda plan: Held(said_share(plan), 50.5, 50.0), as_long_as_predicted]
+    runs["judged"] = ByPlan(runs, lambda plan: 60.0 + 40 * (said_share(plan) - 1) if plan.fitted else 40.0)
+    table = replace(made_table(16), units=(measured_unit("blocks", [2], None, tuple(range(1, 9)), 16),))
+    plan = within(Limit(psnr=50.0, max_rows=3), 16, table=table, runs=RUNS)
+    assert said_share(plan) < said_share(runs["plans"][0])
+    for each in (plan, *runs["others"]):
+        assert len(set(each.decisions)) <= 3
+    assert "any number of rows would give" in plan.settings.promise.note
 
 
 def test_the_same_images_in_less_time_end_the_search(runs):

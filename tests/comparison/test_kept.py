@@ -57,11 +57,12 @@ def test_nothing_is_run_twice(tmp_path, plans):
     runs = Runs()
     trials = KeptTrials.open(runs, tmp_path / "trials", IDENTITY)
     assert not (tmp_path / "trials").exists()
-    found = [trials.run(first), trials.run(second), trials.run(first, 1), trials.judge(first), trials.judge(second)]
+    found = [trials.run(first, 1), trials.run(second), trials.run(first), trials.judge(first), trials.judge(second)]
     assert found[:3] == [Held(0.5, math.inf, 31.0), Held(0.5, math.inf, 32.0), Held(0.5, math.inf, 33.0)]
     assert found[3:] == [41.0, 42.0]
     for again in (trials, KeptTrials.open(runs, tmp_path / "trials", dict(reversed(IDENTITY.items())))):
-        assert [again.run(first), again.run(second), again.run(first, 1)] == found[:3]
+        assert [again.run(first), again.run(second), again.run(second, 1)] == [found[2], found[1], found[1]]
+        assert again.run(first, 1) == found[2], "what was timed more often serves as well"
         assert [again.judge(first), again.judge(second)] == found[3:]
     assert (runs.ran, runs.judged) == (3, 2)
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from difa_compile.calibration.measure import ATTENTION_LAGS, LAGS
 from difa_compile.decision import FULL, REUSE, Decision, Kind, Window
 from difa_compile.errors import ErrorTableError, OutputError, PlanMismatchError, ScheduleError
 from difa_compile.machine.profile import machine_name
@@ -385,11 +386,11 @@ def test_without_forecasts_steps_reuse():
 
 def test_smooth_effects_stay_smooth():
     """What is interpolated is close to what was left out, where effects are smooth."""
-    steps = 12
+    steps = 50
     values = smooth_values(7, steps)
-    all_lags = measured_unit("blocks", [0], None, range(1, 9), steps, seed=7)
-    few = measured_unit("blocks", [0], None, (1, 2, 3, 5, 8), steps, seed=7)
-    gap = np.abs(all_lags.effects().drift - few.effects().drift)[8:].max()
+    all_lags = measured_unit("blocks", [0], None, range(1, LAGS + 1), steps, seed=7)
+    few = measured_unit("blocks", [0], None, ATTENTION_LAGS, steps, seed=7)
+    gap = np.abs(all_lags.effects().drift - few.effects().drift)[LAGS:].max()
     assert 0 < gap < 0.25 * np.abs(values).max()
 
 
