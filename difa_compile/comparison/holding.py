@@ -80,9 +80,10 @@ class _Search:
         elif self.kept.rank[0]:
             self._quicker(self.kept)
         elif math.isfinite(self.kept.held.psnr):
-            fitting, _ = self._best_fitting(self.kept.outcome, self.kept.held.psnr)
+            outcome = self.kept.outcome
+            fitting, _ = self._best_fitting(outcome, self.kept.held.psnr)
             if fitting is not None and self.left:
-                self._try(self._fitted(self.kept.outcome, fitting))
+                self._try(self._fitted(outcome, fitting), self._cost_of_rows(outcome, outcome.share))
         if self.kept.rank[0]:
             return self.kept.plan
         return with_note(self.kept.plan, _relaxed(self.limit, self.kept.held, self.timed, self.exhausted))
@@ -167,7 +168,8 @@ class _Search:
         if self.limit.max_rows is None:
             return ""
         planner = self.ways.planner(self.ways.own)
-        return cost_of_rows(FewRows(planner, self.limit.max_rows), outcome, planner.choose(budget))
+        free = planner.choose(max(budget, planner.least.share))
+        return cost_of_rows(FewRows(planner, self.limit.max_rows), outcome, free)
 
     def _best_fitting(self, outcome: Outcome, psnr: float) -> tuple[Fitting | None, float]:
         """How to fit the weights of a plan's forecasts, and what that comes to; None and ``psnr``, which it comes to as
