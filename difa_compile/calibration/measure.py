@@ -639,13 +639,14 @@ def measure(
 
     From the table :func:`difa_compile.planner.choice.choose` makes plans for any budget. Several images in one call
     (prompts, labels) make it a mean over them. ``attention``: whether what attention alone may leave out is measured,
-    too, which takes several times as long; by default where ``decisions`` or ``heads`` are given, or where the model
-    has no blocks that can be left out. ``decisions``: tried at all attention sites then, a call of the model each, such
-    as ``window(band:32)``, the same with ``+residual`` (four calls), ``full+cfg`` or
-    ``heads(0-3:window(box:4);4-7:full)``; by default ``full+cfg``, where guidance is one batch whose halves can be
-    shared. ``heads``: windows, such as ``box:4``, that single heads may take: which of them do is found in a short call
-    beforehand, for three shares of the work that they save (:func:`~difa_compile.planner.groups.head_groups`), and
-    these are tried, too. ``inner``, ``conditional_half``: as in :func:`difa_compile.calibrate`.
+    too, which takes several times as long, and holds what all attention sites put out in the last 20 steps, on the
+    model's device; by default where ``decisions`` or ``heads`` are given, or where the model has no blocks that can be
+    left out. ``decisions``: tried at all attention sites then, a call of the model each, such as ``window(band:32)``,
+    the same with ``+residual`` (four calls), ``full+cfg`` or ``heads(0-3:window(box:4);4-7:full)``; by default
+    ``full+cfg``, where guidance is one batch whose halves can be shared. ``heads``: windows, such as ``box:4``, that
+    single heads may take: which of them do is found in a short call beforehand, for three shares of the work that they
+    save (:func:`~difa_compile.planner.groups.head_groups`), and these are tried, too. ``inner``, ``conditional_half``:
+    as in :func:`difa_compile.calibrate`.
 
     After every step what was found is stored in ``state`` (by default a file in the package's cache folder, deleted in
     the end), so that a measurement that was interrupted goes on where it was, when started with the same arguments.
