@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from difa_compile.comparison.kept import ROUNDS, Held, Runs
+from difa_compile.decision import Decision
 from difa_compile.errors import BudgetError, RowLimitError
 from difa_compile.plan.data import Promise
 from difa_compile.plan.plan import Plan
@@ -150,18 +151,24 @@ class _Search:
         moved = True
         while moved and self.left > 1:
             moved = False
-            for each in self.ways.neighbours(way, outcome, budget, self.limit.max_rows):
-                if self.left < 2:
-                    break
-                if each.columns in seen:
-                    continue
-                seen.add(each.columns)
+            for each in self._moved(way, outcome, budget, seen):
                 found = self._judged(self._fitted(each, fitting), psnr)
                 if found > psnr:
                     outcome, psnr, moved = each, found, True
                     break
         if fitting is not None or outcome.columns != kept.outcome.columns:
             self._try(self._fitted(outcome, fitting), self._cost_of_rows(outcome, budget))
+
+    def _moved(
+        self, way: Way, outcome: Outcome, budget: float, seen: set[tuple[tuple[Decision, ...], ...]]
+    ) -> Iterator[Outcome]:
+        """Plans with one computed step moved that are not in ``seen``, which they are put in, until one run is left."""
+        for each in self.ways.neighbours(way, outcome, budget, self.limit.max_rows):
+            if self.left < 2:
+                return
+            if each.columns not in seen:
+                seen.add(each.columns)
+                yield each
 
     def _cost_of_rows(self, outcome: Outcome, budget: float) -> str:
         """What the limit on rows costs a choice for a budget, in words."""
@@ -259,12 +266,7 @@ class _Search:
             assert nearest is not None
             moved = False
             most = (nearest[1].share + most_time) / 2
-            for each in self.ways.neighbours(way, nearest[1], most, self.limit.max_rows):
-                if self.left < 2:
-                    break
-                if each.columns in seen:
-                    continue
-                seen.add(each.columns)
+            for each in self._moved(way, nearest[1], most, seen):
                 psnr = self._reached(self._fitted(each, fitting), asked)
                 if psnr >= asked:
                     return self._as_expected(way, each, fitting, factor), each
